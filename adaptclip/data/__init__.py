@@ -1,0 +1,1 @@
+"""Data cards, their images, splits and checks."""

@@ -1,0 +1,64 @@
+"""Every error adaptclip raises on purpose: what is wrong, what was got, what is allowed, how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdaptclipError(Exception):
+    """Base of all deliberate errors; recipes and the command line print its message without a traceback."""
+
+
+class ConfigError(AdaptclipError):
+    """A flag, configuration file or combination of settings is not valid."""
+
+
+class CardError(AdaptclipError):
+    """A data card is missing or not valid."""
+
+
+class DataError(AdaptclipError):
+    """Images, labels or other columns are missing, unreadable or out of range."""
+
+
+class SplitError(AdaptclipError):
+    """A split leaks, lacks a class, or cannot be drawn as asked."""
+
+
+class BackboneError(AdaptclipError):
+    """A CLIP model cannot be found, loaded or used in this way."""
+
+
+class TrainingError(AdaptclipError):
+    """Training cannot start or go on (non-finite loss, occupied run folder, damaged checkpoint)."""
+
+
+class StorageError(AdaptclipError):
+    """A file cannot be written, or what was read is damaged."""
+
+
+class GateError(AdaptclipError):
+    """A gate is not valid for these predictions."""
+
+
+class ArtifactError(AdaptclipError):
+    """An artifact cannot be loaded, or may not be (failed gates, other backbone or templates)."""
+
+
+def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20) -> str:
+    """Words the end of an error about an unknown name: the nearest name and what is allowed.
+
+    Args:
+        got: the unknown name.
+        options: the allowed names.
+        limit: how many allowed names are listed before the list is cut.
+
+    Returns:
+        For example `Did you mean "coop"? Allowed: coop, zero_shot.`
+    """
+    names = sorted(set(options))
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(got.lower(), list(by_lower), n=1, cutoff=0.5)
+    listed = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+    return (f'Did you mean "{by_lower[near[0]]}"? ' if near else "") + f"Allowed: {listed or 'none'}."

@@ -1,0 +1,1 @@
+"""What a visible training loop needs and gets wrong easily."""

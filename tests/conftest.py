@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests. Nothing here touches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Where the real image sets lie when a checkout has them beside it; `ADAPTCLIP_TEST_DATA` overrides it."""
+
+
+def _data_root() -> Path:
+    return Path(os.environ.get("ADAPTCLIP_TEST_DATA", DATA))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """`shared_data("flowers17")` is the data root that holds the set, or skips the test with the reason."""
+
+    def find(name: str) -> Path:
+        root = _data_root()
+        if not (root / name).is_dir():
+            pytest.skip(f"the real image set {name!r} is not at {root} (set ADAPTCLIP_TEST_DATA)")
+        return root
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone():
+    """A random-weights CLIP of 32 px with the usual vocabulary, loaded through load_backbone."""
+    from tiny_clip import make_tiny_backbone
+
+    return make_tiny_backbone()
