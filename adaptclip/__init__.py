@@ -1,8 +1,106 @@
-"""adaptclip: adapt a pretrained CLIP to a custom domain and judge, with statistics, whether it may be released."""
+"""adaptclip: adapt a pretrained CLIP to a custom domain and judge, with statistics, whether it may be released.
 
+The public names below are imported when they are first used, so that `import adaptclip` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # albumentations asks the package index for updates when it is imported; a library must not do that unasked.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AdaptclipError": "errors",
+    "AdaptedModel": "artifact",
+    "CoOp": "adapters",
+    "FeatureCache": "features",
+    "FeatureLoader": "training.steps",
+    "Features": "types",
+    "Predictions": "types",
+    "ZeroShotClassifier": "adapters",
+    "backward_and_step": "training.steps",
+    "build_optimizer": "training.optim",
+    "build_report": "reports.summary",
+    "build_scheduler": "training.optim",
+    "check_gates": "gates",
+    "is_due": "training.steps",
+    "launch": "entrypoint",
+    "load": "artifact",
+    "load_backbone": "backbone",
+    "load_card": "data.card",
+    "make_accelerator": "training.tracking",
+    "open_data": "data.sources",
+    "predict": "evaluation.predict",
+    "sample_few_shot": "data.fewshot",
+    "save_artifact": "artifact",
+    "seed_everything": "seeding",
+    "start_run": "training.tracking",
+    "train_augment": "data.transforms",
+    "train_steps": "training.steps",
+}
+
+__all__ = [
+    "AdaptclipError",
+    "AdaptedModel",
+    "CoOp",
+    "FeatureCache",
+    "FeatureLoader",
+    "Features",
+    "Predictions",
+    "ZeroShotClassifier",
+    "__version__",
+    "backward_and_step",
+    "build_optimizer",
+    "build_report",
+    "build_scheduler",
+    "check_gates",
+    "is_due",
+    "launch",
+    "load",
+    "load_backbone",
+    "load_card",
+    "make_accelerator",
+    "open_data",
+    "predict",
+    "sample_few_shot",
+    "save_artifact",
+    "seed_everything",
+    "start_run",
+    "train_augment",
+    "train_steps",
+]
+
+if TYPE_CHECKING:
+    from adaptclip.adapters import CoOp, ZeroShotClassifier
+    from adaptclip.artifact import AdaptedModel, load, save_artifact
+    from adaptclip.backbone import load_backbone
+    from adaptclip.data.card import load_card
+    from adaptclip.data.fewshot import sample_few_shot
+    from adaptclip.data.sources import open_data
+    from adaptclip.data.transforms import train_augment
+    from adaptclip.entrypoint import launch
+    from adaptclip.errors import AdaptclipError
+    from adaptclip.evaluation.predict import predict
+    from adaptclip.features import FeatureCache
+    from adaptclip.gates import check_gates
+    from adaptclip.reports.summary import build_report
+    from adaptclip.seeding import seed_everything
+    from adaptclip.training.optim import build_optimizer, build_scheduler
+    from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
+    from adaptclip.training.tracking import make_accelerator, start_run
+    from adaptclip.types import Features, Predictions
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaptclip' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"adaptclip.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
