@@ -28,16 +28,20 @@ _HOMES = {
     "build_report": "reports.summary",
     "build_scheduler": "training.optim",
     "check_gates": "gates",
+    "choose_gates": "results",
+    "finish_run": "results",
     "is_due": "training.steps",
     "launch": "entrypoint",
     "load": "artifact",
     "load_backbone": "backbone",
     "load_card": "data.card",
+    "load_checkpoint": "training.checkpoint",
     "make_accelerator": "training.tracking",
     "open_data": "data.sources",
     "predict": "evaluation.predict",
     "sample_few_shot": "data.fewshot",
     "save_artifact": "artifact",
+    "save_checkpoint": "training.checkpoint",
     "seed_everything": "seeding",
     "start_run": "training.tracking",
     "train_augment": "data.transforms",
@@ -59,16 +63,20 @@ __all__ = [
     "build_report",
     "build_scheduler",
     "check_gates",
+    "choose_gates",
+    "finish_run",
     "is_due",
     "launch",
     "load",
     "load_backbone",
     "load_card",
+    "load_checkpoint",
     "make_accelerator",
     "open_data",
     "predict",
     "sample_few_shot",
     "save_artifact",
+    "save_checkpoint",
     "seed_everything",
     "start_run",
     "train_augment",
@@ -89,7 +97,9 @@ if TYPE_CHECKING:
     from adaptclip.features import FeatureCache
     from adaptclip.gates import check_gates
     from adaptclip.reports.summary import build_report
+    from adaptclip.results import choose_gates, finish_run
     from adaptclip.seeding import seed_everything
+    from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
     from adaptclip.training.optim import build_optimizer, build_scheduler
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
     from adaptclip.training.tracking import make_accelerator, start_run

@@ -1,1 +1,235 @@
-"""Pretrained CLIP models."""
+"""Pretrained CLIP models, frozen, behind one interface whatever architecture they have."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from adaptclip.backbone.loading import PRECISIONS, STARTER, create, find_source
+from adaptclip.backbone.starter import create_starter
+from adaptclip.backbone.text import TextTower, make_text_tower
+from adaptclip.errors import BackboneError, did_you_mean
+
+__all__ = ["ClipBackbone", "load_backbone", "weights_digest"]
+
+
+class ClipBackbone(nn.Module):
+    """A frozen CLIP: always in evaluation mode, no parameter asks for a gradient, features are unit-norm float32.
+
+    Attributes:
+        model: the open_clip model.
+        tokenizer: its open_clip tokenizer.
+        name: the spelling it was loaded by.
+        pretrained: its tag or checkpoint file; None where the name says it all.
+        precision: fp32, bf16 or fp16.
+        digest: SHA-256 of all weights and of the activation, 64 hexadecimal digits.
+        embed_dim: D, width of the joint embedding space.
+        image_size: side of the square input picture in pixels.
+        context_length: L, tokens in a prompt with its start and end tokens.
+        transform: PIL picture -> (3, H, W) float32, the checkpoint's own evaluation transform.
+        transform_spec: the same as plain values: size, mean, std, interpolation, resize_mode, fill.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, name: str, pretrained: str | None = None, precision: str = "fp32"
+    ) -> None:
+        """Freezes `model`, reads its evaluation transform and hashes its weights.
+
+        Raises:
+            BackboneError: the pictures are not square, or weights are not finite.
+        """
+        super().__init__()
+        # Some tokenizers shorten long prompts by dropping words at random; here nothing is ever shortened.
+        if getattr(tokenizer, "reduction_fn", None) is not None:
+            tokenizer.reduction_fn = None
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.name, self.pretrained, self.precision = name, pretrained, precision
+        config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+        height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
+        if height != width:
+            raise BackboneError(f"{name} takes pictures of {height} x {width} pixels; only square ones are supported")
+        self.image_size: int = height
+        self.transform: Any = image_transform_v2(config, is_train=False)
+        self.transform_spec = {
+            "size": height,
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize_mode,
+            "fill": config.fill_color,
+        }
+        self._to_tensor = self.transform.transforms[-2:]
+        self.context_length: int = tokenizer.context_length
+        self.digest = weights_digest(model)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> ClipBackbone:
+        """Stays in evaluation mode whatever is asked: dropout and batch statistics are off in a frozen model."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """D, width of the joint embedding space."""
+        with torch.no_grad():
+            return self.encode_text(self.tokenize(["a"])).shape[1]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Scalar float32, the factor of the logits: exp() is applied already."""
+        return self.model.logit_scale.detach().float().exp().reshape(())
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Scalar float32 added to the logits (SigLIP), or None."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.detach().float().reshape(())
+
+    @cached_property
+    def text(self) -> TextTower:
+        """The text tower taken apart for prompt learning.
+
+        Raises:
+            BackboneError: this kind of tower is not supported yet.
+        """
+        return make_text_tower(self.model, self.tokenizer)
+
+    def normalize(self, picture: Image.Image | np.ndarray) -> Tensor:
+        """Turns a picture that has its final size into the towers' input, as the last steps of `transform` do.
+
+        Args:
+            picture: RGB picture, or (image_size, image_size, 3) uint8 array; an augmented view for example.
+
+        Returns:
+            (3, image_size, image_size) float32.
+
+        Raises:
+            BackboneError: another size, mode or dtype.
+        """
+        side = self.image_size
+        if isinstance(picture, Image.Image):
+            got, fits = f"{picture.mode} {picture.size}", picture.mode == "RGB" and picture.size == (side, side)
+        else:
+            got, fits = (
+                f"{picture.dtype} {picture.shape}",
+                picture.dtype == np.uint8 and picture.shape == (side, side, 3),
+            )
+        if not fits:
+            raise BackboneError(f"normalize takes 8-bit RGB pictures of {side} x {side} pixels, got {got}")
+        value: Any = picture
+        for step in self._to_tensor:
+            value = step(value)
+        return value
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Turns C prompts into (C, L) int64 token ids on the CPU; a prompt is never cut.
+
+        Raises:
+            BackboneError: a prompt has more tokens than the context; the message names it.
+        """
+        for text in texts:
+            num_tokens = self.count_tokens(text)
+            if num_tokens > self.context_length:
+                raise BackboneError(
+                    f"the prompt {text!r} has {num_tokens} tokens with its start and end; the context of {self.name} "
+                    f"is {self.context_length}. Shorten the class name (`aliases` in the card) or the template."
+                )
+        return self.tokenizer(list(texts), context_length=self.context_length)
+
+    def count_tokens(self, text: str) -> int:
+        """Returns the number of tokens of a prompt, with the start and end tokens, before any cut."""
+        if isinstance(self.tokenizer, open_clip.SimpleTokenizer):
+            return len(self.tokenizer.encode(text)) + 2
+        inner, cleaned = self.tokenizer.tokenizer, self.tokenizer.clean_fn(text)
+        if getattr(self.tokenizer, "tokenizer_mode", ""):
+            # CLIPS writes start, end and class tokens itself.
+            return len(inner(cleaned, add_special_tokens=False).input_ids) + 3
+        return len(inner(cleaned).input_ids)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Encodes (B, 3, H, W) transformed pictures as (B, D) unit-norm float32 features."""
+        dtype = open_clip.get_input_dtype(self.precision) or torch.float32
+        return F.normalize(self.model.encode_image(images.to(self.device, dtype)).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Encodes (C, L) token ids as (C, D) unit-norm float32 features."""
+        return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
+
+
+def load_backbone(
+    name: str = STARTER,
+    pretrained: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    quick_gelu: bool | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    text_weights: Path | None = None,
+) -> ClipBackbone:
+    """Loads a pretrained CLIP by any of open_clip's spellings; a model without its weights is an error.
+
+    Args:
+        name: an architecture (`ViT-B-16`), `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or `starter`, which comes with
+            the package.
+        pretrained: a tag of the architecture (`openai`) or a checkpoint file; None for the other spellings.
+        device: where the weights go.
+        precision: fp32, bf16 or fp16: dtype of the weights, as open_clip casts them.
+        quick_gelu: activation of a checkpoint file, which does not state it; None takes the architecture's. Tags
+            know theirs.
+        preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `fill_color` of a checkpoint file; None takes what
+            all published weights of the architecture share, or OpenAI's with a warning.
+        text_weights: other weights for the text tower of `starter`.
+
+    Raises:
+        BackboneError: unknown name or tag, missing, damaged or unfit weights, or no way to download them.
+    """
+    if precision not in PRECISIONS:
+        raise BackboneError(f"unknown precision {precision!r}. {did_you_mean(precision, PRECISIONS)}")
+    if name != STARTER:
+        if text_weights is not None:
+            raise BackboneError(f"text_weights are for {STARTER!r} only, got name={name!r}")
+        source = find_source(name, pretrained, quick_gelu=quick_gelu, preprocess=preprocess)
+        model, tokenizer = create(source, device=device, precision=precision)
+    else:
+        if pretrained is not None or quick_gelu is not None or preprocess is not None:
+            raise BackboneError(f"{STARTER!r} brings its weights and transform; leave pretrained and the others out")
+        model, tokenizer = create_starter(text_weights, device=device, precision=precision)
+    return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Returns the SHA-256 of a model's weights: sorted names, dtypes, shapes and bytes, and of its activation.
+
+    The activation counts because the same weights give other features under QuickGELU, and it leaves no trace in them.
+
+    Raises:
+        BackboneError: a weight is NaN or infinite.
+    """
+    state = model.state_dict()
+    sha = hashlib.sha256(f"quick_gelu={any(isinstance(m, QuickGELU) for m in model.modules())}".encode())
+    for key in tqdm(sorted(state), desc="Weights digest", disable=None, leave=False, delay=2):
+        tensor = state[key].detach().cpu().contiguous()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BackboneError(f"the weights are damaged: {key} has values that are not finite")
+        sha.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()

@@ -1,0 +1,96 @@
+"""What every adapter offers, and the few lines they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adaptclip.errors import ArtifactError, DataError
+from adaptclip.types import Batch
+
+
+class Adapter(Protocol):
+    """A classifier on top of a frozen CLIP; an `nn.Module` whose `forward` does all that the loss needs.
+
+    Attributes:
+        consumes: whether `forward` reads `batch.features` or `batch.images`.
+        settings: JSON-able keyword arguments that build the same adapter again, beside backbone and class names.
+    """
+
+    consumes: Literal["features", "pixels"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        ...
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns (B, C) float32 logits, already multiplied by the logit scale."""
+        ...
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn; empty for an adapter without training."""
+        ...
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What must be kept of the adapter, without anything of the backbone."""
+        ...
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `adapter_state` returned. Raises ArtifactError when names or shapes differ."""
+        ...
+
+    def penalty(self) -> Tensor:
+        """Scalar to add to the loss, computed in the last `forward`; 0 for an adapter without a regulariser."""
+        ...
+
+    def class_weights(self) -> Tensor:
+        """(C, D) unit-norm text features the images are compared with, without gradients."""
+        ...
+
+
+def batch_features(batch: Batch, width: int) -> Tensor:
+    """Returns the batch's (B, D) image features.
+
+    Raises:
+        DataError: the batch carries none, or of another width than the backbone's.
+    """
+    if batch.features is None:
+        raise DataError("this adapter consumes image features, but the batch has none; compute them with FeatureCache")
+    if batch.features.ndim != 2 or batch.features.shape[1] != width:
+        raise DataError(
+            f"image features should be (B, {width}) for this backbone, got {tuple(batch.features.shape)}; "
+            "they come from another backbone"
+        )
+    return batch.features
+
+
+def scaled_logits(features: Tensor, weights: Tensor, logit_scale: Tensor) -> Tensor:
+    """Cosine similarities times the scale: (B, D) and (C, D), both unit norm, to (B, C) float32.
+
+    A half-precision product would round logits near 100 to steps of 0.06 (fp16) or 0.5 (bf16), hence no autocast. A
+    bias that is the same for every class (SigLIP's) does not change the softmax and is left out.
+    """
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        return logit_scale.float() * (features.float() @ weights.float().T)
+
+
+def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:
+    """Compares a loaded state with the shapes an adapter expects.
+
+    Raises:
+        ArtifactError: a tensor is missing, not expected, of another shape, or not finite.
+    """
+    if set(state) != set(shapes):
+        raise ArtifactError(f"a state of {what} should hold {sorted(shapes)}, got {sorted(state)}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != tuple(shape):
+            raise ArtifactError(
+                f"{name!r} in this state of {what} has shape {tuple(state[name].shape)}, expected {tuple(shape)}; "
+                "it was trained with another backbone, other classes or other settings"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise ArtifactError(f"{name!r} in this state of {what} has values that are not finite")

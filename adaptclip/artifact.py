@@ -1,0 +1,311 @@
+"""The artifact: a folder that explains itself, and the model that is loaded from it.
+
+    manifest.json          format version, method and its settings, backbone and its weights digest, class names,
+                           templates, transform, card and split digests, library versions, metrics, verdicts
+    adapter.safetensors    what was learnt
+    README.md              a Hugging Face model card filled from the run
+
+Nothing in it is a pickle, and nothing of the base model is copied.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import platform
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from PIL import Image
+from tqdm import tqdm
+
+import adaptclip
+from adaptclip.adapters import ADAPTERS, Adapter
+from adaptclip.backbone import ClipBackbone, load_backbone
+from adaptclip.data.card import Card
+from adaptclip.data.decode import decode_image
+from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.errors import ArtifactError, StorageError, did_you_mean
+from adaptclip.gates import Verdict
+from adaptclip.reports.render import to_markdown
+from adaptclip.storage import atomic_folder, digest, read_json, read_tensors, write_json, write_tensors, write_text
+from adaptclip.types import Batch
+
+FORMAT_VERSION = 1
+"""Raised when an older adaptclip could no longer read what a newer one writes."""
+
+_LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvision")
+_REQUIRED = ("format_version", "method", "settings", "backbone", "class_names", "transform", "files", "verdicts")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image.
+
+    Attributes:
+        source: the path, or the position in the list for images that have none.
+        label: the most probable class.
+        confidence: its probability, 0 to 1.
+        probabilities: class name -> probability, most probable first.
+    """
+
+    source: str
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+
+
+def save_artifact(
+    path: Path,
+    adapter: Adapter,
+    backbone: ClipBackbone,
+    card: Card,
+    split: FewShotSplit | None,
+    *,
+    method: str,
+    class_names: Sequence[str],
+    report: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+    overwrite: bool = False,
+) -> None:
+    """Writes the artifact folder whole or not at all.
+
+    Args:
+        path: the new folder.
+        adapter: the trained adapter.
+        backbone: the model it was trained on; only its names and digests are written.
+        card: the data it was trained on.
+        split: the images it was trained on; None where nothing was.
+        method: a key of ADAPTERS.
+        class_names: C names as the card has them; the adapter knows the words in its prompts.
+        report: the report on the test split (`build_report`).
+        verdicts: the gates' verdicts; an artifact with a failed gate is loaded only on purpose.
+        overwrite: replace an existing folder.
+
+    Raises:
+        StorageError: the folder exists already or cannot be written.
+    """
+    with atomic_folder(path, overwrite=overwrite) as folder:
+        weights = folder / "adapter.safetensors"
+        write_tensors(weights, adapter.adapter_state())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "method": method,
+            "settings": adapter.settings,
+            "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "digest": backbone.digest},
+            "class_names": list(class_names),
+            "transform": backbone.transform_spec,
+            "window": card.window,
+            "card": {"name": card.name, "digest": card.digest},
+            "split": split and {"shots": split.shots, "seed": split.seed, "rule": split.rule, "digest": split.digest},
+            "libraries": {
+                "adaptclip": adaptclip.__version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+            "metrics": report["overall"],
+            "verdicts": [verdict.to_dict() for verdict in verdicts],
+            "files": {weights.name: digest(weights.read_bytes())},
+        }
+        write_json(folder / "manifest.json", manifest)
+        write_text(folder / "README.md", _model_card(manifest, card, report, verdicts))
+
+
+def _model_card(
+    manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any], verdicts: Sequence[Verdict]
+) -> str:
+    """The artifact's README.md: a Hugging Face model card."""
+    backbone, split = manifest["backbone"], manifest["split"]
+    front = ModelCardData(
+        library_name="adaptclip",
+        pipeline_tag="image-classification",
+        tags=["clip", "adaptclip", manifest["method"]],
+        model_name=f"{manifest['method']} on {card.name}",
+    )
+    pretrained = f" with the weights `{backbone['pretrained']}`" if backbone["pretrained"] else ""
+    training = (
+        f"adapted with {split['shots'] or 'all'} labelled images per class (rule `{split['rule']}`, seed {split['seed']})"
+        if split
+        else "without any training images"
+    )
+    issues = [f"- {issue}" for issue in card.known_issues] or ["- The data card names none."]
+    lines = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {manifest['method']} on {card.name}",
+        f"`{backbone['name']}`{pretrained} for the {len(manifest['class_names'])} classes of the data card "
+        f"`{card.name}`, {training}.",
+        "## Use",
+        "```python\nimport adaptclip\n\nmodel = adaptclip.load(\"path/to/this/folder\")\n"
+        'print(model.predict(["image.jpg"]))\n```',
+        "It knows only its own classes and gives each image one of them, whatever the image shows. Assess it on images "
+        "of the place where it is to be used before relying on it.",
+        "## Data\n\nClasses: " + ", ".join(map(str, manifest["class_names"])) + ".\n\nKnown issues of the data:\n",
+        "\n".join(issues),
+        "## Results on the test split",
+        to_markdown(report, verdicts),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def load(
+    path: Path | str,
+    *,
+    backbone: str | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    allow_failed_gates: bool = False,
+) -> AdaptedModel:
+    """Loads an artifact and the backbone it was trained on.
+
+    Args:
+        path: the artifact folder, or a run folder that holds one.
+        backbone: where to load the backbone from if not from the place it had in training (a moved `local-dir:`).
+        pretrained: its weights tag or file, likewise.
+        device: "cpu", "cuda", "cuda:1", …
+        allow_failed_gates: load although a gate failed.
+
+    Raises:
+        ArtifactError: the folder is missing, damaged, of a newer format, or was trained on other backbone weights;
+            or a gate failed and `allow_failed_gates` is false.
+    """
+    folder = Path(path)
+    if not (folder / "manifest.json").is_file() and (folder / "artifact").is_dir():
+        folder = folder / "artifact"
+    manifest = _read_manifest(folder)
+    _check_verdicts(folder, manifest, allow_failed_gates)
+    trained = manifest["backbone"]
+    model = load_backbone(
+        backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device
+    )
+    if model.digest != trained["digest"]:
+        raise ArtifactError(
+            f"{folder} was trained on other weights than {model.name} has here: digest {trained['digest'][:12]} in "
+            f"training, {model.digest[:12]} now. Load the same checkpoint (backbone=…, pretrained=…), or train again."
+        )
+    if model.transform_spec != manifest["transform"]:
+        raise ArtifactError(
+            f"{folder} was trained with the transform {manifest['transform']}, {model.name} has {model.transform_spec}"
+        )
+    adapter = ADAPTERS[manifest["method"]].from_settings(model, manifest["settings"])
+    try:
+        adapter.load_adapter_state(read_tensors(folder / "adapter.safetensors"))
+    except StorageError as error:
+        raise ArtifactError(f"{folder} is damaged: {error}") from error
+    return AdaptedModel(adapter.to(device).eval(), model, manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads and checks manifest.json and the digests of the files that it names."""
+    if not (folder / "manifest.json").is_file():
+        raise ArtifactError(f"{folder} is not an artifact: it has no manifest.json. A run keeps it in RUN/artifact.")
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except StorageError as error:
+        raise ArtifactError(f"{folder} is damaged: {error}. Take a fresh copy, or train again.") from error
+    missing = [key for key in _REQUIRED if key not in manifest]
+    if missing:
+        raise ArtifactError(f"{folder}/manifest.json lacks {', '.join(missing)}")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format {manifest['format_version']}; this adaptclip {adaptclip.__version__} reads up to "
+            f"{FORMAT_VERSION}. Install a newer adaptclip."
+        )
+    if manifest["method"] not in ADAPTERS:
+        raise ArtifactError(
+            f"{folder} holds the unknown method {manifest['method']!r}. {did_you_mean(manifest['method'], ADAPTERS)}"
+        )
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if file.parent != folder or not file.is_file() or digest(file.read_bytes()) != expected:
+            raise ArtifactError(f"{folder} is damaged: {name} is missing or changed. Take a fresh copy or train again.")
+    return manifest
+
+
+def _check_verdicts(folder: Path, manifest: Mapping[str, Any], allow_failed_gates: bool) -> None:
+    """Refuses a model with a failed gate, and says so of one whose gates could not be decided."""
+    by_verdict: dict[str, list[str]] = {}
+    for verdict in manifest["verdicts"]:
+        by_verdict.setdefault(verdict["verdict"], []).append(f"{verdict['title']}: {verdict['reason']}")
+    if by_verdict.get("fail") and not allow_failed_gates:
+        raise ArtifactError(
+            f"{folder} failed {len(by_verdict['fail'])} of {len(manifest['verdicts'])} gates and is not released:\n  - "
+            + "\n  - ".join(by_verdict["fail"])
+            + "\nTo load it all the same, for study: allow_failed_gates=True (--allow-failed-gates)."
+        )
+    if by_verdict.get("inconclusive"):
+        warnings.warn(
+            f"{folder}: the data could not decide these gates, which is not a pass: "
+            + "; ".join(by_verdict["inconclusive"]),
+            stacklevel=3,
+        )
+
+
+class AdaptedModel:
+    """An adapted CLIP ready to predict.
+
+    Attributes:
+        class_names: C names, in the order of the probabilities' columns.
+        manifest: what the artifact says of itself.
+    """
+
+    def __init__(self, adapter: Adapter, backbone: ClipBackbone, manifest: Mapping[str, Any]) -> None:
+        self.adapter = adapter
+        self.backbone = backbone
+        self.manifest = manifest
+        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+
+    @torch.inference_mode()
+    def probabilities(self, images: Iterable[Image.Image]) -> torch.Tensor:
+        """Returns the (B, C) float32 class probabilities of RGB images, on the CPU."""
+        device = next(self.backbone.parameters()).device
+        pixels = torch.stack([self.backbone.transform(image) for image in images]).to(device)
+        index = torch.arange(len(pixels), device=device)
+        if self.adapter.consumes == "features":
+            batch = Batch(labels=index, index=index, features=self.backbone.encode_image(pixels))
+        else:
+            batch = Batch(labels=index, index=index, images=pixels)
+        return self.adapter(batch).float().softmax(dim=1).cpu()
+
+    def predict(
+        self, images: Sequence[Path | str | bytes | Image.Image], *, batch_size: int = 64, progress: bool = False
+    ) -> list[Prediction]:
+        """Predicts images: the checkpoint's own transform, the decoding used in training.
+
+        Args:
+            images: paths, encoded bytes or PIL images.
+            batch_size: images per forward pass.
+            progress: show a progress bar (never where standard error is not a terminal).
+
+        Raises:
+            DataError: naming the first image that cannot be read.
+        """
+        window = self.manifest.get("window")
+        names = [str(i) if isinstance(image, bytes | Image.Image) else str(image) for i, image in enumerate(images)]
+        predictions: list[Prediction] = []
+        with tqdm(total=len(images), unit="image", disable=None if progress else True, leave=False) as bar:
+            for start in range(0, len(images), batch_size):
+                chunk = range(start, min(start + batch_size, len(images)))
+                decoded = [_as_rgb(images[i], names[i], tuple(window) if window else None) for i in chunk]
+                for i, row in zip(chunk, self.probabilities(decoded), strict=True):
+                    predictions.append(self._prediction(names[i], row))
+                bar.update(len(chunk))
+        return predictions
+
+    def _prediction(self, source: str, row: torch.Tensor) -> Prediction:
+        order = row.argsort(descending=True, stable=True).tolist()
+        ranked = {self.class_names[i]: float(row[i]) for i in order}
+        return Prediction(source, self.class_names[order[0]], float(row[order[0]]), ranked)
+
+
+def _as_rgb(image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None) -> Image.Image:
+    if isinstance(image, Image.Image):
+        # A picture in memory takes the same way as a file, so that serving and training cannot differ.
+        buffer = io.BytesIO()
+        image.save(buffer, format="TIFF" if image.mode in ("F", "I", "CMYK") else "PNG", exif=image.getexif())
+        image = buffer.getvalue()
+    return decode_image(image if isinstance(image, bytes) else Path(image), row=name, window=window)

@@ -1,0 +1,249 @@
+"""Data cards: a Hugging Face dataset card (YAML front matter and prose) with one validated `adaptclip:` block.
+
+The block says where the images are, which column means what, which words go into the prompt, which groups are reported
+and which gates decide. A bare image folder is a card too: one is made up for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from adaptclip.data.card_block import PARTS, SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
+from adaptclip.errors import CardError, did_you_mean
+from adaptclip.storage import digest
+from adaptclip.types import GateRule
+
+_log = logging.getLogger(__name__)
+
+FOLDER_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+"""Sub-folder names (lower case) that mean a part when an image folder is split already."""
+
+MADE_UP_FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
+"""Shares of the images in the split that is made for a folder without one."""
+
+
+class Card(CardBlock):
+    """A loaded data card: the block's fields, and where they come from.
+
+    Attributes:
+        name: file name without ending, or the folder's name.
+        path: the card's file; None when it was made up for a folder.
+        front_matter: the whole YAML head, with the hub's own fields (license, pretty_name, ...).
+        prose: the Markdown below the head.
+        digest: SHA-256 of the validated block; prose and licence do not change it.
+    """
+
+    name: str
+    path: Path | None = None
+    front_matter: dict[str, Any] = Field(default_factory=dict)
+    prose: str = ""
+    digest: str
+
+    @property
+    def is_made_up(self) -> bool:
+        """Whether this card was made for a bare image folder."""
+        return self.path is None
+
+
+def card_folders() -> tuple[Path, ...]:
+    """Returns the folders in which cards are looked up by name: the project's own, then `data_cards` where you are."""
+    candidates = [Path(__file__).resolve().parents[2] / "data_cards", Path.cwd() / "data_cards"]
+    return tuple(dict.fromkeys(folder.resolve() for folder in candidates if folder.is_dir()))
+
+
+def list_cards() -> list[str]:
+    """Returns the names of all cards in `card_folders()`, sorted."""
+    files = [path for folder in card_folders() for path in folder.glob("*.md")]
+    return sorted({path.stem for path in files} - {"README", "TEMPLATE"})
+
+
+def load_card(name_or_path: str | Path) -> Card:
+    """Loads a card by its name in `data_cards/`, from its file, or makes one up for an image folder.
+
+    Logs a warning for each known issue of the card, and when a card is made up.
+
+    Raises:
+        CardError: there is no such card, or it is not valid; the message names the key and what is allowed.
+    """
+    text = str(name_or_path)
+    path = Path(text).expanduser()
+    named = [folder / f"{text}.md" for folder in card_folders() if text in list_cards()]
+    found = next((file for file in named if file.is_file()), path)
+    if found.is_dir():
+        return _card_for_folder(found)
+    if not found.is_file():
+        raise CardError(
+            f"no data card {text!r}: neither a card's name, nor a card's file, nor a folder of images. "
+            f"{did_you_mean(text, list_cards())}"
+        )
+    card = parse_card(_read_text(found), name=found.stem, path=found)
+    for issue in card.known_issues:
+        _log.warning("card %s, known issue: %s", card.name, issue)
+    return card
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CardError(f"cannot read the card {path}: {error}; a card is a UTF-8 text file") from error
+
+
+def parse_card(text: str, *, name: str, path: Path | None = None) -> Card:
+    """Parses and validates the text of a card.
+
+    Args:
+        text: front matter between `---` lines, then prose.
+        name: the card's name.
+        path: its file, for messages and as the base of relative paths.
+
+    Raises:
+        CardError: the front matter is missing, is no YAML, or its `adaptclip:` block is not valid.
+    """
+    where = f"card {name}" + (f" ({path})" if path else "")
+    head, prose = _split_front_matter(text, where)
+    front_matter = _parse_yaml(head, where)
+    if not isinstance(front_matter.get("adaptclip"), dict):
+        raise CardError(
+            f"{where}: the front matter has no `adaptclip:` block; its keys are "
+            f"{', '.join(map(str, front_matter)) or 'none'}. See data_cards/TEMPLATE.md."
+        )
+    return _make_card(front_matter["adaptclip"], where, name=name, path=path, front_matter=front_matter, prose=prose)
+
+
+def _make_card(block: dict[str, Any], where: str, **about: Any) -> Card:
+    try:
+        valid = CardBlock.model_validate(block)
+    except ValidationError as error:
+        lines = "\n  ".join(_explain(detail) for detail in error.errors())
+        raise CardError(f"{where} is not valid:\n  {lines}") from error
+    dumped = json.dumps(valid.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    return Card(**dict(valid), **about, digest=digest(dumped))
+
+
+def _split_front_matter(text: str, where: str) -> tuple[str, str]:
+    lines = text.splitlines()
+    ends = [i for i, line in enumerate(lines) if line.rstrip() == "---"]
+    if len(ends) < 2 or any(line.strip() for line in lines[: ends[0]]):
+        raise CardError(f"{where}: needs YAML front matter between two lines of `---` at its top")
+    # Blank lines stand in for what precedes the YAML, so that its errors count lines as an editor does.
+    return "\n" * (ends[0] + 1) + "\n".join(lines[ends[0] + 1 : ends[1]]), "\n".join(lines[ends[1] + 1 :]).strip()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML parsers otherwise drop without a word."""
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # pyright: ignore[reportArgumentType]
+        if isinstance(key, Hashable) and key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _parse_yaml(head: str, where: str) -> dict[Any, Any]:
+    try:
+        value = yaml.load(head, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        own = isinstance(error, yaml.constructor.ConstructorError)
+        hint = "" if own else ". Text with a colon, bracket, star or quote needs quotes; indent with blanks, not tabs."
+        raise CardError(f"{where}: the front matter is not valid YAML{place}: {error.problem}{hint}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise CardError(f"{where}: the front matter is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise CardError(f"{where}: the front matter should be `key: value` lines, got {type(value).__name__}")
+    return value
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "splits": Splits,
+    "columns": Columns,
+    "augmentation": Augmentation,
+    "groups": GroupBins,
+    "gates": GateRule,
+}
+"""Key of the block -> model whose fields are allowed below it."""
+
+
+def _explain(detail: Any) -> str:
+    """Words one of pydantic's errors: the key, what is wrong, what is allowed."""
+    loc = [str(part) for part in detail["loc"]]
+    model: type[BaseModel] = _MODELS.get(loc[0], CardBlock) if loc[1:] else CardBlock
+    if loc[:1] == ["source"] and len(loc) > 1:
+        # pydantic puts the kind between `source` and the key; the card does not.
+        model = SOURCE_KINDS[loc.pop(1)]
+    key, got = ".".join(["adaptclip", *loc]), detail.get("input")
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key. {did_you_mean(loc[-1], model.model_fields)}"
+        case "missing":
+            return f"{key}: is missing. Keys here: {', '.join(model.model_fields)}."
+        case "union_tag_not_found":
+            return f"{key}.kind: is missing. Allowed: {', '.join(SOURCE_KINDS)}."
+        case "union_tag_invalid":
+            return f"{key}: {did_you_mean(str(got.get('kind')), SOURCE_KINDS)} Got kind {got.get('kind')!r}."
+        case "string_type":
+            quoted = f'; write it in quotes: "{got}"' if isinstance(got, bool | int | float) else ""
+            return f"{key}: expected text, got {got!r} ({type(got).__name__}){quoted}"
+        case _:
+            message = detail["msg"].removeprefix("Value error, ")
+            shown = "" if detail["type"] == "value_error" else f"; got {got!r}"
+            return f"{key}: {message}{shown}"
+
+
+def folder_splits(folder: Path) -> Splits:
+    """Returns how an image folder is split: by its own train/val/test folders, or else by MADE_UP_FRACTIONS.
+
+    Raises:
+        CardError: the folder has a training folder but no test folder, or two folders for one part.
+    """
+    below = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {part: [n for n in below if n.lower() in FOLDER_NAMES[part]] for part in PARTS}
+    for part, names in found.items():
+        if len(names) > 1:
+            raise CardError(f"{folder} has several {part} folders: {', '.join(names)}; keep one")
+    if not found["train"]:
+        return Splits(fractions=dict(MADE_UP_FRACTIONS))  # pyright: ignore[reportArgumentType]
+    if not found["test"]:
+        raise CardError(
+            f"{folder} has a folder {found['train'][0]!r} but none for the test images "
+            f"(one of {', '.join(FOLDER_NAMES['test'])}). Add one, or put the class folders directly under {folder} "
+            "and a split is made."
+        )
+    return Splits(**{part: names[0] for part, names in found.items() if names})  # pyright: ignore[reportArgumentType]
+
+
+def _card_for_folder(folder: Path) -> Card:
+    folder = folder.resolve()
+    splits = folder_splits(folder)
+    how = (
+        "by its own folders " + ", ".join(splits.names.values())
+        if splits.fractions is None
+        else f"made here from {splits.fractions}, stratified by class"
+    )
+    _log.warning("made up a card for the image folder %s: classes are its folders, split %s", folder, how)
+    block = {
+        "source": {"kind": "image_folder", "path": str(folder)},
+        "splits": splits.model_dump(exclude_none=True),
+    }
+    front_matter = {"pretty_name": folder.name, "adaptclip": block}
+    return _make_card(block, f"card for {folder}", name=folder.name, front_matter=front_matter)

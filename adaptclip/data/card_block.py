@@ -1,0 +1,289 @@
+"""What the `adaptclip:` block of a data card may say: pydantic models that allow no unknown key."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from adaptclip.errors import did_you_mean
+from adaptclip.types import GateRule
+
+PARTS = ("train", "validation", "test")
+"""The parts of a data set, in the order in which they are used."""
+
+ALLOWABLE = (
+    "duplicate_pictures",
+    "similar_pictures",
+    "shared_clusters",
+    "missing_classes",
+    "unreadable_images",
+    "empty_groups",
+)
+"""Names of the checks that a card may allow to fail; see `adaptclip.data.checks`."""
+
+
+def normalise_text(value: Any) -> Any:
+    """Returns text in Unicode form NFC without outer blanks, so that the same name from any file system is equal."""
+    return unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else value
+
+
+Name = Annotated[str, BeforeValidator(normalise_text), Field(min_length=1)]
+"""A class, column or split name."""
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class HubSource(BaseModel):
+    """A data set of the Hugging Face hub.
+
+    Attributes:
+        id: for example "timm/oxford-iiit-pet".
+        config: the configuration, where the data set has several.
+        revision: a commit (best, as it never changes), tag or branch.
+    """
+
+    model_config = _STRICT
+    kind: Literal["hub"]
+    id: str
+    config: str | None = None
+    revision: str | None = None
+
+
+class ParquetSource(BaseModel):
+    """Parquet (or Arrow) files with the encoded images in a column.
+
+    Attributes:
+        files: a glob, a list of globs, or split name -> glob(s); relative to the data root.
+    """
+
+    model_config = _STRICT
+    kind: Literal["parquet"]
+    files: str | tuple[str, ...] | dict[Name, str | tuple[str, ...]]
+
+
+class ImageFolderSource(BaseModel):
+    """A folder of class folders, or of split folders that hold class folders.
+
+    Attributes:
+        path: the folder, relative to the data root.
+    """
+
+    model_config = _STRICT
+    kind: Literal["image_folder"]
+    path: str
+
+
+class ManifestSource(BaseModel):
+    """CSV, TSV or JSONL tables with a column of image paths, relative to the folder of their own table.
+
+    Attributes:
+        files: a glob, a list of globs, or split name -> glob(s); relative to the data root.
+    """
+
+    model_config = _STRICT
+    kind: Literal["manifest"]
+    files: str | tuple[str, ...] | dict[Name, str | tuple[str, ...]]
+
+
+class EmbeddedSource(BaseModel):
+    """A data set that comes with the package.
+
+    Attributes:
+        name: a key of `adaptclip.data.embedded.EMBEDDED`.
+        options: keyword arguments of its function.
+    """
+
+    model_config = _STRICT
+    kind: Literal["embedded"]
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+Source = HubSource | ParquetSource | ImageFolderSource | ManifestSource | EmbeddedSource
+SOURCE_KINDS: dict[str, type[BaseModel]] = {
+    get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(Source)
+}
+
+
+class Splits(BaseModel):
+    """Which images play which part: named by the source, or drawn here by `fractions`.
+
+    Attributes:
+        train: the source's name of the training split.
+        validation: the source's name of the validation split, if any.
+        test: the source's name of the test split.
+        column: column that holds those names, where rows carry their split.
+        fractions: part -> share of the images (0 to 1, summing to 1) for a split made here: stratified by class, with
+            clusters and copies of a picture kept together, the same on every machine.
+        seed: seed of a split made here.
+    """
+
+    model_config = _STRICT
+    train: Name | None = None
+    validation: Name | None = None
+    test: Name | None = None
+    column: Name | None = None
+    fractions: dict[Literal["train", "validation", "test"], float] | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Splits:
+        named = [part for part in PARTS if getattr(self, part) is not None]
+        if self.fractions is not None:
+            if named or self.column:
+                raise ValueError(f"has both fractions and {', '.join(named) or 'column'}; give one or the other")
+            shares = self.fractions
+            if shares.get("train", 0) <= 0 or shares.get("test", 0) <= 0 or min(shares.values()) < 0:
+                raise ValueError(f"fractions need train and test above 0 and none below; got {shares}")
+            if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+                raise ValueError(f"fractions must sum to 1; got {sum(shares.values()):g} from {shares}")
+        elif named and not (self.train and self.test):
+            raise ValueError(f"needs both train and test; got only {', '.join(named)}")
+        elif len({getattr(self, part) for part in named}) < len(named):
+            raise ValueError("uses one source split for two parts; each part needs its own")
+        return self
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Part -> name in the source; the parts' own names where none are given."""
+        given = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
+        return given or dict(zip(PARTS, PARTS, strict=True))
+
+
+class Columns(BaseModel):
+    """Which column of the source means what.
+
+    Attributes:
+        image: encoded image (Parquet, hub) or its path (manifest).
+        label: class, as an integer id or as its name.
+        id: stable name of a row; by default the first 16 digits of the SHA-256 of the encoded image.
+        cluster: what must never be in two splits and is the unit of resampling (patient, lesion, site, video).
+        groups: name of a reported attribute -> column.
+        levels: name of a taxonomy level -> column, coarse to fine; each must be a function of the class.
+    """
+
+    model_config = _STRICT
+    image: Name = "image"
+    label: Name = "label"
+    id: Name | None = None
+    cluster: Name | None = None
+    groups: dict[Name, Name] = Field(default_factory=dict)
+    levels: dict[Name, Name] = Field(default_factory=dict)
+
+
+class Augmentation(BaseModel):
+    """Training crops.
+
+    Attributes:
+        scale: smallest and largest share of the image's area in a crop, each above 0 and at most 1.
+        horizontal_flip: whether half of the crops are mirrored; wrong where left and right matter.
+    """
+
+    model_config = _STRICT
+    scale: tuple[float, float] = (0.08, 1.0)
+    horizontal_flip: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Augmentation:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be [low, high] with 0 < low <= high <= 1; got {list(self.scale)}")
+        return self
+
+
+class GroupBins(BaseModel):
+    """Bins that turn a number (age, size) into a group.
+
+    Attributes:
+        bins: rising lower edges; bin i holds bins[i] <= value < bins[i + 1], the last has no upper edge.
+        labels: one name per bin; made from the edges when left out.
+    """
+
+    model_config = _STRICT
+    bins: tuple[float, ...] = Field(min_length=1)
+    labels: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> GroupBins:
+        if any(not math.isfinite(edge) for edge in self.bins) or list(self.bins) != sorted(set(self.bins)):
+            raise ValueError(f"bins must be rising numbers; got {list(self.bins)}")
+        if self.labels and len(self.labels) != len(self.bins):
+            raise ValueError(
+                f"has {len(self.labels)} labels for {len(self.bins)} bins; each lower edge needs one, "
+                "the last bin has no upper edge"
+            )
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels are not all different: {list(self.labels)}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per bin, for example ("0 to <40", "40 to <60", "60 and above")."""
+        if self.labels:
+            return self.labels
+        pairs = zip(self.bins, self.bins[1:], strict=False)
+        return (*(f"{low:g} to <{high:g}" for low, high in pairs), f"{self.bins[-1]:g} and above")
+
+
+class CardBlock(BaseModel):
+    """The `adaptclip:` block of a data card.
+
+    Attributes:
+        source: where the images are.
+        splits: which images play which part; None takes the source's own train, validation and test.
+        columns: which column means what.
+        class_names: names in the order of the label ids; None takes those of the source.
+        aliases: class name -> words used in the prompt instead.
+        templates: prompts with one `{}` for the class name.
+        augmentation: training crops.
+        groups: reported attribute -> bins, for numeric columns.
+        window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
+        allow: checks that may fail, by name (ALLOWABLE).
+        gates: conditions for release.
+        known_issues: sentences that are shown whenever the card is loaded.
+    """
+
+    model_config = _STRICT
+    source: Annotated[Source, Field(discriminator="kind")]
+    splits: Splits | None = None
+    columns: Columns = Columns()
+    class_names: tuple[Name, ...] | None = None
+    aliases: dict[Name, Name] = Field(default_factory=dict)
+    templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
+    augmentation: Augmentation = Augmentation()
+    groups: dict[Name, GroupBins] = Field(default_factory=dict)
+    window: tuple[float, float] | None = None
+    allow: tuple[str, ...] = ()
+    gates: tuple[GateRule, ...] = ()
+    known_issues: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> CardBlock:
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"templates need exactly one {{}} for the class name; got {template!r}")
+        for name in self.allow:
+            if name not in ALLOWABLE:
+                raise ValueError(f"allow has no check named {name!r}. {did_you_mean(name, ALLOWABLE)}")
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise ValueError(f"window must be [black, white] with black < white; got {list(self.window)}")
+        for name in self.aliases:
+            if self.class_names is not None and name not in self.class_names:
+                raise ValueError(f"aliases has no class {name!r}. {did_you_mean(name, self.class_names)}")
+        self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        # The groups of an embedded set are known only once it is made.
+        if isinstance(self.source, EmbeddedSource):
+            return
+        known = self.columns.groups
+        asked = {f"groups.{name}": name for name in self.groups}
+        asked |= {f"gates.{i}.group": rule.group for i, rule in enumerate(self.gates) if rule.group}
+        for place, name in asked.items():
+            if name not in known:
+                raise ValueError(
+                    f"{place} names a group that columns.groups lacks: {name!r}. {did_you_mean(name, known)}"
+                )

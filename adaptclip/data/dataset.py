@@ -1,0 +1,226 @@
+"""Images with their labels and attributes, decoded when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from PIL import Image
+
+from adaptclip.data.card import Card
+from adaptclip.data.decode import decode_image
+from adaptclip.errors import DataError
+from adaptclip.storage import digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+UNKNOWN = "unknown"
+"""The group of a row whose attribute is missing."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Returns the path of the file `name` relative to `folder`.
+
+    Raises:
+        DataError: it leaves the folder, be it by an absolute path, by `..` or by a link.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise DataError(f"the image path {name!r} leaves {folder}; a table may only name files below its own folder")
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    """Returns a file's bytes; raises DataError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class ImageStore(Protocol):
+    """Encoded images by row number. Reading never changes it, and it may be read from several threads."""
+
+    def read(self, row: int) -> bytes:
+        """Returns the encoded image; raises DataError when it cannot be read."""
+        ...
+
+    def where(self, row: int) -> str:
+        """Returns what to call the row in a message, so that a person can find the image."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """Encoded images held in memory, for small embedded sets."""
+
+    images: Sequence[bytes]
+    names: Sequence[str]
+
+    def read(self, row: int) -> bytes:
+        """Returns the encoded image."""
+        return self.images[row]
+
+    def where(self, row: int) -> str:
+        """Returns the row's name."""
+        return f"image {self.names[row]}"
+
+
+@dataclass(frozen=True)
+class FileStore:
+    """One file per image, read when asked for."""
+
+    paths: Sequence[Path]
+
+    def read(self, row: int) -> bytes:
+        """Returns the file's bytes; raises DataError when there is no such file."""
+        return read_file(self.paths[row])
+
+    def where(self, row: int) -> str:
+        """Returns the path."""
+        return str(self.paths[row])
+
+
+@dataclass(frozen=True)
+class ArrowStore:
+    """Images in memory-mapped Arrow files.
+
+    Attributes:
+        dataset: has a column of {bytes, path}, not decoded.
+        column: its name.
+        root: folder that paths must not leave; None trusts them (files that `datasets` itself downloaded).
+    """
+
+    dataset: Dataset
+    column: str
+    root: Path | None = None
+
+    def read(self, row: int) -> bytes:
+        """Returns the bytes in the table, or those of the file it names; raises DataError when there are neither."""
+        value = self.dataset[row][self.column] or {}
+        if value.get("bytes") is not None:
+            return value["bytes"]
+        if not value.get("path"):
+            raise DataError(f"column {self.column!r} is empty in this row")
+        return read_file(inside(self.root, value["path"]) if self.root else Path(value["path"]))
+
+    def where(self, row: int) -> str:
+        """Returns the row's number and the file name it came with."""
+        name = (self.dataset[row][self.column] or {}).get("path")
+        return f"row {row}" + (f" ({name})" if name else "")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Images of one part (train, validation or test) with their labels.
+
+    Attributes:
+        store: where the encoded images are.
+        rows: (N,) int64 rows of the store.
+        class_names: C names in the order of the label ids.
+        ids: N stable ids, all different over all parts.
+        labels: (N,) int64 class ids.
+        contents: N SHA-256 digests of the encoded bytes; the same picture file has the same digest in any data set.
+        clusters: N cluster ids, or None where each image is its own.
+        groups: attribute -> N values as text; UNKNOWN where missing.
+        levels: taxonomy level -> C coarse names, one per class; coarse to fine.
+        window: (black, white) values for images of more than 8 bits, see `decode_image`.
+    """
+
+    store: ImageStore
+    rows: np.ndarray
+    class_names: tuple[str, ...]
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    contents: tuple[str, ...]
+    clusters: tuple[str, ...] | None = None
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    window: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> bytes:
+        """Returns the encoded bytes of image `index` (0 to N - 1)."""
+        return self.store.read(int(self.rows[index]))
+
+    def where(self, index: int) -> str:
+        """Returns what to call image `index` in a message."""
+        return self.store.where(int(self.rows[index]))
+
+    def image(self, index: int) -> Image.Image:
+        """Decodes image `index` (0 to N - 1) to RGB, upright, at its own size.
+
+        Raises:
+            DataError: it cannot be read or decoded; the message names the row.
+        """
+        where = self.where(index)
+        try:
+            data = self.read(index)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return decode_image(data, row=where, window=self.window)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
+        """Returns the images at `indices` (0 to N - 1), in that order; class names and levels stay whole."""
+        chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            ids=tuple(self.ids[i] for i in chosen),
+            labels=self.labels[chosen],
+            contents=tuple(self.contents[i] for i in chosen),
+            clusters=None if self.clusters is None else tuple(self.clusters[i] for i in chosen),
+            groups={name: tuple(values[i] for i in chosen) for name, values in self.groups.items()},
+        )
+
+    def class_counts(self) -> np.ndarray:
+        """Returns (C,) int64 numbers of images per class."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over classes, ids, labels, image contents, clusters, groups and levels, in their order."""
+        parts: list[Sequence[str]] = [self.class_names, self.ids, list(map(str, self.labels)), self.contents]
+        parts.append([str(self.window), *("none" if self.clusters is None else self.clusters)])
+        parts += [[name, *values] for columns in (self.groups, self.levels) for name, values in columns.items()]
+        return digest(*(digest(part) for part in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class DomainData:
+    """A data card's images in their three parts.
+
+    Attributes:
+        card: the card they were opened with.
+        class_names: C names in the order of the label ids.
+        train: images to learn from.
+        validation: images to choose settings with; may be empty.
+        test: images that are judged once, after every choice is made.
+        skipped: sentences about rows that were left out.
+        notes: sentences about problems that were found and that the card allows.
+    """
+
+    card: Card
+    class_names: tuple[str, ...]
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, ImageDataset]:
+        """Part name -> images, in the order train, validation, test."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of the three parts."""
+        return digest([part.digest for part in self.parts.values()])

@@ -1,0 +1,215 @@
+"""Readers of tables of image paths, folders of images, and the sets that come with the package."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from adaptclip.data.card import Card, folder_splits
+from adaptclip.data.card_block import Columns, EmbeddedSource, ImageFolderSource, ManifestSource, normalise_text
+from adaptclip.data.dataset import FileStore, MemoryStore, inside
+from adaptclip.data.embedded import EMBEDDED
+from adaptclip.data.fingerprints import content_digest, file_stamp
+from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
+from adaptclip.errors import DataError, did_you_mean
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".jp2",
+        ".avif",
+        ".tga",
+        ".heic",
+        ".heif",
+    ]
+)
+"""Endings (lower case) of files in an image folder that are taken for images; the unreadable among them are reported."""
+
+
+def read_manifest(card: Card, data_root: Path | None) -> RawRows:
+    """Reads CSV, TSV or JSONL tables of image paths; see `RawRows`.
+
+    Raises:
+        DataError: a table is missing or damaged, or a path in it leaves the table's folder.
+    """
+    assert isinstance(card.source, ManifestSource)
+    wanted, image = wanted_columns(card), card.columns.image
+    values: dict[str, list[Any]] = {name: [] for name in wanted}
+    paths: list[Path] = []
+    splits: list[str] = []
+    found = find_files(card, card.source.files, data_root)
+    for split, tables in found.items():
+        for table in tables:
+            for line, row in _read_table(table):
+                check_columns([image, *wanted], list(row), f"{table}, line {line},")
+                name = row[image]
+                if not isinstance(name, str) or not name.strip():
+                    raise DataError(f"{table}, line {line}: the column {image!r} should hold a path, got {name!r}")
+                paths.append(inside(table.parent, name.strip()))
+                splits.append(split or "")
+                for column in wanted:
+                    values[column].append(row[column])
+    return RawRows(
+        store=FileStore(tuple(paths)),
+        stamps=[file_stamp(path) for path in paths],
+        values=values,
+        columns=card.columns,
+        origin=str(base_folder(card, data_root).resolve()),
+        splits=None if None in found else splits,
+    )
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, cells) of a CSV, TSV or JSONL file; CSV cells stay text, so that "007" stays "007"."""
+    kinds = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
+    if path.suffix.lower() not in kinds:
+        raise DataError(f"{path}: a manifest must end in {', '.join(kinds)}")
+    try:
+        yield from kinds[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        # Spreadsheets of many countries separate by semicolons.
+        reader = csv.DictReader(file, delimiter=max(",;\t", key=head.count), restkey="", strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        for row in reader:
+            if "" in row or None in row.values():
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {'more' if '' in row else 'fewer'} cells than the "
+                    f"{len(reader.fieldnames)} columns of the first line; text with the separator in it needs quotes"
+                )
+            yield reader.line_num, row
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise DataError(f"{path}, line {line}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {line}: expected an object {{...}}, got {type(row).__name__}")
+            yield line, row
+
+
+def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
+    """Reads class folders, or split folders of class folders; hidden files and other kinds of file are passed over.
+
+    Raises:
+        DataError: there is no such folder, or no class folder in it.
+    """
+    assert isinstance(card.source, ImageFolderSource)
+    folder = base_folder(card, data_root) / card.source.path
+    if not folder.is_dir():
+        raise DataError(f"card {card.name}: {folder} is not a folder. Point `--data-root` at the folder that holds it")
+    rule = card.splits or folder_splits(folder)
+    starts = {"": folder} if rule.fractions else {name: folder / name for name in rule.names.values()}
+    if card.splits is None or rule.validation is None:
+        starts = {name: start for name, start in starts.items() if start.is_dir()}
+    paths, labels, splits = [], [], []
+    classes: set[str] = set()
+    for split, start in starts.items():
+        for name, class_folder in _class_folders(start).items():
+            classes.add(name)
+            files = _images_below(class_folder)
+            paths += files
+            labels += [name] * len(files)
+            splits += [split] * len(files)
+    columns = Columns(image="image", label="label")
+    if card.columns != columns:
+        raise DataError(
+            f"card {card.name}: an image folder has no columns but its folders' names; leave `columns:` out, or list the "
+            "images in a table and use `source: {kind: manifest, ...}`"
+        )
+    return RawRows(
+        store=FileStore(tuple(paths)),
+        stamps=[file_stamp(path) for path in paths],
+        values={"label": labels},
+        columns=columns,
+        origin=str(folder.resolve()),
+        class_names=tuple(sorted(classes)),
+        splits=None if rule.fractions else splits,
+        split_rule=rule,
+    )
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Returns class name (Unicode form NFC) -> folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; the card takes it for a split of class folders")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.name.startswith((".", "__MACOSX")):
+            continue
+        name = normalise_text(path.name)
+        if name in found:
+            raise DataError(f"{folder} has two folders that read {name!r} in different Unicode forms; merge them")
+        found[name] = path
+    if not found:
+        raise DataError(f"{folder} has no class folders: put the images of each class into a folder with its name")
+    return found
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return sorted(shown, key=lambda p: normalise_text(p.relative_to(folder).as_posix()))
+
+
+def read_embedded(card: Card, data_root: Path | None) -> RawRows:
+    """Makes a set that comes with the package; its groups are all reported unless the card names some.
+
+    Raises:
+        DataError: there is no such set, or it has no such option.
+    """
+    assert isinstance(card.source, EmbeddedSource)
+    name, options = card.source.name, card.source.options
+    if name not in EMBEDDED:
+        raise DataError(f"card {card.name}: no embedded set {name!r}. {did_you_mean(name, EMBEDDED)}")
+    allowed = inspect.signature(EMBEDDED[name]).parameters
+    for option in options:
+        if option not in allowed:
+            raise DataError(f"card {card.name}: {name} has no option {option!r}. {did_you_mean(option, allowed)}")
+    made = EMBEDDED[name](**options)
+    reported = card.columns.groups or {group: group for group in made.groups}
+    check_columns(list(reported.values()), list(made.groups), f"the embedded set {name}")
+    values: dict[str, Any] = {"label": made.labels, "id": made.ids, "cluster": made.clusters}
+    return RawRows(
+        store=MemoryStore(made.images, made.ids),
+        stamps=[content_digest(image) for image in made.images],
+        values=values | {f"group:{group}": cells for group, cells in made.groups.items()},
+        columns=Columns(
+            id="id",
+            cluster=None if made.clusters is None else "cluster",
+            groups={group: f"group:{column}" for group, column in reported.items()},
+        ),
+        origin="embedded",
+        class_names=made.class_names,
+        splits=made.splits,
+        class_levels=made.levels,
+    )

@@ -1,0 +1,305 @@
+"""`adaptclip card new`: looks at a folder of images or a table of image paths, and writes a card to fill in."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptclip.data.card import FOLDER_NAMES, Card, folder_splits, parse_card
+from adaptclip.data.card_block import PARTS
+from adaptclip.data.columns import as_text, is_missing
+from adaptclip.data.file_rows import IMAGE_SUFFIXES, read_image_folder, read_manifest
+from adaptclip.errors import CardError, did_you_mean
+from adaptclip.storage import write_text
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
+"""Endings of files that are taken for a manifest; a folder with one of them is read through it."""
+
+COLUMN_NAMES = {
+    "image": ("image", "file", "filename", "file_name", "path", "image_path", "filepath", "img"),
+    "label": ("label", "class", "class_name", "label_name", "category", "species", "diagnosis", "target", "y"),
+    "split": ("split", "subset", "partition", "fold"),
+    "id": ("id", "image_id", "record", "record_id", "uuid"),
+    "cluster": ("cluster", "patient", "patient_id", "subject", "subject_id", "lesion_id", "group_id", "collector"),
+}
+"""What a column is taken for by its name (lower case), the likeliest name first."""
+
+MAX_GROUPS = 12
+"""A column with more different values than this is not proposed as a reported group."""
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a folder holds: lines of YAML for the card, and the labels for its comments."""
+
+    source: list[str]
+    splits: list[str]
+    columns: list[str]
+    labels: Sequence[Any]
+
+
+def new_card(folder: Path, out: Path) -> Path:
+    """Writes a commented card for a folder, with what can be found out filled in.
+
+    A folder with a CSV, TSV or JSONL table at its top is read through the table; any other by its class folders.
+
+    Args:
+        folder: class folders, split folders of class folders, or images with a table of their paths.
+        out: the card to write; its paths are made relative to its own folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CardError: the folder is missing or holds no images, its table has no column of images or labels, or `out` exists.
+        DataError: the table or a path in it cannot be used.
+        StorageError: `out` cannot be written.
+    """
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    if not folder.is_dir():
+        raise CardError(f"{folder} is not a folder; give the one that holds the images, or the table of their paths")
+    if out.suffix != ".md":
+        raise CardError(f"a card is a Markdown file: {out} should end in .md")
+    if out.exists():
+        raise CardError(f"{out} exists already and may hold your work; choose another name, or remove it yourself")
+    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
+    base = out.resolve().parent
+    found = _of_tables(folder, tables, base) if tables else _of_folder(folder, base)
+    text = _card_text(folder.resolve().name, found)
+    parse_card(text, name=out.stem, path=out)  # a card that adaptclip itself refuses must never be written
+    write_text(out, text)
+    return out
+
+
+def _relative(path: Path, base: Path) -> str:
+    """The path as a card should name it: relative to the card's folder where it lies below, else in full."""
+    path = path.resolve()
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _of_folder(folder: Path, base: Path) -> _Findings:
+    if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.rglob("*") if p.is_file()):
+        raise CardError(
+            f"{folder} holds no image and no table of image paths. Put the images of each class into a folder with the "
+            f"class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and one of classes"
+        )
+    splits = folder_splits(folder)
+    source = {"kind": "image_folder", "path": str(folder.resolve())}
+    rows = read_image_folder(_provisional({"source": source, "splits": splits.model_dump(exclude_none=True)}), None)
+    return _Findings(
+        source=["kind: image_folder", f"path: {_quoted(_relative(folder, base))}"],
+        splits=_drawn_lines(splits.fractions)
+        if splits.fractions
+        else [f"{part}: {_quoted(name)}" for part, name in splits.names.items()],
+        columns=[],
+        labels=rows.values["label"],
+    )
+
+
+def _provisional(block: Mapping[str, Any]) -> Card:
+    """A card that is only read with, so that what is found is what the card's own reader will find."""
+    return parse_card(f"---\n{json.dumps({'adaptclip': block}, ensure_ascii=False)}\n---\n", name="new")
+
+
+def _drawn_lines(shares: Mapping[Any, float]) -> list[str]:
+    return [
+        "# No division was found, so one is drawn: stratified by class, clusters and copies kept together.",
+        "fractions: {" + ", ".join(f"{part}: {share:g}" for part, share in shares.items()) + "}",
+        "seed: 0",
+    ]
+
+
+def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
+    by_part = {part: [t for t in tables if t.stem.lower() in FOLDER_NAMES[part]] for part in PARTS}
+    named = {part: found[0] for part, found in by_part.items() if len(found) == 1}
+    if not {"train", "test"} <= set(named):
+        named = {}
+    if len(tables) > 1 and len(named) < len(tables):
+        raise CardError(
+            f"{folder} holds {len(tables)} tables ({', '.join(t.name for t in tables[:5])}); keep one, or name them "
+            "after their parts (train, validation, test)"
+        )
+    header = _header(tables[0])
+    roles = _roles(header, tables[0])
+    files = {part: _relative(table, base) for part, table in named.items()} or _relative(tables[0], base)
+    values = _values(files, roles, header, base)
+    if not values:
+        raise CardError(f"{tables[0]} lists no image: it has a header, {', '.join(header)}, but no rows")
+    shown = "{" + ", ".join(f"{k}: {_quoted(v)}" for k, v in files.items()) + "}" if named else _quoted(str(files))
+    return _Findings(
+        source=["kind: manifest", f"files: {shown}"],
+        splits=[f"{part}: {part}" for part in named] or _table_splits(roles, values),
+        columns=_column_lines(roles, values),
+        labels=values[roles["label"]],
+    )
+
+
+def _header(table: Path) -> list[str]:
+    with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = file.readline()
+    if table.suffix.lower() in (".csv", ".tsv"):
+        delimiter = max(",;\t", key=first.count)
+        return [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    try:
+        return list(json.loads(first))
+    except (ValueError, TypeError) as error:
+        raise CardError(f"the first line of {table} is no JSON object: {error}") from error
+
+
+def _roles(header: list[str], table: Path) -> dict[str, str]:
+    """Role -> column, by the columns' names."""
+    by_lower = {name.lower(): name for name in reversed(header)}
+    roles = {
+        role: by_lower[next(name for name in names if name in by_lower)]
+        for role, names in COLUMN_NAMES.items()
+        if any(name in by_lower for name in names)
+    }
+    for role in ("image", "label"):
+        if role not in roles:
+            raise CardError(
+                f"{table} has no column that looks like the {'image paths' if role == 'image' else 'classes'}: its "
+                f"columns are {', '.join(header) or 'none'}. Call it {role!r}. {did_you_mean(role, COLUMN_NAMES[role])}"
+            )
+    return roles
+
+
+def _values(files: Any, roles: Mapping[str, str], header: list[str], base: Path) -> Mapping[str, Sequence[Any]]:
+    """Reads all columns with the reader that will read them later; {} when there are no rows."""
+    block = {
+        "source": {"kind": "manifest", "files": files},
+        "columns": {
+            "image": roles["image"],
+            "label": roles["label"],
+            "groups": {name: name for name in header if name and name not in (roles["image"], roles["label"])},
+        },
+    }
+    rows = read_manifest(_provisional(block), base)
+    return rows.values if len(rows) else {}
+
+
+def _table_splits(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
+    found = Counter(as_text(v) for v in values[roles["split"]] if not is_missing(v)) if "split" in roles else Counter()
+    parts = {part: name for name in sorted(found) for part in PARTS if name.lower() in FOLDER_NAMES[part]}
+    if not {"train", "test"} <= set(parts):
+        return _drawn_lines({"train": 0.6, "validation": 0.1, "test": 0.3})
+    lines = [f"column: {_quoted(roles['split'])}"]
+    return lines + [f"{part}: {_quoted(parts[part])}  # {found[parts[part]]} images" for part in PARTS if part in parts]
+
+
+def _column_lines(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
+    lines = [f"image: {_quoted(roles['image'])}", f"label: {_quoted(roles['label'])}"]
+    ids = values.get(roles.get("id", ""), ())
+    if ids and len(set(map(str, ids))) == len(ids) and not any(map(is_missing, ids)):
+        lines.append(f"id: {_quoted(roles['id'])}")
+    if "cluster" in roles:
+        number = len(set(map(str, values[roles["cluster"]])))
+        lines.append(f"cluster: {_quoted(roles['cluster'])}  # {number} of them, none in two parts")
+    else:
+        lines.append("# cluster: patient  # a column of what must never be in two parts, if the table has one")
+    groups, levels = [], []
+    for name, cells in values.items():
+        if name in roles.values():
+            continue
+        counts = Counter("unknown" if is_missing(cell) else as_text(cell) for cell in cells)
+        shown = ", ".join(f"{value}: {count}" for value, count in counts.most_common(MAX_GROUPS))
+        if 2 <= len(counts) <= MAX_GROUPS:
+            groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {shown}")
+        if len(counts) > 1 and _is_function_of(cells, values[roles["label"]]):
+            levels.append(f"#   {_quoted(name)}: {_quoted(name)}  # {len(counts)} names, each class has one")
+    if groups:
+        lines += ["# Uncomment what shall be reported group by group:", "# groups:", *groups]
+    if levels:
+        lines += ["# Uncomment what is a level of a taxonomy, coarse to fine:", "# levels:", *levels]
+    return lines
+
+
+def _is_function_of(cells: Sequence[Any], labels: Sequence[Any]) -> bool:
+    pairs = {(str(label), str(cell)) for cell, label in zip(cells, labels, strict=True)}
+    classes = {label for label, _ in pairs}
+    return len(pairs) == len(classes) and len({cell for _, cell in pairs}) < len(classes)
+
+
+def _card_text(name: str, found: _Findings) -> str:
+    counts = Counter(as_text(label) for label in found.labels)
+    smallest = min(counts, key=lambda label: counts[label])
+    classes = sorted(counts)
+    indent = "\n    ".join
+    aliases = "\n".join(f"  #   {_quoted(label)}: {_quoted(_words(label))}" for label in classes[:20])
+    more = "" if len(classes) <= 20 else f"\n  #   # and {len(classes) - 20} more"
+    columns = f"  columns:\n    {indent(found.columns)}\n" if found.columns else ""
+    names = ""
+    if found.columns and all(label.isdecimal() for label in classes):
+        numbers = ", ".join(_quoted(f"class {i}") for i in range(max(map(int, classes)) + 1))
+        names = (
+            "  # The labels are numbers: put the words that CLIP shall read here, in the order of the numbers.\n"
+            f"  class_names: [{numbers}]\n"
+        )
+    return f"""---
+# Written by `adaptclip card new`. Every key is explained in data_cards/README.md of adaptclip.
+license: unknown                  # fill in: an identifier of the Hugging Face hub, such as cc-by-4.0 or other
+pretty_name: {_quoted(name)}
+task_categories: [image-classification]
+
+adaptclip:
+  source:
+    {indent(found.source)}
+  splits:
+    {indent(found.splits)}
+{columns}{names}  # Words for the prompt, where a class's name is a code, Latin or an abbreviation:
+  # aliases:
+{aliases}{more}
+  # Say what the images are; for example "a photo of a {{}}, a type of flower.", or "an x-ray image of {{}}."
+  templates:
+    - "a photo of a {{}}."
+  augmentation:
+    scale: [0.08, 1.0]            # raise 0.08 where a detail decides
+    horizontal_flip: true         # false for text, digits, and what has a left and a right
+  # Conditions for release; set them before you look at results.
+  gates:
+    - {{metric: accuracy, no_worse_than: zero_shot}}
+    # - {{metric: accuracy, at_least: 0.8}}
+    # - {{metric: accuracy, group: site, at_least: 0.7}}
+  known_issues: []
+---
+# {name}
+
+{len(found.labels):,} images of {len(counts)} classes; the smallest class, {smallest}, has {counts[smallest]}.
+
+## Motivation
+
+Fill in: why the set was made, and which question a model shall answer.
+
+## Collection
+
+Fill in: who took the images, when, where and with what; how labels were given and checked.
+
+## How groups and levels were made
+
+Fill in: who assigned each group and by which rule; how many images lack it.
+
+## Known issues
+
+Fill in, and repeat the important ones under `known_issues:` above, where they are shown at every use.
+
+## Uses to avoid
+
+Fill in: what the set cannot answer.
+
+## Licence
+
+Fill in: the terms, where the images can be had, and whom to cite.
+"""
+
+
+def _words(label: str) -> str:
+    """A class's name as a person would write it, as a first proposal."""
+    return " ".join(label.replace("_", " ").replace("-", " ").split()).lower()

@@ -1,0 +1,170 @@
+"""From a data card to images in train, validation and test: `open_data`."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from adaptclip.data.arrow_rows import read_hub, read_parquet_files
+from adaptclip.data.card import Card
+from adaptclip.data.card_block import PARTS, Splits
+from adaptclip.data.checks import check_data
+from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
+from adaptclip.data.dataset import DomainData, ImageDataset
+from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
+from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
+from adaptclip.data.rows import RawRows
+from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
+from adaptclip.errors import DataError, SplitError
+from adaptclip.storage import digest
+
+_log = logging.getLogger(__name__)
+
+READERS: dict[str, Callable[[Card, Path | None], RawRows]] = {
+    "hub": read_hub,
+    "parquet": read_parquet_files,
+    "image_folder": read_image_folder,
+    "manifest": read_manifest,
+    "embedded": read_embedded,
+}
+"""Kind of source -> its reader."""
+
+MAX_UNIT_SHARE = 0.5
+"""Largest share of all images that may hang together as copies or look-alikes when a split is drawn."""
+
+
+def open_data(
+    card: Card,
+    *,
+    data_root: Path | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    check: bool = True,
+) -> DomainData:
+    """Opens the images of a card, divides them into parts and checks them.
+
+    Digests and picture hashes are kept under `cache_root()`, so that only the first call reads every image.
+
+    Args:
+        card: a loaded card.
+        data_root: folder that the card's paths are relative to; by default the card's own folder. For a hub card: the
+            folder that holds a local copy.
+        on_bad_image: whether an unreadable image is an error, or is left out and listed in `DomainData.skipped`.
+        check: whether to look for leaks, missing classes and unreadable images (see `adaptclip.data.checks`).
+
+    Raises:
+        DataError: files, columns, labels or images are missing or not usable.
+        SplitError: the parts leak, lack classes or cannot be made.
+    """
+    raw = READERS[card.source.kind](card, Path(data_root) if data_root is not None else None)
+    if not len(raw):
+        raise DataError(f"card {card.name}: there is not a single image at its source; see `source:` in the card")
+    kept = digest(card.source.model_dump_json(), raw.origin)[:24]
+    contents = content_digests(raw.store.read, raw.stamps, store=kept)
+    rule = card.splits or raw.split_rule
+    skip = on_bad_image == "skip" or "unreadable_images" in card.allow
+    found: dict[str, Picture] = {}
+    skipped: list[str] = []
+    images = _all_images(card, raw, contents)
+    if check or skip or (rule and rule.fractions):
+        seen = pictures(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
+        found = dict(zip(contents, seen, strict=True))
+        good, skipped = _usable(card, seen, skip=skip, demand=check)
+        images = images.select(good)
+    parts = _parts(card, raw, rule, images, found)
+    unused = Counter(
+        _split_names(raw, rule)[row] for row, part in zip(images.rows, parts, strict=True) if part == UNUSED
+    )
+    skipped += [f"{count} images of the split {name!r} are not used" for name, count in unused.items()]
+    for sentence in skipped:
+        _log.warning("card %s: %s", card.name, sentence)
+    chosen = {part: images.select([i for i, p in enumerate(parts) if p == part]) for part in PARTS}
+    data = DomainData(card=card, class_names=images.class_names, skipped=tuple(skipped), **chosen)
+    return replace(data, notes=tuple(check_data(data, found=found))) if check else data
+
+
+def _usable(card: Card, seen: Sequence[Picture], *, skip: bool, demand: bool) -> tuple[np.ndarray, list[str]]:
+    """Returns the rows to use, and sentences about those that cannot be decoded."""
+    bad = [picture.problem for picture in seen if picture.problem]
+    if bad and not skip and demand:
+        shown = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise DataError(
+            f"card {card.name}: {len(bad)} of {len(seen)} images cannot be used:\n  {shown}\n"
+            "Mend or remove them, or leave such images out with `--on-bad-image skip`."
+        )
+    if not skip:
+        return np.arange(len(seen)), []
+    if len(bad) == len(seen):
+        raise DataError(f"card {card.name}: none of the {len(seen)} images can be used; the first: {bad[0]}")
+    return np.flatnonzero([not picture.problem for picture in seen]), [f"left out {problem}" for problem in bad]
+
+
+def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDataset:
+    """Returns all rows as one data set, so that class ids and row ids are the same for all parts."""
+    columns, values = raw.columns, raw.values
+    labels, names = resolve_labels(
+        values[columns.label], card_names=card.class_names, source_names=raw.class_names, where=raw.store.where
+    )
+    levels = {
+        level: level_values(values[column], labels, names, name=level) for level, column in columns.levels.items()
+    }
+    groups = {
+        group: group_values(values[column], card.groups.get(group), name=group)
+        for group, column in columns.groups.items()
+    }
+    return ImageDataset(
+        store=raw.store,
+        rows=np.arange(len(raw)),
+        class_names=names,
+        ids=row_ids(values[columns.id] if columns.id else None, contents),
+        labels=labels,
+        contents=contents,
+        clusters=_clusters(values[columns.cluster], contents) if columns.cluster else None,
+        groups=groups,
+        levels=levels or raw.class_levels,
+        window=card.window,
+    )
+
+
+def _clusters(cells: Sequence[Any], contents: Sequence[str]) -> tuple[str, ...]:
+    """Returns cluster ids; an image without one is a cluster of its own, together with its exact copies."""
+    return tuple(
+        f"alone:{content[:16]}" if is_missing(cell) else as_text(cell)
+        for cell, content in zip(cells, contents, strict=True)
+    )
+
+
+def _split_names(raw: RawRows, rule: Splits | None) -> Sequence[str]:
+    if rule and rule.column:
+        return ["" if is_missing(cell) else as_text(cell) for cell in raw.values[rule.column]]
+    return raw.splits or [""] * len(raw)
+
+
+def _parts(
+    card: Card, raw: RawRows, rule: Splits | None, images: ImageDataset, found: dict[str, Picture]
+) -> tuple[str, ...]:
+    if rule is None or rule.fractions is None:
+        if raw.splits is None and not (rule and rule.column):
+            raise SplitError(
+                f"card {card.name}: nothing says which images are for training and which for the test. Name a column "
+                "(`splits: {column: split}`), give `files` per split, or let a split be made: "
+                "`splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
+            )
+        names = _split_names(raw, rule)
+        return named_parts(rule, [names[row] for row in images.rows])
+    keys = [images.contents] if images.clusters is None else [images.contents, images.clusters]
+    alike = [] if "similar_pictures" in card.allow else similar_pairs([found[content] for content in images.contents])
+    unit_of_row = units(len(images), keys=keys, pairs=alike)
+    largest = int(np.bincount(unit_of_row).max())
+    if largest > MAX_UNIT_SHARE * len(images):
+        raise SplitError(
+            f"card {card.name}: {largest} of {len(images)} images hang together by clusters, copies or look-alikes, so no "
+            "split can be drawn. Check the cluster column; where all pictures look alike by nature, the card can say "
+            "`allow: [similar_pictures]`"
+        )
+    return drawn_parts(rule, images.labels, images.contents, unit_of_row)

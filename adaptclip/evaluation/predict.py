@@ -1,0 +1,110 @@
+"""From an adapter and cached features to one row of probabilities per image, on one or several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adaptclip.errors import DataError
+from adaptclip.types import Batch, Features, Predictions
+
+if TYPE_CHECKING:
+    from adaptclip.data.dataset import ImageDataset
+
+
+def predict(
+    adapter: nn.Module,
+    features: Features,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 1024,
+    accelerator: Accelerator | None = None,
+) -> Predictions:
+    """Judges every image of a split; every process returns the same complete predictions.
+
+    Args:
+        adapter: maps a Batch of features to logits (B, C). Its modules are put in evaluation mode and back.
+        features: (1, N, D) of the split, evaluation transform.
+        dataset: the same rows: ids, labels, class names, and where there are any groups, clusters and levels.
+        batch_size: images per forward pass and process.
+        accelerator: gathers over processes; None judges everything here.
+
+    Returns:
+        N rows in the order of the data set, probabilities in float32.
+
+    Raises:
+        DataError: there are no images, the features are of other rows, or probabilities are not finite.
+    """
+    _check(features, dataset, batch_size)
+    num_images = len(features)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    # Every process judges equally many rows, so that collective operations inside the adapter stay in step; the rows
+    # past the end repeat the last one and are cut off after gathering.
+    share = -(-num_images // world)
+    rows = (torch.arange(share) + rank * share).clamp(max=num_images - 1)
+    device = accelerator.device if accelerator else _device(adapter)
+    show = None if rank == 0 else True
+    with evaluation_mode(adapter), torch.no_grad():
+        batches = tqdm(rows.split(batch_size), desc="predict", unit="batch", disable=show, leave=False)
+        parts = [_probabilities(adapter, features, index, device) for index in batches]
+    probs = torch.cat(parts)
+    if accelerator is not None:
+        probs = accelerator.gather(probs)
+    assert isinstance(probs, Tensor)
+    return Predictions(
+        ids=features.ids,
+        labels=np.asarray(dataset.labels, dtype=np.int64),
+        probs=probs[:num_images].cpu().numpy(),
+        class_names=tuple(dataset.class_names),
+        groups=dict(dataset.groups),
+        clusters=dataset.clusters,
+        levels=dict(dataset.levels),
+    )
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts every submodule in evaluation mode, and each one back in its own mode afterwards.
+
+    `module.train()` afterwards would also wake up the frozen towers inside the adapter.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _probabilities(adapter: nn.Module, features: Features, index: Tensor, device: torch.device) -> Tensor:
+    batch = Batch(labels=features.labels[index], index=index, features=features.values[0, index])
+    # Half-precision logits lose digits in the softmax: rows would no longer sum to 1.
+    return adapter(batch.to(device)).float().softmax(dim=-1)
+
+
+def _device(adapter: nn.Module) -> torch.device:
+    return next((p.device for p in adapter.parameters()), torch.device("cpu"))
+
+
+def _check(features: Features, dataset: ImageDataset, batch_size: int) -> None:
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, got {batch_size}")
+    if len(features) == 0:
+        raise DataError("there are no images to predict: the split is empty")
+    if len(features.values) != 1:
+        raise DataError(
+            f"predictions use the evaluation transform, one view per image; got {len(features.values)} augmented views"
+        )
+    if features.ids != tuple(dataset.ids):
+        raise DataError(
+            f"features ({len(features)} rows) and data set ({len(dataset.ids)} rows) are not of the same images in "
+            "the same order; extract the features of this split"
+        )

@@ -1,0 +1,101 @@
+"""The report of a run: overall, per class and per group, each number with its n and an interval or a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from adaptclip.errors import DataError, did_you_mean
+from adaptclip.evaluation.estimates import align, measure
+from adaptclip.evaluation.metrics import absent_classes
+from adaptclip.reports.bias import comparison, group_table, number
+from adaptclip.types import METRICS, Predictions
+
+FORMAT_VERSION = 1
+
+MIN_CLASS_IMAGES = 10
+"""A class with fewer test images is marked insufficient."""
+
+
+def build_report(
+    predictions: Predictions,
+    baseline: Predictions | None = None,
+    *,
+    groups: Sequence[str] | None = None,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Assesses predictions, alone or against zero-shot predictions of the same images.
+
+    Args:
+        predictions: the judged (adapted) model.
+        baseline: zero-shot predictions of the same images in any order, or None.
+        groups: attributes to report; None reports all there are.
+        confidence: level of all two-sided intervals, between 0.5 and 1.
+        draws: bootstrap draws, at least 1,000.
+        seed: of the bootstrap; the same predictions and seed give the same report.
+
+    Returns:
+        JSON-able dict. A number is {"value", "low", "high", "n", "method", "note"}; a comparison is {"model",
+        "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
+        "num_clusters", "absent_classes", "overall" (metric -> comparison), "per_class" (list), "groups"
+        (attribute -> table of `group_table`), "cautions" (list of sentences).
+
+    Raises:
+        DataError: no images, an unknown attribute, or a baseline of other images.
+    """
+    if len(predictions) == 0:
+        raise DataError("there is nothing to report: the predictions have no rows")
+    if not 0.5 <= confidence < 1:
+        raise DataError(f"confidence must lie within 0.5 and 1 (0.95 is usual), got {confidence}")
+    attributes = list(predictions.groups) if groups is None else list(groups)
+    for name in attributes:
+        if name not in predictions.groups:
+            raise DataError(f"unknown group attribute {name!r}. {did_you_mean(name, predictions.groups)}")
+    base = None if baseline is None else align(predictions, baseline)
+    overall = measure(predictions, base, metrics=METRICS, draws=draws, seed=seed)
+    absent = absent_classes(predictions.labels, len(predictions.class_names))
+    clusters = None if predictions.clusters is None else len(set(predictions.clusters))
+    settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
+    return {
+        "format_version": FORMAT_VERSION,
+        "confidence": confidence,
+        "num_images": len(predictions),
+        "num_classes": len(predictions.class_names),
+        "num_clusters": clusters,
+        "absent_classes": [predictions.class_names[i] for i in absent],
+        "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
+        "per_class": _class_rows(predictions, confidence, draws, seed),
+        "groups": {name: group_table(predictions, base, name, **settings) for name in attributes},
+        "cautions": _cautions(len(absent), len(predictions.class_names), attributes, clusters),
+    }
+
+
+def _class_rows(predictions: Predictions, confidence: float, draws: int, seed: int) -> list[dict[str, Any]]:
+    """One row per class, in the order of the class ids: accuracy with interval, and whether its images suffice."""
+    order = np.argsort(predictions.labels, kind="stable")
+    sizes = np.bincount(predictions.labels, minlength=len(predictions.class_names))
+    rows = []
+    for name, positions in zip(predictions.class_names, np.split(order, np.cumsum(sizes)[:-1]), strict=True):
+        measured = measure(predictions, metrics=("accuracy",), rows=positions, draws=draws, seed=seed)["accuracy"].model
+        enough = len(positions) >= MIN_CLASS_IMAGES
+        accuracy = number(measured, confidence)
+        rows.append({"class": name, "n": len(positions), "accuracy": accuracy, "sufficient": enough})
+    return rows
+
+
+def _cautions(num_absent: int, num_classes: int, attributes: list[str], clusters: int | None) -> list[str]:
+    cautions = []
+    if num_absent:
+        cautions.append(
+            f"{num_absent} of {num_classes} classes have no test images: nothing is known about them, and they are "
+            "left out of the mean per class"
+        )
+    if not attributes:
+        cautions.append("no groups were reported: without group columns, differences between groups cannot be assessed")
+    if clusters is not None:
+        cautions.append(f"images come from {clusters} clusters, which are the unit of resampling")
+    return cautions

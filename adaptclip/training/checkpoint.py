@@ -1,0 +1,195 @@
+"""Checkpoints: what a killed run needs to go on exactly where it was, in one safetensors file and nothing else.
+
+A checkpoint holds the adapter, the optimizer, the schedule, the loss scaler and the random generators of every process;
+never the backbone, and no position in the data, because `FeatureLoader` needs none. Its name ends in the digest of its
+bytes, so that one rename makes it exist whole and every later damage is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from adaptclip.errors import TrainingError
+from adaptclip.storage import digest, write_bytes
+
+_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    adapter: Any,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    accelerator: Accelerator,
+) -> None:
+    """Writes the state after optimizer step `step`, then removes older checkpoints. Every process calls it.
+
+    Args:
+        folder: where checkpoints of this run lie.
+        step: optimizer steps taken.
+        adapter: an Adapter, prepared by the accelerator or not.
+        optimizer: its optimizer, prepared or not.
+        scheduler: its schedule.
+        accelerator: knows the processes and the loss scaler.
+
+    Raises:
+        StorageError: the folder is full or read-only; the previous checkpoint is untouched.
+    """
+    random_states = gather_object([_random_state()])
+    if accelerator.is_main_process:
+        state = {
+            "step": step,
+            "adapter": accelerator.unwrap_model(adapter).adapter_state(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "random": random_states,
+        }
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(_pack(state, "", tensors))
+        content = safetensors.torch.save(tensors, {"state": text})
+        path = folder / f"step-{step:08d}-{digest(content)[:16]}.safetensors"
+        write_bytes(path, content)
+        _remove_all_but(path)
+    # Loading at once after saving must not find another process's half of the work.
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(
+    folder: Path,
+    adapter: Any,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    accelerator: Accelerator,
+) -> int:
+    """Puts the newest checkpoint into adapter, optimizer, schedule, loss scaler and random generators.
+
+    Returns:
+        The number of optimizer steps taken; 0 when there is no checkpoint, with nothing changed.
+
+    Raises:
+        TrainingError: the checkpoint is damaged, or is of another adapter or another number of processes.
+    """
+    path = newest_checkpoint(folder)
+    if path is None:
+        return 0
+    state = _read(path)
+    if len(state["random"]) != accelerator.num_processes:
+        raise TrainingError(
+            f"{path} was written by {len(state['random'])} processes and there are {accelerator.num_processes} now; "
+            "the images would be divided differently. Resume with the same number of processes."
+        )
+    try:
+        accelerator.unwrap_model(adapter).load_adapter_state(state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise TrainingError(
+            f"{path} does not fit this adapter: {error}. Resume with the settings the run was started with, or start "
+            "anew with --overwrite."
+        ) from error
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    _set_random_state(state["random"][accelerator.process_index])
+    return state["step"]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the checkpoint with the highest step in `folder`, or None."""
+    found = [p for p in folder.glob("step-*.safetensors") if _NAME.fullmatch(p.name)]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(path: Path) -> int:
+    """Returns the step that a checkpoint's file name states."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise TrainingError(f"{path} is not named like a checkpoint (step-<number>-<digest>.safetensors)")
+    return int(match[1])
+
+
+def _remove_all_but(newest: Path) -> None:
+    """Removes older checkpoints and what a killed run left of one it was writing."""
+    for path in [*newest.parent.glob("step-*.safetensors"), *newest.parent.glob(".step-*.tmp")]:
+        if path != newest:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"cannot read the checkpoint {path}: {error}") from error
+    if digest(content)[:16] != path.name.removesuffix(".safetensors")[-16:]:
+        raise TrainingError(
+            f"the checkpoint {path} is damaged: its bytes do not match the digest in its name. Put back a good copy, "
+            "or start the run anew with --overwrite."
+        )
+    with safetensors.safe_open(path, "pt") as file:
+        text = file.metadata()["state"]
+    return _unpack(json.loads(text), safetensors.torch.load(content))
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Turns nested containers into JSON, moving tensors and arrays to `tensors` under the path that leads to them.
+
+    Dictionaries become lists of pairs, because JSON would turn the optimizer's integer keys into text.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.astype(np.int64) if value.dtype.kind == "u" else value)
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
+    return value
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undoes `_pack`; arrays come back as tensors."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _random_state() -> dict[str, Any]:
+    """Returns the state of this process's global generators (dropout and other third-party code draw from them)."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

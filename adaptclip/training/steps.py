@@ -1,0 +1,222 @@
+"""What a visible training loop gets wrong easily: which images a step sees, and what one step does.
+
+The loop itself stays in the recipe:
+
+    for step, batch in train_steps(loader, cfg.steps, accelerator, start=start):
+        with accelerator.accumulate(adapter):
+            loss = F.cross_entropy(adapter(batch), batch.labels)
+            grad_norm = backward_and_step(accelerator, loss, adapter, optimizer, scheduler, step=step)
+        if is_due(step, 50, cfg.steps):
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from adaptclip.errors import ConfigError, TrainingError
+from adaptclip.seeding import generator
+from adaptclip.types import Batch, Features
+
+
+class Loader(Protocol):
+    """Anything that can say which images a micro-step sees, without knowing the steps before it."""
+
+    def batch(self, micro_step: int) -> Batch:
+        """Returns this process's batch of a micro-step, counted from 0."""
+        ...
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_rows: int) -> Tensor:
+    return torch.randperm(num_rows, generator=generator(seed, "order of the images", epoch))
+
+
+class FeatureLoader:
+    """Batches of cached features, each a pure function of (seed, step): nothing to save, nothing to skip on resume.
+
+    One optimizer step sees `batch_size` × processes × accumulated micro-batches images. Which images, and in which
+    epoch, depends only on the seed and on that product, so one process with batches of 32, two with batches of 16, and
+    one that accumulates two batches of 16 take the same steps.
+
+    An epoch visits the images in a fresh order and leaves out the last, incomplete step, except when the whole split
+    is smaller than one step: then a step is the whole split, less what cannot be divided equally (equal parts are what
+    makes the mean of the parts' losses the loss of the whole).
+
+    Attributes:
+        steps_per_epoch: optimizer steps per epoch, 1 or more.
+    """
+
+    def __init__(self, features: Features, *, batch_size: int, seed: int, accelerator: Accelerator) -> None:
+        """Divides the images into steps.
+
+        Args:
+            features: of the training split, (V, N, D); epoch e reads view e mod V.
+            batch_size: images per process and micro-step.
+            seed: of the order.
+            accelerator: tells the number of processes and of accumulated micro-batches, and the device.
+
+        Raises:
+            ConfigError: `batch_size` is not positive, or there are fewer images than parts of a step.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
+        self._features = features
+        self._seed = seed
+        self._device = accelerator.device
+        self._rank = accelerator.process_index
+        self._processes = accelerator.num_processes
+        self._accumulate = accelerator.gradient_accumulation_steps
+        parts = self._processes * self._accumulate
+        num_rows = len(features)
+        if num_rows < parts:
+            raise ConfigError(
+                f"{num_rows} training images cannot be divided among {self._processes} processes × "
+                f"{self._accumulate} accumulated batches; use fewer of them or more images"
+            )
+        self._part = min(batch_size, num_rows // parts)
+        self.steps_per_epoch = max(1, num_rows // (batch_size * parts))
+
+    def batch(self, micro_step: int) -> Batch:
+        """Returns this process's part of a micro-step, on the accelerator's device.
+
+        Args:
+            micro_step: 0, 1, 2, …; there are `accumulate` of them per optimizer step.
+
+        Returns:
+            features (B, D), labels (B,) and index (B,), the positions in the split.
+        """
+        step, turn = divmod(micro_step, self._accumulate)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        part = (step_in_epoch * self._accumulate + turn) * self._processes + self._rank
+        order = _order(self._seed, epoch, len(self._features))
+        index = order[part * self._part : (part + 1) * self._part]
+        view = epoch % len(self._features.values)
+        batch = Batch(
+            labels=self._features.labels[index], index=index.clone(), features=self._features.values[view, index]
+        )
+        return batch.to(self._device)
+
+
+def train_steps(
+    loader: Loader, num_steps: int, accelerator: Accelerator, start: int = 0
+) -> Iterator[tuple[int, Batch]]:
+    """Yields the batches of optimizer steps `start` + 1 to `num_steps`, with a progress bar.
+
+    Args:
+        loader: gives the batch of each micro-step.
+        num_steps: optimizer steps of the whole training.
+        accelerator: tells how many micro-batches make a step.
+        start: steps taken before (the answer of `load_checkpoint`).
+
+    Yields:
+        (step, batch); the micro-batches of one optimizer step carry the same number.
+    """
+    # A loop that was left in the middle of a step must not shift the steps of the next one.
+    accelerator.step = 0
+    accumulate = accelerator.gradient_accumulation_steps
+    hidden = None if accelerator.is_main_process else True
+    with tqdm(total=num_steps, initial=start, desc="training", unit="step", disable=hidden) as bar:
+        for step in range(start + 1, num_steps + 1):
+            for turn in range(accumulate):
+                yield step, loader.batch((step - 1) * accumulate + turn)
+            bar.update()
+
+
+def backward_and_step(
+    accelerator: Accelerator,
+    loss: Tensor,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    *,
+    step: int,
+    max_grad_norm: float | None = None,
+) -> float | None:
+    """Takes the backward pass and, when the step's last micro-batch is done, the optimizer step.
+
+    Call it inside `accelerator.accumulate(model)`. Accelerate divides the loss by the number of micro-batches.
+    Gradients are clipped, the optimizer and the schedule moved, and gradients cleared only on the last micro-batch;
+    the schedule moves by one however many processes there are, and stays where fp16 loss scaling skipped the step.
+
+    Args:
+        accelerator: the one that prepared model and optimizer.
+        loss: scalar, the mean over this process's micro-batch.
+        model: the adapter as `accelerator.prepare` returned it.
+        optimizer: as `accelerator.prepare` returned it.
+        scheduler: not prepared.
+        step: number of the optimizer step, for the error.
+        max_grad_norm: longest gradient (L2 norm over all parameters); None does not clip.
+
+    Returns:
+        L2 norm of the whole gradient before clipping, or None when more micro-batches of this step are to come. Under
+        fp16 it may be infinite: that step is skipped and the loss scale lowered.
+
+    Raises:
+        TrainingError: the loss, or outside fp16 the gradient, is not finite (on every process alike), or the
+            scheduler was passed to `accelerator.prepare`.
+    """
+    if isinstance(scheduler, AcceleratedScheduler):
+        raise TrainingError("leave the scheduler out of accelerator.prepare: it would be stepped once per process")
+    _stop_unless_finite(accelerator, loss, step)
+    accelerator.backward(loss)
+    if not accelerator.sync_gradients:
+        return None
+    accelerator.unscale_gradients(optimizer)
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in params if p.grad is not None])
+    if accelerator.scaler is None and not torch.isfinite(norm):
+        # All processes hold the same reduced gradient, so all of them arrive here.
+        raise TrainingError(_not_finite("gradient", norm.item(), step))
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
+    optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:
+        scheduler.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def _stop_unless_finite(accelerator: Accelerator, loss: Tensor, step: int) -> None:
+    """Raises on every process when the loss of any of them is not finite; one that went on alone would wait forever."""
+    bad = (~torch.isfinite(loss.detach())).float()
+    if accelerator.num_processes > 1:
+        bad = accelerator.reduce(bad, reduction="sum")
+    if bad.item() > 0:
+        raise TrainingError(_not_finite("loss", loss.item(), step))
+
+
+def _not_finite(what: str, value: float, step: int) -> str:
+    return (
+        f"the {what} of step {step} is not finite (here: {value}), so training stopped before that step. "
+        "metrics.jsonl and the newest checkpoint are kept. Usual causes: a learning rate that is too high (try a "
+        "tenth), fp16 (try bf16 or no mixed precision), or features that are not finite."
+    )
+
+
+def is_due(step: int, every: int, total: int) -> bool:
+    """Says whether something done every `every` steps is due after step `step`, and always after the last.
+
+    It is False between the micro-batches of an accumulated step, so that a loop never logs or saves a step that has
+    not been taken yet.
+
+    Args:
+        step: number of the optimizer step, from 1.
+        every: period in steps; 0 means only after the last step.
+        total: number of the last step.
+    """
+    if not GradientState().sync_gradients:
+        return False
+    return step == total or (every > 0 and step % every == 0)

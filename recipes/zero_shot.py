@@ -1,0 +1,62 @@
+"""Zero-shot: CLIP as it is, with the card's prompts; the number that every adaptation has to beat.
+
+Paper     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020.
+Run       accelerate launch recipes/zero_shot.py --card my_images/ --backbone ViT-B-16 --pretrained openai
+Smoke     accelerate launch recipes/zero_shot.py     (embedded card and model: no download, CPU, under a minute)
+Expected  see README.md in this folder
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import adaptclip as ac
+
+
+@dataclass(frozen=True)
+class Config:
+    """Zero-shot classification of the card's test split."""
+
+    card: str = "digits"
+    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
+    data_root: Path | None = None
+    """Folder that holds the card's files; the card's own folder if not given."""
+    backbone: str = "starter"
+    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
+    pretrained: str | None = None
+    """open_clip weights tag or checkpoint file; not for the other spellings."""
+    templates: tuple[str, ...] = ()
+    """Prompts with one {} for the class name, averaged; empty takes the card's."""
+    gates: str = "report"
+    """report (judge by the card's gates, but do not let them decide the exit code), card, or a YAML file of gates."""
+    cache: Path = Path(".cache/features")
+    """Image features, shared by all recipes, shots and seeds."""
+    out: Path = Path("runs/zero_shot")
+    """Run folder: settings, predictions, report, artifact."""
+    overwrite: bool = False
+    """Replace the run in `out`."""
+
+
+def main(cfg: Config) -> int:
+    """Card → cached features → zero-shot classifier → predictions → report, gates, artifact."""
+    accelerator = ac.make_accelerator()
+    card = ac.load_card(cfg.card)
+    # What is compared with zero-shot would here be compared with itself.
+    rules = [rule for rule in ac.choose_gates(cfg.gates, card) if rule.no_worse_than is None]
+    data = ac.open_data(card, data_root=cfg.data_root)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
+    adapter = adapter.to(accelerator.device)
+    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, overwrite=cfg.overwrite)
+
+    test = ac.FeatureCache(cfg.cache).get(backbone, data.test, accelerator=accelerator)
+    predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
+    return ac.finish_run(
+        run.path, adapter, backbone, card, None, method="zero_shot", predictions=predictions, zero_shot=None,
+        rules=rules, gates=cfg.gates, accelerator=accelerator,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    ac.launch(main, Config)

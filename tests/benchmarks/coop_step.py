@@ -1,0 +1,230 @@
+"""Times one training step of CoOp: the published way against the packed shared-prefix path.
+
+Shapes of ViT-B/32 (text: width 512, 12 layers, 8 heads, 77 tokens) with random weights, 16 context tokens, a batch of
+32 images, float32. The published step encodes the images, encodes every prompt at its full 77 tokens and goes backward
+through all of it. Ours reads the image features from the cache, encodes the prompts with `CoOp`, and goes backward. The
+two take turns, so that other work on the machine slows both. Every count of classes runs in a process of its own, so
+that its peak memory can be read.
+
+Run     python tests/benchmarks/coop_step.py results.json
+Quick   python tests/benchmarks/coop_step.py results.json --classes 10 100 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptclip.adapters import CoOp
+from adaptclip.backbone import ClipBackbone
+from adaptclip.storage import write_json
+from adaptclip.types import Batch
+
+BATCH, N_CTX, GIB = 32, 16, 2**30
+TARGETS = {100: 20.0, 1000: 25.0}
+"""Classes -> the speed-up below which the benchmark fails."""
+TARGET_BYTES = {10_000: 8 * GIB}
+"""Classes -> the peak memory of our step above which the benchmark fails."""
+PUBLISHED_BYTES_PER_CLASS = 19 * 2**20
+"""Activations the published step keeps per class, for the decision whether it can be run whole."""
+
+
+def class_names(count: int) -> list[str]:
+    """Returns `count` realistic names: those of ImageNet in order, beyond 1,000 with a colour before them."""
+    colours = ["red", "blue", "green", "black", "white", "brown", "golden", "small", "large"]
+    names = [*IMAGENET_CLASSNAMES, *(f"{colour} {name}" for colour in colours for name in IMAGENET_CLASSNAMES)]
+    return names[:count]
+
+
+def published_step(backbone: ClipBackbone, names: list[str], images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Returns the step as it was published: live image features, prompts of 77 tokens, all of them at once."""
+    model: Any = backbone.model
+    tokens = backbone.tokenize([" ".join(["X"] * N_CTX) + f" {name}." for name in names])
+    with torch.no_grad():
+        embedded = model.token_embedding(tokens)
+    start, end = embedded[:, :1], embedded[:, 1 + N_CTX :]
+    context = torch.nn.Parameter(torch.randn(N_CTX, embedded.shape[2]) * 0.02)
+
+    def step() -> None:
+        with torch.no_grad():
+            features = backbone.encode_image(images)
+        x = torch.cat([start, context.expand(len(names), -1, -1), end], dim=1)
+        x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
+        x = model.ln_final(x)[torch.arange(len(names)), tokens.argmax(-1)] @ model.text_projection
+        logits = backbone.logit_scale * features @ F.normalize(x, dim=-1).T
+        F.cross_entropy(logits, labels).backward()
+        context.grad = None
+
+    return step
+
+
+def our_step(
+    backbone: ClipBackbone, names: list[str], features: Tensor, labels: Tensor, **settings: Any
+) -> Callable[[], None]:
+    """Returns our step: cached image features, packed suffixes behind a shared prefix."""
+    coop = CoOp(backbone, names, n_ctx=N_CTX, **settings)
+    batch = Batch(labels=labels, index=torch.arange(len(labels)), features=features)
+
+    def step() -> None:
+        F.cross_entropy(coop(batch), labels).backward()
+        coop.context.grad = None
+
+    return step
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Returns the seconds of one call."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+class PeakMemory:
+    """Highest resident memory of this process while the block runs, sampled every 5 ms, in bytes."""
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        page = resource.getpagesize()
+        while not self._stop.is_set():
+            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * page)
+            time.sleep(0.005)
+
+
+def available_bytes() -> int:
+    """Returns the memory that can be had without swapping."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def measure(count: int, repeats: int, budget_bytes: int, seed: int = 0) -> dict[str, Any]:
+    """Measures both steps at one count of classes, in turns.
+
+    Returns:
+        Seconds as medians, their ratio, peak bytes of either step, and on how many classes the published step was run
+        (fewer than `count` where the memory does not suffice: its text part is then scaled up in proportion).
+    """
+    torch.manual_seed(seed)
+    model = open_clip.create_model("ViT-B-32", pretrained=None)
+    backbone = ClipBackbone(model, open_clip.get_tokenizer("ViT-B-32"), name="ViT-B-32")
+    names = class_names(count)
+    images, labels = torch.randn(BATCH, 3, 224, 224), torch.randint(0, min(count, 10), (BATCH,))
+    with torch.no_grad():
+        features = backbone.encode_image(images)
+    room = int((available_bytes() - 2 * GIB) / PUBLISHED_BYTES_PER_CLASS)
+    run_on = min(count, room, 1000)
+    ours = our_step(backbone, names, features, labels, memory_budget_bytes=budget_bytes)
+    published = published_step(backbone, names[:run_on], images, labels)
+    base = PeakMemory()
+    with base:
+        time.sleep(0.05)
+    with PeakMemory() as our_peak:
+        ours()
+    our_s, published_s, image_s, published_peak = [timed(ours)], [], [], 0
+    for _ in range(repeats):
+        with PeakMemory() as peak:
+            published_s.append(timed(published))
+        published_peak = max(published_peak, peak.bytes)
+        with torch.no_grad():
+            image_s.append(timed(lambda: backbone.encode_image(images)))
+        our_s += [timed(ours) for _ in range(1 if count >= 1000 else 3)]
+    image, whole, our = (statistics.median(values) for values in (image_s, published_s, our_s))
+    scaled = image + (whole - image) * count / run_on
+    return {
+        "classes": count,
+        "suffix_tokens_per_class": sum(len(ids) for ids in backbone.text.word_ids([f"{n}." for n in names])) / count + 1,
+        "published_s": scaled,
+        "published_image_s": image,
+        "published_run_on_classes": run_on,
+        "ours_s": our,
+        "ratio": scaled / our,
+        "ours_s_per_class": our / count,
+        "process_bytes": base.bytes,
+        "ours_peak_bytes": our_peak.bytes,
+        "published_peak_bytes": published_peak if run_on == count else None,
+        "samples": {"published_s": published_s, "ours_s": our_s},
+    }
+
+
+def main() -> int:
+    """Runs every count in its own process, prints the table, writes the JSON; 1 when a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the published step (fewer from 1,000 on)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget-gib", type=float, default=4.0, help="memory_budget_bytes of CoOp")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        torch.set_num_threads(args.threads)
+        repeats = args.repeats if args.one < 1000 else min(args.repeats, 2)
+        write_json(args.out, measure(args.one, repeats, int(args.budget_gib * GIB)))
+        return 0
+    rows = []
+    for count in args.classes:
+        part = args.out.with_suffix(f".{count}.json")
+        subprocess.run([sys.executable, __file__, str(part), *sys.argv[2:], "--one", str(count)], check=True)
+        rows.append(json.loads(part.read_text()))
+        part.unlink()
+    missed = [f"{r['classes']} classes: {r['ratio']:.1f}x" for r in rows if r["ratio"] < TARGETS.get(r["classes"], 0)]
+    missed += [
+        f"{r['classes']} classes: {r['ours_peak_bytes'] / GIB:.1f} GiB"
+        for r in rows
+        if r["ours_peak_bytes"] > TARGET_BYTES.get(r["classes"], float("inf"))
+    ]
+    write_json(args.out, {"torch": torch.__version__, "threads": args.threads, "rows": rows, "missed": missed})
+    show(rows, missed)
+    return 1 if missed else 0
+
+
+def show(rows: list[dict[str, Any]], missed: list[str]) -> None:
+    """Prints the table."""
+    table = Table(title="One CoOp step, published / ours (ViT-B/32 shapes, 16 context tokens, batch 32, float32)")
+    for column in ("classes", "ratio", "published ms", "ours ms", "ours µs per class", "published GiB", "ours GiB"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        mark = "" if r["published_run_on_classes"] == r["classes"] else f" (from {r['published_run_on_classes']:,})"
+        peak = r["published_peak_bytes"]
+        table.add_row(
+            f"{r['classes']:,}",
+            f"{r['ratio']:.1f}x",
+            f"{r['published_s'] * 1e3:,.0f}{mark}",
+            f"{r['ours_s'] * 1e3:,.0f}",
+            f"{r['ours_s_per_class'] * 1e6:,.0f}",
+            "–" if peak is None else f"{peak / GIB:.1f}",
+            f"{r['ours_peak_bytes'] / GIB:.1f}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"Below target: {'; '.join(missed)}" if missed else "All targets met.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
