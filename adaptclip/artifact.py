@@ -28,6 +28,7 @@ import adaptclip
 from adaptclip.adapters import ADAPTERS, Adapter
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.card import Card
+from adaptclip.data.dataset import DomainData
 from adaptclip.data.decode import decode_image
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
@@ -40,7 +41,7 @@ FORMAT_VERSION = 1
 """Raised when an older adaptclip could no longer read what a newer one writes."""
 
 _LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvision")
-_REQUIRED = ("format_version", "method", "settings", "backbone", "class_names", "transform", "files", "verdicts")
+_REQUIRED = ("format_version", "method", "settings", "backbone", "class_names", "prompt_names", "transform", "files", "verdicts")
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,10 @@ def save_artifact(
     path: Path,
     adapter: Adapter,
     backbone: ClipBackbone,
-    card: Card,
+    data: DomainData,
     split: FewShotSplit | None,
     *,
     method: str,
-    class_names: Sequence[str],
     report: Mapping[str, Any],
     verdicts: Sequence[Verdict],
     overwrite: bool = False,
@@ -79,10 +79,9 @@ def save_artifact(
         path: the new folder.
         adapter: the trained adapter.
         backbone: the model it was trained on; only its names and digests are written.
-        card: the data it was trained on.
+        data: the data set it was trained on.
         split: the images it was trained on; None where nothing was.
         method: a key of ADAPTERS.
-        class_names: C names as the card has them; the adapter knows the words in its prompts.
         report: the report on the test split (`build_report`).
         verdicts: the gates' verdicts; an artifact with a failed gate is loaded only on purpose.
         overwrite: replace an existing folder.
@@ -90,6 +89,7 @@ def save_artifact(
     Raises:
         StorageError: the folder exists already or cannot be written.
     """
+    card = data.card
     with atomic_folder(path, overwrite=overwrite) as folder:
         weights = folder / "adapter.safetensors"
         write_tensors(weights, adapter.adapter_state())
@@ -98,7 +98,8 @@ def save_artifact(
             "method": method,
             "settings": adapter.settings,
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "digest": backbone.digest},
-            "class_names": list(class_names),
+            "class_names": list(data.class_names),
+            "prompt_names": list(data.prompt_names),
             "transform": backbone.transform_spec,
             "window": card.window,
             "card": {"name": card.name, "digest": card.digest},
@@ -191,7 +192,7 @@ def load(
         raise ArtifactError(
             f"{folder} was trained with the transform {manifest['transform']}, {model.name} has {model.transform_spec}"
         )
-    adapter = ADAPTERS[manifest["method"]].from_settings(model, manifest["settings"])
+    adapter = ADAPTERS[manifest["method"]](model, manifest["prompt_names"], **manifest["settings"])
     try:
         adapter.load_adapter_state(read_tensors(folder / "adapter.safetensors"))
     except StorageError as error:

@@ -93,9 +93,8 @@ class FeatureCache:
             UserWarning: a shard is damaged; its images are encoded again.
         """
         if views < 0 or workers < 0 or batch_size < 1:
-            raise ConfigError(
-                f"views and workers must be 0 or more and batch_size 1 or more; got {views}, {workers}, {batch_size}"
-            )
+            got = f"got {views}, {workers}, {batch_size}"
+            raise ConfigError(f"views and workers must be 0 or more and batch_size 1 or more; {got}")
         if views > 0 and augment is None:
             raise ConfigError(f"{views} augmented views need an augmentation (`augment`)")
         first_row: dict[str, int] = {}
@@ -104,10 +103,9 @@ class FeatureCache:
         place = {content: i for i, content in enumerate(first_row)}
         values = torch.empty(max(views, 1), len(place), backbone.embed_dim)
         jobs = []
-        for view, out in enumerate(values):
-            change = None if views == 0 or augment is None else _View(view, augment)
-            load = _loader(backbone, dataset, first_row, change)
-            key = _key(backbone, change)
+        for number, out in enumerate(values):
+            view = _View(number, augment) if views and augment else None
+            load, key = _loader(backbone, dataset, first_row, view), _key(backbone, view)
             folder = self.root / digest(json.dumps(key, sort_keys=True))[:32] if self.root else None
             missing = _read_shards(folder, place, out) if folder else place
             jobs.append(_Job(folder, key, load, place, missing, out))
@@ -207,11 +205,10 @@ def _encode_missing(
 
 def _encode(backbone: ClipBackbone, batches: Iterator[Tensor], bar: tqdm) -> Tensor:
     """Returns the features (rows, D) of batches (B, 3, H, W), float32 on the CPU."""
-    device = next(backbone.parameters()).device
     encoded = []
     for images in batches:
         with torch.inference_mode():
-            encoded.append(backbone.encode_image(images.to(device)).float().cpu())
+            encoded.append(backbone.encode_image(images.to(backbone.device)).float().cpu())
         bar.update(len(images))
     return torch.cat(encoded)  # outside of inference mode, so that the result is a normal tensor
 

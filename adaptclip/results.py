@@ -12,6 +12,7 @@ from adaptclip.adapters import Adapter
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.card import Card
+from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.gates import check_gates, exit_code, load_gates
 from adaptclip.reports.render import print_report, to_markdown
@@ -36,7 +37,7 @@ def finish_run(
     out: Path,
     adapter: Adapter,
     backbone: ClipBackbone,
-    card: Card,
+    data: DomainData,
     split: FewShotSplit | None,
     *,
     method: str,
@@ -52,7 +53,7 @@ def finish_run(
         out: the run folder.
         adapter: the trained adapter, unwrapped.
         backbone: what it was trained on.
-        card: the data it was trained on.
+        data: what it was trained on.
         split: the images it was trained on; None where nothing was.
         method: a key of ADAPTERS.
         predictions: on the whole test split, the same on every process.
@@ -81,7 +82,7 @@ def finish_run(
         write_json(out / "report.json", {**report, "verdicts": [verdict.to_dict() for verdict in verdicts]})
         write_text(out / "report.md", to_markdown(report, verdicts))
         save_artifact(
-            out / "artifact", adapter, backbone, card, split, method=method, class_names=predictions.class_names,
+            out / "artifact", adapter, backbone, data, split, method=method,
             report=report, verdicts=verdicts, overwrite=True,
         )  # fmt: skip
         print_report(report, verdicts)

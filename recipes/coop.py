@@ -98,8 +98,8 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
-    shots = data.train.select(split.positions(data.train))
-    features = cache.get(backbone, shots, views=views, augment=crop, accelerator=accelerator)
+    few_shots, _ = split.select(data)  # the validation shots are not used: CoOp takes the last step
+    features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
     num_steps = epochs * loader.steps_per_epoch
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="sgd", lr=cfg.lr, weight_decay=5e-4)
@@ -126,7 +126,7 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
     code = ac.finish_run(
-        run.path, adapter, backbone, card, split, method="coop", predictions=predictions, zero_shot=baseline,
+        run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,
         rules=rules, gates=cfg.gates, accelerator=accelerator,
     )  # fmt: skip
     run.finish()

@@ -53,7 +53,7 @@ def main(cfg: Config) -> int:
     test = ac.FeatureCache(cfg.cache).get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     return ac.finish_run(
-        run.path, adapter, backbone, card, None, method="zero_shot", predictions=predictions, zero_shot=None,
+        run.path, adapter, backbone, data, None, method="zero_shot", predictions=predictions, zero_shot=None,
         rules=rules, gates=cfg.gates, accelerator=accelerator,
     )  # fmt: skip
 

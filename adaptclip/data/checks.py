@@ -21,14 +21,16 @@ class Problem:
     """Something found wrong.
 
     Attributes:
-        check: its name in the card's `allow`; empty for what cannot be allowed.
-        message: what is wrong, with examples, and how to mend it.
+        message: what is wrong, with examples.
+        remedy: how to mend it.
         error: the kind of error it is.
+        check: its name in the card's `allow`; empty for what cannot be allowed.
     """
 
-    check: str
     message: str
+    remedy: str
     error: type[AdaptclipError]
+    check: str = ""
 
 
 def check_data(data: DomainData, *, found: Mapping[str, Picture] | None = None) -> list[str]:
@@ -50,9 +52,9 @@ def check_data(data: DomainData, *, found: Mapping[str, Picture] | None = None) 
         problems += [*_check_classes(data), *_check_groups(data), *_check_clusters(data), *_check_pictures(data, found)]
     fatal = [problem for problem in problems if problem.check not in data.card.allow]
     if fatal:
-        lines = "\n  ".join(problem.message + _how_to_allow(problem) for problem in fatal)
+        lines = "\n  ".join(f"{problem.message}. {problem.remedy}.{_how_to_allow(problem)}" for problem in fatal)
         raise fatal[0].error(f"card {data.card.name}: the data did not pass the checks:\n  {lines}")
-    allowed = [f"allowed by the card ({problem.check}): {problem.message}" for problem in problems]
+    allowed = [f"{problem.message} (allowed by the card: {problem.check})" for problem in problems]
     return [*allowed, *_remarks(data)]
 
 
@@ -63,53 +65,39 @@ def _how_to_allow(problem: Problem) -> str:
 def _check_names(data: DomainData) -> Iterator[Problem]:
     names, card = data.class_names, data.card
     if len(names) < 2:
-        yield Problem(
-            "",
-            f"there is only one class ({', '.join(names) or 'none'}); a classifier needs at least two: add the images "
-            "that it must be told apart from",
-            DataError,
-        )
+        message = f"there is only one class ({', '.join(names) or 'none'}), and a classifier needs at least two"
+        yield Problem(message, "Add images of what it must be told apart from", DataError)
     for name in card.aliases:
         if name not in names:
-            yield Problem("", f"aliases has no class {name!r}. {did_you_mean(name, names)}", DataError)
+            yield Problem(f"aliases has no class {name!r}", did_you_mean(name, names).rstrip("."), DataError)
     words = defaultdict(list)
     for name in names:
         spoken = " ".join(card.aliases.get(name, name).replace("_", " ").split())
         words[spoken.casefold()].append(name)
     for same in words.values():
         if len(same) > 1:
-            yield Problem(
-                "",
-                f"the classes {', '.join(map(repr, same))} read the same in a prompt; merge them, or tell them apart "
-                "by other words under `aliases`",
-                DataError,
-            )
+            message = f"the classes {', '.join(map(repr, same))} read the same in a prompt"
+            yield Problem(message, "Merge them, or tell them apart by other words under `aliases`", DataError)
     if "" in words:
-        yield Problem("", "a class has no name; CLIP needs words for each class", DataError)
+        yield Problem("a class has no name", "Give it words: they are what CLIP reads", DataError)
 
 
 def _check_labels(data: DomainData) -> Iterator[Problem]:
     for part, images in data.parts.items():
         wrong = np.flatnonzero((images.labels < 0) | (images.labels >= len(data.class_names)))
         if len(wrong):
-            yield Problem(
-                "",
-                f"{len(wrong)} {part} images have a label id out of range, for example {images.labels[wrong[0]]} "
-                f"({images.where(int(wrong[0]))}); allowed are 0 to {len(data.class_names) - 1}",
-                DataError,
-            )
+            first = int(wrong[0])
+            message = f"{len(wrong)} {part} images have a label id out of range, for example {images.labels[first]}"
+            allowed = f"Allowed are 0 to {len(data.class_names) - 1}, as there are {len(data.class_names)} class names"
+            yield Problem(f"{message} ({images.where(first)})", allowed, DataError)
 
 
 def _check_classes(data: DomainData) -> Iterator[Problem]:
     for part in ("train", "test"):
         missing = _missing_classes(data, data.parts[part])
         if missing:
-            yield Problem(
-                "missing_classes",
-                f"{len(missing)} of {len(data.class_names)} classes have no {part} image: {_listed(missing)}. Add "
-                "some, or take the classes out.",
-                SplitError,
-            )
+            message = f"{len(missing)} of {len(data.class_names)} classes have no {part} image: {_listed(missing)}"
+            yield Problem(message, "Add some, or take the classes out", SplitError, "missing_classes")
 
 
 def _missing_classes(data: DomainData, images: ImageDataset) -> list[str]:
@@ -120,49 +108,45 @@ def _check_groups(data: DomainData) -> Iterator[Problem]:
     card, known = data.card, data.test.groups
     for place, name in [*(("groups", n) for n in card.groups), *(("gates", r.group) for r in card.gates if r.group)]:
         if name not in known:
-            yield Problem("", f"{place} of the card has no group {name!r}. {did_you_mean(name, known)}", DataError)
+            hint = did_you_mean(name, known).rstrip(".")
+            yield Problem(f"{place} of the card has no group {name!r}", hint, DataError)
     for name, values in known.items():
         empty = sorted(set(card.groups[name].names) - set(values)) if name in card.groups else []
         if set(values) <= {UNKNOWN}:
-            yield Problem(
-                "empty_groups",
-                f"group {name!r} is unknown for every test image; fill its column, or take it out of columns.groups.",
-                DataError,
-            )
+            message = f"group {name!r} is unknown for every test image"
+            yield Problem(message, "Fill its column, or take it out of columns.groups", DataError, "empty_groups")
         elif empty:
-            yield Problem(
-                "empty_groups",
-                f"group {name!r} has no test image in {_listed(empty)}; merge bins, or add images.",
-                DataError,
-            )
+            message = f"group {name!r} has no test image in {_listed(empty)}"
+            yield Problem(message, "Merge bins, or add images", DataError, "empty_groups")
 
 
 def _check_clusters(data: DomainData) -> Iterator[Problem]:
+    kind = data.card.columns.cluster or "cluster"
     for (first, a), (second, b) in combinations(data.parts.items(), 2):
-        shared = sorted(set(a.clusters or ()) & set(b.clusters or ()))
+        shared = set(a.clusters or ()) & set(b.clusters or ())
         if shared:
-            rows = sum(cluster in set(shared) for cluster in b.clusters or ())
+            rows = sum(cluster in shared for cluster in b.clusters or ())
             yield Problem(
-                "shared_clusters",
-                f"{len(shared)} clusters ({data.card.columns.cluster or 'cluster'}) are in both {first} and {second}, "
-                f"with {rows} {second} images: {_listed(shared)}. What was learnt from one image of a patient or site "
-                "helps with the next, so the result would be too good. Put each cluster into one split; "
-                "`splits: {fractions: …}` does.",
+                f"{len(shared)} values of {kind!r} (patient, site, ...) are in both {first} and {second}, with {rows} "
+                f"{second} images: {_listed(sorted(shared))}",
+                "What is learnt from one image of a patient or site helps with the next, so the result would look "
+                "better than it is: put each into one split (`splits: {fractions: ...}` does)",
                 SplitError,
+                "shared_clusters",
             )
 
 
 def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> Iterator[Problem]:
+    hashes = {part: _pictures_of(images, found) for part, images in data.parts.items()}
     for (first, a), (second, b) in combinations(data.parts.items(), 2):
-        rows = {content: row for row, content in enumerate(a.contents)}
-        copies = [(rows[content], row) for row, content in enumerate(b.contents) if content in rows]
+        row_of = {content: row for row, content in enumerate(a.contents)}
+        copies = {j: row_of[content] for j, content in enumerate(b.contents) if content in row_of}
         if copies:
-            yield _leak("duplicate_pictures", "are the same file as", first, second, a, b, copies)
-        hashes_a, hashes_b = (_pictures_of(images, found) for images in (a, b))
-        alike = {j: i for i, j in similar_pairs(hashes_a, hashes_b) if a.contents[i] != b.contents[j]}
+            yield _leak(f"{second} images are the same file as a {first} image", a, b, copies, "duplicate_pictures")
+        near = similar_pairs(hashes[first], hashes[second])
+        alike = {j: i for i, j in near if j not in copies}
         if alike:
-            pairs = [(i, j) for j, i in sorted(alike.items())]
-            yield _leak("similar_pictures", "look the same as", first, second, a, b, pairs)
+            yield _leak(f"{second} images look the same as a {first} image", a, b, alike, "similar_pictures")
 
 
 def _pictures_of(images: ImageDataset, found: Mapping[str, Picture] | None) -> list[Picture]:
@@ -171,17 +155,15 @@ def _pictures_of(images: ImageDataset, found: Mapping[str, Picture] | None) -> l
     return pictures(images.read, images.contents, where=images.where, window=images.window, store=None)
 
 
-def _leak(
-    check: str, what: str, first: str, second: str, a: ImageDataset, b: ImageDataset, pairs: list[tuple[int, int]]
-) -> Problem:
-    shown = [f"{b.where(j)} and {a.where(i)}" for i, j in pairs[:_EXAMPLES]]
-    return Problem(
-        check,
-        f"{len(pairs)} of {len(b)} {second} images {what} a {first} image: {'; '.join(shown)}"
-        f"{' …' if len(pairs) > _EXAMPLES else ''}. The model would be asked what it was shown. Remove them from one "
-        "of the splits, or let the split be made here (`splits: {fractions: …}` keeps them together).",
-        SplitError,
+def _leak(what: str, a: ImageDataset, b: ImageDataset, pairs: dict[int, int], check: str) -> Problem:
+    """Words a leak: `pairs` maps positions in `b` to one of their counterparts in `a`."""
+    shown = [f"{b.where(j)} = {a.where(i)}" for j, i in sorted(pairs.items())[:_EXAMPLES]]
+    more = ", ..." if len(pairs) > _EXAMPLES else ""
+    remedy = (
+        "The model would be asked what it was shown: remove them from one of the splits, or let the split be made here "
+        "(`splits: {fractions: ...}` keeps them together)"
     )
+    return Problem(f"{len(pairs)} of {len(b)} {what}: {', '.join(shown)}{more}", remedy, SplitError, check)
 
 
 def _remarks(data: DomainData) -> list[str]:
@@ -190,11 +172,28 @@ def _remarks(data: DomainData) -> list[str]:
         missing = _missing_classes(data, data.validation)
         if missing:
             remarks.append(f"{len(missing)} classes have no validation image: {_listed(missing)}")
+    conflicts = _conflicts(data)
+    if conflicts:
+        remarks.append(f"{len(conflicts)} pictures are there under several classes: {_listed(conflicts)}")
     for name, values in data.test.groups.items():
         counts = Counter(values)
         if 0 < counts[UNKNOWN] < len(values):
             remarks.append(f"group {name!r} is unknown for {counts[UNKNOWN]} of {len(values)} test images")
     return remarks
+
+
+def _conflicts(data: DomainData) -> list[str]:
+    """Returns the ids of images whose very file also has another label."""
+    labels: defaultdict[str, set[int]] = defaultdict(set)
+    for images in data.parts.values():
+        for content, label in zip(images.contents, images.labels, strict=True):
+            labels[content].add(int(label))
+    return [
+        row
+        for images in data.parts.values()
+        for row, content in zip(images.ids, images.contents, strict=True)
+        if len(labels[content]) > 1
+    ]
 
 
 def _listed(names: list[str]) -> str:

@@ -216,6 +216,11 @@ class DomainData:
     notes: tuple[str, ...] = ()
 
     @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The C names as prompts say them: the card's alias where there is one."""
+        return tuple(self.card.aliases.get(name, name) for name in self.class_names)
+
+    @property
     def parts(self) -> dict[str, ImageDataset]:
         """Part name -> images, in the order train, validation, test."""
         return {"train": self.train, "validation": self.validation, "test": self.test}

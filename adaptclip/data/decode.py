@@ -57,6 +57,8 @@ def decode_image(data: bytes | Path, *, row: str, window: tuple[float, float] | 
             return _to_rgb(ImageOps.exif_transpose(image), row, window)
     except DataError:
         raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{row}: {error} At most {MAX_PIXELS:,} pixels are decoded; {_TOO_LARGE}") from error
     except Image.UnidentifiedImageError as error:
         raise DataError(f"{row}: not an image of a known kind ({_describe(content)}). {_READABLE}") from error
     except Exception as error:  # decoders of damaged files raise whatever the damage leads to
@@ -66,6 +68,7 @@ def decode_image(data: bytes | Path, *, row: str, window: tuple[float, float] | 
         ) from error
 
 
+_TOO_LARGE = "cut the image into tiles, or scale it down"
 _READABLE = "Readable are JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000, AVIF and TGA: convert it to one of them."
 
 
@@ -85,9 +88,7 @@ def _formats() -> list[str]:
 def _check_size(image: Image.Image, row: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(
-            f"{row}: {width} x {height} pixels are more than {MAX_PIXELS:,}; cut it into tiles or scale it down"
-        )
+        raise DataError(f"{row}: {width} x {height} pixels are more than {MAX_PIXELS:,}; {_TOO_LARGE}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise DataError(
             f"{row}: {width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other: crop it"

@@ -17,28 +17,11 @@ from adaptclip.data.fingerprints import content_digest, file_stamp
 from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
 from adaptclip.errors import DataError, did_you_mean
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".bmp",
-        ".gif",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".jp2",
-        ".avif",
-        ".tga",
-        ".heic",
-        ".heif",
-    ]
-)
-"""Endings (lower case) of files in an image folder that are taken for images; the unreadable among them are reported."""
+IMAGE_SUFFIXES = frozenset((
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
+    *(".avif", ".tga", ".heic", ".heif"),
+))  # fmt: skip
+"""Endings (lower case) of what counts as an image in a folder; those that cannot be read are reported."""
 
 
 def read_manifest(card: Card, data_root: Path | None) -> RawRows:
@@ -143,8 +126,8 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
     columns = Columns(image="image", label="label")
     if card.columns != columns:
         raise DataError(
-            f"card {card.name}: an image folder has no columns but its folders' names; leave `columns:` out, or list the "
-            "images in a table and use `source: {kind: manifest, ...}`"
+            f"card {card.name}: an image folder has no columns but its folders' names; leave `columns:` out, or "
+            "list the images in a table and use `source: {kind: manifest, ...}`"
         )
     return RawRows(
         store=FileStore(tuple(paths)),

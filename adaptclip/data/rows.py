@@ -66,6 +66,16 @@ def check_columns(wanted: Sequence[str], found: Sequence[str], where: str) -> No
             raise DataError(f"{where} has no column {name!r}, which the card names. {did_you_mean(name, found)}")
 
 
+def _no_match(card: Card, pattern: str, root: Path) -> str:
+    if not Path(pattern).is_absolute() and next(root.parent.glob(pattern), None):
+        return f"card {card.name}: no file matches {pattern!r} under {root}; did you mean `--data-root {root.parent}`?"
+    where = f"; {card.path.name} says where to get it." if card.path else "."
+    return (
+        f"card {card.name}: no file matches {pattern!r} under {root}. Point `--data-root` at the folder with the data"
+        f"{where}"
+    )
+
+
 def find_files(card: Card, files: Any, data_root: Path | None) -> dict[str | None, list[Path]]:
     """Resolves globs: split name (None when the card gives no names) -> files, sorted."""
     root = base_folder(card, data_root)
@@ -78,9 +88,6 @@ def find_files(card: Card, files: Any, data_root: Path | None) -> dict[str | Non
             relative = str(Path(pattern).relative_to(start)) if Path(pattern).is_absolute() else pattern
             matches = sorted(p for p in start.glob(relative) if p.is_file() and not p.name.startswith("."))
             if not matches:
-                raise DataError(
-                    f"card {card.name}: no file matches {pattern!r} under {root.resolve()}. Point `--data-root` at the "
-                    "folder with the data" + (f"; {card.path.name} says where to get it." if card.path else ".")
-                )
+                raise DataError(_no_match(card, pattern, root.resolve()))
             found[split] += matches
     return found

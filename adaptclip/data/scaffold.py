@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,8 @@ def new_card(folder: Path, out: Path) -> Path:
         `out`.
 
     Raises:
-        CardError: the folder is missing or holds no images, its table has no column of images or labels, or `out` exists.
+        CardError: the folder is missing or holds no images, its table lacks a column of images or labels, or `out`
+            exists.
         DataError: the table or a path in it cannot be used.
         StorageError: `out` cannot be written.
     """
@@ -130,7 +132,10 @@ def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
         )
     header = _header(tables[0])
     roles = _roles(header, tables[0])
-    files = {part: _relative(table, base) for part, table in named.items()} or _relative(tables[0], base)
+    # A card's `files` are patterns, so brackets and stars in a name must not act as such.
+    files = {part: glob.escape(_relative(t, base)) for part, t in named.items()} or glob.escape(
+        _relative(tables[0], base)
+    )
     values = _values(files, roles, header, base)
     if not values:
         raise CardError(f"{tables[0]} lists no image: it has a header, {', '.join(header)}, but no rows")

@@ -83,8 +83,8 @@ def open_data(
     skipped += [f"{count} images of the split {name!r} are not used" for name, count in unused.items()]
     for sentence in skipped:
         _log.warning("card %s: %s", card.name, sentence)
-    chosen = {part: images.select([i for i, p in enumerate(parts) if p == part]) for part in PARTS}
-    data = DomainData(card=card, class_names=images.class_names, skipped=tuple(skipped), **chosen)
+    train, validation, test = (images.select([i for i, p in enumerate(parts) if p == part]) for part in PARTS)
+    data = DomainData(card, images.class_names, train, validation, test, tuple(skipped))
     return replace(data, notes=tuple(check_data(data, found=found))) if check else data
 
 
@@ -156,15 +156,15 @@ def _parts(
                 "`splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
             )
         names = _split_names(raw, rule)
-        return named_parts(rule, [names[row] for row in images.rows])
+        return named_parts(rule, [str(names[row]) for row in images.rows])
     keys = [images.contents] if images.clusters is None else [images.contents, images.clusters]
     alike = [] if "similar_pictures" in card.allow else similar_pairs([found[content] for content in images.contents])
     unit_of_row = units(len(images), keys=keys, pairs=alike)
     largest = int(np.bincount(unit_of_row).max())
     if largest > MAX_UNIT_SHARE * len(images):
         raise SplitError(
-            f"card {card.name}: {largest} of {len(images)} images hang together by clusters, copies or look-alikes, so no "
-            "split can be drawn. Check the cluster column; where all pictures look alike by nature, the card can say "
-            "`allow: [similar_pictures]`"
+            f"card {card.name}: {largest} of {len(images)} images hang together by clusters, copies or look-alikes, so "
+            "no split can be drawn. Check the cluster column; where all pictures look alike by nature, the card can "
+            "say `allow: [similar_pictures]`"
         )
     return drawn_parts(rule, images.labels, images.contents, unit_of_row)

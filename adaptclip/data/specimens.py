@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from adaptclip.data.drawing import DRAW, SIZE, Brush, Palette, photograph, spoil
+from adaptclip.data.bodies import DRAW
+from adaptclip.data.drawing import SIZE, Brush, Palette, photograph, spoil
 from adaptclip.errors import DataError
 from adaptclip.seeding import numpy_generator
 
@@ -124,7 +125,9 @@ def plan(*, site_effect: float = 0.4, seed: int = 0, per_species: int = 80) -> l
     if not 0 <= site_effect <= 1:
         raise DataError(f"specimens: site_effect is a share from 0 to 1, got {site_effect!r}")
     if per_species < 40 or per_species % TRAY_SIZE:
-        raise DataError(f"specimens: per_species must be a multiple of {TRAY_SIZE} and at least 40, got {per_species!r}")
+        raise DataError(
+            f"specimens: per_species must be a multiple of {TRAY_SIZE} and at least 40, got {per_species!r}"
+        )
     specimens: list[Specimen] = []
     for label, species in enumerate(SPECIES):
         trays = _trays(per_species // TRAY_SIZE, label, numpy_generator(seed, "specimens", "trays", species.name))

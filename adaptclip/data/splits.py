@@ -94,7 +94,7 @@ def drawn_parts(
             f"{len(labels)} images in {len(members)} clusters cannot be divided into {', '.join(chosen)}; clusters and "
             "copies of a picture stay together"
         )
-    order = sorted(members, key=lambda rows: (-len(rows), _rank(splits.seed, [contents[row] for row in rows])))
+    order = sorted(members, key=lambda rows: (-len(rows), _rank(splits.seed, [contents[int(row)] for row in rows])))
     totals = np.bincount(labels).astype(float)
     lacking = shares[:, None] * totals[None]
     needed = np.asarray([part in ("train", "test") for part in chosen], dtype=float)[:, None] * np.ones_like(lacking)

@@ -8,17 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.intervals import (
-    MIN_CLUSTERS,
-    DrawSpread,
-    PairedSpread,
-    RateSpread,
-    ResamplingPlan,
-    Side,
-    Spread,
-    bootstrap,
-    plan_resampling,
-)
+from adaptclip.evaluation.intervals import CalibrationParts, CalibrationSpread, PairedSpread, RateSpread, Side, Spread
 from adaptclip.evaluation.metrics import (
     METRIC_FUNCTIONS,
     absent_classes,
@@ -27,7 +17,11 @@ from adaptclip.evaluation.metrics import (
     metric_cells,
     topk_correct,
 )
+from adaptclip.evaluation.resampling import ResamplingPlan, bootstrap, plan_resampling
 from adaptclip.types import METRICS, Predictions
+
+MIN_CLUSTERS = 10
+"""Fewer clusters than this say too little about clusters not seen: no interval is given."""
 
 MIN_IMAGES_PER_BIN = 50
 """A group's calibration error is given only with this many images per occupied confidence bin, on average."""
@@ -228,7 +222,7 @@ def _single(metric: str, sample: _Sample, which: int, draws: np.ndarray | None) 
     elif metric != "ece":
         spread = RateSpread(value, *_size(metric, sample, value * (1 - value), draws))
     elif draws is not None:
-        spread = DrawSpread(value, draws, (0.0, 1.0), _uniform_units(sample))
+        spread = CalibrationSpread(_parts(sample, which, draws), None, _uniform_units(sample))
     else:
         notes.append("no interval: a single image cannot be resampled")
     return Measurement(value, sample.n, spread, "; ".join(filter(None, notes)))
@@ -239,16 +233,23 @@ def _change(metric: str, sample: _Sample, draws: list[np.ndarray | None]) -> Mea
     value = METRIC_FUNCTIONS[metric](probs, sample.labels) - METRIC_FUNCTIONS[metric](base, sample.labels)
     if _too_few_clusters(sample):
         return Measurement(value, sample.n, note=_too_few_clusters(sample))
-    difference = draws[0] - draws[1] if draws[0] is not None and draws[1] is not None else None
+    drawn, drawn_before = draws
     if metric == "ece":
-        if difference is None:
+        if drawn is None or drawn_before is None:
             return Measurement(value, sample.n, note="no interval: a single image cannot be resampled")
-        return Measurement(value, sample.n, DrawSpread(value, difference, (-1.0, 1.0), _uniform_units(sample)))
+        parts = _parts(sample, 0, drawn), _parts(sample, 1, drawn_before)
+        return Measurement(value, sample.n, CalibrationSpread(*parts, _uniform_units(sample)))
+    difference = None if drawn is None or drawn_before is None else drawn - drawn_before
     hits = topk_correct if metric == "top5_accuracy" else lambda p, y, k: correct(p, y)
     now, before = hits(probs, sample.labels, 5), hits(base, sample.labels, 5)
     gained, lost = _rate(metric, sample, now & ~before), _rate(metric, sample, before & ~now)
     spread = PairedSpread(gained, lost, *_size(metric, sample, gained + lost - (gained - lost) ** 2, difference))
     return Measurement(value, sample.n, spread, _absent(sample) if metric == "mean_per_class_accuracy" else "")
+
+
+def _parts(sample: _Sample, which: int, draws: np.ndarray) -> CalibrationParts:
+    cells = metric_cells("ece", sample.probs[which], sample.labels)
+    return CalibrationParts(np.bincount(cells.cell, cells.values, minlength=cells.num_cells) / sample.n, draws)
 
 
 def _rate(metric: str, sample: _Sample, hit: np.ndarray) -> float:

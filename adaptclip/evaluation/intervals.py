@@ -1,4 +1,4 @@
-"""Confidence bounds: score intervals for rates and paired rates, and a stratified cluster bootstrap.
+"""Confidence bounds of rates, of paired changes of rates, and of the calibration error.
 
 What is used where:
 
@@ -9,34 +9,21 @@ What is used where:
   Percentiles of the bootstrap are not used for rates: near 0 and 1 they are too narrow, and empty when all is right;
 - a change of a rate on the same images: Tango's score interval for paired proportions (Tango 1998), which stays honest
   when no image changes; effective numbers as above;
-- the calibration error and its change: the basic bootstrap interval, which undoes the upward bias that resampling adds.
+- the calibration error and its change: a bootstrap that allows for the estimate's upward bias (`CalibrationParts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from scipy.optimize import root_scalar
-from scipy.sparse import csr_matrix
 from scipy.stats import beta, norm, t
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.metrics import Cells
-from adaptclip.seeding import numpy_generator
 
 Side = Literal["low", "high"]
-
-MIN_CLUSTERS = 10
-"""Fewer clusters than this say too little about clusters not seen: no interval is given."""
-
-MIN_DRAWS = 1000
-"""Fewest bootstrap draws that are accepted."""
-
-_CHUNK = 4_000_000
-"""Weights held at once, (draws x units): 32 MB."""
 
 
 def wilson_bound(rate: float, n: float, side: Side, alpha: float) -> float:
@@ -178,140 +165,62 @@ class PairedSpread:
 
 
 @dataclass(frozen=True)
-class DrawSpread:
-    """Uncertainty of any estimate, by basic bootstrap (Davison & Hinkley 1997, eq. 5.6).
+class CalibrationParts:
+    """The signed parts of one model's calibration error: its absolute values add up to it.
 
     Attributes:
-        value: the estimate.
-        draws: (R,) the estimate on R resamples.
-        limits: range the quantity can take.
+        observed: (bins,) share of the bin times (accuracy - mean confidence).
+        drawn: (R, bins) the same on resamples.
+    """
+
+    observed: np.ndarray
+    drawn: np.ndarray
+
+    def errors(self, *, biased: bool) -> np.ndarray:
+        """Returns (R,) estimate minus truth, as resampling would have it.
+
+        Absolute values make the estimate too high, by an amount that depends on the true parts: not at all where they
+        are far from zero, most where they are zero. Taking the observed parts for the true ones understates it, so
+        parts within 2.5 standard errors of zero count as zero (thresholded bootstrap, Chatterjee & Lahiri 2011).
+
+        Args:
+            biased: allow for the upward bias (for lower bounds), or assume none (for upper bounds).
+        """
+        noise = self.drawn - self.observed
+        if not biased:
+            return noise @ np.sign(self.observed)
+        truth = np.where(np.abs(self.observed) > 2.5 * noise.std(axis=0), self.observed, 0.0)
+        return np.abs(truth + noise).sum(axis=1) - np.abs(truth).sum()
+
+
+@dataclass(frozen=True)
+class CalibrationSpread:
+    """Uncertainty of a calibration error, or of its change.
+
+    Attributes:
+        model: parts of the judged model.
+        baseline: parts of the model it is compared with, on the same resamples; None for the error itself.
         uniform_units: number of units where all images of a model are right (or all wrong), else 0. Resamples then
             know no errors, so the bound gives way by the error rate that so many units cannot exclude.
     """
 
-    value: float
-    draws: np.ndarray
-    limits: tuple[float, float]
+    model: CalibrationParts
+    baseline: CalibrationParts | None = None
     uniform_units: int = 0
 
     @property
     def method(self) -> str:
         """Name of the method, for the report."""
-        return "basic bootstrap"
+        return "thresholded bootstrap"
 
     def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
-        """Basic bootstrap bound; `exact` changes nothing."""
+        """Bootstrap bound that errs on the wide side; `exact` changes nothing."""
+        low = side == "low"
+        value, errors, least = np.abs(self.model.observed).sum(), self.model.errors(biased=low), 0.0
+        if self.baseline is not None:
+            value -= np.abs(self.baseline.observed).sum()
+            errors = errors - self.baseline.errors(biased=not low)
+            least = -1.0
         unseen = 1 - wilson_bound(1.0, self.uniform_units, "low", alpha) if self.uniform_units else 0.0
-        if side == "low":
-            raw = 2 * self.value - np.quantile(self.draws, 1 - alpha) - unseen
-        else:
-            raw = 2 * self.value - np.quantile(self.draws, alpha) + unseen
-        return float(np.clip(raw, *self.limits))
-
-
-@dataclass(frozen=True)
-class ResamplingPlan:
-    """What is resampled, and within which strata.
-
-    Attributes:
-        unit: (N,) the unit (cluster, or the image itself) of each image.
-        stratum: (U,) the stratum of each unit; every stratum has at least two units unless there is only one unit.
-    """
-
-    unit: np.ndarray
-    stratum: np.ndarray
-
-    @property
-    def num_units(self) -> int:
-        """Number of units U."""
-        return len(self.stratum)
-
-    @property
-    def df(self) -> int:
-        """Degrees of freedom of a variance: units minus strata."""
-        return self.num_units - len(np.unique(self.stratum))
-
-
-def plan_resampling(labels: np.ndarray, clusters: np.ndarray | None) -> ResamplingPlan:
-    """Strata are the classes; a cluster with several classes belongs to its most frequent one.
-
-    A class with a single unit would add no variance at all, so such classes share one stratum ("collapsed strata",
-    Cochran 1977, section 5A.12), which errs on the wide side.
-
-    Args:
-        labels: (N,) class ids.
-        clusters: (N,) cluster ids, or None where images are independent.
-    """
-    if clusters is None:
-        unit, stratum = np.arange(len(labels)), np.unique(labels, return_inverse=True)[1]
-    else:
-        unit = np.unique(clusters, return_inverse=True)[1]
-        table = csr_matrix((np.ones(len(labels)), (unit, labels)))
-        stratum = np.unique(np.asarray(table.argmax(axis=1)).ravel(), return_inverse=True)[1]
-    stratum = stratum.copy()
-    sizes = np.bincount(stratum)
-    singles = np.flatnonzero(sizes == 1)
-    if len(singles) == 1 and len(sizes) > 1:
-        others = np.where(sizes == 1, sizes.max() + 1, sizes)
-        stratum[stratum == singles[0]] = others.argmin()
-    elif len(singles):
-        stratum[np.isin(stratum, singles)] = singles[0]
-    return ResamplingPlan(unit, np.unique(stratum, return_inverse=True)[1])
-
-
-def _draw_weights(plan: ResamplingPlan, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """Returns (draws, U) weights by Rao & Wu's (1988) rescaled bootstrap: m - 1 of a stratum's m units, times m/(m-1).
-
-    The plain bootstrap of a stratum of m units has (m-1)/m of the right variance: half of it for two images a class.
-    """
-    order = np.argsort(plan.stratum, kind="stable")
-    sizes = np.bincount(plan.stratum)
-    starts = np.cumsum(sizes) - sizes
-    low, width = np.repeat(starts, sizes - 1), np.repeat(sizes, sizes - 1)
-    picks = low + (rng.random((draws, len(low))) * width).astype(np.int64)
-    picks += np.arange(draws)[:, None] * plan.num_units
-    counts = np.bincount(picks.ravel(), minlength=draws * plan.num_units).reshape(draws, -1)
-    weights = np.empty(counts.shape)
-    weights[:, order] = counts * np.repeat(sizes / np.maximum(sizes - 1, 1), sizes)
-    return weights
-
-
-def bootstrap(
-    plan: ResamplingPlan, metrics: Mapping[str, Cells], *, draws: int = 2000, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Recomputes metrics on resamples of whole units, stratified as planned; the same resamples for every metric.
-
-    Args:
-        plan: what is resampled; needs two units or more.
-        metrics: name -> the metric taken apart over the N images of the plan.
-        draws: number of resamples R, at least MIN_DRAWS.
-        seed: the draws depend on it and on nothing else.
-
-    Returns:
-        name -> (R,) values.
-
-    Raises:
-        DataError: too few draws, or a single unit.
-    """
-    if draws < MIN_DRAWS or plan.df < 1:
-        raise DataError(
-            f"a bootstrap needs at least {MIN_DRAWS} draws and two units, got {draws} draws of {plan.num_units} unit(s)"
-        )
-    rng = numpy_generator(seed, "bootstrap")
-    recompute = {name: _by_unit(cells, plan) for name, cells in metrics.items()}
-    widest = max([plan.num_units, *(cells.num_cells for cells in metrics.values())])
-    step = max(1, _CHUNK // widest)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
-    for start in range(0, draws, step):
-        weights = _draw_weights(plan, rng, min(step, draws - start))
-        for name, function in recompute.items():
-            parts[name].append(function(weights))
-    return {name: np.concatenate(values) for name, values in parts.items()}
-
-
-def _by_unit(cells: Cells, plan: ResamplingPlan) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the metric as a function of unit weights (R, U): images are summed within units once, beforehand."""
-    shape, where = (plan.num_units, cells.num_cells), (plan.unit, cells.cell)
-    sums = csr_matrix((cells.values, where), shape=shape)
-    sizes = csr_matrix((np.ones(len(cells.values)), where), shape=shape)
-    return lambda weights: cells.combine(weights @ sums, weights @ sizes)
+        raw = value - np.quantile(errors, 1 - alpha if low else alpha) + (-unseen if low else unseen)
+        return float(np.clip(raw, least, 1.0))

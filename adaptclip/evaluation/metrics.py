@@ -157,7 +157,8 @@ class Cells:
         values: (N,) float64 contribution of each image: right or not for rates; right minus confidence for `ece`.
         cell: (N,) the cell each image counts in.
         num_cells: number of cells.
-        combine: sums and weights per cell, each (R, num_cells), to R values of the metric.
+        combine: sums and weights per cell, each (R, num_cells), to (R,) values of the metric; for `ece` to its (R,
+            num_cells) signed parts, whose absolute values add up to it.
     """
 
     values: np.ndarray
@@ -172,12 +173,12 @@ def _mean_of_cells(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return ratios.sum(axis=1) / present.sum(axis=1)
 
 
-def _calibration_of_cells(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return np.abs(sums).sum(axis=1) / weights.sum(axis=1)
+def _parts_of_cells(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return sums / weights.sum(axis=1, keepdims=True)
 
 
 def metric_cells(metric: str, probs: np.ndarray, labels: np.ndarray) -> Cells:
-    """Takes a metric apart; with every weight 1 the parts give METRIC_FUNCTIONS[metric] back.
+    """Takes a metric apart; with every weight 1 the cells give METRIC_FUNCTIONS[metric] back.
 
     Args:
         metric: one of METRIC_FUNCTIONS.
@@ -186,7 +187,7 @@ def metric_cells(metric: str, probs: np.ndarray, labels: np.ndarray) -> Cells:
     """
     if metric == "ece":
         surplus = correct(probs, labels) - probs.max(axis=1).astype(np.float64)
-        return Cells(surplus, confidence_bins(probs), ECE_BINS, _calibration_of_cells)
+        return Cells(surplus, confidence_bins(probs), ECE_BINS, _parts_of_cells)
     if metric == "mean_per_class_accuracy":
         present, cell = np.unique(labels, return_inverse=True)
         return Cells(correct(probs, labels).astype(np.float64), cell, len(present), _mean_of_cells)

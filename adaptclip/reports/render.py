@@ -21,6 +21,13 @@ MAX_TERMINAL_GROUPS = 8
 
 NO_GATES = "No gates were declared: nothing was judged, which is not a pass."
 
+_SHORT = {
+    "accuracy": "accuracy",
+    "mean_per_class_accuracy": "mean per class",
+    "top5_accuracy": "top-5 accuracy",
+    "ece": "ECE",
+}
+
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 
 
@@ -54,11 +61,11 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", plain)
 
 
-def _rate(number: dict[str, Any] | None, *, count: bool = False) -> str:
+def _rate(number: dict[str, Any] | None, *, sign: str = " %", count: bool = False) -> str:
     """Renders a rate, for example `71.2 % [67.1, 75.0]`, with `n = 400` on demand; "–" where there is none."""
     if number is None or number["value"] is None:
         return "–"
-    text = f"{100 * number['value']:.1f} %"
+    text = f"{100 * number['value']:.1f}{sign}"
     if number["low"] is not None:
         text += f" [{100 * number['low']:.1f}, {100 * number['high']:.1f}]"
     return text + (f", n = {number['n']}" if count else "")
@@ -210,28 +217,29 @@ def print_report(
 def _overall_table(report: dict[str, Any]) -> Table:
     paired = any(c["zero_shot"] for c in report["overall"].values())
     title = (
-        f"{report['num_images']} images, {report['num_classes']} classes; {100 * report['confidence']:g} % intervals"
+        f"{report['num_images']} images, {report['num_classes']} classes; "
+        f"per cent [{100 * report['confidence']:g} % interval], changes in points"
     )
     table = Table(title=title, title_justify="left", pad_edge=False)
-    for column in ("", "zero-shot", "adapted", "change (points)") if paired else ("", "value"):
+    for column in ("", "zero-shot", "adapted", "change") if paired else ("", "value"):
         table.add_column(column, justify="left" if not column else "right")
     for metric, c in report["overall"].items():
-        cells = [_rate(c["zero_shot"]), _rate(c["model"]), _points(c["change"])] if paired else [_rate(c["model"])]
-        table.add_row(METRIC_WORDS[metric], *map(Text, cells))
+        rates = [c["zero_shot"], c["model"]] if paired else [c["model"]]
+        cells = [*(_rate(rate, sign="") for rate in rates), *[_points(c["change"])] * paired]
+        table.add_row(_SHORT[metric], *map(Text, cells))
     return table
 
 
 def _group_table(attribute: str, table: dict[str, Any]) -> Table:
     paired = any(row["accuracy"]["change"] for row in table["rows"])
-    drawn = Table(title=Text(f"by {_one_line(attribute)}"), title_justify="left", pad_edge=False)
-    metrics = {"accuracy": "accuracy", "mean_per_class_accuracy": "mean per class", "ece": "ECE"}
-    if all(row["ece"]["model"]["value"] is None for row in table["rows"]):
-        del metrics["ece"]
-    for i, column in enumerate(["group", "n", *metrics.values(), *["change (points)"] * paired]):
+    title = f"by {_one_line(attribute)}" + "; change is of accuracy" * paired
+    drawn = Table(title=Text(title, style="italic"), title_justify="left", pad_edge=False)
+    metrics = [m for m in _group_metrics(table) if any(row[m]["model"]["value"] is not None for row in table["rows"])]
+    for i, column in enumerate(["group", "n", *(_SHORT[m] for m in metrics), *["change"] * paired]):
         drawn.add_column(column, justify="right" if i else "left")
     worst_first = sorted(table["rows"], key=lambda row: row["accuracy"]["model"]["value"])
     for row in worst_first[:MAX_TERMINAL_GROUPS]:
-        cells = [_rate(row[m]["model"]) for m in metrics]
+        cells = [_rate(row[m]["model"], sign="") for m in metrics]
         cells += [_points(row["accuracy"]["change"])] * paired
         drawn.add_row(*map(Text, [_one_line(row["group"]), str(row["n"]), *cells]))
     return drawn

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adaptclip.errors import TrainingError
+from adaptclip.errors import ArtifactError, TrainingError
 from adaptclip.storage import digest, write_bytes
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
@@ -98,7 +98,7 @@ def load_checkpoint(
         accelerator.unwrap_model(adapter).load_adapter_state(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (ArtifactError, KeyError, ValueError, RuntimeError) as error:
         raise TrainingError(
             f"{path} does not fit this adapter: {error}. Resume with the settings the run was started with, or start "
             "anew with --overwrite."

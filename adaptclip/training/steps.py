@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -191,7 +191,7 @@ def backward_and_step(
 
 def _stop_unless_finite(accelerator: Accelerator, loss: Tensor, step: int) -> None:
     """Raises on every process when the loss of any of them is not finite; one that went on alone would wait forever."""
-    bad = (~torch.isfinite(loss.detach())).float()
+    bad: Any = (~torch.isfinite(loss.detach())).float()
     if accelerator.num_processes > 1:
         bad = accelerator.reduce(bad, reduction="sum")
     if bad.item() > 0:

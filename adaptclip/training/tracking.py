@@ -74,7 +74,7 @@ def make_accelerator(
     return accelerator
 
 
-def _tracker_names(trackers: str) -> list[str]:
+def _tracker_names(trackers: str) -> list[Any]:
     known = [kind.value for kind in LoggerType if kind != LoggerType.ALL]
     installed = [str(kind) for kind in get_available_trackers()]
     names = [name.strip() for name in trackers.split(",") if name.strip()]
@@ -157,12 +157,10 @@ class Run:
         self.accelerator.log(values, step=step)
 
     def _number(self, value: float | int | Tensor) -> float | int:
-        if isinstance(value, Tensor):
-            value = value.detach().float()
-            if self.accelerator.num_processes > 1:
-                value = self.accelerator.reduce(value, reduction="mean")
-            return value.item()
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        mean: Any = self.accelerator.reduce(value.detach().float(), reduction="mean")
+        return mean.item()
 
     def finish(self) -> None:
         """Closes the trackers."""

@@ -6,6 +6,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -24,7 +25,12 @@ from adaptclip.backbone.loading import find_source
 from adaptclip.errors import BackboneError
 
 ARCHITECTURE = "Tiny-T-8"
-OTHER_PREPROCESS = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "interpolation": "bilinear", "resize_mode": "squash"}
+OTHER_PREPROCESS = {
+    "mean": (0.1, 0.2, 0.3),
+    "std": (0.5, 0.6, 0.7),
+    "interpolation": "bilinear",
+    "resize_mode": "squash",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,11 @@ def _pictures() -> list[Image.Image]:
     return [Image.fromarray(a).resize(size, Image.Resampling.BICUBIC) for a, size in zip(small, sizes, strict=True)]
 
 
+def _raw(*arguments: Any, **settings: Any) -> Any:
+    """The model and evaluation transform as open_clip itself gives them."""
+    return open_clip.create_model_from_pretrained(*arguments, **settings)
+
+
 def _edited(folder: Path, target: Path, **changes: object) -> Path:
     """A copy of a checkpoint folder with entries of open_clip_config.json replaced."""
     shutil.copytree(folder, target)
@@ -73,7 +84,7 @@ def test_transform_and_features_are_those_of_open_clip(tmp_path, kind, resize_mo
     ours = make_tiny_backbone(
         kind, folder=tmp_path / "m", preprocess_cfg={**preprocess, "resize_mode": resize_mode}, context_length=20
     )
-    model, transform = open_clip.create_model_from_pretrained(ours.name)
+    model, transform = _raw(ours.name)
     images = torch.stack([ours.transform(picture) for picture in _pictures()])
     assert torch.equal(images, torch.stack([transform(picture) for picture in _pictures()]))
     texts = ["a photo of a red fox.", "owl"]
@@ -95,7 +106,7 @@ def test_transform_and_features_are_those_of_open_clip(tmp_path, kind, resize_mo
 
 def test_a_tag_brings_its_own_activation_and_transform(architecture):
     ours = load_backbone(ARCHITECTURE, "openai")
-    theirs, transform = open_clip.create_model_from_pretrained(ARCHITECTURE, "openai", force_quick_gelu=True)
+    theirs, transform = _raw(ARCHITECTURE, "openai", force_quick_gelu=True)
     assert any(isinstance(module, QuickGELU) for module in ours.model.modules())
     images = torch.stack([ours.transform(picture) for picture in _pictures()])
     assert torch.equal(images, torch.stack([transform(picture) for picture in _pictures()]))
@@ -325,7 +336,7 @@ def test_a_folder_with_only_an_adapter_is_refused(folder, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": {"embed_dim": 4}}'])
 def test_a_damaged_configuration_is_named(tmp_path, text):
     (tmp_path / "open_clip_config.json").write_text(text)
-    with pytest.raises(BackboneError, match="open_clip_config.json"):
+    with pytest.raises(BackboneError, match=r"open_clip_config\.json"):
         load_backbone(f"local-dir:{tmp_path}")
 
 
@@ -355,7 +366,7 @@ def test_a_truncated_checkpoint_is_named(architecture, weights, tmp_path, suffix
     content = whole.read_bytes()
     file = tmp_path / f"cut{suffix}"
     file.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(BackboneError, match=f"cut{suffix} .*is damaged, unreadable or not a checkpoint"):
+    with pytest.raises(BackboneError, match=f"cut{suffix} .*is damaged"):
         load_backbone(ARCHITECTURE, str(file), quick_gelu=True)
 
 
@@ -373,7 +384,7 @@ def test_weights_that_are_not_finite_are_named(architecture, weights, tmp_path):
     state = load_file(weights)
     state["visual.ln_post.weight"][5] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(BackboneError, match="visual.ln_post.weight has values that are not finite"):
+    with pytest.raises(BackboneError, match=r"visual\.ln_post\.weight has values that are not finite"):
         load_backbone(ARCHITECTURE, str(tmp_path / "nan.safetensors"), quick_gelu=True)
 
 
@@ -390,23 +401,74 @@ class _Hostile:
 @pytest.mark.parametrize("archive", [True, False])
 def test_a_pickle_with_code_is_refused_and_nothing_runs(architecture, tmp_path, name, archive):
     file, witness = tmp_path / name, tmp_path / "executed"
+    reason = r"would run code \(Unsupported global" if archive else "a pickle of more than weights"
+    expected = f"{name} .*{reason}.*refused and nothing in it was run.*safetensors"
     if archive:
         torch.save({"state_dict": {"a": torch.zeros(1)}, "x": _Hostile(witness)}, file)
     else:
         file.write_bytes(pickle.dumps(_Hostile(witness)))
-    with pytest.raises(BackboneError, match="would run code, and was refused.*safetensors"):
+    with pytest.raises(BackboneError, match=expected) as caught:
         load_backbone(ARCHITECTURE, str(file), quick_gelu=True)
+    assert "weights_only" not in str(caught.value)
     assert not witness.exists()
     torch.load(file, weights_only=False) if archive else pickle.loads(file.read_bytes())
     assert witness.exists()
 
 
-@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file", "ignore::FutureWarning")
 def test_a_torchscript_program_is_refused(architecture, tmp_path):
     file = tmp_path / "program.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(file))
     with pytest.raises(BackboneError, match=r"TorchScript program.*state_dict\(\)"):
         load_backbone(ARCHITECTURE, str(file), quick_gelu=True)
+
+
+@pytest.fixture
+def bert_folder(tmp_path) -> Path:
+    """A tiny model with a Hugging Face text tower and a word tokenizer of its own, all in one folder."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "owl"]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=64).save_pretrained(tmp_path)
+    config: dict[str, Any] = {**tiny_config(), "text_cfg": {"hf_model_name": str(tmp_path), "context_length": 20}}
+    config["text_cfg"] |= {"hf_tokenizer_name": str(tmp_path), "hf_model_pretrained": False}
+    model = open_clip.CustomTextCLIP(**config)
+    save_file(dict(model.state_dict()), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3}})
+    )
+    return tmp_path
+
+
+def test_a_hugging_face_tower_takes_its_context_from_the_tokenizer(bert_folder):
+    backbone = load_backbone(f"local-dir:{bert_folder}")
+    assert (backbone.context_length, backbone.model.context_length) == (20, 64)
+    tokens = backbone.tokenize(["a photo of owl", "owl " * 18])
+    assert tokens[0, :7].tolist() == [2, 4, 5, 6, 7, 3, 0]
+    assert tokens[1].tolist() == [2, *[7] * 18, 3]
+    assert backbone.encode_text(tokens).shape == (2, 48)
+    with pytest.raises(BackboneError, match="has 21 tokens.*is 20"):
+        backbone.tokenize(["owl " * 19])
+    with pytest.raises(BackboneError, match="Hugging Face text tower.*fp32 only"):
+        load_backbone(f"local-dir:{bert_folder}", precision="bf16")
+
+
+def test_a_hugging_face_tower_that_is_not_here_is_an_error_at_once(bert_folder, hub_cache):
+    file = bert_folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = "museum/bert"
+    file.write_text(json.dumps(config))
+    start = time.monotonic()
+    with pytest.raises(BackboneError, match="The text tower of .*not on this machine"):
+        load_backbone(f"local-dir:{bert_folder}")
+    assert time.monotonic() - start < 3
 
 
 # -- hub and cache -----------------------------------------------------------------------------------------------------

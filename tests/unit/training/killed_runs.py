@@ -100,7 +100,7 @@ def main(folder: Path) -> None:
             os.kill(child, signal.SIGKILL)
             num_kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     os.waitpid(_train_in_child(killed), 0)
-    print(num_kills)
+    (folder / "num_kills").write_text(str(num_kills))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def test_adamw_decay_is_decoupled():
 
 
 def test_frozen_parameters_are_left_out():
-    frozen = _param().requires_grad_(False)
+    frozen = _param()
+    frozen.requires_grad_(False)
     optimizer = build_optimizer([frozen, _param()], name="sgd", lr=0.1, weight_decay=0.0)
     assert len(optimizer.param_groups[0]["params"]) == 1
 

@@ -1,5 +1,6 @@
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def _features(num_rows=20, views=1):
     return Features(values, labels, tuple(f"row-{i}" for i in range(num_rows)))
 
 
-def _processes(count, accumulate=1):
+def _processes(count, accumulate=1) -> list[Any]:
     """What FeatureLoader asks of the accelerators of `count` processes."""
     return [
         SimpleNamespace(
@@ -57,7 +58,7 @@ def test_an_epoch_sees_every_image_once_but_for_the_incomplete_step():
     features = _features(20)
     loader = FeatureLoader(features, batch_size=6, seed=0, accelerator=_processes(1)[0])
     assert loader.steps_per_epoch == 3
-    epoch = sum(_images_of_steps(features, 3, batch_size=6), [])
+    epoch = list(itertools.chain(*_images_of_steps(features, 3, batch_size=6)))
     assert len(epoch) == len(set(epoch)) == 18
 
 
@@ -114,6 +115,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(NUM_CLASSES, WIDTH))
 
     def forward(self, batch: Batch):
+        assert batch.features is not None
         return 10 * batch.features @ self.weight.T
 
 

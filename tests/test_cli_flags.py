@@ -1,0 +1,140 @@
+"""Flags: every recipe's settings are documented, wrong ones get the nearest name, files and flags come in order."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from adaptclip.config import parse, parse_command, save_config
+from adaptclip.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "data_cards").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def configs() -> dict[str, type]:
+    return {path.name: load(path).Config for path in RECIPES}
+
+
+def test_every_setting_has_a_line_of_help(configs):
+    fields = 0
+    for path in RECIPES:
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        body = next(n.body for n in source.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+        names = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        documented = [
+            a.target.id
+            for a, b in zip(body, body[1:], strict=False)
+            if isinstance(a, ast.AnnAssign)
+            and isinstance(a.target, ast.Name)
+            and isinstance(b, ast.Expr)
+            and isinstance(b.value, ast.Constant)
+        ]
+        assert documented == names, f"{path.name}: no help for {set(names) - set(documented)}"
+        assert len(names) <= 25, f"{path.name} has {len(names)} settings"
+        assert configs[path.name].__dataclass_params__.frozen
+        fields += len(names)
+    assert fields >= 40
+
+
+@pytest.mark.parametrize("name", [p.name for p in RECIPES])
+def test_help_and_unknown_flag(configs, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(configs[name], ["--help"])
+    assert stop.value.code == 0
+    assert "--out" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        parse(configs[name], ["--sed", "2"])
+    assert stop.value.code == 1
+    assert "--sed" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        parse(configs[name], ["--overwrit"])
+    assert stop.value.code == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_value_of_the_wrong_kind_is_named(configs, capsys):
+    for flags, words in ((["--lr", "fast"], "--lr"), (["--rule", "random"], "nested")):
+        with pytest.raises(SystemExit) as stop:
+            parse(configs["coop.py"], flags)
+        assert stop.value.code == 1
+        assert words in capsys.readouterr().err
+
+
+def test_defaults_then_file_then_flags(configs, tmp_path):
+    saved = dataclasses.replace(configs["coop.py"](), lr=0.5, seed=3, out=Path("elsewhere"))
+    save_config(saved, tmp_path / "config.yaml")
+    cfg = parse(configs["coop.py"], ["--config", str(tmp_path / "config.yaml"), "--seed", "4"])
+    assert cfg == dataclasses.replace(saved, seed=4)
+    assert parse(configs["coop.py"], [f"--config={tmp_path / 'config.yaml'}"]) == saved
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sede: 3", 'Did you mean "seed"'),
+        ("seed: many", "seed"),
+        ("- 1\n- 2", "mapping"),
+        ("seed: [", "cannot read"),
+    ],
+)
+def test_a_wrong_settings_file(configs, tmp_path, content, message):
+    from adaptclip.errors import AdaptclipError
+
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(AdaptclipError, match=re.escape(message)):
+        parse(configs["coop.py"], ["--config", str(tmp_path / "c.yaml")])
+    with pytest.raises(ConfigError, match="needs a file"):
+        parse(configs["coop.py"], ["--config"])
+
+
+def test_commands_get_the_nearest_name():
+    from adaptclip.cli import main
+
+    def command(name: str, /) -> int:
+        """Do it."""
+        return len(name)
+
+    commands = {"predict": command, "card": {"check": command}}
+    assert parse_command(commands, ["card", "check", "abc"], prog="p", description="d") == 3
+    for argv, nearest in ((["predcit"], "predict"), (["card", "chek"], "check")):
+        with pytest.raises(ConfigError, match=f'Did you mean "{nearest}"'):
+            parse_command(commands, argv, prog="p", description="d")
+    with pytest.raises(SystemExit) as stop:
+        main(["gat"])
+    assert stop.value.code == 1
+
+
+def test_flags_in_the_documents_exist(configs):
+    """A flag that a document shows is a flag of some recipe or command; how many were looked at is asserted."""
+    from adaptclip import cli
+
+    known = {f.name for config in configs.values() for f in dataclasses.fields(config)}
+    known |= {a for f in vars(cli).values() if callable(f) for a in getattr(f, "__annotations__", {})}
+    others = {"help", "config", "standalone", "nproc-per-node", "num-processes", "multi-gpu", "cpu", "mixed-precision"}
+    others |= {"no-deps", "quiet", "durations", "junitxml"}
+    shown = 0
+    for path in DOCUMENTS:
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", path.read_text(encoding="utf-8")):
+            shown += 1
+            name = flag.replace("_", "-")
+            assert name.replace("-", "_") in known or name in others, f"{path.name} shows --{flag}"
+    assert shown >= 15
