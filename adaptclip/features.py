@@ -1,8 +1,8 @@
 """Image features of a frozen tower: computed once per image and view, kept on disk, shared by every run.
 
-On disk a cache is one folder per way of looking at an image (weights, transform, view), and in it shards: safetensors
-files of a few hundred rows that name the images they hold by the digest of their encoded bytes. Which data set, split,
-seed or number of shots asked for an image does not matter, so all of them share its features.
+On disk a cache is one folder per way of looking at an image (weights, transform, window, view), and in it shards:
+safetensors files of a few hundred rows that name the images they hold by the digest of their encoded bytes. Which data
+set, split, seed or number of shots asked for an image does not matter, so all of them share its features.
 
     <root>/<digest of the key>/key.json                         the key in words
     <root>/<digest of the key>/<digest of the file>.safetensors  "values" (rows, D) float32 and the images' digests
@@ -105,7 +105,7 @@ class FeatureCache:
         jobs = []
         for number, out in enumerate(values):
             view = _View(number, augment) if views and augment else None
-            load, key = _loader(backbone, dataset, first_row, view), _key(backbone, view)
+            load, key = _loader(backbone, dataset, first_row, view), _key(backbone, dataset, view)
             folder = self.root / digest(json.dumps(key, sort_keys=True))[:32] if self.root else None
             missing = _read_shards(folder, place, out) if folder else place
             jobs.append(_Job(folder, key, load, place, missing, out))
@@ -147,8 +147,9 @@ class _Job:
     values: Tensor
 
 
-def _key(backbone: ClipBackbone, view: _View | None) -> dict[str, Any]:
-    key = {"weights": backbone.digest, "transform": backbone.transform_spec}
+def _key(backbone: ClipBackbone, dataset: ImageDataset, view: _View | None) -> dict[str, Any]:
+    """Returns all that the features of an image depend on besides its bytes, JSON-able."""
+    key: dict[str, Any] = {"weights": backbone.digest, "transform": backbone.transform_spec, "window": dataset.window}
     return key if view is None else key | {"view": view.number, "augment": view.augment.spec}
 
 

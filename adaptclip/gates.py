@@ -19,11 +19,13 @@ How a rule is judged:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from adaptclip.errors import GateError, did_you_mean
 from adaptclip.evaluation.estimates import Measurement, align, group_rows, measure
@@ -100,7 +102,8 @@ def check_gates(
     for rule in rules:
         _check_rule(rule, predictions, baseline)
     base = align(predictions, baseline) if baseline is not None and any(r.no_worse_than for r in rules) else None
-    return [_judge_rule(rule, predictions, base, draws, seed) for rule in rules]
+    progress = tqdm(rules, desc="gates", unit="rule", disable=None, leave=False)
+    return [_judge_rule(rule, predictions, base, draws, seed) for rule in progress]
 
 
 def overall_verdict(verdicts: Sequence[Verdict]) -> Literal["pass", "fail", "inconclusive", "none"]:
@@ -171,7 +174,7 @@ def _check_rule(rule: GateRule, predictions: Predictions, baseline: Predictions 
 def _judge_rule(
     rule: GateRule, predictions: Predictions, baseline: Predictions | None, draws: int, seed: int
 ) -> Verdict:
-    def measured(rows: Any) -> Measurement:
+    def measured(rows: np.ndarray | None) -> Measurement:
         compared = measure(
             predictions,
             baseline if rule.no_worse_than else None,
@@ -200,12 +203,12 @@ def _combine(rule: GateRule, ordered: list[Verdict]) -> Verdict:
     worst = ordered[0]
     alike = [str(v.group) for v in ordered[1:] if v.verdict == worst.verdict]
     if worst.verdict == "pass":
-        reason = f"All {len(ordered)} groups pass; the worst: {worst.reason}"
+        reason = f"All {len(ordered)} groups pass; the worst: {worst.reason}" if len(ordered) > 1 else worst.reason
     elif alike:
         reason = f"{worst.reason} The same verdict for {', '.join(alike)} (of {len(ordered)} groups)."
     else:
         reason = worst.reason
-    return Verdict(**{**vars(worst), "reason": reason, "groups": tuple(ordered)})
+    return replace(worst, reason=reason, groups=tuple(ordered))
 
 
 def _asks_at_least(rule: GateRule) -> bool:
@@ -233,7 +236,7 @@ def _judge(rule: GateRule, group: str | None, measured: Measurement, family: int
         elif (bad < limit) if upwards else (bad > limit):
             outcome = "fail"
     low, high = (good, bad) if upwards else (bad, good)
-    reason = _reason(rule, group, measured, outcome, good, bad)
+    reason = _reason(rule, group, measured, outcome, (good, bad), family)
     return Verdict(
         rule.title,
         rule.metric,
@@ -250,11 +253,19 @@ def _judge(rule: GateRule, group: str | None, measured: Measurement, family: int
 
 
 def _reason(
-    rule: GateRule, group: str | None, measured: Measurement, outcome: Outcome, good: float | None, bad: float | None
+    rule: GateRule,
+    group: str | None,
+    measured: Measurement,
+    outcome: Outcome,
+    bounds: tuple[float | None, float | None],
+    family: int,
 ) -> str:
+    """Words the grounds of a verdict; `bounds` are the one that lets the rule pass and the one that lets it fail."""
+
     def show(value: float, digits: str = ".1f") -> str:
         return f"{100 * value:+{digits}} points" if rule.no_worse_than else f"{100 * value:{digits}} %"
 
+    good, bad = bounds
     subject = f"{'change of ' if rule.no_worse_than else ''}{METRIC_WORDS[rule.metric]}"
     subject += f" against {rule.no_worse_than.replace('_', '-')}" if rule.no_worse_than else ""
     subject += f" for {rule.group} = {group}" if group is not None else ""
@@ -268,11 +279,12 @@ def _reason(
         return f"{found}; {measured.note}, so the data cannot tell."
     note = f" ({measured.note}.)" if measured.note else ""
     sure, limit = f"with {100 * rule.confidence:g} % confidence", show(_limit(rule), "g")
+    over = f" over {family} groups" if family > 1 else ""
     better, worse = ("at least", "at most") if _asks_at_least(rule) else ("at most", "at least")
     if outcome == "pass":
         return f"{found} and, {sure}, {better} {show(good)}; the rule asks for {better} {limit}.{note}"
     if outcome == "fail":
-        return f"{found} and, {sure}, {worse} {show(bad)}; the rule asks for {better} {limit}.{note}"
+        return f"{found} and, {sure}{over}, {worse} {show(bad)}; the rule asks for {better} {limit}.{note}"
     return (
         f"{found}; the rule asks for {better} {limit}, but the data only show {better} {show(good)} ({sure}) "
         f"and do not rule out {show(bad)}: they cannot tell.{note}"

@@ -15,6 +15,17 @@ from adaptclip.backbone import ClipBackbone, load_backbone
 
 Kind = Literal["clip", "custom_text"]
 
+ARCHITECTURE = "Tiny-T-8"
+"""Name under which tests of tags and checkpoint files make `tiny_config` known to open_clip."""
+
+OTHER_PREPROCESS = {
+    "mean": (0.1, 0.2, 0.3),
+    "std": (0.5, 0.6, 0.7),
+    "interpolation": "bilinear",
+    "resize_mode": "squash",
+}
+"""An evaluation transform that differs in every entry from open_clip's default."""
+
 
 def tiny_config(
     kind: Kind = "clip", *, context_length: int = 77, width: int = 64, embed_dim: int = 48, quick_gelu: bool = False

@@ -138,12 +138,15 @@ class CoOp(nn.Module):
         device = self.context.device
         start = self.tower.embed_tokens(torch.tensor(self.tower.start_ids, dtype=torch.long, device=device))
         prefix = torch.cat([start, self.context])
-        state = self.tower.encode_prefix(prefix) if self.fast else None
+        # A single chunk takes its prefix along; several share one.
+        state = self.tower.encode_prefix(prefix) if self.fast and len(share.chunks) > 1 else None
 
         def encode(chunk: int) -> Tensor:
             suffixes = [self.tower.embed_tokens(ids) for ids in share.chunks[chunk]]
             if state is not None:
                 return self.tower.encode_suffixes(state, suffixes)
+            if self.fast:
+                return self.tower.encode_packed(prefix, suffixes)
             return torch.cat([self._encode_whole(prefix, suffix) for suffix in suffixes])
 
         rows = encode_within_budget(encode, share.costs_bytes, self.memory_budget_bytes)

@@ -24,6 +24,9 @@ from adaptclip.errors import BackboneError
 PrefixState = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of the shared prefix, one pair per block, each (heads, P, T / heads) for P prefix tokens."""
 
+Shapes = tuple[tuple[int, int], ...]
+"""(G, l) of every run of packed suffixes: G of them with l tokens each."""
+
 SUPPORTED = (
     "open_clip's CLIP and CustomTextCLIP with a causal TextTransformer that pools the EOT token, for example ViT-B-32, "
     "ViT-B-16, ViT-L-14, RN50 or the embedded starter"
@@ -143,26 +146,7 @@ class CausalTextTower:
         Raises:
             BackboneError: the blocks are not the default ones, or P is more than the context.
         """
-        if not self.supports_prefix:
-            kind = type(self._blocks[0]).__name__
-            raise BackboneError(
-                f"the shared-prefix path needs open_clip's default text blocks (ResidualAttentionBlock), got {kind}; "
-                "use the plain path (encode_embeddings; CoOp takes it with fast=False)"
-            )
-        x = self._with_positions(prefix, 0)
-        mask = torch.full((len(x), len(x)), float("-inf"), device=x.device).triu_(1)
-        state = []
-        for i, block in enumerate(self._blocks):
-            heads = block.attn.num_heads
-            q, k, v = _heads_first(_in_proj(block, block.ln_1(x)), heads, self.width // heads)
-            state.append((k, v))
-            if i + 1 < len(self._blocks):
-                # The last block's output for the prefix reaches nothing: only its keys and values are seen.
-                with _full_precision(x.device):
-                    scores = torch.baddbmm(mask.expand(heads, -1, -1), q, k.mT, alpha=q.shape[-1] ** -0.5)
-                    attended = (scores.softmax(-1) @ v).transpose(0, 1).reshape(x.shape)
-                x = _finish_block(block, x, attended)
-        return tuple(state)
+        return self._run(self._with_positions(prefix, 0), len(prefix), (), None)[1]
 
     def encode_suffixes(self, state: PrefixState, suffixes: Sequence[Tensor]) -> Tensor:
         """Features of prompts that go on from a prefix.
@@ -177,23 +161,54 @@ class CausalTextTower:
         Raises:
             BackboneError: P + l is more than the context.
         """
-        start = state[0][0].shape[1]
-        shapes = [(s.shape[0], s.shape[1]) for s in suffixes]
-        x = torch.cat([self._with_positions(s, start).flatten(0, 1) for s in suffixes])
-        last = len(self._blocks) - 1
-        for i, (block, (keys, values)) in enumerate(zip(self._blocks, state, strict=True)):
-            normed = block.ln_1(x)
-            if i < last:
-                attended = _attend(_in_proj(block, normed), shapes, keys, values)
-            else:
-                attended = _attend_last(block, normed, shapes, keys, values)
-                x = _last_tokens(x, shapes)
-            x = _finish_block(block, x, attended)
-        return self._project(x)
+        tokens, shapes = self._pack(suffixes, state[0][0].shape[1])
+        return self._project(self._run(tokens, 0, shapes, state)[0])
 
     def encode_packed(self, prefix: Tensor, suffixes: Sequence[Tensor]) -> Tensor:
-        """`encode_prefix` then `encode_suffixes`: (P, T) and tensors (G, l, T) to (sum of G, D) features."""
-        return self.encode_suffixes(self.encode_prefix(prefix), suffixes)
+        """Features of prompts with a common (P, T) prefix and (G, l, T) suffixes, as `encode_suffixes` in one pass.
+
+        Prefix and suffixes go through the blocks side by side, so that the weights are read once.
+        """
+        tokens, shapes = self._pack(suffixes, len(prefix))
+        together = torch.cat([self._with_positions(prefix, 0), tokens])
+        return self._project(self._run(together, len(prefix), shapes, None)[0])
+
+    def _pack(self, suffixes: Sequence[Tensor], start: int) -> tuple[Tensor, Shapes]:
+        """Tensors (G, l, T) to one list of tokens (n, T) with positions from `start` on, and their shapes (G, l)."""
+        tokens = torch.cat([self._with_positions(s, start).flatten(0, 1) for s in suffixes])
+        return tokens, tuple((s.shape[0], s.shape[1]) for s in suffixes)
+
+    def _run(self, x: Tensor, prefix: int, shapes: Shapes, state: PrefixState | None) -> tuple[Tensor, PrefixState]:
+        """Takes packed tokens through all blocks.
+
+        Args:
+            x: (P + n, T) tokens: those of the prefix where it is not known yet, then the suffixes'.
+            prefix: P; 0 where `state` is given.
+            shapes: (G, l) of each run of suffixes.
+            state: keys and values of the prefix, or None to compute them.
+
+        Returns:
+            (sum of G, T) tokens at the pooled positions, and the prefix's keys and values.
+        """
+        if not self.supports_prefix:
+            raise BackboneError(
+                "the shared-prefix path needs open_clip's default text blocks (ResidualAttentionBlock), got "
+                f"{type(self._blocks[0]).__name__}; use the plain path (encode_embeddings; CoOp takes it by itself)"
+            )
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for i, block in enumerate(self._blocks):
+            normed = block.ln_1(x)
+            known = None if state is None else state[i]
+            if i + 1 < len(self._blocks):
+                attended, pair = _attend(block, normed, prefix, shapes, known)
+            else:
+                # The last block's output counts only at the pooled positions; of all else, only keys and values.
+                attended, pair = _attend_last(block, normed, prefix, shapes, known)
+                x = _last_tokens(x[prefix:], shapes)
+            pairs.append(pair)
+            if len(attended):
+                x = _finish_block(block, x, attended)
+        return x, tuple(pairs)
 
     def activation_bytes(self, tokens: int, attended: int) -> int:
         """Estimate of what the backward pass keeps of `tokens` tokens that each see at most `attended` tokens.
@@ -246,9 +261,9 @@ def _in_proj(block: Any, x: Tensor, parts: slice = slice(0, 3)) -> Tensor:
     return F.linear(x, block.attn.in_proj_weight[rows], None if bias is None else bias[rows])
 
 
-def _heads_first(packed: Tensor, heads: int, head_width: int) -> tuple[Tensor, ...]:
-    """Splits (n, k T) projections into k tensors (heads, n, head_width) in float32, each in memory order."""
-    split = packed.float().unflatten(-1, (-1, heads, head_width)).permute(1, 2, 0, 3)
+def _heads_first(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
+    """Splits (n, parts T) projections into tensors (heads, n, T / heads) in float32, each in memory order."""
+    split = packed.float().unflatten(-1, (parts, heads, -1)).permute(1, 2, 0, 3)
     return split.contiguous().unbind(0)
 
 
@@ -258,76 +273,77 @@ def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _last_tokens(x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+def _last_tokens(x: Tensor, shapes: Shapes) -> Tensor:
     """The last token of every suffix: packed (n, T) to (sum of G, T)."""
-    parts = x.split([g * l for g, l in shapes])
-    return torch.cat([part.unflatten(0, shape)[:, -1] for part, shape in zip(parts, shapes, strict=True)])
+    parts = x.split([groups * length for groups, length in shapes])
+    last = [part.unflatten(0, shape)[:, -1] for part, shape in zip(parts, shapes, strict=True)]
+    return torch.cat(last) if last else x[:0]
 
 
-def _attend(qkv: Tensor, shapes: Sequence[tuple[int, int]], keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of packed suffixes: (n, 3 T) projections, keys and values (heads, P, head width), to (n, T)."""
-    heads, _, head_width = keys.shape
+def _attend(
+    block: Any, x: Tensor, prefix: int, shapes: Shapes, known: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention of every packed token: (P + n, T) normalised tokens to the same shape, with the prefix's key, value."""
+    heads = block.attn.num_heads
+    first, *parts = _in_proj(block, x).split([prefix, *(groups * length for groups, length in shapes)])
     outputs = []
-    for part, (g, l) in zip(qkv.split([g * l for g, l in shapes]), shapes, strict=True):
-        q, k, v = _heads_first(part, heads, head_width)
-        outputs.append(_attend_group(q, k, v, keys, values, l, l))
-    return torch.cat(outputs)
+    if known is None:
+        q, *known = _heads_first(first, heads, 3)
+        outputs.append(_attend_group(q, *known, prefix, prefix, None))
+    for part, (_, length) in zip(parts, shapes, strict=True):
+        outputs.append(_attend_group(*_heads_first(part, heads, 3), length, length, known))
+    return torch.cat(outputs), (known[0], known[1])
 
 
 def _attend_last(
-    block: Any, x: Tensor, shapes: Sequence[tuple[int, int]], keys: Tensor, values: Tensor
-) -> Tensor:
-    """Attention of the last token of each suffix only: (n, T) normalised tokens to (sum of G, T)."""
-    heads, _, head_width = keys.shape
-    queries = _in_proj(block, _last_tokens(x, shapes), slice(0, 1)).split([g for g, _ in shapes])
-    packed = _in_proj(block, x, slice(1, 3)).split([g * l for g, l in shapes])
+    block: Any, x: Tensor, prefix: int, shapes: Shapes, known: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Attention of the last token of each suffix only: (P + n, T) to (sum of G, T), with the prefix's key, value."""
+    heads = block.attn.num_heads
+    first, *parts = _in_proj(block, x, slice(1, 3)).split([prefix, *(groups * length for groups, length in shapes)])
+    if known is None:
+        known = _heads_first(first, heads, 2)
+    queries = _in_proj(block, _last_tokens(x[prefix:], shapes), slice(0, 1)).split([groups for groups, _ in shapes])
     outputs = []
-    for query, part, (_, l) in zip(queries, packed, shapes, strict=True):
-        (q,) = _heads_first(query, heads, head_width)
-        k, v = _heads_first(part, heads, head_width)
-        outputs.append(_attend_group(q, k, v, keys, values, 1, l))
-    return torch.cat(outputs)
+    for query, part, (_, length) in zip(queries, parts, shapes, strict=True):
+        outputs.append(_attend_group(*_heads_first(query, heads, 1), *_heads_first(part, heads, 2), 1, length, known))
+    return torch.cat(outputs) if outputs else x[:0], (known[0], known[1])
 
 
 def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, num_queries: int, length: int
+    q: Tensor, k: Tensor, v: Tensor, num_queries: int, length: int, known: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Attention of G suffixes of one length to the shared prefix and causally to themselves.
+    """Causal attention of G sequences of one length to themselves and, before that, to a prefix they share.
 
     The two kinds of scores are computed apart and share one softmax, so the prefix is never copied per class: its part
     is one matrix product per head over the tokens of all classes.
 
     Args:
-        q: (heads, G m, w) queries of the last m tokens of each suffix.
-        k: (heads, G l, w) keys of the suffixes; v: the values alike.
-        keys: (heads, P, w) keys of the prefix; values: the values alike.
+        q: (heads, G m, w) queries of the last m tokens of each sequence.
+        k: (heads, G l, w) keys.
+        v: (heads, G l, w) values.
         num_queries: m.
         length: l.
+        known: keys and values of the prefix, each (heads, P, w), or None.
 
     Returns:
         (G m, heads w) in float32.
     """
     heads, rows, head_width = q.shape
-    groups, prefix = rows // num_queries, keys.shape[1]
-    scale = head_width**-0.5
+    groups, scale = rows // num_queries, head_width**-0.5
     with _full_precision(q.device):
         hidden = torch.full((num_queries, length), float("-inf"), device=q.device).triu_(1 + length - num_queries)
-        to_prefix = q @ (keys * scale).mT
-        own_q, own_k, own_v = (t.reshape(heads * groups, -1, head_width) for t in (q, k, v))
-        to_self = torch.baddbmm(hidden.expand(heads * groups, -1, -1), own_q, own_k.mT, alpha=scale)
-        scores = torch.cat(
-            [
-                to_prefix.view(heads, groups, num_queries, prefix),
-                to_self.view(heads, groups, num_queries, length),
-            ],
-            dim=-1,
-        )
-        on_prefix, on_self = scores.softmax(-1).split([prefix, length], dim=-1)
-        out = torch.baddbmm(
-            (on_prefix.reshape(heads, rows, prefix) @ values).view_as(own_q),
-            on_self.reshape(heads * groups, num_queries, length),
-            own_v,
-        )
+        own_q, own_k, own_v = (t.view(heads * groups, -1, head_width) for t in (q, k, v))
+        scores = torch.baddbmm(hidden.expand(heads * groups, -1, -1), own_q, own_k.mT, alpha=scale)
+        if known is None:
+            out = scores.softmax(-1) @ own_v
+        else:
+            keys, values = known
+            prefix = keys.shape[1]
+            to_prefix = (q @ (keys * scale).mT).view(heads * groups, num_queries, prefix)
+            weights = torch.cat([to_prefix, scores], dim=-1).softmax(-1)
+            from_prefix = weights[..., :prefix].view(heads, rows, prefix) @ values
+            out = torch.baddbmm(from_prefix.view_as(own_q), weights[..., prefix:], own_v)
         return out.view(heads, rows, head_width).transpose(0, 1).reshape(rows, heads * head_width)
 
 

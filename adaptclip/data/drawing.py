@@ -95,7 +95,8 @@ class Palette:
 
 
 def rgb(hue: float, saturation: float, value: float) -> Colour:
-    r, g, b = colorsys.hsv_torgb(hue % 1.0, saturation, value)
+    """Returns a colour as 8-bit red, green and blue; hue in turns, the others 0 to 1."""
+    r, g, b = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
     return round(r * 255), round(g * 255), round(b * 255)
 
 

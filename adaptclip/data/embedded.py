@@ -51,9 +51,9 @@ def digits() -> EmbeddedSet:
     """
     from sklearn.datasets import load_digits  # half a second to import, and only this card needs it
 
-    source = load_digits()
-    grey = source.images.astype(np.int64)
-    labels = source.target.astype(int).tolist()
+    cells, target = load_digits(return_X_y=True)
+    grey = np.asarray(cells).reshape(-1, 8, 8).astype(np.int64)
+    labels = np.asarray(target).astype(int).tolist()
     ink = grey.sum(axis=(1, 2))
     weight = np.searchsorted(np.quantile(ink, [1 / 3, 2 / 3]), ink, side="left")
     return EmbeddedSet(

@@ -5,7 +5,8 @@ lesions) and, of 150 images each, copies that were re-encoded (JPEG quality 50),
 cropped (3 % on every side). imagehash's 64-bit `phash` within 2 bits takes no two lesions for one, but misses 9 % of
 the brightened copies; within 4 bits it mistakes 11 pairs of lesions, within 6 bits 64; `dhash` alone within 4 bits
 mistakes 102. `phash` within 6 AND `dhash` within 4 mistakes none, and finds 98-100 % of the re-encoded, 99-100 % of the
-halved, 93-99 % of the brightened and 33-55 % of the cropped copies.
+halved, 93-99 % of the brightened and 33-55 % of the cropped copies. It finds 68 pairs among the flowers and 10 among
+the shelves (the 58 looked at show one scene, some shot moments apart), and none among 8,000 thumbnails of 64 px.
 """
 
 from __future__ import annotations

@@ -34,6 +34,32 @@ MAX_GROUPS = 12
 """A column with more different values than this is not proposed as a reported group."""
 
 
+_SECTIONS = """## Motivation
+
+Fill in: why the set was made, and which question a model shall answer.
+
+## Collection
+
+Fill in: who took the images, when, where and with what; how labels were given and checked.
+
+## How groups and levels were made
+
+Fill in: who assigned each group and by which rule; how many images lack it.
+
+## Known issues
+
+Fill in, and repeat the important ones under `known_issues:` above, where they are shown at every use.
+
+## Uses to avoid
+
+Fill in: what the set cannot answer.
+
+## Licence
+
+Fill in: the terms, where the images can be had, and whom to cite.
+"""
+
+
 @dataclass(frozen=True)
 class _Findings:
     """What a folder holds: lines of YAML for the card, and the labels for its comments."""
@@ -133,15 +159,14 @@ def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
     header = _header(tables[0])
     roles = _roles(header, tables[0])
     # A card's `files` are patterns, so brackets and stars in a name must not act as such.
-    files = {part: glob.escape(_relative(t, base)) for part, t in named.items()} or glob.escape(
-        _relative(tables[0], base)
-    )
+    by_name = {part: glob.escape(_relative(table, base)) for part, table in named.items()}
+    files = by_name or glob.escape(_relative(tables[0], base))
     values = _values(files, roles, header, base)
     if not values:
         raise CardError(f"{tables[0]} lists no image: it has a header, {', '.join(header)}, but no rows")
-    shown = "{" + ", ".join(f"{k}: {_quoted(v)}" for k, v in files.items()) + "}" if named else _quoted(str(files))
+    shown = "{" + ", ".join(f"{part}: {_quoted(name)}" for part, name in by_name.items()) + "}"
     return _Findings(
-        source=["kind: manifest", f"files: {shown}"],
+        source=["kind: manifest", f"files: {shown if by_name else _quoted(str(files))}"],
         splits=[f"{part}: {part}" for part in named] or _table_splits(roles, values),
         columns=_column_lines(roles, values),
         labels=values[roles["label"]],
@@ -279,30 +304,7 @@ adaptclip:
 
 {len(found.labels):,} images of {len(counts)} classes; the smallest class, {smallest}, has {counts[smallest]}.
 
-## Motivation
-
-Fill in: why the set was made, and which question a model shall answer.
-
-## Collection
-
-Fill in: who took the images, when, where and with what; how labels were given and checked.
-
-## How groups and levels were made
-
-Fill in: who assigned each group and by which rule; how many images lack it.
-
-## Known issues
-
-Fill in, and repeat the important ones under `known_issues:` above, where they are shown at every use.
-
-## Uses to avoid
-
-Fill in: what the set cannot answer.
-
-## Licence
-
-Fill in: the terms, where the images can be had, and whom to cite.
-"""
+{_SECTIONS}"""
 
 
 def _words(label: str) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -220,7 +221,7 @@ def _overall_table(report: dict[str, Any]) -> Table:
         f"{report['num_images']} images, {report['num_classes']} classes; "
         f"per cent [{100 * report['confidence']:g} % interval], changes in points"
     )
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("", "zero-shot", "adapted", "change") if paired else ("", "value"):
         table.add_column(column, justify="left" if not column else "right")
     for metric, c in report["overall"].items():
@@ -233,7 +234,7 @@ def _overall_table(report: dict[str, Any]) -> Table:
 def _group_table(attribute: str, table: dict[str, Any]) -> Table:
     paired = any(row["accuracy"]["change"] for row in table["rows"])
     title = f"by {_one_line(attribute)}" + "; change is of accuracy" * paired
-    drawn = Table(title=Text(title, style="italic"), title_justify="left", pad_edge=False)
+    drawn = Table(title=Text(title, style="italic"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     metrics = [m for m in _group_metrics(table) if any(row[m]["model"]["value"] is not None for row in table["rows"])]
     for i, column in enumerate(["group", "n", *(_SHORT[m] for m in metrics), *["change"] * paired]):
         drawn.add_column(column, justify="right" if i else "left")
@@ -254,7 +255,7 @@ def _group_lines(table: dict[str, Any]) -> Iterator[Text]:
 
 
 def _gate_table(verdicts: Sequence[JudgedGate]) -> Table:
-    table = Table(title="gates", title_justify="left", pad_edge=False)
+    table = Table(title="gates", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("verdict", "gate", "reason"):
         table.add_column(column, overflow="fold")
     for v in verdicts:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.evaluation.estimates import align, measure
@@ -59,6 +60,7 @@ def build_report(
     overall = measure(predictions, base, metrics=METRICS, draws=draws, seed=seed)
     absent = absent_classes(predictions.labels, len(predictions.class_names))
     clusters = None if predictions.clusters is None else len(set(predictions.clusters))
+    progress = tqdm(attributes, desc="report", unit="attribute", disable=None, leave=False)
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
     return {
         "format_version": FORMAT_VERSION,
@@ -69,7 +71,7 @@ def build_report(
         "absent_classes": [predictions.class_names[i] for i in absent],
         "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
         "per_class": _class_rows(predictions, confidence, draws, seed),
-        "groups": {name: group_table(predictions, base, name, **settings) for name in attributes},
+        "groups": {name: group_table(predictions, base, name, **settings) for name in progress},
         "cautions": _cautions(len(absent), len(predictions.class_names), attributes, clusters),
     }
 

@@ -259,11 +259,13 @@ def _check_folder(
 
 def _prepare_folder(run: Run, record: dict[str, Any], *, overwrite: bool) -> None:
     """Writes what a run folder needs; called on the main process only."""
-    if overwrite and run.path.exists():
-        try:
+    try:
+        if overwrite and run.path.exists():
             _empty(run.path)
-        except OSError as error:
-            raise StorageError(f"cannot empty the run folder {run.path}: {error}; choose another --out") from error
+        for remains in run.path.glob(".*.tmp"):  # what a killed run was writing
+            _remove(remains)
+    except OSError as error:
+        raise StorageError(f"cannot empty the run folder {run.path}: {error}; choose another --out") from error
     # The marker comes first: what a killed run leaves must be known as a run folder when it is started again.
     if not (run.path / "run.json").exists():
         write_json(run.path / "run.json", record)
@@ -275,10 +277,14 @@ def _prepare_folder(run: Run, record: dict[str, Any], *, overwrite: bool) -> Non
 def _empty(path: Path) -> None:
     """Removes what a run folder holds; its marker goes last, so that a kill in between leaves a run folder."""
     for entry in sorted(path.iterdir(), key=lambda p: p.name == "run.json"):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _cut_metrics(path: Path, last_step: int) -> None:

@@ -2,6 +2,7 @@ import io
 import os
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,13 +144,13 @@ def test_a_picture_in_several_rows_is_encoded_once(tmp_path):
     assert len(features) == 4
 
 
-@pytest.mark.parametrize("change", ["weights", "transform"])
+@pytest.mark.parametrize("change", ["weights", "transform", "window"])
 def test_another_way_of_looking_is_another_feature(tmp_path, change):
     dataset, cache = _dataset(range(3)), FeatureCache(tmp_path)
     _get(cache, dataset)
     other = FakeBackbone(seed=1 if change == "weights" else 0)
-    other.transform_spec = {"size": SIDE, "change": change}
-    _get(cache, dataset, other)
+    other.transform_spec = {"size": SIDE, "mean": 0.5} if change == "transform" else {"size": SIDE}
+    _get(cache, replace(dataset, window=(0.0, 9.0)) if change == "window" else dataset, other)
     assert other.batches == [3]
 
 

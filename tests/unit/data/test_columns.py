@@ -100,7 +100,7 @@ def test_ids_are_made_of_contents_and_stay_unique():
     contents = ["a" * 64, "b" * 64, "a" * 64, "a" * 64]
     assert row_ids(None, contents) == ("a" * 16, "b" * 16, "a" * 16 + "-2", "a" * 16 + "-3")
     assert row_ids([1, 2.0, "x", "y"], contents) == ("1", "2", "x", "y")
-    with pytest.raises(DataError, match="0 empty and 1 repeated values .for example 'x'"):
+    with pytest.raises(DataError, match=r"0 empty and 1 repeated values \(for example 'x'\)"):
         row_ids(["x", "x", "y", "z"], contents)
     with pytest.raises(DataError, match="1 empty"):
         row_ids(["x", None, "y", "z"], contents)

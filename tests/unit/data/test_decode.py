@@ -19,6 +19,10 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def same_pixels(a: Image.Image, b: Image.Image) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
 def ramp(width: int = 24, height: int = 16) -> Image.Image:
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns * 10, rows * 15, rows + columns], axis=-1).astype(np.uint8))
@@ -28,7 +32,7 @@ def ramp(width: int = 24, height: int = 16) -> Image.Image:
 def test_rgb_comes_back_unchanged(kind):
     image = decode_image(encoded(ramp(), kind), row="r")
     assert image.mode == "RGB"
-    assert np.array_equal(image, ramp())
+    assert same_pixels(image, ramp())
 
 
 def test_reads_a_file(tmp_path):
@@ -43,13 +47,13 @@ def test_exif_rotation_is_applied():
     exif[0x0112] = 6  # the camera was held upright: turn by 90 degrees clockwise
     image = decode_image(encoded(ramp(), exif=exif), row="r")
     assert image.size == (16, 24)
-    assert np.array_equal(image, ramp().rotate(-90, expand=True))
+    assert same_pixels(image, ramp().rotate(-90, expand=True))
 
 
 def test_palette_becomes_rgb_before_anything_else():
     palette = ramp().quantize(16)
     assert palette.mode == "P"
-    assert np.array_equal(decode_image(encoded(palette), row="r"), palette.convert("RGB"))
+    assert same_pixels(decode_image(encoded(palette), row="r"), palette.convert("RGB"))
 
 
 def test_cmyk_becomes_rgb():

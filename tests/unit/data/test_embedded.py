@@ -14,6 +14,9 @@ from adaptclip.data.embedded import CLOSED_LOOP, DIGIT_NAMES, EMBEDDED, STROKE_W
 from adaptclip.data.specimens import draw_all
 from adaptclip.errors import DataError
 
+CELLS, TARGET = (np.asarray(column) for column in load_digits(return_X_y=True))
+"""(1797, 64) ink from 0 to 16, and (1797,) digits."""
+
 
 @pytest.fixture(scope="module")
 def digit_set():
@@ -41,9 +44,8 @@ def test_the_embedded_sets_are_known_by_name():
 
 
 def test_digits_are_those_of_scikit_learn_enlarged_on_a_margin_of_paper(digit_set):
-    source = load_digits()
     assert len(digit_set.images) == 1797
-    assert digit_set.labels == source.target.tolist()
+    assert digit_set.labels == TARGET.tolist()
     assert [DIGIT_NAMES[label] for label in digit_set.labels[:4]] == ["zero", "one", "two", "three"]
     for i in range(0, 1797, 97):
         image = _open(digit_set.images[i])
@@ -52,7 +54,7 @@ def test_digits_are_those_of_scikit_learn_enlarged_on_a_margin_of_paper(digit_se
         assert image.format == "PNG"
         # Read back: the centre of each cell carries its ink, dark on white.
         grey = np.asarray(image.convert("L").resize((10, 10), Image.Resampling.BOX), dtype=float)[1:-1, 1:-1]
-        assert np.corrcoef(255 - grey.ravel(), source.images[i].ravel())[0, 1] > 0.97
+        assert np.corrcoef(255 - grey.ravel(), CELLS[i])[0, 1] > 0.97
         assert np.asarray(image)[0].min() > 235
 
 
@@ -63,7 +65,7 @@ def test_digits_have_the_same_bytes_every_time(digit_set):
 
 
 def test_stroke_weight_cuts_the_ink_into_thirds(digit_set):
-    ink = load_digits().images.sum(axis=(1, 2))
+    ink = CELLS.sum(axis=1)
     weight = np.array(digit_set.groups["stroke_weight"])
     assert Counter(weight) == {"thin": 603, "medium": 608, "heavy": 586}
     bounds = [(ink[weight == name].min(), ink[weight == name].max()) for name in STROKE_WEIGHTS]

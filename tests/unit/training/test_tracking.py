@@ -138,9 +138,11 @@ def test_resume_of_a_run_killed_before_its_files_were_written(tmp_path):
     run = _start(tmp_path / "run")
     (run.path / "config.yaml").unlink()
     run.metrics.unlink()
+    (run.path / ".metrics.jsonl.abc.tmp").write_text("half")
+    (run.path / ".artifact.abc.tmp").mkdir()
+    (run.path / ".artifact.abc.tmp" / "adapter.safetensors").write_text("half")
     assert _start(tmp_path / "run", resume=True).start == 0
-    assert (run.path / "config.yaml").exists()
-    assert run.metrics.exists()
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]
 
 
 def test_resume_with_other_settings_names_them(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,28 +19,28 @@ ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
 
 
-def _launch(command, folder, **environment):
-    result = subprocess.run(
-        [*command, str(SCRIPT), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    runpy.run_path(str(SCRIPT))["main"](folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return _launch([sys.executable], tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
 def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return _launch(torchrun, tmp_path_factory.mktemp("two"), ACCELERATE_USE_CPU="true")
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*torchrun, str(SCRIPT), str(folder)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
 
 
 def test_both_processes_are_there(one, two):

@@ -1,4 +1,4 @@
-"""What two processes do, started by torchrun; `python two_processes.py FOLDER` does the same with one."""
+"""What two processes do, started by torchrun; `main` called in a test does the same with one."""
 
 import sys
 from pathlib import Path
@@ -57,6 +57,8 @@ class Backbone(nn.Module):
 class Dataset:
     """The part of ImageDataset that a feature cache uses; an "image" is a vector."""
 
+    window = None
+
     def __init__(self, num_images):
         self.vectors = np.random.default_rng(0).normal(size=(num_images, 6)).astype(np.float32)
         self.contents = self.ids = tuple(f"image-{i}" for i in range(num_images))
@@ -94,7 +96,6 @@ def train(features, accelerator, run, spoil=None):
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     accelerator = make_accelerator(cpu=True)
     rank = accelerator.process_index
     backbone = Backbone()

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adaptclip.data.card import parse_card
+from adaptclip.data.checks import check_data
+from adaptclip.data.dataset import DomainData, ImageDataset, MemoryStore
+from adaptclip.data.fingerprints import content_digest
+from adaptclip.errors import DataError, SplitError
+
+
+def photo(seed: int, quality: int | None = None) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    image = Image.fromarray(noise).resize((48, 48), Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG" if quality else "PNG", **({"quality": quality} if quality else {}))
+    return buffer.getvalue()
+
+
+def part_of(name: str, images: list[bytes], labels: list[int], class_names=("cat", "dog"), **fields) -> ImageDataset:
+    ids = tuple(f"{name}-{i}" for i in range(len(images)))
+    return ImageDataset(
+        store=MemoryStore(images, ids),
+        rows=np.arange(len(images)),
+        class_names=class_names,
+        ids=ids,
+        labels=np.array(labels, dtype=np.int64),
+        contents=tuple(content_digest(image) for image in images),
+        **fields,
+    )
+
+
+def data_of(block: str = "", *, train=None, validation=None, test=None, class_names=("cat", "dog")) -> DomainData:
+    card = parse_card(f"---\nadaptclip:\n  source: {{kind: embedded, name: digits}}\n{block}---\n", name="pets")
+    return DomainData(
+        card,
+        class_names,
+        train or part_of("train", [photo(1), photo(2)], [0, 1], class_names),
+        validation or part_of("validation", [], [], class_names),
+        test or part_of("test", [photo(3), photo(4)], [0, 1], class_names),
+    )
+
+
+def test_sound_data_pass_without_a_word():
+    assert check_data(data_of()) == []
+
+
+def test_the_same_file_in_train_and_test():
+    data = data_of(test=part_of("test", [photo(3), photo(1)], [0, 1]))
+    message = r"1 of 2 test images are the same file as a train image: image test-1 = image train-0"
+    with pytest.raises(SplitError, match=rf"{message}.*allow: \[duplicate_pictures\]"):
+        check_data(data)
+    (note, conflict) = check_data(replace(data, card=data_of("  allow: [duplicate_pictures]\n").card))
+    assert "allowed by the card: duplicate_pictures" in note
+    assert "2 pictures are there under several classes: 'train-0', 'test-1'" in conflict
+
+
+def test_the_same_picture_saved_anew():
+    data = data_of(test=part_of("test", [photo(3), photo(2, quality=60)], [0, 1]))
+    with pytest.raises(SplitError, match=r"1 of 2 test images look the same as a train image: image test-1 = image tr"):
+        check_data(data)
+    (note,) = check_data(replace(data, card=data_of("  allow: [similar_pictures]\n").card))
+    assert "allowed by the card: similar_pictures" in note
+
+
+def test_validation_is_compared_with_both_others():
+    data = data_of(validation=part_of("validation", [photo(1), photo(3)], [0, 1]))
+    with pytest.raises(SplitError) as caught:
+        check_data(data)
+    assert "1 of 2 validation images are the same file as a train image" in str(caught.value)
+    assert "1 of 2 test images are the same file as a validation image" in str(caught.value)
+
+
+def test_a_patient_in_train_and_test():
+    train = part_of("train", [photo(1), photo(2)], [0, 1], clusters=("p1", "p2"))
+    test = part_of("test", [photo(3), photo(4), photo(5)], [0, 1, 1], clusters=("p2", "p3", "p2"))
+    with pytest.raises(SplitError, match=r"1 values of 'cluster' .*in both train and test, with 2 test images: 'p2'"):
+        check_data(data_of(train=train, test=test))
+    (note,) = check_data(data_of("  allow: [shared_clusters]\n", train=train, test=test))
+    assert note.startswith("1 values")
+
+
+def test_a_class_without_images():
+    data = data_of(test=part_of("test", [photo(3)], [0]))
+    with pytest.raises(SplitError, match=r"1 of 2 classes have no test image: 'dog'. Add some.*\[missing_classes\]"):
+        check_data(data)
+    assert len(check_data(replace(data, card=data_of("  allow: [missing_classes]\n").card))) == 1
+
+
+def test_a_class_without_validation_images_is_only_remarked():
+    (note,) = check_data(data_of(validation=part_of("validation", [photo(5)], [1])))
+    assert note == "1 classes have no validation image: 'cat'"
+
+
+def test_one_class_only():
+    names = ("cat",)
+    data = data_of(
+        train=part_of("train", [photo(1)], [0], names), test=part_of("test", [photo(2)], [0], names), class_names=names
+    )
+    with pytest.raises(DataError, match=r"only one class \(cat\), and a classifier needs at least two. Add images of"):
+        check_data(data)
+
+
+@pytest.mark.parametrize("names", [("cat", "cat"), ("sea_otter", "Sea  otter"), ("Ärger", "ärger")])
+def test_classes_that_read_the_same(names):
+    with pytest.raises(DataError, match=r"read the same in a prompt. Merge them, or tell them apart .* `aliases`"):
+        check_data(data_of(class_names=names))
+
+
+def test_aliases_tell_classes_apart_and_must_name_classes():
+    names = ("crane", "Crane")
+    assert check_data(data_of("  aliases: {Crane: lifting crane}\n", class_names=names)) == []
+    with pytest.raises(DataError, match=r'aliases has no class \'crne\'. Did you mean "crane"'):
+        check_data(data_of("  aliases: {crne: bird, Crane: machine}\n", class_names=names))
+
+
+def test_non_ascii_names_are_fine():
+    assert check_data(data_of(class_names=("crème brûlée", "寿司"))) == []
+
+
+def test_label_ids_out_of_range():
+    data = data_of(train=part_of("train", [photo(1), photo(2)], [0, 2]))
+    with pytest.raises(
+        DataError, match=r"1 train images have a label id out of range, for example 2 \(image train-1\)"
+    ):
+        check_data(data)
+
+
+def test_groups():
+    def data(block: str, values: tuple[str, ...]) -> DomainData:
+        return data_of(block, test=part_of("test", [photo(3), photo(4)], [0, 1], groups={"age": values}))
+
+    bins = "  groups: {age: {bins: [0, 60], labels: [young, old]}}\n"
+    assert check_data(data(bins, ("young", "old"))) == []
+    with pytest.raises(DataError, match=r"group 'age' has no test image in 'old'. Merge bins.*\[empty_groups\]"):
+        check_data(data(bins, ("young", "young")))
+    with pytest.raises(DataError, match="group 'age' is unknown for every test image"):
+        check_data(data("", ("unknown", "unknown")))
+    assert check_data(data("", ("a", "unknown"))) == ["group 'age' is unknown for 1 of 2 test images"]
+    with pytest.raises(DataError, match=r'gates of the card has no group \'aeg\'. Did you mean "age"'):
+        check_data(data("  gates: [{group: aeg, at_least: 0.5}]\n", ("a", "b")))
+
+
+def test_all_leaks_are_reported_at_once():
+    test = part_of("test", [photo(1), photo(2, quality=60)], [0, 0], clusters=("p", "q"))
+    train = part_of("train", [photo(1), photo(2)], [0, 1], clusters=("p", "r"))
+    with pytest.raises(SplitError) as caught:
+        check_data(data_of(train=train, test=test))
+    for name in ("duplicate_pictures", "similar_pictures", "shared_clusters", "missing_classes"):
+        assert f"allow: [{name}]" in str(caught.value)
