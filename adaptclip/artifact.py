@@ -41,7 +41,17 @@ FORMAT_VERSION = 1
 """Raised when an older adaptclip could no longer read what a newer one writes."""
 
 _LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvision")
-_REQUIRED = ("format_version", "method", "settings", "backbone", "class_names", "prompt_names", "transform", "files", "verdicts")
+_REQUIRED = (
+    "format_version",
+    "method",
+    "settings",
+    "backbone",
+    "class_names",
+    "prompt_names",
+    "transform",
+    "files",
+    "verdicts",
+)
 
 
 @dataclass(frozen=True)
@@ -117,9 +127,7 @@ def save_artifact(
         write_text(folder / "README.md", _model_card(manifest, card, report, verdicts))
 
 
-def _model_card(
-    manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any], verdicts: Sequence[Verdict]
-) -> str:
+def _model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     """The artifact's README.md: a Hugging Face model card."""
     backbone, split = manifest["backbone"], manifest["split"]
     front = ModelCardData(
@@ -130,7 +138,8 @@ def _model_card(
     )
     pretrained = f" with the weights `{backbone['pretrained']}`" if backbone["pretrained"] else ""
     training = (
-        f"adapted with {split['shots'] or 'all'} labelled images per class (rule `{split['rule']}`, seed {split['seed']})"
+        f"adapted with {split['shots'] or 'all'} labelled images per class (rule `{split['rule']}`, seed "
+        f"{split['seed']})"
         if split
         else "without any training images"
     )
@@ -141,7 +150,7 @@ def _model_card(
         f"`{backbone['name']}`{pretrained} for the {len(manifest['class_names'])} classes of the data card "
         f"`{card.name}`, {training}.",
         "## Use",
-        "```python\nimport adaptclip\n\nmodel = adaptclip.load(\"path/to/this/folder\")\n"
+        '```python\nimport adaptclip\n\nmodel = adaptclip.load("path/to/this/folder")\n'
         'print(model.predict(["image.jpg"]))\n```',
         "It knows only its own classes and gives each image one of them, whatever the image shows. Assess it on images "
         "of the place where it is to be used before relying on it.",
@@ -180,9 +189,7 @@ def load(
     manifest = _read_manifest(folder)
     _check_verdicts(folder, manifest, allow_failed_gates)
     trained = manifest["backbone"]
-    model = load_backbone(
-        backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device
-    )
+    model = load_backbone(backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device)
     if model.digest != trained["digest"]:
         raise ArtifactError(
             f"{folder} was trained on other weights than {model.name} has here: digest {trained['digest'][:12]} in "

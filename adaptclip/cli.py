@@ -210,6 +210,8 @@ def card_check(
         write(f"  test by {name}: {counts}\n")
     for row in data.skipped:
         write(f"  skipped unreadable image {row}\n")
+    for note in data.notes:
+        write(f"  allowed by the card: {note}\n")
     for issue in data.card.known_issues:
         write(f"  known issue: {issue}\n")
     write("no problem found that the card does not allow\n")

@@ -88,9 +88,7 @@ def main(cfg: Config) -> int:
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, seed=cfg.seed, kg_weight=cfg.kg_weight,
         templates=card.templates, memory_budget_bytes=int(cfg.memory_gib * 2**30),
     ).to(accelerator.device)  # fmt: skip
-    run = ac.start_run(
-        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite
-    )
+    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite)
     if accelerator.is_main_process:
         split.save(run.path / "split.json")
 

@@ -207,9 +207,7 @@ def main(cfg: Config) -> int:
     corpus = Corpus(cfg, backbone)
     weight, bias = image_classifier()
     centred = F.normalize(weight - weight.mean(dim=0), dim=-1)
-    run = ac.start_run(
-        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite
-    )
+    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite)
     learnt = [p for p in student.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.ndim > 1], "weight_decay": 0.05}]
     groups.append({"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0})

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib.util
+import itertools
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from recipe_files import RECIPES, ROOT, load_recipe
 
 from adaptclip.config import parse, parse_command, save_config
 from adaptclip.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "data_cards").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def configs() -> dict[str, type]:
-    return {path.name: load(path).Config for path in RECIPES}
+    return {path.name: load_recipe(path.stem).Config for path in RECIPES}
 
 
 def test_every_setting_has_a_line_of_help(configs):
@@ -42,7 +30,7 @@ def test_every_setting_has_a_line_of_help(configs):
         names = [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         documented = [
             a.target.id
-            for a, b in zip(body, body[1:], strict=False)
+            for a, b in itertools.pairwise(body)
             if isinstance(a, ast.AnnAssign)
             and isinstance(a.target, ast.Name)
             and isinstance(b, ast.Expr)

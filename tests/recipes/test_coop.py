@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,33 +10,24 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from PIL import Image
+from recipe_files import ROOT, load_recipe
 from safetensors.torch import load_file
 from tiny_clip import write_tiny_checkpoint
 
+from adaptclip.cli import main
 from adaptclip.entrypoint import run_and_exit
 from adaptclip.errors import AdaptclipError
 from adaptclip.types import Predictions
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-coop = load("coop")
-zero_shot = load("zero_shot")
+coop = load_recipe("coop")
+zero_shot = load_recipe("zero_shot")
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +231,6 @@ def test_a_folder_of_images_is_a_card(cfg, tmp_path, capsys):
     assert coop.main(folder) == 0
     assert set(Predictions.load(cfg.out / "predictions.parquet").class_names) == set(colours)
     with pytest.raises(SystemExit) as stop:
-        from adaptclip.cli import main
-
         main(["predict", str(cfg.out), str(tmp_path / "images" / "blue"), "--format", "jsonl"])
     assert stop.value.code == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
@@ -262,8 +250,6 @@ def test_gates_decide_the_exit_code(cfg, tmp_path):
     assert ac.load(cfg.out, allow_failed_gates=True).class_names
     for gates, code in (("loose", 0), ("strict", 2)):
         with pytest.raises(SystemExit) as stop:
-            from adaptclip.cli import main
-
             main(["gate", str(cfg.out), "--gates", str(tmp_path / f"{gates}.yaml")])
         assert stop.value.code == code
 
@@ -272,7 +258,8 @@ def test_zero_shot_recipe_equals_the_baseline_of_coop(cfg):
     coop.main(cfg)
     alone = zero_shot.Config(backbone=cfg.backbone, cache=cfg.cache, out=cfg.out.parent / "zero")
     assert zero_shot.main(alone) == 0
-    a, b = Predictions.load(cfg.out / "zero_shot_predictions.parquet"), Predictions.load(alone.out / "predictions.parquet")
+    a = Predictions.load(cfg.out / "zero_shot_predictions.parquet")
+    b = Predictions.load(alone.out / "predictions.parquet")
     assert a.ids == b.ids
     assert (a.probs == b.probs).all()
 

@@ -1,0 +1,269 @@
+"""Every text path against open_clip's own `encode_text`, on models with random weights."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from open_clip.hf_model import HFTextEncoder
+from torch import nn
+
+from adaptclip.backbone.text import CausalTextTower, make_text_tower
+from adaptclip.errors import BackboneError
+
+TOKENIZER = open_clip.SimpleTokenizer()
+VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+TEXT = {"context_length": 77, "width": 32, "heads": 4, "layers": 3}
+SENTENCES = [
+    "a photo of a rose.",
+    "a photo of a lily of the valley.",
+    "a photo of a Größe, 2.",
+    "a photo of a dog.",
+    "a photo of a cat.",
+    "a photo of a northern hairy-nosed wombat.",
+]
+PREFIX = 5
+"""SOS and the four words that all the sentences begin with."""
+
+VARIANTS = {
+    "default": ({}, False),
+    "quick_gelu": ({}, True),
+    "layer_scale": ({"ls_init_value": 0.4}, False),
+    "eos": ({"pool_type": "eos", "eos_id": TOKENIZER.eot_token_id}, False),
+    "projection_with_bias": ({"proj_bias": True}, False),
+    "no_projection": ({"proj_type": "none"}, False),
+    "one_layer": ({"layers": 1}, False),
+    "short_context": ({"context_length": 20}, True),
+}
+CLASSES = {"clip": open_clip.CLIP, "custom_text": open_clip.CustomTextCLIP}
+
+
+def build(kind="clip", text=None, quick_gelu=False, cast_dtype=None, tower=True):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = TEXT | (text or {})
+        model = CLASSES[kind](24, VISION, config, quick_gelu=quick_gelu, cast_dtype=cast_dtype).eval()
+        for parameter in model.requires_grad_(False).parameters():
+            # open_clip starts biases at 0 and gains at 1, which would hide a mistake in them.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return (model, make_text_tower(model, TOKENIZER)) if tower else model
+
+
+def packed(tower, ids):
+    """Suffixes grouped by length, and the rows of `ids` they belong to."""
+    lengths = tower.pooled_position(ids) + 1 - PREFIX
+    rows = [torch.nonzero(lengths == length).flatten() for length in lengths.unique()]
+    suffixes = [tower.embed_tokens(ids[r][:, PREFIX : PREFIX + int(lengths[r[0]])]) for r in rows]
+    return suffixes, torch.cat(rows)
+
+
+@pytest.fixture(params=[(kind, variant) for kind in CLASSES for variant in VARIANTS], ids="-".join)
+def model_and_tower(request):
+    kind, variant = request.param
+    text, quick_gelu = VARIANTS[variant]
+    return build(kind, text, quick_gelu)
+
+
+def test_plain_path_is_encode_text(model_and_tower):
+    model, tower = model_and_tower
+    ids = TOKENIZER(SENTENCES, context_length=tower.context_length)
+    features = tower.encode_embeddings(tower.embed_tokens(ids), tower.pooled_position(ids))
+    torch.testing.assert_close(features, model.encode_text(ids), atol=1e-5, rtol=0)
+
+
+def test_nothing_behind_the_eot_counts(model_and_tower):
+    model, tower = model_and_tower
+    ids = TOKENIZER(SENTENCES, context_length=tower.context_length)
+    eot = tower.pooled_position(ids)
+    cut = tower.embed_tokens(ids[:, : int(eot.max()) + 1])
+    torch.testing.assert_close(tower.encode_embeddings(cut, eot), model.encode_text(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_packed_path_is_encode_text(model_and_tower, together):
+    model, tower = model_and_tower
+    ids = TOKENIZER(SENTENCES, context_length=tower.context_length)
+    suffixes, rows = packed(tower, ids)
+    assert len(suffixes) > 2, "several lengths"
+    prefix = tower.embed_tokens(ids[0, :PREFIX])
+    features = (
+        tower.encode_packed(prefix, suffixes)
+        if together
+        else tower.encode_suffixes(tower.encode_prefix(prefix), suffixes)
+    )
+    torch.testing.assert_close(features, model.encode_text(ids)[rows], atol=1e-5, rtol=0)
+
+
+def context_gradient(tower, ids, path):
+    suffixes, rows = packed(tower, ids)
+    prefix = tower.embed_tokens(ids[0, :PREFIX]).clone().requires_grad_()
+    if path == "plain":
+        rest = tower.embed_tokens(ids[rows][:, PREFIX:])
+        whole = torch.cat([prefix.expand(len(rows), -1, -1), rest], dim=1)
+        features = tower.encode_embeddings(whole, tower.pooled_position(ids[rows]))
+    elif path == "together":
+        features = tower.encode_packed(prefix, suffixes)
+    else:
+        features = tower.encode_suffixes(tower.encode_prefix(prefix), suffixes)
+    weights = torch.linspace(-1, 1, features.numel()).view_as(features)
+    (features * weights).sum().backward()
+    return prefix.grad
+
+
+@pytest.mark.parametrize("path", ["together", "apart"])
+def test_packed_path_has_the_plain_gradient(model_and_tower, path):
+    _, tower = model_and_tower
+    ids = TOKENIZER(SENTENCES, context_length=tower.context_length)
+    expected = context_gradient(tower, ids, "plain")
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(context_gradient(tower, ids, path), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_is_the_finite_difference():
+    _, tower = build(text={"layers": 2})
+    tower._parts.double()
+    ids = TOKENIZER(SENTENCES[:3])
+    suffixes, _ = packed(tower, ids)
+    prefix = tower.embed_tokens(ids[0, :PREFIX])
+    # Attention is computed in float32 by design, hence the coarse steps and tolerance.
+    assert torch.autograd.gradcheck(
+        lambda p: tower.encode_packed(p, suffixes).sum(), prefix.requires_grad_(), eps=1e-2, atol=2e-2, rtol=2e-2
+    )
+
+
+def test_one_class_and_equal_lengths():
+    model, tower = build()
+    for sentences in (SENTENCES[:1], ["a photo of a dog.", "a photo of a cat."]):
+        ids = TOKENIZER(sentences)
+        suffixes, rows = packed(tower, ids)
+        features = tower.encode_packed(tower.embed_tokens(ids[0, :PREFIX]), suffixes)
+        torch.testing.assert_close(features, model.encode_text(ids)[rows], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_near(dtype):
+    model, tower = build("custom_text")
+    ids = TOKENIZER(SENTENCES)
+    suffixes, rows = packed(tower, ids)
+    prefix = tower.embed_tokens(ids[0, :PREFIX]).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        features = tower.encode_packed(prefix, suffixes)
+    features.float().sum().backward()
+    assert torch.isfinite(prefix.grad).all()
+    similarity = torch.cosine_similarity(features.float(), model.encode_text(ids)[rows])
+    assert similarity.min() > 0.999
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_half_precision_weights(kind):
+    model = build(kind, cast_dtype=torch.bfloat16, tower=False)
+    full, full_tower = build(kind)
+    open_clip.convert_weights_to_lp(model, torch.bfloat16)
+    tower = make_text_tower(model, TOKENIZER)
+    ids = TOKENIZER(SENTENCES)
+    suffixes, rows = packed(tower, ids)
+    features = tower.encode_packed(tower.embed_tokens(ids[0, :PREFIX]), suffixes)
+    assert features.dtype == torch.bfloat16
+    expected = full_tower.encode_packed(full_tower.embed_tokens(ids[0, :PREFIX]), packed(full_tower, ids)[0])
+    assert torch.cosine_similarity(features.float(), expected).min() > 0.999
+    assert torch.cosine_similarity(features.float(), full.encode_text(ids)[rows]).min() > 0.999
+
+
+def test_tower_follows_its_model():
+    model, tower = build()
+    ids = TOKENIZER(SENTENCES)
+    with torch.no_grad():
+        model.text_projection.mul_(2)
+        model.transformer.resblocks[1].mlp.c_fc.weight.mul_(0.5)
+    suffixes, rows = packed(tower, ids)
+    features = tower.encode_packed(tower.embed_tokens(ids[0, :PREFIX]), suffixes)
+    torch.testing.assert_close(features, model.encode_text(ids)[rows], atol=1e-5, rtol=0)
+
+
+def test_specials_and_words():
+    _, tower = build(text={"context_length": 8})
+    assert tower.start_ids == (TOKENIZER.sot_token_id,)
+    assert tower.end_ids == (TOKENIZER.eot_token_id,)
+    long = " ".join(["İstanbul"] * 30)
+    assert tower.word_ids(["a dog.", "", long]) == [TOKENIZER.encode("a dog."), [], TOKENIZER.encode(long)]
+    assert tower.word_ids([]) == []
+
+
+def test_prompt_longer_than_the_context():
+    _, tower = build(text={"context_length": 8})
+    prefix, suffix = torch.zeros(5, 32), torch.zeros(2, 4, 32)
+    with pytest.raises(BackboneError, match="9 tokens does not fit this text tower's 8"):
+        tower.encode_packed(prefix, [suffix])
+    with pytest.raises(BackboneError, match="9 tokens"):
+        tower.encode_embeddings(torch.zeros(2, 9, 32), torch.tensor([8, 8]))
+
+
+def test_custom_blocks_take_the_plain_path():
+    model, tower = build(text={"qk_norm": True})
+    ids = TOKENIZER(SENTENCES)
+    assert not tower.supports_prefix
+    features = tower.encode_embeddings(tower.embed_tokens(ids), tower.pooled_position(ids))
+    torch.testing.assert_close(features, model.encode_text(ids), atol=1e-5, rtol=0)
+    with pytest.raises(BackboneError, match=r"default text blocks .* got CustomResidualAttentionBlock"):
+        tower.encode_prefix(torch.zeros(5, 32))
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_activation_estimate(quick_gelu):
+    _, tower = build(text={"width": 64, "layers": 3}, quick_gelu=quick_gelu)
+    frozen = {p.untyped_storage().data_ptr() for p in tower._parts.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    prefix, length, classes = torch.randn(9, 64, requires_grad=True), 5, 200
+    state = tower.encode_prefix(prefix)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = tower.encode_suffixes(state, [torch.randn(classes, length, 64)])
+    measured = sum(size for size, _ in kept.values())
+    assert features.requires_grad
+    assert 0.85 < tower.activation_bytes(classes * length, 9 + length) / measured < 1.7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"no_causal_mask": True}, r"its bidirectional text tower has no causal mask"),
+        ({"pool_type": "last"}, r"its 'last'-pooling text tower does not pool the EOT"),
+        ({"embed_cls": True}, r"its class-token text tower appends a class token"),
+    ],
+)
+def test_unsupported_text_transformers(text, message):
+    with pytest.raises(BackboneError, match=message + r".*What works: .*ViT-B-32.*starter"):
+        build("custom_text", text)
+
+
+def test_unsupported_models():
+    coca = open_clip.CoCa(24, {"context_length": 77, "width": 32, "heads": 2, "layers": 1}, TEXT, VISION)
+    with pytest.raises(BackboneError, match="its CoCa text tower"):
+        make_text_tower(coca, TOKENIZER)
+    hugging_face = build("custom_text", tower=False)
+    hugging_face.text = HFTextEncoder.__new__(HFTextEncoder)
+    nn.Module.__init__(hugging_face.text)
+    with pytest.raises(BackboneError, match="its Hugging Face text tower"):
+        make_text_tower(hugging_face, TOKENIZER)
+    with pytest.raises(BackboneError, match="its Linear text tower is not known"):
+        make_text_tower(nn.Linear(1, 1), TOKENIZER)
+
+
+def test_a_changed_mask_is_noticed():
+    model = build(tower=False)
+    model.attn_mask = torch.zeros_like(model.attn_mask)
+    with pytest.raises(BackboneError, match="bidirectional"):
+        make_text_tower(model, TOKENIZER)
+
+
+def test_copies_are_independent():
+    model, tower = build()
+    holder = copy.deepcopy({"model": model, "tower": tower})
+    assert isinstance(holder["tower"], CausalTextTower)
+    assert holder["tower"]._parts is holder["model"]
