@@ -19,7 +19,7 @@ import adaptclip as ac
 
 @dataclass(frozen=True)
 class Config:
-    """CoOp. Defaults follow the paper (sec. 4.1); `--schedule auto` shortens it on the embedded default only."""
+    """CoOp. Defaults follow the paper (sec. 4.1); the embedded default, and only it, has a short schedule."""
 
     card: str = "digits"
     """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
@@ -33,6 +33,8 @@ class Config:
     """Labelled training images per class; 0 means all."""
     rule: Literal["nested", "coop"] = "nested"
     """How the images are drawn: 1 shot is part of 2 and so on (nested), or as the published code does (coop)."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does; what was skipped is listed."""
     seed: int = 1
     """Chooses the few-shot images, the initial context and the order of images."""
     n_ctx: int = 16
@@ -41,12 +43,10 @@ class Config:
     """Words to start from, for example "a photo of a"; empty means random, standard deviation 0.02."""
     kg_weight: float = 0.0
     """Weight of KgCoOp's pull towards the card's own prompts; that paper uses 8 and --ctx-init "a photo of a"."""
-    schedule: Literal["auto", "paper", "short"] = "auto"
-    """paper: 50, 100 or 200 epochs by shots, each with fresh crops; short: 50 epochs over 5 sets of crops."""
     epochs: int = 0
-    """Passes over the training images; 0 takes the schedule's."""
+    """Passes over the training images; 0 takes the paper's 50, 100 or 200 by shots, or the short 50 of the default."""
     views: int = 0
-    """Sets of random crops that the epochs go through in turn; 0 takes the schedule's."""
+    """Sets of random crops, taken in turn; 0 makes fresh ones for every epoch as the paper does, or the short 5."""
     lr: float = 2e-3
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 32
@@ -80,9 +80,10 @@ def main(cfg: Config) -> int:
 
     card = ac.load_card(cfg.card)
     rules = ac.choose_gates(cfg.gates, card)
-    data = ac.open_data(card, data_root=cfg.data_root)
+    data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     epochs, views = training_length(cfg)
+    accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.CoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, seed=cfg.seed, kg_weight=cfg.kg_weight,
@@ -133,10 +134,12 @@ def main(cfg: Config) -> int:
 
 def training_length(cfg: Config) -> tuple[int, int]:
     """Returns epochs and sets of crops: the paper's by shots, or the short schedule of the embedded default."""
-    short = cfg.schedule == "short" or (cfg.schedule, cfg.card, cfg.backbone) == ("auto", "digits", "starter")
+    short = (cfg.card, cfg.backbone, cfg.epochs, cfg.views) == ("digits", "starter", 0, 0)
+    if short:
+        return 50, 5
     published = 50 if cfg.shots in (0, 1) else 100 if cfg.shots <= 4 else 200
-    epochs = cfg.epochs or (50 if short else published)
-    return epochs, cfg.views or (5 if short else epochs)
+    epochs = cfg.epochs or published
+    return epochs, cfg.views or epochs
 
 
 if __name__ == "__main__":

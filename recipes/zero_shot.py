@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import adaptclip as ac
 
@@ -26,6 +27,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does; what was skipped is listed."""
     templates: tuple[str, ...] = ()
     """Prompts with one {} for the class name, averaged; empty takes the card's."""
     gates: str = "report"
@@ -44,7 +47,7 @@ def main(cfg: Config) -> int:
     card = ac.load_card(cfg.card)
     # What is compared with zero-shot would here be compared with itself.
     rules = [rule for rule in ac.choose_gates(cfg.gates, card) if rule.no_worse_than is None]
-    data = ac.open_data(card, data_root=cfg.data_root)
+    data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
     adapter = adapter.to(accelerator.device)
