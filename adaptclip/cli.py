@@ -127,9 +127,9 @@ def report(predictions: Path, /, *, baseline: Path | None = None, out: Path | No
 
     judged, reference, _ = _load_predictions(predictions, baseline)
     result = build_report(judged, reference)
-    print_report(result, [])
+    print_report(result)
     if out is not None:
-        write_text(out.with_suffix(".md"), to_markdown(result, []))
+        write_text(out.with_suffix(".md"), to_markdown(result))
         write_json(out.with_suffix(".json"), result)
     return 0
 

@@ -102,9 +102,18 @@ class Predictions:
             raise DataError(f"predictions have label ids {self.labels.min()}..{self.labels.max()}; allowed 0..{c - 1}")
         if not np.isfinite(self.probs).all():
             raise DataError("predictions have probabilities that are not finite")
-        for name, values in self.groups.items():
+        # A weighted sum of half-precision rows may be off by 1e-3; logits or per cent are off by far more.
+        if n and (self.probs.min() < 0 or np.abs(self.probs.sum(axis=1, dtype=np.float64) - 1).max() > 5e-3):
+            raise DataError("predictions have rows that are not probabilities: each must be >= 0 and sum to 1")
+        if len(set(self.class_names)) != c:
+            raise DataError("predictions have repeated class names; each class needs its own")
+        columns = self.groups if self.clusters is None else {**self.groups, "cluster": self.clusters}
+        for name, values in columns.items():
             if len(values) != n:
-                raise DataError(f"group column {name!r} has {len(values)} values for {n} rows")
+                raise DataError(f"column {name!r} has {len(values)} values for {n} rows")
+        for name, values in self.levels.items():
+            if len(values) != c:
+                raise DataError(f"taxonomy level {name!r} has {len(values)} names for {c} classes")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -142,7 +151,9 @@ class Predictions:
         if missing or not names:
             raise DataError(f"{path} is not a predictions file of adaptclip: it lacks {missing or 'class names'}")
         groups = {
-            c.removeprefix("group:"): tuple(table[c].to_pylist()) for c in table.column_names if c.startswith("group:")
+            c.removeprefix("group:"): tuple("unknown" if v is None else str(v) for v in table[c].to_pylist())
+            for c in table.column_names
+            if c.startswith("group:")
         }
         return cls(
             ids=tuple(table["id"].to_pylist()),
@@ -173,10 +184,10 @@ class GateRule(BaseModel):
 
     metric: str = "accuracy"
     group: str | None = None
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: float | None = Field(default=None, ge=0, le=1)
+    at_most: float | None = Field(default=None, ge=0, le=1)
     no_worse_than: Literal["zero_shot"] | None = None
-    margin: float = Field(default=0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0, le=1)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     min_n: int = Field(default=100, ge=1)
 
@@ -187,6 +198,13 @@ class GateRule(BaseModel):
         given = [n for n in ("at_least", "at_most", "no_worse_than") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of at_least, at_most, no_worse_than; got {given or 'none'}")
+        wrong = "at_least" if self.metric == "ece" else "at_most"
+        if given == [wrong]:
+            better = "lower" if self.metric == "ece" else "higher"
+            right = "at_most" if self.metric == "ece" else "at_least"
+            raise ValueError(f"{self.metric} is better when {better}: use {right}, not {wrong}")
+        if self.margin and not self.no_worse_than:
+            raise ValueError("margin belongs to no_worse_than; put the slack into the limit itself")
         return self
 
     @property

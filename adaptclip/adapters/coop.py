@@ -212,7 +212,8 @@ class CoOp(nn.Module):
             raise ConfigError(
                 f"class {self.class_names[longest]!r} takes {len(words[longest])} tokens (with the full stop) and does "
                 f"not fit behind {len(self.context)} context tokens in a text tower of {self.tower.context_length} "
-                f"tokens. " + (f"At most {room} context tokens would fit (n_ctx)." if room > 0 else "")
+                f"tokens. "
+                + (f"At most {room} context tokens would fit (n_ctx)." if room > 0 else "")
                 + " Or give the class a shorter name (an alias in the data card)."
             )
         return suffixes

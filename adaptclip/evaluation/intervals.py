@@ -69,6 +69,9 @@ def exact_bound(rate: float, n: float, side: Side, alpha: float) -> float:
 def tango_bound(gained: float, lost: float, n: float, side: Side, alpha: float) -> float:
     """One-sided score bound of a change of a rate on the same images (Tango 1998), -1 to 1.
 
+    Its level holds well but not exactly: in simulations a 5 % bound missed in 3 to 6 %, and in up to 8 % where the
+    truth is a handful of losses without a single gain.
+
     Args:
         gained: share of the images wrong before and right after, 0 to 1.
         lost: share of the images right before and wrong after, 0 to 1.

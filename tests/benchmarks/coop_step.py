@@ -158,7 +158,8 @@ def measure(count: int, repeats: int, budget_bytes: int, seed: int = 0) -> dict[
     scaled = image + (whole - image) * count / run_on
     return {
         "classes": count,
-        "suffix_tokens_per_class": sum(len(ids) for ids in backbone.text.word_ids([f"{n}." for n in names])) / count + 1,
+        "suffix_tokens_per_class": sum(len(ids) for ids in backbone.text.word_ids([f"{n}." for n in names])) / count
+        + 1,
         "published_s": scaled,
         "published_image_s": image,
         "published_run_on_classes": run_on,

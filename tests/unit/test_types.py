@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -44,6 +44,7 @@ def test_predictions_survive_a_file_bit_for_bit(tmp_path, fields):
         assert getattr(after, name) == getattr(before, name)
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 2**31))
 def test_any_number_of_rows_and_classes_survives(tmp_path_factory, n, c, seed):
     rng = np.random.default_rng(seed)
@@ -104,9 +105,12 @@ def test_features_know_their_length():
         ({"metric": "ece", "at_most": 0.05}, "ece ≤ 0.05"),
         ({"group": "sex", "at_least": 0.75}, "accuracy of every sex ≥ 0.75"),
         ({"no_worse_than": "zero_shot"}, "accuracy no worse than zero_shot"),
-        ({"group": "sex", "no_worse_than": "zero_shot", "margin": 0.02}, "accuracy of every sex no worse than zero_shot − 0.02"),
+        (
+            {"group": "sex", "no_worse_than": "zero_shot", "margin": 0.02},
+            "accuracy of every sex no worse than zero_shot − 0.02",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_rule_words_itself(rule, title):
     assert GateRule(**rule).title == title
 
@@ -129,5 +133,42 @@ def test_every_metric_can_be_compared_with_zero_shot(metric):
     ],
 )
 def test_rules_that_are_not_valid(rule, message):
+    with pytest.raises(ValidationError, match=message):
+        GateRule(**rule)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"probs": np.full((4, 3), 0.5, np.float32)}, "not probabilities: each must be >= 0 and sum to 1"),
+        ({"probs": np.tile(np.array([1.5, -0.5, 0.0], np.float32), (4, 1))}, "not probabilities"),
+        ({"class_names": ("a", "b", "a")}, "repeated class names"),
+        ({"clusters": ("p1",)}, "'cluster' has 1 values for 4 rows"),
+        ({"levels": {"kind": ("pet",)}}, "level 'kind' has 1 names for 3 classes"),
+    ],
+)
+def test_predictions_that_would_be_judged_wrongly_are_refused(fields, message):
+    with pytest.raises(DataError, match=message):
+        predictions(**fields)
+
+
+def test_missing_groups_in_a_file_are_unknown(tmp_path):
+    columns = {"id": ["a", "b"], "label": [0, 1], "prob_0": [1.0, 0.0], "prob_1": [0.0, 1.0], "group:age": [40, None]}
+    write_parquet(tmp_path / "p.parquet", pa.table(columns), {"class_names": ["x", "y"]})
+    assert Predictions.load(tmp_path / "p.parquet").groups == {"age": ("40", "unknown")}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"at_least": 80}, "less than or equal to 1"),
+        ({"metric": "ece", "at_most": 5}, "less than or equal to 1"),
+        ({"at_least": float("nan")}, "at_least"),
+        ({"at_most": 0.8}, "accuracy is better when higher: use at_least, not at_most"),
+        ({"metric": "ece", "at_least": 0.1}, "ece is better when lower: use at_most, not at_least"),
+        ({"at_least": 0.8, "margin": 0.02}, "margin belongs to no_worse_than"),
+    ],
+)
+def test_rules_that_would_always_or_never_pass_are_refused(rule, message):
     with pytest.raises(ValidationError, match=message):
         GateRule(**rule)

@@ -57,7 +57,7 @@ def packed(tower, ids):
     return suffixes, torch.cat(rows)
 
 
-@pytest.fixture(params=[(kind, variant) for kind in CLASSES for variant in VARIANTS], ids="-".join)
+@pytest.fixture(scope="module", params=[(kind, variant) for kind in CLASSES for variant in VARIANTS], ids="-".join)
 def model_and_tower(request):
     kind, variant = request.param
     text, quick_gelu = VARIANTS[variant]
@@ -105,8 +105,8 @@ def context_gradient(tower, ids, path):
         features = tower.encode_packed(prefix, suffixes)
     else:
         features = tower.encode_suffixes(tower.encode_prefix(prefix), suffixes)
-    weights = torch.linspace(-1, 1, features.numel()).view_as(features)
-    (features * weights).sum().backward()
+    goal = torch.linspace(-1, 1, features.numel()).view_as(features)
+    torch.cosine_similarity(features, goal).mean().backward()
     return prefix.grad
 
 
@@ -116,19 +116,7 @@ def test_packed_path_has_the_plain_gradient(model_and_tower, path):
     ids = TOKENIZER(SENTENCES, context_length=tower.context_length)
     expected = context_gradient(tower, ids, "plain")
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(context_gradient(tower, ids, path), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_gradient_is_the_finite_difference():
-    _, tower = build(text={"layers": 2})
-    tower._parts.double()
-    ids = TOKENIZER(SENTENCES[:3])
-    suffixes, _ = packed(tower, ids)
-    prefix = tower.embed_tokens(ids[0, :PREFIX])
-    # Attention is computed in float32 by design, hence the coarse steps and tolerance.
-    assert torch.autograd.gradcheck(
-        lambda p: tower.encode_packed(p, suffixes).sum(), prefix.requires_grad_(), eps=1e-2, atol=2e-2, rtol=2e-2
-    )
+    torch.testing.assert_close(context_gradient(tower, ids, path), expected, atol=1e-5, rtol=0)
 
 
 def test_one_class_and_equal_lengths():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binom, binomtest, norm
@@ -20,6 +20,7 @@ from adaptclip.evaluation.intervals import (
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95]))
 def test_wilson_and_exact_agree_with_scipy(counts, confidence):
     correct, n = counts
@@ -87,6 +88,7 @@ def test_tango_at_the_ends():
     assert tango_bound(1, 0, 5, "low", 0.05) < 1.0
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 80), st.floats(0, 1), st.floats(0, 1), st.floats(0.001, 0.4))
 def test_tango_bounds_hold_the_estimate_and_are_antisymmetric(n, u, v, alpha):
     gained, lost = u, (1 - u) * v
