@@ -79,7 +79,7 @@ def save_artifact(
     split: FewShotSplit | None,
     *,
     method: str,
-    report: Mapping[str, Any],
+    report: dict[str, Any],
     verdicts: Sequence[Verdict],
     overwrite: bool = False,
 ) -> None:
@@ -127,7 +127,7 @@ def save_artifact(
         write_text(folder / "README.md", _model_card(manifest, card, report, verdicts))
 
 
-def _model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+def _model_card(manifest: Mapping[str, Any], card: Card, report: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
     """The artifact's README.md: a Hugging Face model card."""
     backbone, split = manifest["backbone"], manifest["split"]
     front = ModelCardData(

@@ -216,7 +216,7 @@ def main(cfg: Config) -> int:
     model, optimizer = accelerator.prepare(student, optimizer)
     start = ac.load_checkpoint(run.checkpoints, student, optimizer, scheduler, accelerator)
 
-    for step, draw in ac.train_steps(corpus, cfg.steps, accelerator, start=start):  # pyright: ignore[reportArgumentType]
+    for step, draw in ac.train_steps(corpus, cfg.steps, accelerator, start=start):
         with accelerator.accumulate(model):
             names, captions, scale = model(draw)
             teacher = (FEATURE_NORM * draw.images @ weight[draw.classes].T + bias[draw.classes]).softmax(dim=1)

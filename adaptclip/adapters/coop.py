@@ -218,6 +218,7 @@ class CoOp(nn.Module):
             )
         return suffixes
 
+    @torch.inference_mode(False)
     def _share(self, rank: int, world: int) -> _Share:
         """The classes of process `rank` of `world`, sorted by length and dealt out in turn, so that shares are equal."""
         key = (rank, world, self.context.device)
@@ -262,6 +263,6 @@ class CoOp(nn.Module):
         """(C, D) unit-norm features of the fixed templates, computed once, in full precision."""
         if self._anchor is None or self._anchor.device != self.context.device:
             device_type = self.context.device.type
-            with torch.no_grad(), torch.autocast(device_type=device_type, enabled=False):
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type=device_type, enabled=False):
                 self._anchor = zero_shot_weights(self.backbone, self.class_names, self.templates).detach()
         return self._anchor

@@ -17,15 +17,12 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from adaptclip.backbone.packed import KeyValue, Run, attend, attend_last, finish_block, last_tokens, plan_runs
 from adaptclip.errors import BackboneError
 
-PrefixState = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values of the shared prefix, one pair per block, each (heads, P, T / heads) for P prefix tokens."""
-
-Shapes = tuple[tuple[int, int], ...]
-"""(G, l) of every run of packed suffixes: G of them with l tokens each."""
+PrefixState = tuple[KeyValue, ...]
+"""Keys and values of the shared prefix, one pair per block."""
 
 SUPPORTED = (
     "open_clip's CLIP and CustomTextCLIP with a causal TextTransformer that pools the EOT token, for example ViT-B-32, "
@@ -146,7 +143,7 @@ class CausalTextTower:
         Raises:
             BackboneError: the blocks are not the default ones, or P is more than the context.
         """
-        return self._run(self._with_positions(prefix, 0), len(prefix), (), None)[1]
+        return self._through_blocks(self._with_positions(prefix, 0), len(prefix), (), None)[1]
 
     def encode_suffixes(self, state: PrefixState, suffixes: Sequence[Tensor]) -> Tensor:
         """Features of prompts that go on from a prefix.
@@ -161,30 +158,32 @@ class CausalTextTower:
         Raises:
             BackboneError: P + l is more than the context.
         """
-        tokens, shapes = self._pack(suffixes, state[0][0].shape[1])
-        return self._project(self._run(tokens, 0, shapes, state)[0])
+        tokens, runs = self._pack(suffixes, state[0][0].shape[1])
+        return self._project(self._through_blocks(tokens, 0, runs, state)[0])
 
     def encode_packed(self, prefix: Tensor, suffixes: Sequence[Tensor]) -> Tensor:
         """Features of prompts with a common (P, T) prefix and (G, l, T) suffixes, as `encode_suffixes` in one pass.
 
         Prefix and suffixes go through the blocks side by side, so that the weights are read once.
         """
-        tokens, shapes = self._pack(suffixes, len(prefix))
+        tokens, runs = self._pack(suffixes, len(prefix))
         together = torch.cat([self._with_positions(prefix, 0), tokens])
-        return self._project(self._run(together, len(prefix), shapes, None)[0])
+        return self._project(self._through_blocks(together, len(prefix), runs, None)[0])
 
-    def _pack(self, suffixes: Sequence[Tensor], start: int) -> tuple[Tensor, Shapes]:
-        """Tensors (G, l, T) to one list of tokens (n, T) with positions from `start` on, and their shapes (G, l)."""
+    def _pack(self, suffixes: Sequence[Tensor], start: int) -> tuple[Tensor, tuple[Run, ...]]:
+        """Tensors (G, l, T) to one list of tokens (n, T) with positions from `start` on, and their runs."""
         tokens = torch.cat([self._with_positions(s, start).flatten(0, 1) for s in suffixes])
-        return tokens, tuple((s.shape[0], s.shape[1]) for s in suffixes)
+        return tokens, plan_runs([(s.shape[0], s.shape[1]) for s in suffixes], tokens.device)
 
-    def _run(self, x: Tensor, prefix: int, shapes: Shapes, state: PrefixState | None) -> tuple[Tensor, PrefixState]:
+    def _through_blocks(
+        self, x: Tensor, prefix: int, runs: tuple[Run, ...], state: PrefixState | None
+    ) -> tuple[Tensor, PrefixState]:
         """Takes packed tokens through all blocks.
 
         Args:
             x: (P + n, T) tokens: those of the prefix where it is not known yet, then the suffixes'.
             prefix: P; 0 where `state` is given.
-            shapes: (G, l) of each run of suffixes.
+            runs: the suffixes.
             state: keys and values of the prefix, or None to compute them.
 
         Returns:
@@ -195,19 +194,19 @@ class CausalTextTower:
                 "the shared-prefix path needs open_clip's default text blocks (ResidualAttentionBlock), got "
                 f"{type(self._blocks[0]).__name__}; use the plain path (encode_embeddings; CoOp takes it by itself)"
             )
-        pairs: list[tuple[Tensor, Tensor]] = []
+        first = plan_runs([(1, prefix)], x.device)[0] if prefix else None
+        pairs: list[KeyValue] = []
         for i, block in enumerate(self._blocks):
-            normed = block.ln_1(x)
             known = None if state is None else state[i]
             if i + 1 < len(self._blocks):
-                attended, pair = _attend(block, normed, prefix, shapes, known)
+                attended, pair = attend(block, block.ln_1(x), first, runs, known)
             else:
                 # The last block's output counts only at the pooled positions; of all else, only keys and values.
-                attended, pair = _attend_last(block, normed, prefix, shapes, known)
-                x = _last_tokens(x[prefix:], shapes)
+                attended, pair = attend_last(block, block.ln_1(x), first, runs, known)
+                x = last_tokens(x[prefix:], runs) if runs else x[:0]
             pairs.append(pair)
             if len(attended):
-                x = _finish_block(block, x, attended)
+                x = finish_block(block, x, attended)
         return x, tuple(pairs)
 
     def activation_bytes(self, tokens: int, attended: int) -> int:
@@ -246,105 +245,6 @@ def _is_default_block(block: nn.Module) -> bool:
         return False
     attn = block.attn
     return attn.in_proj_weight is not None and attn.bias_k is None and attn.dropout == 0 and not attn.add_zero_attn
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    """Attention scores are computed in float32 whatever the autocast: they are few, and half precision hurts them."""
-    return torch.autocast(device_type=device.type, enabled=False)
-
-
-def _in_proj(block: Any, x: Tensor, parts: slice = slice(0, 3)) -> Tensor:
-    """Query, key and value of (..., T) tokens side by side; `parts` picks some of the three."""
-    width = x.shape[-1]
-    rows = slice(parts.start * width, parts.stop * width)
-    bias = block.attn.in_proj_bias
-    return F.linear(x, block.attn.in_proj_weight[rows], None if bias is None else bias[rows])
-
-
-def _heads_first(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """Splits (n, parts T) projections into tensors (heads, n, T / heads) in float32, each in memory order."""
-    split = packed.float().unflatten(-1, (parts, heads, -1)).permute(1, 2, 0, 3)
-    return split.contiguous().unbind(0)
-
-
-def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows the attention in a default block: (n, T) residual stream and attention output to (n, T)."""
-    x = x + block.ls_1(block.attn.out_proj(attended.to(x.dtype)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def _last_tokens(x: Tensor, shapes: Shapes) -> Tensor:
-    """The last token of every suffix: packed (n, T) to (sum of G, T)."""
-    parts = x.split([groups * length for groups, length in shapes])
-    last = [part.unflatten(0, shape)[:, -1] for part, shape in zip(parts, shapes, strict=True)]
-    return torch.cat(last) if last else x[:0]
-
-
-def _attend(
-    block: Any, x: Tensor, prefix: int, shapes: Shapes, known: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Attention of every packed token: (P + n, T) normalised tokens to the same shape, with the prefix's key, value."""
-    heads = block.attn.num_heads
-    first, *parts = _in_proj(block, x).split([prefix, *(groups * length for groups, length in shapes)])
-    outputs = []
-    if known is None:
-        q, *known = _heads_first(first, heads, 3)
-        outputs.append(_attend_group(q, *known, prefix, prefix, None))
-    for part, (_, length) in zip(parts, shapes, strict=True):
-        outputs.append(_attend_group(*_heads_first(part, heads, 3), length, length, known))
-    return torch.cat(outputs), (known[0], known[1])
-
-
-def _attend_last(
-    block: Any, x: Tensor, prefix: int, shapes: Shapes, known: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Attention of the last token of each suffix only: (P + n, T) to (sum of G, T), with the prefix's key, value."""
-    heads = block.attn.num_heads
-    first, *parts = _in_proj(block, x, slice(1, 3)).split([prefix, *(groups * length for groups, length in shapes)])
-    if known is None:
-        known = _heads_first(first, heads, 2)
-    queries = _in_proj(block, _last_tokens(x[prefix:], shapes), slice(0, 1)).split([groups for groups, _ in shapes])
-    outputs = []
-    for query, part, (_, length) in zip(queries, parts, shapes, strict=True):
-        outputs.append(_attend_group(*_heads_first(query, heads, 1), *_heads_first(part, heads, 2), 1, length, known))
-    return torch.cat(outputs) if outputs else x[:0], (known[0], known[1])
-
-
-def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, num_queries: int, length: int, known: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Causal attention of G sequences of one length to themselves and, before that, to a prefix they share.
-
-    The two kinds of scores are computed apart and share one softmax, so the prefix is never copied per class: its part
-    is one matrix product per head over the tokens of all classes.
-
-    Args:
-        q: (heads, G m, w) queries of the last m tokens of each sequence.
-        k: (heads, G l, w) keys.
-        v: (heads, G l, w) values.
-        num_queries: m.
-        length: l.
-        known: keys and values of the prefix, each (heads, P, w), or None.
-
-    Returns:
-        (G m, heads w) in float32.
-    """
-    heads, rows, head_width = q.shape
-    groups, scale = rows // num_queries, head_width**-0.5
-    with _full_precision(q.device):
-        hidden = torch.full((num_queries, length), float("-inf"), device=q.device).triu_(1 + length - num_queries)
-        own_q, own_k, own_v = (t.view(heads * groups, -1, head_width) for t in (q, k, v))
-        scores = torch.baddbmm(hidden.expand(heads * groups, -1, -1), own_q, own_k.mT, alpha=scale)
-        if known is None:
-            out = scores.softmax(-1) @ own_v
-        else:
-            keys, values = known
-            prefix = keys.shape[1]
-            to_prefix = (q @ (keys * scale).mT).view(heads * groups, num_queries, prefix)
-            weights = torch.cat([to_prefix, scores], dim=-1).softmax(-1)
-            from_prefix = weights[..., :prefix].view(heads, rows, prefix) @ values
-            out = torch.baddbmm(from_prefix.view_as(own_q), weights[..., prefix:], own_v)
-        return out.view(heads, rows, head_width).transpose(0, 1).reshape(rows, heads * head_width)
 
 
 def make_text_tower(model: nn.Module, tokenizer: Callable[..., Tensor]) -> TextTower:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,13 @@ from adaptclip.seeding import generator
 from adaptclip.types import Batch, Features
 
 
-class Loader(Protocol):
+BatchT = TypeVar("BatchT", covariant=True)
+
+
+class Loader(Protocol[BatchT]):
     """Anything that can say which images a micro-step sees, without knowing the steps before it."""
 
-    def batch(self, micro_step: int) -> Batch:
+    def batch(self, micro_step: int) -> BatchT:
         """Returns this process's batch of a micro-step, counted from 0."""
         ...
 
@@ -111,8 +114,8 @@ class FeatureLoader:
 
 
 def train_steps(
-    loader: Loader, num_steps: int, accelerator: Accelerator, start: int = 0
-) -> Iterator[tuple[int, Batch]]:
+    loader: Loader[BatchT], num_steps: int, accelerator: Accelerator, start: int = 0
+) -> Iterator[tuple[int, BatchT]]:
     """Yields the batches of optimizer steps `start` + 1 to `num_steps`, with a progress bar.
 
     Args:
