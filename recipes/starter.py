@@ -248,7 +248,8 @@ def evaluate(backbone: ClipBackbone, cfg: Config) -> dict[str, tuple[int, int]]:
     pictures = cache.get(backbone, flickr.images.select(test)).values[0]
     captions = [flickr.table["captions"][int(row)].as_py() for row in test]
     of_picture = torch.tensor([i for i, own in enumerate(captions) for _ in own])
-    texts = torch.cat([backbone.encode_text(backbone.tokenize(own)) for own in captions])
+    # Captions longer than the context are cut, as is usual in retrieval; a prompt never is (`backbone.tokenize`).
+    texts = torch.cat([backbone.encode_text(backbone.tokenizer(own)) for own in captions])
     similarity = pictures @ texts.T
     to_text = (of_picture[similarity.topk(10, dim=1).indices] == torch.arange(len(test))[:, None]).any(dim=1)
     to_image = (similarity.T.topk(10, dim=1).indices == of_picture[:, None]).any(dim=1)

@@ -1,4 +1,4 @@
-"""Adapters: what is put on a frozen CLIP to fit it to a domain, each behind the same few operations (`base.Adapter`)."""
+"""Adapters: what is put on a frozen CLIP to fit it to a domain, each behind the operations of `base.Adapter`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,6 +41,15 @@ class _Share:
     costs_bytes: tuple[int, ...]
     counts: tuple[int, ...]
     inverse: Tensor
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Text features kept for evaluation, with the context and the autocast they belong to."""
+
+    context: Tensor
+    autocast: bool
+    features: Tensor
 
 
 class CoOp(nn.Module):
@@ -103,7 +113,7 @@ class CoOp(nn.Module):
         self._shares: dict[tuple[int, int, torch.device], _Share] = {}
         self._penalty: Tensor | None = None
         self._anchor: Tensor | None = None
-        self._cached: tuple[tuple[Any, ...], Tensor] | None = None
+        self._cached: _Encoded | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -168,7 +178,6 @@ class CoOp(nn.Module):
         check_state(state, {"context": self.context.shape}, "CoOp")
         with torch.no_grad():
             self.context.copy_(state["context"])
-        self._cached = None
 
     def penalty(self) -> Tensor:
         """Returns KgCoOp's weighted penalty of the last forward in training; 0 without it."""
@@ -176,17 +185,19 @@ class CoOp(nn.Module):
 
     def class_weights(self) -> Tensor:
         """Returns (C, D) unit-norm text features without gradients, computed again only when the context changed."""
+        # Compared by value: fused optimizers change a parameter without raising its version counter.
         autocast = torch.is_autocast_enabled(self.context.device.type)
-        key = (self.context._version, self.context.data_ptr(), self.context.device, autocast)
-        if self._cached is None or self._cached[0] != key:
+        known = self._cached
+        if known is None or known.autocast != autocast or not _same(known.context, self.context):
             was_training = self.training
             self.training = False
             try:
                 with torch.no_grad():
-                    self._cached = (key, self.text_features())
+                    known = _Encoded(self.context.detach().clone(), autocast, self.text_features())
             finally:
                 self.training = was_training
-        return self._cached[1]
+            self._cached = known
+        return known.features
 
     def _initial_context(self, n_ctx: int) -> Tensor:
         """(M, T) float32: the embeddings of `ctx_init`'s words, or N(0, 0.02²) drawn on the CPU from the seed."""
@@ -209,18 +220,18 @@ class CoOp(nn.Module):
         longest = max(range(len(suffixes)), key=lambda c: len(suffixes[c]))
         room = self.tower.context_length - len(self.tower.start_ids) - len(suffixes[longest])
         if room < len(self.context):
+            name = textwrap.shorten(self.class_names[longest], 80, placeholder=" …")
+            remedy = f"At most {room} context tokens (n_ctx) would fit; or give" if room > 0 else "Give"
             raise ConfigError(
-                f"class {self.class_names[longest]!r} takes {len(words[longest])} tokens (with the full stop) and does "
-                f"not fit behind {len(self.context)} context tokens in a text tower of {self.tower.context_length} "
-                f"tokens. "
-                + (f"At most {room} context tokens would fit (n_ctx)." if room > 0 else "")
-                + " Or give the class a shorter name (an alias in the data card)."
+                f"class {name!r} takes {len(words[longest])} tokens (with the full stop) and does not fit behind "
+                f"{len(self.context)} context tokens in a text tower of {self.tower.context_length} tokens. "
+                f"{remedy} the class a shorter name (an alias in the data card)."
             )
         return suffixes
 
     @torch.inference_mode(False)
     def _share(self, rank: int, world: int) -> _Share:
-        """The classes of process `rank` of `world`, sorted by length and dealt out in turn, so that shares are equal."""
+        """The classes of process `rank` of `world`: dealt out in order of length, so that all have equal work."""
         key = (rank, world, self.context.device)
         if key not in self._shares:
             order = sorted(range(len(self._suffixes)), key=lambda c: len(self._suffixes[c]))
@@ -266,3 +277,7 @@ class CoOp(nn.Module):
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type=device_type, enabled=False):
                 self._anchor = zero_shot_weights(self.backbone, self.class_names, self.templates).detach()
         return self._anchor
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.device == second.device and torch.equal(first, second)
