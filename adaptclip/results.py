@@ -86,6 +86,7 @@ def finish_run(
             report=report, verdicts=verdicts, overwrite=True,
         )  # fmt: skip
         print_report(report, verdicts)
+        accelerator.print(f"{out}: report.md, predictions.parquet, metrics.jsonl, artifact/ (for `adaptclip predict`)")
         code = [0 if gates == REPORT_ONLY or not rules else exit_code(verdicts)]
     # The launcher sees the codes of all processes: one that left with another would read as a crash.
     if accelerator.num_processes > 1:

@@ -53,20 +53,20 @@ def test_set_up_is_two_commands():
 def test_the_main_job_ends_well_and_prints_what_is_shown(main_job, folder):
     assert main_job.returncode == 0, main_job.stderr
     shown, printed = TEXT[0].strip(), main_job.stdout
-    row = re.compile(r"^\W*(accuracy|mean per class|thin|medium|heavy)\s*│.*?(\d+\.\d)\s\[[^]]*\]\s*│", re.M)
-    verdict = re.compile(r"^\W*(pass|fail|inconclusive)\s*│", re.M)
-    assert [m[1] for m in row.finditer(shown)] == [m[1] for m in row.finditer(printed)]
+    row = re.compile(r"^ *(accuracy|mean per class|thin|medium|heavy) +\d", re.M)
+    verdict = re.compile(r"^ *(pass|fail|inconclusive) {2,}\S", re.M)
+    assert sorted(row.findall(shown)) == sorted(row.findall(printed))
     assert len(row.findall(shown)) == 5
     # Another processor rounds otherwise, and 250 steps enlarge it; a point or two of 720 images is the same result.
     for here, there in zip(numbers(printed), numbers(shown), strict=True):
         assert abs(here - there) < 3, f"README shows {there}, got {here}"
-    assert verdict.findall(shown) == verdict.findall(printed) == ["pass"] * len(verdict.findall(shown))
+    assert verdict.findall(shown) == verdict.findall(printed) == ["pass"] * 4
     assert (folder / "runs/coop/artifact/manifest.json").is_file()
 
 
 def numbers(text: str) -> list[float]:
     """Zero-shot and adapted accuracy of the first table's first row."""
-    line = next(line for line in text.splitlines() if re.match(r"\W*accuracy\s*│", line))
+    line = next(line for line in text.splitlines() if re.match(r" *accuracy +\d", line))
     return [float(n) for n in re.findall(r"(\d+\.\d) \[", line)][:2]
 
 

@@ -30,7 +30,6 @@ from adaptclip.errors import ConfigError, TrainingError
 from adaptclip.seeding import generator
 from adaptclip.types import Batch, Features
 
-
 BatchT = TypeVar("BatchT", covariant=True)
 
 
