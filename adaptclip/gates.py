@@ -218,7 +218,7 @@ def _asks_at_least(rule: GateRule) -> bool:
 
 def _limit(rule: GateRule) -> float:
     if rule.no_worse_than:
-        return -rule.margin if _asks_at_least(rule) else rule.margin
+        return 0.0 - rule.margin if _asks_at_least(rule) else rule.margin
     limit = rule.at_least if rule.at_least is not None else rule.at_most
     assert limit is not None
     return limit

@@ -119,7 +119,9 @@ def main(cfg: Config) -> int:
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
     # --- end of loop ---
 
-    # The test split is read once, here: nothing above has seen it and nothing below chooses.
+    # The test split is read once, here: nothing above has seen it and nothing below chooses. It is judged in full
+    # precision, as the artifact will be used.
+    adapter = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from recipe_files import ROOT, load_recipe
 from safetensors.torch import load_file
@@ -38,6 +39,14 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -90,10 +99,11 @@ def test_a_run_leaves_a_folder_that_explains_itself(cfg, capsys):
     assert not [p for p in cfg.out.rglob("*") if p.suffix in (".pkl", ".pt", ".pth", ".bin", ".tmp")]
 
 
-def test_the_artifact_predicts_as_the_run_did(cfg, tiny, tmp_path):
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_artifact_predicts_as_the_run_did(cfg, tmp_path, mixed_precision):
     import adaptclip as ac
 
-    coop.main(cfg)
+    coop.main(replace(cfg, mixed_precision=mixed_precision))
     judged = Predictions.load(cfg.out / "predictions.parquet")
     test = ac.open_data(ac.load_card("digits")).test
     images = [test.image(i) for i in range(40)]
