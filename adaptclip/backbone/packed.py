@@ -18,8 +18,9 @@ from torch.nn import functional as F
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the shared prefix in one block, each (heads, P, T / heads) float32 for P prefix tokens."""
 
-MAX_PADDED_TOKENS = 128
-"""Most padding accepted to attend to suffixes of different lengths in one go instead of in several small ones."""
+MAX_JOINED_TOKENS = 512
+"""Suffixes of different lengths are attended together up to this many tokens with padding: below it, the many small
+operations of separate runs cost more than padding does."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Run:
 
 
 def plan_runs(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Run, ...]:
-    """Joins neighbouring groups of suffixes as long as that costs little padding.
+    """Joins neighbouring groups of suffixes as long as they are small.
 
     Args:
         shapes: (G, l) of groups of suffixes of one length, in the order in which they are packed.
@@ -62,7 +63,7 @@ def plan_runs(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[
     for shape in shapes:
         together = [*joined[-1], shape] if joined else [shape]
         longest = max(length for _, length in together)
-        if joined and sum(groups * (longest - length) for groups, length in together) <= MAX_PADDED_TOKENS:
+        if joined and longest * sum(groups for groups, _ in together) <= MAX_JOINED_TOKENS:
             joined[-1] = together
         else:
             joined.append([shape])
