@@ -33,7 +33,7 @@ from adaptclip.data.decode import decode_image
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
 from adaptclip.gates import Verdict
-from adaptclip.reports.render import to_markdown
+from adaptclip.reports.render import escape_markdown, to_markdown
 from adaptclip.storage import atomic_folder, digest, read_json, read_tensors, write_json, write_tensors, write_text
 from adaptclip.types import Batch
 
@@ -143,7 +143,10 @@ def _model_card(manifest: Mapping[str, Any], card: Card, report: dict[str, Any],
         if split
         else "without any training images"
     )
-    issues = [f"- {issue}" for issue in card.known_issues] or ["- The data card names none."]
+    issues = [f"- {escape_markdown(issue)}" for issue in card.known_issues] or ["- The data card names none."]
+    classes = ", ".join(escape_markdown(name) for name in manifest["class_names"])
+    # The report's own headings go one level down, and its title away, below this card's.
+    results = to_markdown(report, verdicts).partition("\n")[2].strip().replace("\n## ", "\n### ")
     lines = [
         f"---\n{front.to_yaml()}\n---",
         f"# {manifest['method']} on {card.name}",
@@ -154,10 +157,9 @@ def _model_card(manifest: Mapping[str, Any], card: Card, report: dict[str, Any],
         'print(model.predict(["image.jpg"]))\n```',
         "It knows only its own classes and gives each image one of them, whatever the image shows. Assess it on images "
         "of the place where it is to be used before relying on it.",
-        "## Data\n\nClasses: " + ", ".join(map(str, manifest["class_names"])) + ".\n\nKnown issues of the data:\n",
+        f"## Data\n\nClasses: {classes}.\n\nKnown issues of the data:",
         "\n".join(issues),
-        "## Results on the test split",
-        to_markdown(report, verdicts),
+        f"## Results on the test split\n\n{results}",
     ]
     return "\n\n".join(lines) + "\n"
 

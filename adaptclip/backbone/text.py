@@ -259,20 +259,20 @@ def make_text_tower(model: nn.Module, tokenizer: Callable[..., Tensor]) -> TextT
     """
     if isinstance(model, open_clip.CoCa):
         raise _unsupported("CoCa", "appends a class token and pools it")
-    parts = model if isinstance(model, open_clip.CLIP) else getattr(model, "text", None)
+    whole = isinstance(model, open_clip.CLIP)
+    parts: Any = model if whole else getattr(model, "text", None)
     if isinstance(parts, HFTextEncoder):
         raise _unsupported("Hugging Face", "is not open_clip's own transformer")
-    if not isinstance(parts, open_clip.CLIP | TextTransformer):
+    if not whole and not isinstance(parts, TextTransformer):
         raise _unsupported(type(model).__name__, "is not known")
-    pool_type = parts.text_pool_type if isinstance(parts, open_clip.CLIP) else parts.pool_type
-    eos_id = parts.text_eos_id if isinstance(parts, open_clip.CLIP) else parts.eos_id
+    pool_type, eos_id = (parts.text_pool_type, parts.text_eos_id) if whole else (parts.pool_type, parts.eos_id)
     if getattr(parts, "cls_emb", None) is not None:
         raise _unsupported("class-token", "appends a class token and pools it")
     if not _is_causal(parts.attn_mask):
         raise _unsupported("bidirectional", "has no causal mask (as SigLIP and MobileCLIP-S)")
     if pool_type not in ("argmax", "eos"):
         raise _unsupported(f"{pool_type!r}-pooling", "does not pool the EOT token")
-    return CausalTextTower(parts, pool_type=str(pool_type), eos_id=int(eos_id), tokenizer=tokenizer)
+    return CausalTextTower(parts, pool_type=pool_type, eos_id=eos_id, tokenizer=tokenizer)
 
 
 def _is_causal(mask: Tensor | None) -> bool:

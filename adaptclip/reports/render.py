@@ -56,7 +56,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Makes a user's string literal in a Markdown table cell or line, HTML included."""
     plain = _one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", plain)
@@ -111,7 +111,7 @@ def to_markdown(report: dict[str, Any], verdicts: Sequence[JudgedGate] | None = 
         parts += ["## Gates", _markdown_gates(verdicts)]
     parts += ["## Overall", *_markdown_overall(report)]
     for attribute, table in report["groups"].items():
-        parts += [f"## Groups: {_escape(attribute)}", *_markdown_groups(table)]
+        parts += [f"## Groups: {escape_markdown(attribute)}", *_markdown_groups(table)]
     parts += ["## Classes", *_markdown_classes(report)]
     return "\n\n".join(parts) + "\n"
 
@@ -122,15 +122,15 @@ def _markdown_head(report: dict[str, Any]) -> Iterator[str]:
         f"{100 * report['confidence']:g} % intervals; changes are paired, on the same images, in percentage points."
     )
     if report["cautions"]:
-        yield "\n".join(f"- {_escape(caution)}." for caution in report["cautions"])
+        yield "\n".join(f"- {escape_markdown(caution)}." for caution in report["cautions"])
     if report["absent_classes"]:
-        yield "Classes without test images: " + ", ".join(map(_escape, report["absent_classes"])) + "."
+        yield "Classes without test images: " + ", ".join(map(escape_markdown, report["absent_classes"])) + "."
 
 
 def _markdown_gates(verdicts: Sequence[JudgedGate]) -> str:
     if not verdicts:
         return NO_GATES
-    rows = [[_escape(v.title), f"**{v.verdict}**", _escape(v.reason)] for v in verdicts]
+    rows = [[escape_markdown(v.title), f"**{v.verdict}**", escape_markdown(v.reason)] for v in verdicts]
     return _markdown_table(("gate", "verdict", "reason"), rows)
 
 
@@ -143,7 +143,7 @@ def _markdown_overall(report: dict[str, Any]) -> Iterator[str]:
         rows.append([METRIC_WORDS[metric], *values, str(c["model"]["n"])])
     yield _markdown_table(header, rows)
     if notes := _notes(report["overall"]):
-        yield "\n".join(f"- {_escape(note)}." for note in notes)
+        yield "\n".join(f"- {escape_markdown(note)}." for note in notes)
 
 
 def _group_metrics(table: dict[str, Any]) -> list[str]:
@@ -157,7 +157,7 @@ def _markdown_groups(table: dict[str, Any]) -> Iterator[str]:
     header += ["change of accuracy", "change of mean per class"] if paired else []
     rows = []
     for row in table["rows"]:
-        cells = [_escape(row["group"]), str(row["n"]), *(_rate(row[m]["model"]) for m in metrics)]
+        cells = [escape_markdown(row["group"]), str(row["n"]), *(_rate(row[m]["model"]) for m in metrics)]
         cells.append(str(row["classes_present"]))
         if paired:
             cells += [_points(row["accuracy"]["change"]), _points(row["mean_per_class_accuracy"]["change"])]
@@ -171,7 +171,7 @@ def _markdown_groups(table: dict[str, Any]) -> Iterator[str]:
         if row[m]["model"]["note"]
     ]
     if lines := [*table["cautions"], *notes]:
-        yield "\n".join(f"- {_escape(line)}." for line in lines)
+        yield "\n".join(f"- {escape_markdown(line)}." for line in lines)
 
 
 def _extremes(table: dict[str, Any], *, escape: bool) -> str:
@@ -179,7 +179,7 @@ def _extremes(table: dict[str, Any], *, escape: bool) -> str:
     worst, gap = table["worst_group"], table["gap"]
     if worst is None:
         return "There are no groups."
-    name = _escape(worst["group"]) if escape else _one_line(worst["group"])
+    name = escape_markdown(worst["group"]) if escape else _one_line(worst["group"])
     return (
         f"Lowest accuracy: {name}, {_rate(worst, count=True)}. "
         f"Gap (max-min over the groups): {100 * gap['value']:.1f} points; {gap['note']}."
@@ -188,7 +188,7 @@ def _extremes(table: dict[str, Any], *, escape: bool) -> str:
 
 def _markdown_classes(report: dict[str, Any]) -> Iterator[str]:
     rows = [
-        [_escape(r["class"]), str(r["n"]), _rate(r["accuracy"]), "" if r["sufficient"] else "insufficient"]
+        [escape_markdown(r["class"]), str(r["n"]), _rate(r["accuracy"]), "" if r["sufficient"] else "insufficient"]
         for r in report["per_class"]
     ]
     yield _markdown_table(("class", "n", "accuracy", "images"), rows)

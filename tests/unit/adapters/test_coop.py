@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -29,7 +30,7 @@ def backbone(request):
     return make_tiny_backbone(request.param, quick_gelu=request.param == "clip")
 
 
-def batch_of(backbone, size=6, classes=7, seed=0):
+def batch_of(backbone, size=6, classes=7, seed=0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     features = F.normalize(torch.randn(size, backbone.embed_dim, generator=generator), dim=-1)
     labels = torch.randint(0, classes, (size,), generator=generator)
@@ -68,7 +69,7 @@ def test_word_initialisation_is_zero_shot(backbone):
 
 def test_logits_are_scaled_cosines(backbone):
     coop, batch = CoOp(backbone, NAMES, n_ctx=3, seed=4), batch_of(backbone)
-    cosines = F.cosine_similarity(batch.features[:, None], coop.text_features()[None], dim=-1)
+    cosines = F.cosine_similarity(batch.features.unsqueeze(1), coop.text_features()[None], dim=-1)
     torch.testing.assert_close(coop(batch), cosines * backbone.model.logit_scale.exp(), atol=1e-4, rtol=0)
 
 
@@ -84,8 +85,7 @@ def test_only_the_context_learns(backbone):
     coop = CoOp(backbone, NAMES, n_ctx=4)
     assert [p is coop.context for p in coop.trainable_parameters()] == [True]
     assert [name for name, p in coop.named_parameters() if p.requires_grad] == ["context"]
-    context_gradient(coop, batch_of(backbone))
-    assert coop.context.grad.abs().max() > 0
+    assert context_gradient(coop, batch_of(backbone)).abs().max() > 0
     assert all(p.grad is None for p in backbone.parameters())
 
 
@@ -157,8 +157,8 @@ def test_budget_bounds_what_is_kept(backbone):
 
 
 def test_custom_blocks_fall_back_to_whole_prompts():
-    text = {"context_length": 77, "width": 32, "heads": 2, "layers": 2, "qk_norm": True}
-    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text: Any = {"context_length": 77, "width": 32, "heads": 2, "layers": 2, "qk_norm": True}
+    vision: Any = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     model = open_clip.CustomTextCLIP(24, vision, text)
     backbone = ClipBackbone(model, open_clip.SimpleTokenizer(), name="custom-blocks")
     coop = CoOp(backbone, NAMES, ctx_init="a photo of a")
@@ -178,8 +178,8 @@ def test_autocast_is_near(backbone, dtype):
     coop.zero_grad()
     with torch.autocast("cpu", dtype=dtype):
         loss = F.cross_entropy(coop(batch), batch.labels)
-    loss.backward()
-    assert F.cosine_similarity(coop.context.grad.flatten(), expected.flatten(), dim=0) > 0.98
+    (gradient,) = torch.autograd.grad(loss, coop.context)
+    assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98
 
 
 # KgCoOp
