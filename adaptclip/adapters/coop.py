@@ -15,7 +15,7 @@ from adaptclip.adapters.base import batch_features, check_state, scaled_logits
 from adaptclip.adapters.sharding import encode_within_budget, gather_rows, process_share, split_by_cost
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError
-from adaptclip.prompts import clean_class_name, zero_shot_weights
+from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
 from adaptclip.seeding import generator
 from adaptclip.types import Batch
 
@@ -75,8 +75,10 @@ class CoOp(nn.Module):
         shard_classes: shares the classes out over the processes in training.
 
     Raises:
-        ConfigError: a prompt does not fit the context of the text tower, or a setting is out of range.
-        BackboneError: the backbone's text tower is of a kind whose prompts cannot be learnt.
+        ConfigError: a class name does not fit behind the context, or a setting is out of range.
+        DataError: a class name has no words.
+        BackboneError: the backbone's text tower is of a kind whose prompts cannot be learnt, or a template of KgCoOp
+            is longer than its context.
     """
 
     consumes: Literal["features", "pixels"] = "features"
@@ -102,6 +104,9 @@ class CoOp(nn.Module):
             raise ConfigError(
                 f"kg_weight must be at least 0 and memory_budget_bytes positive, got {kg_weight}, {memory_budget_bytes}"
             )
+        if kg_weight:
+            # The features are computed when training starts; that the prompts fit is better known now.
+            backbone.tokenize([prompt for prompts in fill(templates, class_names) for prompt in prompts])
         self.backbone = backbone
         self.class_names = tuple(class_names)
         self.ctx_init, self.templates, self.kg_weight, self.seed = ctx_init, tuple(templates), float(kg_weight), seed

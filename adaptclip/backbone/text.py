@@ -91,6 +91,9 @@ class CausalTextTower:
         pool_type: "argmax" (highest id) or "eos".
         eos_id: the id pooled by "eos".
         tokenizer: the checkpoint's tokenizer.
+
+    Raises:
+        BackboneError: the tokenizer does not write the token that the tower pools.
     """
 
     def __init__(self, parts: nn.Module, *, pool_type: str, eos_id: int, tokenizer: Callable[..., Tensor]) -> None:
@@ -103,6 +106,11 @@ class CausalTextTower:
         self.supports_prefix = all(_is_default_block(block) for block in self._blocks)
         empty = tokenizer([""])[0]
         eot = int(self.pooled_position(empty[None]))
+        if pool_type == "eos" and int(empty[eot]) != eos_id:
+            raise BackboneError(
+                f"the text tower pools the token {eos_id}, but its tokenizer ends a text with {empty.tolist()[:4]}…; "
+                "correct eos_id or the tokenizer in the model's configuration"
+            )
         self.start_ids = tuple(empty[:eot].tolist())
         self.end_ids = (int(empty[eot]),)
 
@@ -255,16 +263,18 @@ def make_text_tower(model: nn.Module, tokenizer: Callable[..., Tensor]) -> TextT
         tokenizer: the checkpoint's tokenizer: texts and `context_length=` to (C, L) ids.
 
     Raises:
-        BackboneError: the model's text tower is of a kind whose prompts cannot be learnt yet.
+        BackboneError: the model's text tower is of a kind whose prompts cannot be learnt yet, or does not fit its
+            tokenizer.
     """
     if isinstance(model, open_clip.CoCa):
         raise _unsupported("CoCa", "appends a class token and pools it")
     whole = isinstance(model, open_clip.CLIP)
-    parts: Any = model if whole else getattr(model, "text", None)
-    if isinstance(parts, HFTextEncoder):
+    text = model if whole else getattr(model, "text", None)
+    if isinstance(text, HFTextEncoder):
         raise _unsupported("Hugging Face", "is not open_clip's own transformer")
-    if not whole and not isinstance(parts, TextTransformer):
+    if not isinstance(text, open_clip.CLIP | TextTransformer):
         raise _unsupported(type(model).__name__, "is not known")
+    parts: Any = text
     pool_type, eos_id = (parts.text_pool_type, parts.text_eos_id) if whole else (parts.pool_type, parts.eos_id)
     if getattr(parts, "cls_emb", None) is not None:
         raise _unsupported("class-token", "appends a class token and pools it")

@@ -25,6 +25,15 @@ NAMES = ("rose", "lily_of the valley", "Größe 42", "dog", "cat", "northern hai
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models are faster on one thread, by far when other work runs beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=["clip", "custom_text"])
 def backbone(request):
     return make_tiny_backbone(request.param, quick_gelu=request.param == "clip")
@@ -95,13 +104,13 @@ def test_it_learns(backbone):
     coop = CoOp(backbone, NAMES, n_ctx=4, seed=0)
     optimizer = torch.optim.SGD(coop.trainable_parameters(), lr=0.02, momentum=0.9)
     losses = []
-    for _ in range(30):
+    for _ in range(12):
         loss = F.cross_entropy(coop(batch), batch.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.02
+    assert losses[-1] < losses[0] - 0.01
 
 
 # One function, several ways
@@ -341,6 +350,8 @@ def test_class_name_longer_than_the_context():
         (NAMES, {"n_ctx": 0}, "n_ctx must be at least 1, got 0"),
         (NAMES, {"kg_weight": -1.0}, "kg_weight must be at least 0"),
         (NAMES, {"memory_budget_bytes": 0}, "memory_budget_bytes positive"),
+        (NAMES, {"kg_weight": 8.0, "templates": ("a photo",)}, "should have {} exactly once"),
+        (NAMES, {"kg_weight": 8.0, "templates": ("very " * 99 + "{}",)}, "has 102 tokens"),
     ],
 )
 def test_bad_settings(backbone, names, settings, message):

@@ -39,6 +39,15 @@ VARIANTS = {
 CLASSES = {"clip": open_clip.CLIP, "custom_text": open_clip.CustomTextCLIP}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models are faster on one thread, by far when other work runs beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(kind="clip", text=None, quick_gelu=False, cast_dtype=None, tower=True) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -243,6 +252,11 @@ def test_unsupported_models():
         make_text_tower(hugging_face, TOKENIZER)
     with pytest.raises(BackboneError, match="its Linear text tower is not known"):
         make_text_tower(nn.Linear(1, 1), TOKENIZER)
+
+
+def test_tokenizer_without_the_pooled_token():
+    with pytest.raises(BackboneError, match=r"pools the token 2, but its tokenizer ends a text with \[49406, 49407"):
+        build("custom_text", {"pool_type": "eos", "eos_id": 2})
 
 
 def test_a_changed_mask_is_noticed():
