@@ -1,0 +1,206 @@
+"""An artifact loads as it was saved, or says why not."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import write_tiny_checkpoint
+
+import adaptclip
+from adaptclip.adapters import CoOp, ZeroShotClassifier
+from adaptclip.artifact import load, save_artifact
+from adaptclip.backbone import load_backbone
+from adaptclip.data.card import load_card
+from adaptclip.data.fewshot import sample_few_shot
+from adaptclip.data.sources import open_data
+from adaptclip.errors import AdaptclipError, ArtifactError, DataError, StorageError
+from adaptclip.gates import check_gates
+from adaptclip.reports.summary import build_report
+from adaptclip.types import GateRule, Predictions
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_data(load_card("digits"), check=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, digits, checkpoint):
+    """Saves an artifact whose gate has the given limit on accuracy; returns folder and adapter."""
+
+    def save(folder: Path, at_least: float = 0.0, method: str = "coop"):
+        backbone = load_backbone(f"local-dir:{checkpoint}")
+        names = digits.prompt_names
+        adapter = CoOp(backbone, names, n_ctx=4, seed=3) if method == "coop" else ZeroShotClassifier(backbone, names)
+        probs = np.full((200, 10), 0.1, np.float32)
+        labels = np.arange(200) % 10
+        predictions = Predictions(tuple(map(str, range(200))), labels, probs, digits.class_names)
+        verdicts = check_gates(predictions, None, [GateRule(metric="accuracy", at_least=at_least)])
+        split = sample_few_shot(digits, shots=1, seed=1) if method == "coop" else None
+        save_artifact(
+            folder, adapter, backbone, digits, split, method=method, report=build_report(predictions), verdicts=verdicts
+        )
+        return adapter
+
+    return save
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    saved(tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def edit(folder: Path, **changes) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+@pytest.mark.parametrize("method", ["coop", "zero_shot"])
+def test_reloaded_equals_live(saved, tmp_path, digits, method):
+    live = saved(tmp_path / "a", method=method).eval()
+    model = load(tmp_path / "a")
+    assert torch.equal(model.adapter.class_weights(), live.class_weights())
+    assert model.class_names == digits.class_names
+    pictures = [digits.test.image(i) for i in range(5)]
+    assert [p.label for p in model.predict(pictures, batch_size=2)] == [p.label for p in model.predict(pictures)]
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".json", ".safetensors", ".md"}
+
+
+def test_paths_bytes_and_pictures_give_the_same(folder, tmp_path, digits):
+    model = load(folder)
+    picture = digits.test.image(0)
+    picture.save(tmp_path / "p.png")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    answers = model.predict([tmp_path / "p.png", str(tmp_path / "p.png"), buffer.getvalue(), picture])
+    assert len({tuple(a.probabilities.items()) for a in answers}) == 1
+    assert answers[2].source == "2"
+    assert list(answers[0].probabilities.values()) == sorted(answers[0].probabilities.values(), reverse=True)
+    assert model.predict([]) == []
+
+
+def test_a_picture_with_alpha_or_rotation_is_decoded_as_a_file_would_be(folder, tmp_path, digits):
+    model = load(folder)
+    rotated = Image.effect_noise((40, 30), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rotated.save(tmp_path / "r.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "r.jpg") as opened:
+        from_memory, from_file = model.predict([opened, tmp_path / "r.jpg"])
+    assert from_memory.probabilities == pytest.approx(from_file.probabilities, abs=1e-6)
+
+
+def test_an_unreadable_image_is_named(folder, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        load(folder).predict([tmp_path / "broken.png"])
+
+
+def test_a_failed_gate_is_not_loaded_unasked(saved, tmp_path):
+    saved(tmp_path / "a", at_least=0.9)
+    with pytest.raises(ArtifactError, match=r"failed 1 of 1 gates(.|\n)*allow_failed_gates"):
+        load(tmp_path / "a")
+    assert load(tmp_path / "a", allow_failed_gates=True).class_names
+
+
+def test_an_inconclusive_gate_is_not_silent(saved, tmp_path):
+    saved(tmp_path / "a", at_least=0.1)
+    with pytest.warns(UserWarning, match="not a pass"):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "adapter.safetensors").write_bytes(b"x"), "adapter.safetensors is missing or changed"),
+        (lambda f: (f / "adapter.safetensors").unlink(), "adapter.safetensors is missing or changed"),
+        (lambda f: (f / "manifest.json").write_text("{"), "damaged"),
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
+        (lambda f: edit(f, format_version=99), "Install a newer adaptclip"),
+        (lambda f: edit(f, method="coöp"), 'Did you mean "coop"'),
+        (lambda f: edit(f, files={"../outside": "x"}), "missing or changed"),
+        (lambda f: shutil.rmtree(f), "not an artifact"),
+    ],
+)
+def test_damage_is_said(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ArtifactError, match=message):
+        load(folder)
+
+
+def test_a_manifest_without_a_key(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["settings"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="lacks settings"):
+        load(folder)
+
+
+def test_other_weights_and_other_transforms_are_refused(folder, tmp_path):
+    other = write_tiny_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(ArtifactError, match="other weights"):
+        load(folder, backbone=f"local-dir:{other}")
+    edit(folder, transform={"size": 224})
+    with pytest.raises(ArtifactError, match="transform"):
+        load(folder)
+
+
+def test_a_moved_backbone_is_found_again(folder, checkpoint, tmp_path):
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    edit(folder, backbone={**json.loads((folder / "manifest.json").read_text())["backbone"], "name": "local-dir:gone"})
+    with pytest.raises(AdaptclipError, match="gone"):
+        load(folder)
+    assert load(folder, backbone=f"local-dir:{moved}").class_names
+
+
+def test_nothing_is_overwritten_or_half_written(saved, folder, digits, monkeypatch):
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(StorageError, match="exists already"):
+        saved(folder)
+
+    def full(*args, **kwargs):
+        raise StorageError("cannot write: No space left on device")
+
+    monkeypatch.setattr("adaptclip.artifact.write_json", full)
+    with pytest.raises(StorageError, match="No space"):
+        saved(folder.parent / "second")
+    assert (folder / "manifest.json").read_bytes() == before
+    assert [p.name for p in folder.parent.iterdir()] == ["artifact"]
+
+
+def test_the_model_card_is_a_model_card(folder):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "adaptclip"
+    assert "## Results on the test split" in card.text
+    assert card.text.count("\n# ") == 1
+
+
+def test_strange_names_are_escaped(digits, saved, tmp_path, monkeypatch):
+    strange = replace(digits, class_names=("a|b <script>", *digits.class_names[1:]))
+    backbone = load_backbone()  # the starter knows any name
+    adapter = ZeroShotClassifier(backbone, digits.prompt_names)
+    probs = np.full((20, 10), 0.1, np.float32)
+    predictions = Predictions(tuple(map(str, range(20))), np.arange(20) % 10, probs, strange.class_names)
+    save_artifact(
+        tmp_path / "a", adapter, backbone, strange, None, method="zero_shot", report=build_report(predictions),
+        verdicts=[],
+    )  # fmt: skip
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "<script>" not in text
+    assert adaptclip.load(tmp_path / "a").class_names[0] == "a|b <script>"
