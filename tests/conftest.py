@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tensors here are small, and threads that wait for each other on a busy machine cost minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
