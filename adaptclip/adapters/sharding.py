@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 def process_share() -> tuple[int, int]:
@@ -51,14 +52,11 @@ def encode_within_budget(
     while first_kept > 0 and kept + costs_bytes[first_kept - 1] <= memory_budget_bytes:
         first_kept -= 1
         kept += costs_bytes[first_kept]
-    outputs = []
-    for i in range(len(costs_bytes)):
-        if i < first_kept and torch.is_grad_enabled():
-            output = checkpoint(encode, i, use_reentrant=False, preserve_rng_state=False)
-        else:
-            output = encode(i)
-        outputs.append(output)
-    return torch.cat(outputs)
+    if not torch.is_grad_enabled():
+        chunks = tqdm(range(len(costs_bytes)), desc="Encoding classes", disable=None, leave=False, delay=2)
+        return torch.cat([encode(i) for i in chunks])
+    again = [checkpoint(encode, i, use_reentrant=False, preserve_rng_state=False) for i in range(first_kept)]
+    return torch.cat([*again, *(encode(i) for i in range(first_kept, len(costs_bytes)))])
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
