@@ -186,7 +186,7 @@ def test_the_model_card_is_a_model_card(folder):
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "adaptclip"
+    assert card.data.to_dict()["library_name"] == "adaptclip"
     assert "## Results on the test split" in card.text
     assert card.text.count("\n# ") == 1
 
