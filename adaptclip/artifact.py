@@ -275,10 +275,7 @@ class AdaptedModel:
         device = next(self.backbone.parameters()).device
         pixels = torch.stack([self.backbone.transform(image) for image in images]).to(device)
         index = torch.arange(len(pixels), device=device)
-        if self.adapter.consumes == "features":
-            batch = Batch(labels=index, index=index, features=self.backbone.encode_image(pixels))
-        else:
-            batch = Batch(labels=index, index=index, images=pixels)
+        batch = Batch(labels=index, index=index, features=self.adapter.encoder.encode_image(pixels))
         return self.adapter(batch).float().softmax(dim=1).cpu()
 
     def predict(

@@ -115,6 +115,7 @@ class FeatureCache:
             values=values if len(rows) == len(place) else values[:, rows],
             labels=torch.as_tensor(dataset.labels, dtype=torch.int64),
             ids=tuple(dataset.ids),
+            weights=backbone.digest,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -46,6 +47,7 @@ def finish_run(
     rules: Sequence[GateRule],
     gates: str,
     accelerator: Accelerator,
+    training: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes predictions, report.json, report.md, gates.yaml and the artifact, and prints the report.
 
@@ -61,6 +63,8 @@ def finish_run(
         rules: the gates (`choose_gates`), read before training so that a mistake in them costs no training.
         gates: the recipe's setting; REPORT_ONLY judges but does not decide.
         accelerator: the main process writes, all get the exit code.
+        training: what the report says of it, JSON-able: `trainable_parameters`, `seconds`, `schedule`, `chosen`
+            (hyper-parameters), `validation_used_for` (in words) and whatever else the method has to tell.
 
     Returns:
         0 all gates passed, none is declared, or REPORT_ONLY; 2 one failed; 3 one is inconclusive.
@@ -72,9 +76,11 @@ def finish_run(
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
         report["split"] = split and {
             "shots": split.shots, "seed": split.seed, "rule": split.rule, "digest": split.digest,
-            "num_train": len(split.train), "num_validation": len(split.validation), "validation_used_for": "nothing",
+            "num_train": len(split.train), "num_validation": len(split.validation),
+            "validation_used_for": dict(training or {}).get("validation_used_for", "nothing"),
             "short_classes": dict(split.short_classes),
         }  # fmt: skip
+        report["training"] = training and dict(training)
         predictions.save(out / "predictions.parquet")
         if zero_shot is not None:
             zero_shot.save(out / "zero_shot_predictions.parquet")

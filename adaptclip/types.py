@@ -57,11 +57,13 @@ class Features:
         values: (V, N, D) float32, unit norm; V is 1 for the evaluation transform.
         labels: (N,) int64.
         ids: N row ids.
+        weights: digest of the backbone that made them; "" where it is not known.
     """
 
     values: Tensor
     labels: Tensor
     ids: tuple[str, ...]
+    weights: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)

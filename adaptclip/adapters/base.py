@@ -8,8 +8,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ArtifactError, DataError
-from adaptclip.types import Batch
+from adaptclip.types import Batch, Features
 
 
 class Adapter(Protocol):
@@ -21,6 +22,11 @@ class Adapter(Protocol):
     """
 
     consumes: Literal["features", "pixels"]
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The model that makes the features `forward` takes: the backbone itself, or the adapted one."""
+        ...
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -66,6 +72,25 @@ def batch_features(batch: Batch, width: int) -> Tensor:
             "they come from another backbone"
         )
     return batch.features
+
+
+def check_features(features: Features, encoder: ClipBackbone) -> None:
+    """Refuses features that another model made.
+
+    Raises:
+        DataError: their width or the digest of the weights they come from is not the encoder's.
+    """
+    width = features.values.shape[-1]
+    if width != encoder.embed_dim:
+        raise DataError(
+            f"image features should be {encoder.embed_dim} wide for {encoder.name}, got {width}; they come from another "
+            "backbone. Compute them with FeatureCache.get and this one."
+        )
+    if features.weights and features.weights != encoder.digest:
+        raise DataError(
+            f"these image features were made by the weights {features.weights[:12]}…, {encoder.name} here has "
+            f"{encoder.digest[:12]}…: they come from another backbone. Compute them with FeatureCache.get and this one."
+        )
 
 
 def scaled_logits(features: Tensor, weights: Tensor, logit_scale: Tensor) -> Tensor:

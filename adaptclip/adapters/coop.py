@@ -121,6 +121,11 @@ class CoOp(nn.Module):
         self._cached: _Encoded | None = None
 
     @property
+    def encoder(self) -> ClipBackbone:
+        """The backbone."""
+        return self.backbone
+
+    @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
         return {

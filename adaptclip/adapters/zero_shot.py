@@ -39,6 +39,11 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     @property
+    def encoder(self) -> ClipBackbone:
+        """The backbone."""
+        return self.backbone
+
+    @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same classifier again."""
         return {"templates": list(self.templates)}

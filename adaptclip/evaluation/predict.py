@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adaptclip.adapters.base import check_features
+from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import DataError
 from adaptclip.types import Batch, Features, Predictions
 
@@ -43,6 +45,8 @@ def predict(
         DataError: there are no images, the features are of other rows, or probabilities are not finite.
     """
     _check(features, dataset, batch_size)
+    if isinstance(encoder := getattr(adapter, "encoder", None), ClipBackbone):
+        check_features(features, encoder)
     num_images = len(features)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     # Every process judges equally many rows, so that collective operations inside the adapter stay in step; the rows
