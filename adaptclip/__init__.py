@@ -17,11 +17,21 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaptclipError": "errors",
     "AdaptedModel": "artifact",
+    "CaptionLoader": "data.captions",
+    "CoCoOp": "adapters",
     "CoOp": "adapters",
+    "ContrastiveTuning": "adapters",
     "FeatureCache": "features",
     "FeatureLoader": "training.steps",
     "Features": "types",
+    "GDA": "adapters",
+    "LinearProbe": "adapters",
+    "LoRA": "adapters",
+    "PixelLoader": "training.pixels",
     "Predictions": "types",
+    "SSText": "adapters",
+    "TipAdapter": "adapters",
+    "TwoStage": "adapters",
     "ZeroShotClassifier": "adapters",
     "backward_and_step": "training.steps",
     "build_optimizer": "training.optim",
@@ -37,8 +47,10 @@ _HOMES = {
     "load_card": "data.card",
     "load_checkpoint": "training.checkpoint",
     "make_accelerator": "training.tracking",
+    "nearest_words": "adapters.prompt_reading",
     "open_data": "data.sources",
     "predict": "evaluation.predict",
+    "read_prompt": "adapters.prompt_reading",
     "sample_few_shot": "data.fewshot",
     "save_artifact": "artifact",
     "save_checkpoint": "training.checkpoint",
@@ -46,16 +58,27 @@ _HOMES = {
     "start_run": "training.tracking",
     "train_augment": "data.transforms",
     "train_steps": "training.steps",
+    "training_loader": "training.pixels",
 }
 
 __all__ = [
+    "GDA",
     "AdaptclipError",
     "AdaptedModel",
+    "CaptionLoader",
+    "CoCoOp",
     "CoOp",
+    "ContrastiveTuning",
     "FeatureCache",
     "FeatureLoader",
     "Features",
+    "LinearProbe",
+    "LoRA",
+    "PixelLoader",
     "Predictions",
+    "SSText",
+    "TipAdapter",
+    "TwoStage",
     "ZeroShotClassifier",
     "__version__",
     "backward_and_step",
@@ -72,8 +95,10 @@ __all__ = [
     "load_card",
     "load_checkpoint",
     "make_accelerator",
+    "nearest_words",
     "open_data",
     "predict",
+    "read_prompt",
     "sample_few_shot",
     "save_artifact",
     "save_checkpoint",
@@ -81,12 +106,26 @@ __all__ = [
     "start_run",
     "train_augment",
     "train_steps",
+    "training_loader",
 ]
 
 if TYPE_CHECKING:
-    from adaptclip.adapters import CoOp, ZeroShotClassifier
+    from adaptclip.adapters import (
+        GDA,
+        CoCoOp,
+        ContrastiveTuning,
+        CoOp,
+        LinearProbe,
+        LoRA,
+        SSText,
+        TipAdapter,
+        TwoStage,
+        ZeroShotClassifier,
+    )
+    from adaptclip.adapters.prompt_reading import nearest_words, read_prompt
     from adaptclip.artifact import AdaptedModel, load, save_artifact
     from adaptclip.backbone import load_backbone
+    from adaptclip.data.captions import CaptionLoader
     from adaptclip.data.card import load_card
     from adaptclip.data.fewshot import sample_few_shot
     from adaptclip.data.sources import open_data
@@ -101,6 +140,7 @@ if TYPE_CHECKING:
     from adaptclip.seeding import seed_everything
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
     from adaptclip.training.optim import build_optimizer, build_scheduler
+    from adaptclip.training.pixels import PixelLoader, training_loader
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
     from adaptclip.training.tracking import make_accelerator, start_run
     from adaptclip.types import Features, Predictions

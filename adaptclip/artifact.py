@@ -2,7 +2,7 @@
 
     manifest.json          format version, method and its settings, backbone and its weights digest, class names,
                            templates, transform, card and split digests, library versions, metrics, verdicts
-    adapter.safetensors    what was learnt
+    adapter.safetensors    what was learnt; LoRA writes PEFT's adapter_config.json and adapter_model.safetensors
     README.md              a Hugging Face model card filled from the run
 
 Nothing in it is a pickle, and nothing of the base model is copied.
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub import ModelCardData
@@ -101,8 +101,6 @@ def save_artifact(
     """
     card = data.card
     with atomic_folder(path, overwrite=overwrite) as folder:
-        weights = folder / "adapter.safetensors"
-        write_tensors(weights, adapter.adapter_state())
         manifest = {
             "format_version": FORMAT_VERSION,
             "method": method,
@@ -110,6 +108,7 @@ def save_artifact(
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "digest": backbone.digest},
             "class_names": list(data.class_names),
             "prompt_names": list(data.prompt_names),
+            "prompts_digest": _prompts_digest(adapter.settings, data.prompt_names),
             "transform": backbone.transform_spec,
             "window": card.window,
             "card": {"name": card.name, "digest": card.digest},
@@ -121,10 +120,44 @@ def save_artifact(
             },
             "metrics": report["overall"],
             "verdicts": [verdict.to_dict() for verdict in verdicts],
-            "files": {weights.name: digest(weights.read_bytes())},
+            "files": {
+                path.relative_to(folder).as_posix(): digest(path.read_bytes())
+                for path in _write_adapter(folder, adapter)
+            },
         }
         write_json(folder / "manifest.json", manifest)
         write_text(folder / "README.md", _model_card(manifest, card, report, verdicts))
+
+
+@runtime_checkable
+class _HasFiles(Protocol):
+    """An adapter with files of its own: LoRA writes a PEFT folder."""
+
+    def save_adapter(self, folder: Path) -> list[Path]: ...
+
+    def load_adapter(self, folder: Path) -> None: ...
+
+
+def _write_adapter(folder: Path, adapter: Adapter) -> list[Path]:
+    """Writes what was learnt into an artifact folder and returns the files."""
+    if isinstance(adapter, _HasFiles):
+        return adapter.save_adapter(folder)
+    weights = folder / "adapter.safetensors"
+    write_tensors(weights, adapter.adapter_state())
+    return [weights]
+
+
+def _read_adapter(folder: Path, adapter: Adapter) -> None:
+    """Gives an adapter what `_write_adapter` wrote."""
+    if isinstance(adapter, _HasFiles):
+        adapter.load_adapter(folder)
+    else:
+        adapter.load_adapter_state(read_tensors(folder / "adapter.safetensors"))
+
+
+def _prompts_digest(settings: Mapping[str, Any], prompt_names: Sequence[str]) -> str:
+    """SHA-256 of what the text tower is asked: templates (or learnt context settings) and class names, in order."""
+    return digest([*map(str, settings.get("templates", ())), "for", *prompt_names])
 
 
 def _model_card(manifest: Mapping[str, Any], card: Card, report: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
@@ -171,6 +204,7 @@ def load(
     pretrained: str | None = None,
     device: str = "cpu",
     allow_failed_gates: bool = False,
+    templates: Sequence[str] | None = None,
 ) -> AdaptedModel:
     """Loads an artifact and the backbone it was trained on.
 
@@ -180,10 +214,11 @@ def load(
         pretrained: its weights tag or file, likewise.
         device: "cpu", "cuda", "cuda:1", …
         allow_failed_gates: load although a gate failed.
+        templates: the prompts you expect; the artifact always uses those it was trained with.
 
     Raises:
-        ArtifactError: the folder is missing, damaged, of a newer format, or was trained on other backbone weights;
-            or a gate failed and `allow_failed_gates` is false.
+        ArtifactError: the folder is missing, damaged, of a newer format, or was trained on other backbone weights or
+            with other prompts; or a gate failed and `allow_failed_gates` is false.
     """
     folder = Path(path)
     if not (folder / "manifest.json").is_file() and (folder / "artifact").is_dir():
@@ -191,6 +226,7 @@ def load(
     manifest = _read_manifest(folder)
     _check_verdicts(folder, manifest, allow_failed_gates)
     trained = manifest["backbone"]
+    _check_prompts(folder, manifest, templates)
     model = load_backbone(backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device)
     if model.digest != trained["digest"]:
         raise ArtifactError(
@@ -203,7 +239,7 @@ def load(
         )
     adapter = ADAPTERS[manifest["method"]](model, manifest["prompt_names"], **manifest["settings"])
     try:
-        adapter.load_adapter_state(read_tensors(folder / "adapter.safetensors"))
+        _read_adapter(folder, adapter)
     except StorageError as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from error
     return AdaptedModel(adapter.to(device).eval(), model, manifest)
@@ -234,6 +270,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if file.parent != folder or not file.is_file() or digest(file.read_bytes()) != expected:
             raise ArtifactError(f"{folder} is damaged: {name} is missing or changed. Take a fresh copy or train again.")
     return manifest
+
+
+def _check_prompts(folder: Path, manifest: Mapping[str, Any], templates: Sequence[str] | None) -> None:
+    """Refuses prompts other than those trained with: expected ones, or ones changed in the manifest by hand."""
+    own = manifest["settings"].get("templates")
+    if templates is not None and list(templates) != own:
+        said = "learns its prompts itself" if own is None else f"was trained with the templates {own}"
+        raise ArtifactError(f"{folder} {said}, not with {list(templates)}; leave templates out, or train with these")
+    stated = manifest.get("prompts_digest")
+    if stated is not None and stated != _prompts_digest(manifest["settings"], manifest["prompt_names"]):
+        raise ArtifactError(
+            f"the templates or prompt names in {folder}/manifest.json are not those it was trained with: they were "
+            "changed afterwards. Take a fresh copy, or train with the new ones."
+        )
 
 
 def _check_verdicts(folder: Path, manifest: Mapping[str, Any], allow_failed_gates: bool) -> None:

@@ -36,12 +36,14 @@ class Batch:
         index: (B,) int64 positions in the split the batch was drawn from.
         features: (B, D) unit-norm image features, or None.
         images: (B, 3, H, W) transformed pixels, or None.
+        tokens: (B, L) int64 token ids of one text per image, or None.
     """
 
     labels: Tensor
     index: Tensor
     features: Tensor | None = None
     images: Tensor | None = None
+    tokens: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch on `device`."""

@@ -9,6 +9,7 @@ Expected  flowers17, starter, 16 shots, seeds 1 to 3: 75.8 ± 1.4 % (zero-shot 8
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,8 @@ class Config:
     """Number of learnt context tokens M; not used with --ctx-init."""
     ctx_init: str = ""
     """Words to start from, for example "a photo of a"; empty means random, standard deviation 0.02."""
+    position: Literal["end", "middle", "front", "csc-end", "csc-middle", "csc-front"] = "end"
+    """Place of the class name among the context tokens; csc-…: a context of its own for every class (CSC)."""
     kg_weight: float = 0.0
     """Weight of KgCoOp's pull towards the card's own prompts; that paper uses 8 and --ctx-init "a photo of a"."""
     epochs: int = 0
@@ -51,9 +54,7 @@ class Config:
     lr: float = 2e-3
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 32
-    """Images per process and micro-step."""
-    accumulate: int = 1
-    """Micro-steps per optimizer step."""
+    """Images per process and step; with cached features they cost next to nothing beside the class prompts."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast of the text tower while training."""
     memory_gib: float = 4.0
@@ -76,7 +77,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → CoOp → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)
@@ -87,10 +88,14 @@ def main(cfg: Config) -> int:
     accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.CoOp(
-        backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, seed=cfg.seed, kg_weight=cfg.kg_weight,
+        backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, position=cfg.position.removeprefix("csc-"),
+        class_specific=cfg.position.startswith("csc-"), seed=cfg.seed, kg_weight=cfg.kg_weight,
         templates=card.templates, memory_budget_bytes=int(cfg.memory_gib * 2**30),
     ).to(accelerator.device)  # fmt: skip
-    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite)
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
+        save_every=cfg.save_every,
+    )  # fmt: skip
     if accelerator.is_main_process:
         split.save(run.path / "split.json")
 
@@ -107,6 +112,7 @@ def main(cfg: Config) -> int:
     model, optimizer = accelerator.prepare(adapter, optimizer)
     start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
 
+    started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
     model.train()
     for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
@@ -116,9 +122,10 @@ def main(cfg: Config) -> int:
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
-        if ac.is_due(step, cfg.save_every, num_steps):
+        if ac.is_due(step, run.save_every, num_steps):
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
     # --- end of loop ---
+    seconds = time.perf_counter() - started
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses. It is judged in full
     # precision, as the artifact will be used.
@@ -127,9 +134,17 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    training = {
+        "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
+        "seconds": round(seconds, 1),  # of this process: after --resume, without the steps taken before
+        "schedule": f"{num_steps} steps ({epochs} epochs) of SGD, learning rate {cfg.lr:g}, cosine per epoch",
+        "chosen": {},
+        "validation_used_for": "nothing",
+        "nearest_words": ac.read_prompt(adapter),
+    }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
     )  # fmt: skip
     run.finish()
     return code

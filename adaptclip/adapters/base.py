@@ -17,10 +17,12 @@ class Adapter(Protocol):
     """A classifier on top of a frozen CLIP; an `nn.Module` whose `forward` does all that the loss needs.
 
     Attributes:
-        consumes: whether `forward` reads `batch.features` or `batch.images`.
+        backbone: the frozen model it sits on, never changed.
+        consumes: whether, in training, `forward` reads `batch.features` or `batch.images`.
         settings: JSON-able keyword arguments that build the same adapter again, beside backbone and class names.
     """
 
+    backbone: ClipBackbone
     consumes: Literal["features", "pixels"]
 
     @property
@@ -83,8 +85,8 @@ def check_features(features: Features, encoder: ClipBackbone) -> None:
     width = features.values.shape[-1]
     if width != encoder.embed_dim:
         raise DataError(
-            f"image features should be {encoder.embed_dim} wide for {encoder.name}, got {width}; they come from another "
-            "backbone. Compute them with FeatureCache.get and this one."
+            f"image features should be {encoder.embed_dim} wide for {encoder.name}, got {width}; they come from "
+            "another backbone. Compute them with FeatureCache.get and this one."
         )
     if features.weights and features.weights != encoder.digest:
         raise DataError(

@@ -9,38 +9,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adaptclip.adapters.base import batch_features, check_state, scaled_logits
-from adaptclip.adapters.sharding import encode_within_budget, gather_rows, process_share, split_by_cost
+from adaptclip.adapters.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
 from adaptclip.backbone import ClipBackbone
-from adaptclip.errors import ConfigError
+from adaptclip.backbone.text import TextTower
+from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
 from adaptclip.seeding import generator
 from adaptclip.types import Batch
 
-DEFAULT_MEMORY_BUDGET_BYTES = 4 * 2**30
-"""Activations of the text tower that a step may keep; beyond it, classes are computed twice."""
-
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 32768}
-"""Most tokens worked on together: on a CPU few, so that the activations in use stay in its cache."""
-
-
-@dataclass(frozen=True)
-class _Share:
-    """The classes one process encodes, cut into chunks of prompts of few different lengths.
-
-    Attributes:
-        chunks: per chunk, the token ids (G, l) of its suffixes, one tensor per length.
-        costs_bytes: per chunk, the activations its backward pass keeps.
-        counts: classes of every process.
-        inverse: (C,) position of each class among the rows of all processes.
-    """
-
-    chunks: tuple[tuple[Tensor, ...], ...]
-    costs_bytes: tuple[int, ...]
-    counts: tuple[int, ...]
-    inverse: Tensor
+POSITIONS = ("end", "middle", "front")
+"""Where the class name may stand among the context words."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +33,28 @@ class _Encoded:
 
 
 class CoOp(nn.Module):
-    """Context optimisation (Zhou et al. 2022, arXiv:2109.01134) with a shared context and the class name at the end.
+    """Context optimisation (Zhou et al. 2022, arXiv:2109.01134, sec. 3.2).
 
-    The prompt of a class is `SOS ctx_1 … ctx_M name . EOT`; only the M context vectors learn, the logit scale is
-    frozen. The text features come from the exact shared-prefix path of the tower where it has one
-    (`adaptclip.backbone.text`). In training, the classes are shared out over the processes; wrap the module in
-    DistributedDataParallel (Accelerate's `prepare`), whose averaged gradient is then that of all classes. In evaluation
-    without gradients, the text features are computed once and kept until the context changes.
+    Only the M context vectors learn, the logit scale is frozen. The prompt of a class is one of
+
+        end     SOS ctx_1 … ctx_M name . EOT
+        middle  SOS ctx_1 … ctx_m name ctx_m+1 … ctx_M . EOT, m = floor(M / 2)
+        front   SOS name ctx_1 … ctx_M . EOT
+
+    with one context for all classes, or one for each (class-specific, CSC in the paper). What all prompts begin with is
+    computed once, by the exact shared-prefix path of the tower where it has one (`adaptclip.backbone.text`): all the
+    context where it is shared and stands before the name, SOS alone where it differs between classes. In training, the
+    classes are shared out over the processes; wrap the module in DistributedDataParallel (Accelerate's `prepare`),
+    whose averaged gradient is then that of all classes. In evaluation without gradients, the text features are computed
+    once and kept until the context changes.
 
     Args:
         backbone: frozen CLIP with a text tower whose prompts can be learnt.
         class_names: C names in the order of the label ids.
         n_ctx: M, number of context vectors drawn from N(0, 0.02²); ignored where `ctx_init` gives words.
         ctx_init: words to start from, for example "a photo of a"; M is then their number of tokens.
+        class_specific: learns a context of its own for every class, drawn apart or each starting from the same words.
+        position: where the class name stands: "end", "middle" or "front".
         templates: prompts of the features that KgCoOp keeps near to.
         kg_weight: weight of KgCoOp's penalty (Yao et al. 2023, eq. 5; the paper uses 8); 0 is plain CoOp.
         seed: chooses the initial context.
@@ -90,6 +79,8 @@ class CoOp(nn.Module):
         *,
         n_ctx: int = 16,
         ctx_init: str = "",
+        class_specific: bool = False,
+        position: str = "end",
         templates: Sequence[str] = ("a photo of a {}.",),
         kg_weight: float = 0.0,
         seed: int = 0,
@@ -104,18 +95,27 @@ class CoOp(nn.Module):
             raise ConfigError(
                 f"kg_weight must be at least 0 and memory_budget_bytes positive, got {kg_weight}, {memory_budget_bytes}"
             )
+        if position not in POSITIONS:
+            raise ConfigError(f"unknown position {position!r} of the class name. {did_you_mean(position, POSITIONS)}")
         if kg_weight:
             # The features are computed when training starts; that the prompts fit is better known now.
             backbone.tokenize([prompt for prompts in fill(templates, class_names) for prompt in prompts])
         self.backbone = backbone
         self.class_names = tuple(class_names)
         self.ctx_init, self.templates, self.kg_weight, self.seed = ctx_init, tuple(templates), float(kg_weight), seed
-        self.memory_budget_bytes, self.shard_classes = memory_budget_bytes, shard_classes
+        self.class_specific, self.position = class_specific, position
         self.tower = backbone.text
-        self.fast = fast and self.tower.supports_prefix
-        self.context = nn.Parameter(self._initial_context(n_ctx))
-        self._suffixes = self._suffix_ids()
-        self._shares: dict[tuple[int, int, torch.device], _Share] = {}
+        copies = len(class_names) if class_specific else None
+        self.context = nn.Parameter(initial_context(backbone, n_ctx, ctx_init, seed, copies=copies))
+        self.n_ctx = self.context.shape[-2]
+        self._num_before = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[position]
+        self._num_shared = 0 if class_specific else self._num_before
+        suffixes, self._num_tail = suffix_ids(self.tower, class_names, self.n_ctx, apart=position != "end")
+        self._classes = ClassEncoder(
+            self.tower, suffixes, prefix_length=len(self.tower.start_ids) + self._num_shared,
+            num_inserted=self.n_ctx - self._num_shared, fast=fast, memory_budget_bytes=memory_budget_bytes,
+            shard_classes=shard_classes,
+        )  # fmt: skip
         self._penalty: Tensor | None = None
         self._anchor: Tensor | None = None
         self._cached: _Encoded | None = None
@@ -129,8 +129,10 @@ class CoOp(nn.Module):
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
         return {
-            "n_ctx": len(self.context),
+            "n_ctx": self.n_ctx,
             "ctx_init": self.ctx_init,
+            "class_specific": self.class_specific,
+            "position": self.position,
             "templates": list(self.templates),
             "kg_weight": self.kg_weight,
             "seed": self.seed,
@@ -150,37 +152,28 @@ class CoOp(nn.Module):
 
     def text_features(self) -> Tensor:
         """Encodes the prompts of all classes with the present context to (C, D) unit-norm float32 features."""
+        prefix = self.tower.embed_tokens(
+            torch.tensor(self.tower.start_ids, dtype=torch.long, device=self.context.device)
+        )
+        if self._num_shared:
+            prefix = torch.cat([prefix, self.context[: self._num_shared]])
+        embed = self._embed_suffixes if self._num_shared < self.n_ctx else None
         # Evaluation may run on one process alone, where waiting for the others would never end.
-        rank, world = process_share() if self.training and self.shard_classes else (0, 1)
-        if world > len(self.class_names):
-            rank, world = 0, 1
-        share = self._share(rank, world)
-        device = self.context.device
-        start = self.tower.embed_tokens(torch.tensor(self.tower.start_ids, dtype=torch.long, device=device))
-        prefix = torch.cat([start, self.context])
-        # A single chunk takes its prefix along; several share one.
-        state = self.tower.encode_prefix(prefix) if self.fast and len(share.chunks) > 1 else None
+        return self._classes.encode(prefix, embed=embed, share=self.training)
 
-        def encode(chunk: int) -> Tensor:
-            suffixes = [self.tower.embed_tokens(ids) for ids in share.chunks[chunk]]
-            if state is not None:
-                return self.tower.encode_suffixes(state, suffixes)
-            if self.fast:
-                return self.tower.encode_packed(prefix, suffixes)
-            return torch.cat([self._encode_whole(prefix, suffix) for suffix in suffixes])
-
-        rows = encode_within_budget(encode, share.costs_bytes, self.memory_budget_bytes)
-        rows = F.normalize(rows.float(), dim=-1)
-        if world > 1:
-            rows = gather_rows(rows, share.counts, rank)
-        return rows.index_select(0, share.inverse)
+    def _embed_suffixes(self, classes: Tensor, ids: Tensor) -> Tensor:
+        """Puts the context that is not in the prefix around the names: (G,) classes, (G, l) ids to (G, l + …, T)."""
+        context = self.context[classes] if self.class_specific else self.context.expand(len(ids), -1, -1)
+        tokens, name_end = self.tower.embed_tokens(ids), ids.shape[1] - self._num_tail
+        before, after = context[:, self._num_shared : self._num_before], context[:, self._num_before :]
+        return torch.cat([before, tokens[:, :name_end], after, tokens[:, name_end:]], dim=1)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the context."""
         return [self.context]
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns the (M, T) context."""
+        """Returns the context: (M, T), or (C, M, T) where it is class-specific."""
         return {"context": self.context.detach()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
@@ -209,77 +202,6 @@ class CoOp(nn.Module):
             self._cached = known
         return known.features
 
-    def _initial_context(self, n_ctx: int) -> Tensor:
-        """(M, T) float32: the embeddings of `ctx_init`'s words, or N(0, 0.02²) drawn on the CPU from the seed."""
-        if self.ctx_init.strip():
-            (ids,) = self.tower.word_ids([self.ctx_init.replace("_", " ").strip()])
-            if not ids:
-                raise ConfigError(f"ctx_init {self.ctx_init!r} has no tokens; give words such as 'a photo of a'")
-            device = next(self.backbone.parameters()).device
-            with torch.no_grad():
-                return self.tower.embed_tokens(torch.tensor(ids, device=device)).float().clone()
-        if n_ctx < 1:
-            raise ConfigError(f"n_ctx must be at least 1, got {n_ctx}; the paper uses 16 (or 4)")
-        context = torch.empty(n_ctx, self.tower.width).normal_(std=0.02, generator=generator(self.seed, "context"))
-        return context.to(next(self.backbone.parameters()).device)
-
-    def _suffix_ids(self) -> list[list[int]]:
-        """Token ids `name . EOT` of every class, checked to fit behind the context."""
-        words = self.tower.word_ids([f"{clean_class_name(name)}." for name in self.class_names])
-        suffixes = [[*ids, *self.tower.end_ids] for ids in words]
-        longest = max(range(len(suffixes)), key=lambda c: len(suffixes[c]))
-        room = self.tower.context_length - len(self.tower.start_ids) - len(suffixes[longest])
-        if room < len(self.context):
-            name = textwrap.shorten(self.class_names[longest], 80, placeholder=" …")
-            remedy = f"At most {room} context tokens (n_ctx) would fit; or give" if room > 0 else "Give"
-            raise ConfigError(
-                f"class {name!r} takes {len(words[longest])} tokens (with the full stop) and does not fit behind "
-                f"{len(self.context)} context tokens in a text tower of {self.tower.context_length} tokens. "
-                f"{remedy} the class a shorter name (an alias in the data card)."
-            )
-        return suffixes
-
-    @torch.inference_mode(False)
-    def _share(self, rank: int, world: int) -> _Share:
-        """The classes of process `rank` of `world`: dealt out in order of length, so that all have equal work."""
-        key = (rank, world, self.context.device)
-        if key not in self._shares:
-            order = sorted(range(len(self._suffixes)), key=lambda c: len(self._suffixes[c]))
-            dealt = [order[r::world] for r in range(world)]
-            own = dealt[rank]
-            start = len(self.tower.start_ids) + len(self.context)
-            costs = [self._cost_bytes(len(self._suffixes[c]), start) for c in own]
-            limit = CHUNK_TOKENS.get(self.context.device.type, CHUNK_TOKENS["cuda"])
-            limit_bytes = min(limit * self.tower.activation_bytes(1, start), self.memory_budget_bytes)
-            runs = split_by_cost(costs, limit_bytes)
-            inverse = torch.empty(len(order), dtype=torch.long)
-            inverse[torch.tensor([c for part in dealt for c in part])] = torch.arange(len(order))
-            self._shares[key] = _Share(
-                chunks=tuple(self._by_length([own[i] for i in run]) for run in runs),
-                costs_bytes=tuple(sum(costs[run.start : run.stop]) for run in runs),
-                counts=tuple(len(part) for part in dealt),
-                inverse=inverse.to(self.context.device),
-            )
-        return self._shares[key]
-
-    def _cost_bytes(self, length: int, start: int) -> int:
-        """Activations that the backward pass keeps of one class with a suffix of `length` tokens."""
-        tokens = length if self.fast else start + length
-        return self.tower.activation_bytes(tokens, start + length)
-
-    def _by_length(self, classes: Sequence[int]) -> tuple[Tensor, ...]:
-        """Token ids (G, l) of classes sorted by suffix length, one tensor per length."""
-        groups: dict[int, list[list[int]]] = {}
-        for c in classes:
-            groups.setdefault(len(self._suffixes[c]), []).append(self._suffixes[c])
-        return tuple(torch.tensor(ids, device=self.context.device) for ids in groups.values())
-
-    def _encode_whole(self, prefix: Tensor, suffix: Tensor) -> Tensor:
-        """Plain path: (P, T) prefix and (G, l, T) suffixes to (G, D), each prompt whole up to its EOT."""
-        whole = torch.cat([prefix.expand(len(suffix), -1, -1), suffix.to(prefix.dtype)], dim=1)
-        eot = torch.full((len(whole),), whole.shape[1] - 1, device=whole.device)
-        return self.tower.encode_embeddings(whole, eot)
-
     def _template_features(self) -> Tensor:
         """(C, D) unit-norm features of the fixed templates, computed once, in full precision."""
         if self._anchor is None or self._anchor.device != self.context.device:
@@ -291,3 +213,71 @@ class CoOp(nn.Module):
 
 def _same(first: Tensor, second: Tensor) -> bool:
     return first.device == second.device and torch.equal(first, second)
+
+
+def initial_context(
+    backbone: ClipBackbone, n_ctx: int, ctx_init: str, seed: int, *, copies: int | None = None
+) -> Tensor:
+    """Context vectors to start from, float32 on the backbone's device.
+
+    Args:
+        backbone: its text tower gives width and token embeddings.
+        n_ctx: M, vectors to draw from N(0, 0.02²); not used where `ctx_init` gives words.
+        ctx_init: words whose token embeddings are taken instead; underscores count as spaces.
+        seed: of the draws, which are made on the CPU.
+        copies: contexts to make, each drawn apart; None makes one.
+
+    Returns:
+        (M, T), or (copies, M, T).
+
+    Raises:
+        ConfigError: `n_ctx` is below 1, or the words have no tokens.
+    """
+    tower, device = backbone.text, next(backbone.parameters()).device
+    if ctx_init.strip():
+        (ids,) = tower.word_ids([ctx_init.replace("_", " ").strip()])
+        if not ids:
+            raise ConfigError(f"ctx_init {ctx_init!r} has no tokens; give words such as 'a photo of a'")
+        with torch.no_grad():
+            words = tower.embed_tokens(torch.tensor(ids, device=device)).float()
+        return (words if copies is None else words.expand(copies, -1, -1)).clone()
+    if n_ctx < 1:
+        raise ConfigError(f"n_ctx must be at least 1, got {n_ctx}; the paper uses 16 (or 4)")
+    shape = (n_ctx, tower.width) if copies is None else (copies, n_ctx, tower.width)
+    return torch.empty(shape).normal_(std=0.02, generator=generator(seed, "context")).to(device)
+
+
+def suffix_ids(
+    tower: TextTower, class_names: Sequence[str], n_ctx: int, *, apart: bool = False
+) -> tuple[list[list[int]], int]:
+    """Token ids `name . EOT` of every class, checked to fit together with the context.
+
+    Args:
+        tower: text tower whose tokenizer is used.
+        class_names: C names, cleaned here.
+        n_ctx: M, context vectors that must find room beside them.
+        apart: tokenizes the full stop for itself, so that something can stand between it and the name. (Together with
+            a name that ends in a full stop, it may become one token.)
+
+    Returns:
+        C lists of ids, and the number of ids at the end of each that are not the name's (1 + EOT if `apart`).
+
+    Raises:
+        ConfigError: a class name does not fit.
+        DataError: a class name has no words.
+    """
+    stop = tower.word_ids(["."])[0] if apart else []
+    words = tower.word_ids([clean_class_name(name) + ("" if apart else ".") for name in class_names])
+    tail = [*stop, *tower.end_ids]
+    suffixes = [[*ids, *tail] for ids in words]
+    longest = max(range(len(suffixes)), key=lambda c: len(suffixes[c]))
+    room = tower.context_length - len(tower.start_ids) - len(suffixes[longest])
+    if room < n_ctx:
+        name = textwrap.shorten(class_names[longest], 80, placeholder=" …")
+        remedy = f"At most {room} context tokens (n_ctx) would fit; or give" if room > 0 else "Give"
+        raise ConfigError(
+            f"class {name!r} takes {len(words[longest]) + len(stop)} tokens (with the full stop) and does not fit "
+            f"beside {n_ctx} context tokens in a text tower of {tower.context_length} tokens. "
+            f"{remedy} the class a shorter name (an alias in the data card)."
+        )
+    return suffixes, len(tail)

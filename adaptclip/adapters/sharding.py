@@ -35,7 +35,11 @@ def split_by_cost(costs: Sequence[int], limit: int) -> list[range]:
 
 
 def encode_within_budget(
-    encode: Callable[[int], Tensor], costs_bytes: Sequence[int], memory_budget_bytes: int
+    encode: Callable[[int], Tensor],
+    costs_bytes: Sequence[int],
+    memory_budget_bytes: int,
+    *,
+    preserve_rng_state: bool = False,
 ) -> Tensor:
     """Concatenates `encode(0)`, `encode(1)`, … and lets the backward pass keep at most the budget of activations.
 
@@ -47,6 +51,8 @@ def encode_within_budget(
         encode: chunk number -> (rows, D).
         costs_bytes: what the backward pass would keep of each chunk.
         memory_budget_bytes: the most that may be kept at any moment.
+        preserve_rng_state: draws the same random numbers when a chunk is computed again; needed where `encode` draws
+            any (dropout), a little slower.
     """
     first_kept, kept = len(costs_bytes), 0
     while first_kept > 0 and kept + costs_bytes[first_kept - 1] <= memory_budget_bytes:
@@ -55,7 +61,9 @@ def encode_within_budget(
     if not torch.is_grad_enabled():
         chunks = tqdm(range(len(costs_bytes)), desc="Encoding classes", disable=None, leave=False, delay=2)
         return torch.cat([encode(i) for i in chunks])
-    again = [checkpoint(encode, i, use_reentrant=False, preserve_rng_state=False) for i in range(first_kept)]
+    again = [
+        checkpoint(encode, i, use_reentrant=False, preserve_rng_state=preserve_rng_state) for i in range(first_kept)
+    ]
     return torch.cat([*again, *(encode(i) for i in range(first_kept, len(costs_bytes)))])
 
 

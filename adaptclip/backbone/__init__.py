@@ -44,9 +44,16 @@ class ClipBackbone(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, *, name: str, pretrained: str | None = None, precision: str = "fp32"
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        pretrained: str | None = None,
+        precision: str = "fp32",
+        digest: str | None = None,
     ) -> None:
-        """Freezes `model`, reads its evaluation transform and hashes its weights.
+        """Freezes `model`, reads its evaluation transform and hashes its weights, unless `digest` names them already.
 
         Raises:
             BackboneError: the pictures are not square, or weights are not finite.
@@ -74,7 +81,7 @@ class ClipBackbone(nn.Module):
         }
         self._to_tensor = self.transform.transforms[-2:]
         self.context_length: int = tokenizer.context_length
-        self.digest = weights_digest(model)
+        self.digest = digest or weights_digest(model)
         self.requires_grad_(False)
         self.train(False)
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from adaptclip.backbone.attention import PROJECTIONS, SplitAttention
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the shared prefix in one block, each (heads, P, T / heads) float32 for P prefix tokens."""
@@ -99,24 +101,23 @@ def last_tokens(x: Tensor, runs: Sequence[Run]) -> Tensor:
 
 def attend(
     block: Any, x: Tensor, prefix: Run | None, runs: Sequence[Run], known: KeyValue | None
-) -> tuple[Tensor, KeyValue]:
+) -> tuple[Tensor, KeyValue | None]:
     """Causal self-attention of all packed tokens of one block, up to its output projection.
 
     Args:
         block: a default block of open_clip.
         x: (P + n, T) normalised tokens, those of the prefix first where it is not known.
-        prefix: the prefix as a run of one, or None where `known` is given.
+        prefix: the prefix as a run of one; None where `known` is given or the sequences share nothing.
         runs: the suffixes.
-        known: keys and values of the prefix, or None to compute them.
+        known: keys and values of the prefix, or None.
 
     Returns:
-        (P + n, T) float32, and the prefix's keys and values.
+        (P + n, T) float32, and the prefix's keys and values (None without a prefix).
     """
     heads = block.attn.num_heads
     parts = _in_proj(block, x).split(_sizes(prefix, runs))
     outputs = []
-    if known is None:
-        assert prefix is not None
+    if prefix is not None:
         q, k, v = _heads_first(parts[0], heads, 3)
         known = (k, v)
         outputs.append(_attend_run(q, k, v, prefix.hidden, None))
@@ -128,11 +129,11 @@ def attend(
 
 def attend_last(
     block: Any, x: Tensor, prefix: Run | None, runs: Sequence[Run], known: KeyValue | None
-) -> tuple[Tensor, KeyValue]:
+) -> tuple[Tensor, KeyValue | None]:
     """`attend` with queries from the last token of every suffix alone: (P + n, T) to (sum of G, T)."""
     heads = block.attn.num_heads
     parts = _in_proj(block, x, slice(1, 3)).split(_sizes(prefix, runs))
-    if known is None:
+    if prefix is not None:
         k, v = _heads_first(parts[0], heads, 2)
         known = (k, v)
     if not runs:
@@ -159,7 +160,9 @@ def _sizes(prefix: Run | None, runs: Sequence[Run]) -> list[int]:
 
 def _in_proj(block: Any, x: Tensor, parts: slice = slice(0, 3)) -> Tensor:
     """Query, key and value of (n, T) tokens side by side, (n, 3 T); `parts` picks some of the three."""
-    attn: nn.MultiheadAttention = block.attn
+    attn = block.attn
+    if isinstance(attn, SplitAttention):
+        return torch.cat([getattr(attn, name)(x) for name in PROJECTIONS[parts]], dim=-1)
     width = x.shape[-1]
     rows = slice(parts.start * width, parts.stop * width)
     bias = attn.in_proj_bias

@@ -18,11 +18,12 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
+from adaptclip.backbone.attention import SplitAttention
 from adaptclip.backbone.packed import KeyValue, Run, attend, attend_last, finish_block, last_tokens, plan_runs
 from adaptclip.errors import BackboneError
 
-PrefixState = tuple[KeyValue, ...]
-"""Keys and values of the shared prefix, one pair per block."""
+PrefixState = tuple[KeyValue | None, ...]
+"""Keys and values of the shared prefix, one pair per block; None in every block where there is no prefix."""
 
 SUPPORTED = (
     "open_clip's CLIP and CustomTextCLIP with a causal TextTransformer that pools the EOT token, for example ViT-B-32, "
@@ -166,13 +167,15 @@ class CausalTextTower:
         Raises:
             BackboneError: P + l is more than the context.
         """
-        tokens, runs = self._pack(suffixes, state[0][0].shape[1])
+        start = 0 if state[0] is None else state[0][0].shape[1]
+        tokens, runs = self._pack(suffixes, start)
         return self._project(self._through_blocks(tokens, 0, runs, state)[0])
 
     def encode_packed(self, prefix: Tensor, suffixes: Sequence[Tensor]) -> Tensor:
         """Features of prompts with a common (P, T) prefix and (G, l, T) suffixes, as `encode_suffixes` in one pass.
 
-        Prefix and suffixes go through the blocks side by side, so that the weights are read once.
+        Prefix and suffixes go through the blocks side by side, so that the weights are read once. With P = 0 the
+        prompts share nothing, as they must where dropout inside the tower should differ between them.
         """
         tokens, runs = self._pack(suffixes, len(prefix))
         together = torch.cat([self._with_positions(prefix, 0), tokens])
@@ -203,7 +206,7 @@ class CausalTextTower:
                 f"{type(self._blocks[0]).__name__}; use the plain path (encode_embeddings; CoOp takes it by itself)"
             )
         first = plan_runs([(1, prefix)], x.device)[0] if prefix else None
-        pairs: list[KeyValue] = []
+        pairs: list[KeyValue | None] = []
         for i, block in enumerate(self._blocks):
             known = None if state is None else state[i]
             if i + 1 < len(self._blocks):
@@ -222,13 +225,15 @@ class CausalTextTower:
 
         Per token and block: the inputs of both LayerNorms (2 T), query, key and value (3 T), the hidden layer before
         its activation (about 4 T, twice that where the activation is written in several operations, as QuickGELU is),
-        and one probability per head and attended token. Frozen linear layers keep nothing. The values are at most
-        float32; a quarter is added for what is alive only for a moment.
+        and one probability per head and attended token. Frozen linear layers keep nothing; one with an adapter keeps
+        what its own dropout made of its input. The values are at most float32; a quarter is added for what is alive
+        only for a moment.
         """
         block = self._blocks[0]
         hidden = block.mlp.c_fc.out_features * (1 if isinstance(block.mlp.gelu, nn.GELU) else 2)
+        adapted = sum(layer.in_features for b in self._blocks for layer in b.modules() if hasattr(layer, "lora_A"))
         floats = 5 * self.width + hidden + block.attn.num_heads * attended
-        return int(1.25 * 4 * floats * len(self._blocks)) * tokens
+        return int(1.25 * 4 * (floats * len(self._blocks) + 1.25 * adapted)) * tokens
 
     def _with_positions(self, embeddings: Tensor, start: int) -> Tensor:
         """Adds the positions from `start` on to (..., l, T) embeddings, in the dtype the blocks compute in."""
@@ -249,7 +254,11 @@ class CausalTextTower:
 
 def _is_default_block(block: nn.Module) -> bool:
     """Whether a block is open_clip's own with fused projections, so that it can be computed part by part."""
-    if type(block) is not ResidualAttentionBlock or type(block.attn) is not nn.MultiheadAttention:
+    if type(block) is not ResidualAttentionBlock:
+        return False
+    if isinstance(block.attn, SplitAttention):
+        return block.attn.dropout == 0
+    if type(block.attn) is not nn.MultiheadAttention:
         return False
     attn = block.attn
     return attn.in_proj_weight is not None and attn.bias_k is None and attn.dropout == 0 and not attn.add_zero_attn

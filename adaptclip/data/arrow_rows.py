@@ -102,17 +102,17 @@ def _loading(what: str) -> Iterator[None]:
 def _from_datasets(card: Card, parts: list[tuple[str | None, Dataset]], root: Path | None) -> RawRows:
     from datasets import ClassLabel, Image, concatenate_datasets
 
-    wanted, image = wanted_columns(card), card.columns.image
+    wanted, image, label = wanted_columns(card), card.columns.image, card.columns.label
     values: dict[str, list[Any]] = {name: [] for name in wanted}
     names: list[tuple[str, ...] | None] = []
     images, stamps, splits = [], [], []
     for split, part in parts:
         check_columns([image, *wanted], part.column_names, f"card {card.name}: " + (split or "the data"))
         cells = part.select_columns(wanted).with_format("arrow")[:]
-        feature = part.features[card.columns.label]
+        feature = part.features[label] if label else None
         names.append(tuple(normalise_text(n) for n in feature.names) if isinstance(feature, ClassLabel) else None)
         for name in wanted:
-            other = part.features[name] if name != card.columns.label else None
+            other = part.features[name] if name != label else None
             column = cells[name].to_pylist()
             values[name].append(_names_of(column, tuple(other.names)) if isinstance(other, ClassLabel) else column)
         with _loading(f"card {card.name}: column {image!r} as encoded images"):
@@ -121,9 +121,9 @@ def _from_datasets(card: Card, parts: list[tuple[str | None, Dataset]], root: Pa
         stamps += [f"{stamp}:{row}" for row in range(len(part))]
         splits += [split or ""] * len(part)
     class_names = names[0] if len(set(names)) == 1 else None
-    if class_names is None:
+    if class_names is None and label:
         # Parts that were stored apart may number different classes: their names are what they agree on.
-        values[card.columns.label] = [_names_of(c, n) for c, n in zip(values[card.columns.label], names, strict=True)]
+        values[label] = [_names_of(c, n) for c, n in zip(values[label], names, strict=True)]
     return RawRows(
         store=ArrowStore(concatenate_datasets(images), image, root),
         stamps=stamps,

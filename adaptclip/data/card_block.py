@@ -112,7 +112,7 @@ class Splits(BaseModel):
     """Which images play which part: named by the source, or drawn here by `fractions`.
 
     Attributes:
-        train: the source's name of the training split.
+        train: the source's name of the training split; a card that names only `test` is for evaluation alone.
         validation: the source's name of the validation split, if any.
         test: the source's name of the test split.
         column: column that holds those names, where rows carry their split.
@@ -140,8 +140,9 @@ class Splits(BaseModel):
                 raise ValueError(f"fractions need train and test above 0 and none below; got {shares}")
             if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
                 raise ValueError(f"fractions must sum to 1; got {sum(shares.values()):g} from {shares}")
-        elif named and not (self.train and self.test):
-            raise ValueError(f"needs both train and test; got only {', '.join(named)}")
+        elif named and not (self.test and (self.train or named == ["test"])):
+            got = ", ".join(named)
+            raise ValueError(f"needs both train and test; got only {got} (test alone would do for evaluation)")
         elif len({getattr(self, part) for part in named}) < len(named):
             raise ValueError("uses one source split for two parts; each part needs its own")
         return self
@@ -152,13 +153,20 @@ class Splits(BaseModel):
         given = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
         return given or dict(zip(PARTS, PARTS, strict=True))
 
+    @property
+    def is_test_only(self) -> bool:
+        """Whether the card has images to judge a model with and none to train it."""
+        return self.fractions is None and self.test is not None and self.train is None
+
 
 class Columns(BaseModel):
     """Which column of the source means what.
 
     Attributes:
         image: encoded image (Parquet, hub) or its path (manifest).
-        label: class, as an integer id or as its name.
+        label: class, as an integer id or as its name; None (the default where there are captions) for images that
+            have captions and no classes.
+        captions: a caption, or a list of captions, in words.
         id: stable name of a row; by default the first 16 digits of the SHA-256 of the encoded image.
         cluster: what must never be in two splits and is the unit of resampling (patient, lesion, site, video).
         groups: name of a reported attribute -> column.
@@ -167,11 +175,27 @@ class Columns(BaseModel):
 
     model_config = _STRICT
     image: Name = "image"
-    label: Name = "label"
+    label: Name | None = "label"
+    captions: Name | None = None
     id: Name | None = None
     cluster: Name | None = None
     groups: dict[Name, Name] = Field(default_factory=dict)
     levels: dict[Name, Name] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _captions_stand_for_labels(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("captions") is not None and "label" not in values:
+            return {**values, "label": None}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Columns:
+        if self.label is None and self.captions is None:
+            raise ValueError("needs a label column, or a captions column for images without classes")
+        if self.label is None and self.levels:
+            raise ValueError("levels are coarse names of classes, and without a label column there are none")
+        return self
 
 
 class Augmentation(BaseModel):
@@ -272,6 +296,10 @@ class CardBlock(BaseModel):
         for name in self.aliases:
             if self.class_names is not None and name not in self.class_names:
                 raise ValueError(f"aliases has no class {name!r}. {did_you_mean(name, self.class_names)}")
+        if self.columns.label is None:
+            for key in ("class_names", "aliases", "gates"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is about classes, and this card has captions and no columns.label")
         self._check_groups()
         return self
 

@@ -64,7 +64,7 @@ def _how_to_allow(problem: Problem) -> str:
 
 def _check_names(data: DomainData) -> Iterator[Problem]:
     names, card = data.class_names, data.card
-    if len(names) < 2:
+    if len(names) < 2 and data.has_classes:
         message = f"there is only one class ({', '.join(names) or 'none'}), and a classifier needs at least two"
         yield Problem(message, "Add images of what it must be told apart from", DataError)
     for name in card.aliases:
@@ -93,7 +93,8 @@ def _check_labels(data: DomainData) -> Iterator[Problem]:
 
 
 def _check_classes(data: DomainData) -> Iterator[Problem]:
-    for part in ("train", "test"):
+    test_only = data.card.splits is not None and data.card.splits.is_test_only
+    for part in ("test",) if test_only else ("train", "test"):
         missing = _missing_classes(data, data.parts[part])
         if missing:
             message = f"{len(missing)} of {len(data.class_names)} classes have no {part} image: {_listed(missing)}"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 """The group of a row whose attribute is missing."""
 
+UNLABELLED = "image"
+"""The one class of images that have captions and no classes."""
+
 
 def inside(folder: Path, name: str) -> Path:
     """Returns the path of the file `name` relative to `folder`.
@@ -130,6 +133,7 @@ class ImageDataset:
         groups: attribute -> N values as text; UNKNOWN where missing.
         levels: taxonomy level -> C coarse names, one per class; coarse to fine.
         window: (black, white) values for images of more than 8 bits, see `decode_image`.
+        captions: N tuples of one or more captions, or None where the card has no such column.
     """
 
     store: ImageStore
@@ -142,6 +146,7 @@ class ImageDataset:
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     window: tuple[float, float] | None = None
+    captions: tuple[tuple[str, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -178,6 +183,7 @@ class ImageDataset:
             contents=tuple(self.contents[i] for i in chosen),
             clusters=None if self.clusters is None else tuple(self.clusters[i] for i in chosen),
             groups={name: tuple(values[i] for i in chosen) for name, values in self.groups.items()},
+            captions=None if self.captions is None else tuple(self.captions[i] for i in chosen),
         )
 
     def class_counts(self) -> np.ndarray:
@@ -186,10 +192,11 @@ class ImageDataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over classes, ids, labels, image contents, clusters, groups and levels, in their order."""
+        """SHA-256 over classes, ids, labels, contents, clusters, groups, levels and captions, in their order."""
         parts: list[Sequence[str]] = [self.class_names, self.ids, list(map(str, self.labels)), self.contents]
         parts.append([str(self.window), *("none" if self.clusters is None else self.clusters)])
         parts += [[name, *values] for columns in (self.groups, self.levels) for name, values in columns.items()]
+        parts += self.captions or ()
         return digest(*(digest(part) for part in parts))
 
 
@@ -216,8 +223,22 @@ class DomainData:
     notes: tuple[str, ...] = ()
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the images have labels; without, all are of the one class UNLABELLED and there are captions."""
+        return self.card.columns.label is not None
+
+    @property
     def prompt_names(self) -> tuple[str, ...]:
-        """The C names as prompts say them: the card's alias where there is one."""
+        """The C names as prompts say them: the card's alias where there is one.
+
+        Raises:
+            DataError: the card has captions and no classes.
+        """
+        if not self.has_classes:
+            raise DataError(
+                f"card {self.card.name} has captions and no classes, so nothing can be classified with it. Name a "
+                "column of classes (columns.label), or learn from the captions with recipes/contrastive.py"
+            )
         return tuple(self.card.aliases.get(name, name) for name in self.class_names)
 
     @property

@@ -55,7 +55,8 @@ def wanted_columns(card: Card) -> list[str]:
     """Returns the columns that the card names, without that of the image."""
     columns = card.columns
     split = card.splits.column if card.splits else None
-    named = [columns.label, columns.id, columns.cluster, split, *columns.groups.values(), *columns.levels.values()]
+    named = [columns.label, columns.captions, columns.id, columns.cluster, split]
+    named += [*columns.groups.values(), *columns.levels.values()]
     return list(dict.fromkeys(name for name in named if name))
 
 

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from adaptclip.data.arrow_rows import read_hub, read_parquet_files
+from adaptclip.data.captions import caption_values, join_repeated_pictures
 from adaptclip.data.card import Card
 from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.checks import check_data
 from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
-from adaptclip.data.dataset import DomainData, ImageDataset
+from adaptclip.data.dataset import UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
 from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
 from adaptclip.data.rows import RawRows
@@ -76,6 +77,10 @@ def open_data(
         found = dict(zip(contents, seen, strict=True))
         good, skipped = _usable(card, seen, skip=skip, demand=check)
         images = images.select(good)
+    if images.captions is not None:
+        names = _split_names(raw, rule)
+        images, joined = join_repeated_pictures(images, [str(names[row]) for row in images.rows])
+        skipped += joined
     parts = _parts(card, raw, rule, images, found)
     unused = Counter(
         _split_names(raw, rule)[row] for row, part in zip(images.rows, parts, strict=True) if part == UNUSED
@@ -107,9 +112,11 @@ def _usable(card: Card, seen: Sequence[Picture], *, skip: bool, demand: bool) ->
 def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDataset:
     """Returns all rows as one data set, so that class ids and row ids are the same for all parts."""
     columns, values = raw.columns, raw.values
-    labels, names = resolve_labels(
-        values[columns.label], card_names=card.class_names, source_names=raw.class_names, where=raw.store.where
-    )
+    labels, names = np.zeros(len(raw), dtype=np.int64), (UNLABELLED,)
+    if columns.label is not None:
+        labels, names = resolve_labels(
+            values[columns.label], card_names=card.class_names, source_names=raw.class_names, where=raw.store.where
+        )
     levels = {
         level: level_values(values[column], labels, names, name=level) for level, column in columns.levels.items()
     }
@@ -128,6 +135,7 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         groups=groups,
         levels=levels or raw.class_levels,
         window=card.window,
+        captions=caption_values(values[columns.captions], where=raw.store.where) if columns.captions else None,
     )
 
 

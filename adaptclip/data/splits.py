@@ -28,13 +28,13 @@ def named_parts(splits: Splits | None, source_splits: Sequence[str]) -> tuple[st
         N parts; UNUSED for rows of a split that the card does not name.
 
     Raises:
-        SplitError: there is no row for the training or the test part.
+        SplitError: there is no row for the training or the test part; the former only where the card names one.
     """
     names = (splits or Splits()).names
     part_of = {name: part for part, name in names.items()}
     parts = tuple(part_of.get(name, UNUSED) for name in source_splits)
     for part in ("train", "test"):
-        if part not in parts:
+        if part in names and part not in parts:
             found = Counter(source_splits)
             raise SplitError(
                 f"no image is in the split {names[part]!r}, which the card takes for {part}. "

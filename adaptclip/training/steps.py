@@ -46,8 +46,8 @@ def _order(seed: int, epoch: int, num_rows: int) -> Tensor:
     return torch.randperm(num_rows, generator=generator(seed, "order of the images", epoch))
 
 
-class FeatureLoader:
-    """Batches of cached features, each a pure function of (seed, step): nothing to save, nothing to skip on resume.
+class StepPlan:
+    """Which images each micro-step sees: a pure function of (seed, step), so that there is nothing to save or skip.
 
     One optimizer step sees `batch_size` × processes × accumulated micro-batches images. Which images, and in which
     epoch, depends only on the seed and on that product, so one process with batches of 32, two with batches of 16, and
@@ -56,6 +56,52 @@ class FeatureLoader:
     An epoch visits the images in a fresh order and leaves out the last, incomplete step, except when the whole split
     is smaller than one step: then a step is the whole split, less what cannot be divided equally (equal parts are what
     makes the mean of the parts' losses the loss of the whole).
+
+    Attributes:
+        steps_per_epoch: optimizer steps per epoch, 1 or more.
+    """
+
+    def __init__(self, num_rows: int, *, batch_size: int, seed: int, accelerator: Accelerator) -> None:
+        """Divides the images into steps.
+
+        Args:
+            num_rows: N, images of the training split.
+            batch_size: images per process and micro-step.
+            seed: of the order.
+            accelerator: tells the number of processes and of accumulated micro-batches.
+
+        Raises:
+            ConfigError: `batch_size` is not positive, or there are fewer images than parts of a step.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
+        self._num_rows, self._seed = num_rows, seed
+        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
+        self._accumulate = accelerator.gradient_accumulation_steps
+        parts = self._processes * self._accumulate
+        if num_rows < parts:
+            raise ConfigError(
+                f"{num_rows} training images cannot be divided among {self._processes} processes × "
+                f"{self._accumulate} accumulated batches; use fewer of them or more images"
+            )
+        self._part = min(batch_size, num_rows // parts)
+        self.steps_per_epoch = max(1, num_rows // (batch_size * parts))
+
+    def rows(self, micro_step: int) -> tuple[int, Tensor]:
+        """Returns the epoch and this process's rows (B,) of a micro-step.
+
+        Args:
+            micro_step: 0, 1, 2, …; there are `accumulate` of them per optimizer step.
+        """
+        step, turn = divmod(micro_step, self._accumulate)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        part = (step_in_epoch * self._accumulate + turn) * self._processes + self._rank
+        order = _order(self._seed, epoch, self._num_rows)
+        return epoch, order[part * self._part : (part + 1) * self._part].clone()
+
+
+class FeatureLoader:
+    """Batches of cached features, divided into steps by `StepPlan`.
 
     Attributes:
         steps_per_epoch: optimizer steps per epoch, 1 or more.
@@ -73,23 +119,9 @@ class FeatureLoader:
         Raises:
             ConfigError: `batch_size` is not positive, or there are fewer images than parts of a step.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
-        self._features = features
-        self._seed = seed
-        self._device = accelerator.device
-        self._rank = accelerator.process_index
-        self._processes = accelerator.num_processes
-        self._accumulate = accelerator.gradient_accumulation_steps
-        parts = self._processes * self._accumulate
-        num_rows = len(features)
-        if num_rows < parts:
-            raise ConfigError(
-                f"{num_rows} training images cannot be divided among {self._processes} processes × "
-                f"{self._accumulate} accumulated batches; use fewer of them or more images"
-            )
-        self._part = min(batch_size, num_rows // parts)
-        self.steps_per_epoch = max(1, num_rows // (batch_size * parts))
+        self._features, self._device = features, accelerator.device
+        self._plan = StepPlan(len(features), batch_size=batch_size, seed=seed, accelerator=accelerator)
+        self.steps_per_epoch = self._plan.steps_per_epoch
 
     def batch(self, micro_step: int) -> Batch:
         """Returns this process's part of a micro-step, on the accelerator's device.
@@ -100,16 +132,9 @@ class FeatureLoader:
         Returns:
             features (B, D), labels (B,) and index (B,), the positions in the split.
         """
-        step, turn = divmod(micro_step, self._accumulate)
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        part = (step_in_epoch * self._accumulate + turn) * self._processes + self._rank
-        order = _order(self._seed, epoch, len(self._features))
-        index = order[part * self._part : (part + 1) * self._part]
-        view = epoch % len(self._features.values)
-        batch = Batch(
-            labels=self._features.labels[index], index=index.clone(), features=self._features.values[view, index]
-        )
-        return batch.to(self._device)
+        epoch, index = self._plan.rows(micro_step)
+        features = self._features.values[epoch % len(self._features.values), index]
+        return Batch(labels=self._features.labels[index], index=index, features=features).to(self._device)
 
 
 def train_steps(

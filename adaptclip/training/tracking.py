@@ -115,11 +115,13 @@ class Run:
         path: the folder.
         start: optimizer steps of the checkpoint that is gone on from; 0 for a new run.
         accelerator: the one the run belongs to.
+        save_every: optimizer steps between checkpoints.
     """
 
     path: Path
     start: int
     accelerator: Accelerator
+    save_every: int = 100
 
     @property
     def metrics(self) -> Path:
@@ -176,6 +178,7 @@ def start_run(
     resume: bool = False,
     overwrite: bool = False,
     may_change: Collection[str] = MAY_CHANGE,
+    save_every: int = 100,
 ) -> Run:
     """Makes the run folder, or opens one to go on. Every process calls it.
 
@@ -189,6 +192,7 @@ def start_run(
         resume: go on in an existing run folder.
         overwrite: empty an existing run folder first.
         may_change: settings that may differ from those the run was started with.
+        save_every: optimizer steps between checkpoints; 0 writes one after the last step only.
 
     Raises:
         ConfigError: both `resume` and `overwrite`.
@@ -208,7 +212,7 @@ def start_run(
     _check_folder(path, record, resume=resume, overwrite=overwrite, may_change=may_change)
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
     newest = None if overwrite else newest_checkpoint(path / "checkpoints")
-    run = Run(path, step_of(newest) if newest else 0, accelerator)
+    run = Run(path, step_of(newest) if newest else 0, accelerator, save_every)
     if accelerator.is_main_process:
         _prepare_folder(run, record, overwrite=overwrite)
     accelerator.wait_for_everyone()

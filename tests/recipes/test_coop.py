@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -28,6 +29,7 @@ CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM
 
 
 coop = load_recipe("coop")
+cocoop = load_recipe("cocoop")
 zero_shot = load_recipe("zero_shot")
 
 
@@ -116,6 +118,57 @@ def test_the_artifact_predicts_as_the_run_did(cfg, tmp_path, mixed_precision):
     assert prediction.confidence == pytest.approx(judged.probs[0].max(), abs=1e-5)
     assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
     assert model.predict([images[0]])[0].probabilities == pytest.approx(prediction.probabilities, abs=1e-6)
+
+
+def loaded_and_live(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of 20 test images: from the artifact, and as the run judged them."""
+    import adaptclip as ac
+
+    test = ac.open_data(ac.load_card("digits")).test
+    model = ac.load(run, allow_failed_gates=True)
+    judged = Predictions.load(run / "predictions.parquet").probs[:20]
+    return model.probabilities([test.image(i) for i in range(20)]).numpy(), judged
+
+
+@pytest.mark.parametrize("position", ["csc-middle", "front"])
+def test_variants_of_the_prompt(cfg, position):
+    assert coop.main(replace(cfg, position=position)) == 0
+    loaded, live = loaded_and_live(cfg.out)
+    assert loaded == pytest.approx(live, abs=1e-5)
+    shape = (10, 4, 64) if position == "csc-middle" else (4, 64)
+    assert context(cfg.out).shape == shape
+    training = json.loads((cfg.out / "report.json").read_text())["training"]
+    assert training["trainable_parameters"] == np.prod(shape)
+    assert training["validation_used_for"] == "nothing"
+    assert training["schedule"].startswith("10 steps (10 epochs)")
+    assert training["seconds"] > 0
+    words = training["nearest_words"]
+    read = words["seven"] if position == "csc-middle" else words
+    assert [len(of_vector) for of_vector in read] == [3] * 4
+
+
+def test_cocoop_runs_and_its_artifact_predicts_as_it_did(cfg):
+    settings = {k: v for k, v in vars(cfg).items() if k not in ("position", "kg_weight", "n_ctx")}
+    own = cocoop.Config(**{**settings, "ctx_init": "a photo of a", "epochs": 2, "batch_size": 4, "accumulate": 2})
+    assert cocoop.main(own) == 0
+    loaded, live = loaded_and_live(own.out)
+    assert loaded == pytest.approx(live, abs=1e-5)
+    report = json.loads((own.out / "report.json").read_text())
+    # 20 images, 8 of them at a time, twice; context, and D -> D / 16 -> T for D = 48 and T = 64.
+    assert report["training"]["schedule"].startswith("4 steps (2 epochs)")
+    assert report["training"]["trainable_parameters"] == 4 * 64 + 48 * 3 + 3 + 3 * 64 + 64
+    assert [words[0].split()[0] for words in report["training"]["nearest_words"]] == ["a", "photo", "of", "a"]
+    state = load_file(own.out / "artifact" / "adapter.safetensors")
+    assert set(state) >= {"context", "meta_net.0.weight", "meta_net.2.bias"}
+
+
+def test_the_loop_is_coops():
+    loops = []
+    for name in ("coop", "cocoop"):
+        text = (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
+        loops.append(text.partition("    # --- loop")[2].partition("# --- end of loop")[0])
+    assert len(loops[0].splitlines()) > 8
+    assert loops[0] == loops[1]
 
 
 def test_killed_at_any_step_and_resumed_equals_undisturbed(cfg, tmp_path):
@@ -211,6 +264,7 @@ def test_a_loss_that_is_not_finite_names_the_step(cfg):
         ({"backbone": "local-dir:nowhere"}, "nowhere"),
         ({"shots": -1}, "shots"),
         ({"n_ctx": 90}, "context"),
+        ({"position": "csc-midle"}, 'Did you mean "middle"'),
         ({"gates": "nowhere.yaml"}, "nowhere.yaml"),
         ({"mixed_precision": "fp16"}, "GPU"),
         ({"trackers": "tensorbord"}, 'Did you mean "tensorboard"'),

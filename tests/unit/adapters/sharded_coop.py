@@ -1,4 +1,4 @@
-"""What two processes compare, started by torchrun: CoOp with its classes shared out against CoOp on one process."""
+"""What two processes compare, started by torchrun: CoOp with shared-out classes, and CoCoOp, against one process."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
-from adaptclip.adapters import CoOp
+from adaptclip.adapters import CoCoOp, CoOp
 from adaptclip.types import Batch
 
 NAMES = ("rose", "lily of the valley", "Größe 42", "dog", "cat", "northern hairy-nosed wombat", "fox")
@@ -20,27 +20,29 @@ def rows(batch, start, stop):
     return Batch(labels=batch.labels[start:stop], index=batch.index[start:stop], features=batch.features[start:stop])
 
 
-def compare(accelerator, backbone, names, whole, **settings):
-    """Largest differences of logits and context gradient, and the size of the gradient."""
+def compare(accelerator, alone, shared, whole):
+    """Largest differences of logits and gradient, and the size of the gradient, over all trainable tensors."""
     size = len(whole.labels) // accelerator.num_processes
     mine = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    alone = CoOp(backbone, names, n_ctx=4, shard_classes=False, **settings)
     logits = alone(whole)
     (F.cross_entropy(logits, whole.labels) + alone.penalty()).backward()
 
-    shared = CoOp(backbone, names, n_ctx=4, **settings)
     prepared = accelerator.prepare(shared)
     own_logits = prepared(rows(whole, mine.start, mine.stop))
     loss = F.cross_entropy(own_logits, whole.labels[mine]) + accelerator.unwrap_model(prepared).penalty()
     accelerator.backward(loss)
-    got, expected = shared.context.grad, alone.context.grad
-    assert got is not None
-    assert expected is not None
+    pairs = [(a.grad, b.grad) for a, b in zip(alone.trainable_parameters(), shared.trainable_parameters(), strict=True)]
+    assert all(got is not None for pair in pairs for got in pair)
     return {
         "logits": (own_logits - logits[mine]).abs().max().item(),
-        "gradient": (got - expected).abs().max().item(),
-        "size": expected.abs().max().item(),
-    }, shared
+        "gradient": max((got - expected).abs().max().item() for expected, got in pairs),
+        "gradient_size": max(expected.abs().max().item() for expected, _ in pairs),
+    }
+
+
+def both(backbone, names=NAMES, **settings):
+    """The same CoOp without and with its classes shared out."""
+    return [CoOp(backbone, names, n_ctx=4, shard_classes=shard, **settings) for shard in (False, True)]
 
 
 def main(out):
@@ -53,22 +55,22 @@ def main(out):
         features=F.normalize(torch.randn(8, backbone.embed_dim, generator=generator), dim=-1),
     )
     one = Batch(labels=torch.zeros(8, dtype=torch.long), index=whole.index, features=whole.features)
-    plain, coop = compare(accelerator, backbone, NAMES, whole)
-    share = coop._shares[(accelerator.process_index, accelerator.num_processes, coop.context.device)]
-    kg, _ = compare(accelerator, backbone, NAMES, whole, kg_weight=8.0)
-    chunked, _ = compare(accelerator, backbone, NAMES, whole, memory_budget_bytes=1)
-    single, _ = compare(accelerator, backbone, NAMES[:1], one, kg_weight=8.0)
+    plain = both(backbone)
+    coop = plain[1]
+    cases = {
+        "plain": (*plain, whole),
+        "kg": (*both(backbone, kg_weight=8.0), whole),
+        "chunked": (*both(backbone, memory_budget_bytes=1), whole),
+        "one_class": (*both(backbone, NAMES[:1], kg_weight=8.0), one),
+        "class_specific": (*both(backbone, class_specific=True, position="middle"), whole),
+        "cocoop": (CoCoOp(backbone, NAMES), CoCoOp(backbone, NAMES), whole),
+    }
+    found = {name: compare(accelerator, *case) for name, case in cases.items()}
+    plan = coop._classes.plan(accelerator.process_index, accelerator.num_processes, coop.context.device)
     report = {
         "num_processes": accelerator.num_processes,
-        "classes_encoded": sum(len(ids) for chunk in share.chunks for ids in chunk),
-        "difference": {
-            "logits": plain["logits"],
-            "gradient": plain["gradient"],
-            "gradient_kg": kg["gradient"],
-            "gradient_chunked": chunked["gradient"],
-            "one_class": single["gradient"],
-        },
-        "gradient_size": plain["size"],
+        "classes_encoded": sum(len(group.classes) for chunk in plan.chunks for group in chunk),
+        **{key: {name: case[key] for name, case in found.items()} for key in ("logits", "gradient", "gradient_size")},
         "evaluated_alone": False,
     }
     if accelerator.is_main_process:

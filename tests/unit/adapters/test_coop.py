@@ -9,13 +9,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.adapters import ADAPTERS, CoOp
-from adaptclip.adapters.sharding import encode_within_budget, split_by_cost
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import AdaptclipError, ArtifactError, ConfigError, DataError
 from adaptclip.prompts import zero_shot_weights
@@ -134,8 +131,8 @@ def test_chunked_is_whole(backbone, fast, budget):
     torch.testing.assert_close(chunked.text_features(), whole.text_features(), atol=1e-5, rtol=0)
     expected = context_gradient(whole, batch)
     torch.testing.assert_close(context_gradient(chunked, batch), expected, atol=1e-5, rtol=1e-4)
-    assert len(whole._share(0, 1).chunks) == 1
-    assert len(chunked._share(0, 1).chunks) > 1
+    assert len(whole._classes.plan(0, 1, whole.context.device).chunks) == 1
+    assert len(chunked._classes.plan(0, 1, chunked.context.device).chunks) > 1
 
 
 def kept_bytes(coop, batch, frozen):
@@ -171,7 +168,7 @@ def test_custom_blocks_fall_back_to_whole_prompts():
     model = open_clip.CustomTextCLIP(24, vision, text)
     backbone = ClipBackbone(model, open_clip.SimpleTokenizer(), name="custom-blocks")
     coop = CoOp(backbone, NAMES, ctx_init="a photo of a")
-    assert not coop.fast
+    assert not coop._classes.fast
     expected = zero_shot_weights(backbone, NAMES, ["a photo of a {}."])
     torch.testing.assert_close(coop.text_features(), expected, atol=1e-5, rtol=0)
 
@@ -348,6 +345,9 @@ def test_class_name_longer_than_the_context():
         ([], {}, "at least one class name"),
         (["rose", "  _ "], {}, "has no words"),
         (NAMES, {"n_ctx": 0}, "n_ctx must be at least 1, got 0"),
+        (NAMES, {"n_ctx": 0, "class_specific": True}, "n_ctx must be at least 1, got 0"),
+        (NAMES, {"position": "centre"}, "unknown position 'centre' .* Allowed: end, front, middle"),
+        (NAMES, {"position": "midle"}, 'Did you mean "middle"'),
         (NAMES, {"kg_weight": -1.0}, "kg_weight must be at least 0"),
         (NAMES, {"memory_budget_bytes": 0}, "memory_budget_bytes positive"),
         (NAMES, {"kg_weight": 8.0, "templates": ("a photo",)}, "should have {} exactly once"),
@@ -368,42 +368,6 @@ def test_bad_batches(backbone):
         DataError, match=rf"should be \(B, {backbone.embed_dim}\) .* got \(6, {backbone.embed_dim + 1}\)"
     ):
         coop(Batch(labels=batch.labels, index=batch.index, features=wide))
-
-
-# Chunks
-
-
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
-def test_split_by_cost(costs, limit):
-    runs = split_by_cost(costs, limit)
-    assert [i for run in runs for i in run] == list(range(len(costs)))
-    for run, following in zip(runs, [*runs[1:], None], strict=False):
-        total = sum(costs[i] for i in run)
-        assert total <= limit or len(run) == 1
-        if following is not None:
-            assert total + costs[following.start] > limit, "a run is as long as it can be"
-
-
-@pytest.mark.parametrize(("budget", "twice"), [(1, {0, 1, 2, 3}), (30, {0, 1, 2}), (59, {0, 1}), (100, set())])
-def test_the_last_chunks_that_fit_are_kept(budget, twice):
-    x = torch.linspace(-1, 1, 4, requires_grad=True)
-    calls = []
-
-    def encode(chunk):
-        calls.append(chunk)
-        return x[chunk : chunk + 1].exp().sin()
-
-    encode_within_budget(encode, [10, 20, 30, 25], budget).sum().backward()
-    assert calls[:4] == [0, 1, 2, 3]
-    assert set(calls[4:]) == twice
-    torch.testing.assert_close(x.grad, x.detach().exp() * x.detach().exp().cos())
-
-
-def test_nothing_is_computed_twice_without_gradients():
-    calls = []
-    with torch.no_grad():
-        encode_within_budget(lambda chunk: (calls.append(chunk), torch.ones(1, 2))[1], [10, 10], 1)
-    assert calls == [0, 1]
 
 
 # Several processes
@@ -427,7 +391,9 @@ def test_two_processes_are_one(tmp_path):
     assert [report["num_processes"] for report in reports] == [2, 2]
     assert [report["classes_encoded"] for report in reports] == [4, 3], "each process encodes its share"
     for report in reports:
-        assert set(report["difference"]) == {"logits", "gradient", "gradient_kg", "gradient_chunked", "one_class"}
-        assert max(report["difference"].values()) < 1e-5, report
-        assert report["gradient_size"] > 1e-3
+        names = {"plain", "kg", "chunked", "one_class", "class_specific", "cocoop"}
+        assert set(report["logits"]) == set(report["gradient"]) == names
+        assert max(report["logits"].values()) < 1e-5, report
+        assert max(report["gradient"].values()) < 1e-5, report
+        assert min(size for name, size in report["gradient_size"].items() if name != "one_class") > 1e-3
     assert reports[0]["evaluated_alone"]

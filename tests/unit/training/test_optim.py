@@ -79,6 +79,40 @@ def test_constant_schedule():
     assert _rates(6, 2, kind="constant") == pytest.approx([1e-5] * 2 + [0.002] * 4)
 
 
+def test_cosine_per_step_known_values():
+    # By hand for 4 steps from 0.002 to 0: cos 0°, 45°, 90°, 135°; epochs and warm-up play no part.
+    half = math.sqrt(0.5)
+    expected = [0.002, 0.001 * (1 + half), 0.001, 0.001 * (1 - half)]
+    assert _rates(4, 2, kind="cosine_per_step") == pytest.approx(expected, rel=1e-12)
+    assert _rates(4, 1, kind="cosine_per_step", warmup_epochs=3) == _rates(4, 4, kind="cosine_per_step")
+
+
+@pytest.mark.parametrize(("total_steps", "final_lr"), [(1, 0.0), (20, 0.0), (500, 1e-6)])
+def test_cosine_per_step_is_torchs_cosine(total_steps, final_lr):
+    optimizer = SGD([_param()], lr=2e-4)
+    cosine = CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=final_lr)
+    expected = []
+    for _ in range(total_steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(final_lr, abs=1e-12)
+    rates = _rates(total_steps, 7, lr=2e-4, kind="cosine_per_step", final_lr=final_lr)
+    assert rates == pytest.approx(expected, rel=1e-9)
+    assert rates[0] == 2e-4
+
+
+def test_cosine_per_step_ends_every_group_at_the_final_rate():
+    optimizer = SGD([{"params": [_param()], "lr": 0.1}, {"params": [_param()], "lr": 0.2}], lr=1.0)
+    scheduler = build_scheduler(optimizer, total_steps=2, steps_per_epoch=1, kind="cosine_per_step", final_lr=0.05)
+    seen = [scheduler.get_last_lr()]
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+        seen.append(scheduler.get_last_lr())
+    assert seen == [pytest.approx(rates) for rates in ([0.1, 0.2], [0.075, 0.125], [0.05, 0.05])]
+
+
 def test_training_within_the_warmup_warns():
     with pytest.warns(UserWarning, match="all 3 steps lie within the warm-up"):
         rates = _rates(3, 5)
@@ -91,6 +125,11 @@ def test_training_within_the_warmup_warns():
         ({"kind": "cosin"}, 'Did you mean "cosine"'),
         ({"total_steps": 0}, "must be 1 or more, got 0"),
         ({"warmup_epochs": -1}, "must be 0 or more, got -1"),
+        ({"kind": "cosine_per_stp"}, 'Did you mean "cosine_per_step"'),
+        ({"kind": "cosine_per_step", "final_lr": -1.0}, "between 0 and the peak rate 0.1, got -1.0"),
+        ({"kind": "cosine_per_step", "final_lr": 0.2}, "between 0 and the peak rate 0.1, got 0.2"),
+        ({"kind": "cosine_per_step", "final_lr": float("nan")}, "got nan"),
+        ({"final_lr": 1e-6}, "belongs to the schedule \"cosine_per_step\", got 1e-06 for 'cosine'"),
     ],
 )
 def test_bad_schedules(options, message):
@@ -116,6 +155,16 @@ def test_adamw_decay_is_decoupled():
     assert param.item() == pytest.approx(0.95)
 
 
+@pytest.mark.parametrize(("options", "eps"), [({}, 1e-8), ({"eps": 0.5}, 0.5)])
+def test_adamw_step_follows_its_definition(options, eps):
+    # First step, no decay: the bias-corrected moments are g and g², so the step is lr · g / (|g| + eps).
+    param = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = build_optimizer([param], name="adamw", lr=0.1, weight_decay=0.0, **options)
+    param.grad = torch.tensor([2.0], dtype=torch.float64)
+    optimizer.step()
+    assert param.item() == pytest.approx(1 - 0.1 * 2 / (2 + eps), abs=1e-12)
+
+
 def test_frozen_parameters_are_left_out():
     frozen = _param()
     frozen.requires_grad_(False)
@@ -131,6 +180,7 @@ def test_frozen_parameters_are_left_out():
         ({"lr": float("nan")}, "lr must be a positive number, got nan"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
+        ({"eps": 0.0}, "eps must be a positive number, got 0.0"),
         ({"params": []}, "nothing to train"),
     ],
 )

@@ -1,0 +1,88 @@
+"""LP++: a linear probe that adds the text features with a learnt weight per class, without settings to choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+MOMENTUM = 0.9
+"""Momentum of the gradient steps on the class weights."""
+
+ALPHA_EVERY = 10
+"""Epochs between two steps on alpha."""
+
+
+def step_sizes(features: Tensor, text: Tensor) -> tuple[float, float]:
+    """Step sizes that follow from the data (Huang et al. 2024, arXiv:2404.02285), in float64.
+
+    lr_w = 4 N / (largest eigenvalue of FᵀF); lr_alpha = N / (4 · largest column sum of the squares of F Tᵀ). Both are
+    inverses of bounds on the curvature of the mean cross-entropy.
+
+    Args:
+        features: F, (N, D) unit norm.
+        text: T, (C, D) unit norm.
+
+    Returns:
+        (lr_w, lr_alpha).
+    """
+    exact = features.double()
+    # FᵀF and FFᵀ have the same largest eigenvalue; the smaller matrix is quicker.
+    gram = exact @ exact.T if len(exact) < exact.shape[1] else exact.T @ exact
+    curvature = torch.linalg.eigvalsh(gram)[-1].item()
+    cosines = (exact @ text.double().T).square().sum(dim=0).max().item()
+    return 4 * len(features) / curvature, len(features) / (4 * cosines)
+
+
+def initial_weights(features: Tensor, labels: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the descent starts (Huang et al. 2024).
+
+    w_c is the sum of the features of class c; alpha is 250 / k · (mean over classes of the sum over the k images of
+    class c of f · t_c), the same for all classes. Where classes have different numbers of images, each is divided by
+    its own; classes without images start at w_c = 0 and are left out of the mean.
+
+    Args:
+        features: (N, D) unit norm.
+        labels: (N,) class ids.
+        text: (C, D) unit norm.
+
+    Returns:
+        w (C, D) and alpha (C,).
+    """
+    member = torch.nn.functional.one_hot(labels, len(text)).to(features.dtype)
+    sums, count = member.T @ features, member.sum(dim=0)
+    seen = count > 0
+    mean_cosine = ((sums * text).sum(dim=1)[seen] / count[seen]).mean()
+    return sums, (250 * mean_cosine).expand(len(text)).clone()
+
+
+def fit_lp_plus_plus(
+    features: Tensor, labels: Tensor, text: Tensor, *, lr_w: float, lr_alpha: float, epochs: int
+) -> tuple[Tensor, Tensor]:
+    """Full-batch descent on the mean cross-entropy of the logits f · (w_c + alpha_c t_c).
+
+    Every epoch takes a step on w, every tenth also one on alpha (without momentum), with the gradients of that epoch.
+
+    Args:
+        features: (N, D) float32 unit-norm image features.
+        labels: (N,) class ids.
+        text: (C, D) unit-norm text features.
+        lr_w: step size of w (`step_sizes`).
+        lr_alpha: step size of alpha.
+        epochs: gradient steps.
+
+    Returns:
+        w (C, D) and alpha (C,).
+    """
+    weight, alpha = initial_weights(features, labels, text)
+    velocity = torch.zeros_like(weight)
+    cosines = text @ features.T  # (C, N): the products are quicker with the classes as rows
+    columns = torch.arange(len(labels), device=labels.device)
+    for epoch in tqdm(range(epochs), desc="fitting", unit="epoch", disable=None, leave=False, delay=2):
+        error = torch.softmax(torch.addmm(alpha[:, None] * cosines, weight, features.T), dim=0)
+        error[labels, columns] -= 1
+        velocity.mul_(MOMENTUM).add_(error @ features, alpha=1 / len(features))
+        weight.sub_(velocity, alpha=lr_w)
+        if (epoch + 1) % ALPHA_EVERY == 0:
+            alpha -= lr_alpha / len(features) * (error * cosines).sum(dim=1)
+    return weight, alpha

@@ -1,0 +1,113 @@
+"""Tuned weights as a stock open_clip folder, which any open_clip program loads by `local-dir:FOLDER`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transformer import QuickGELU
+from torch import Tensor
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.backbone.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER
+from adaptclip.backbone.starter import FOLDER
+from adaptclip.errors import BackboneError
+from adaptclip.storage import atomic_folder, read_json, write_json, write_tensors
+
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+"""What a stock open_clip folder holds; open_clip finds both by these names."""
+
+
+def open_clip_config(backbone: ClipBackbone) -> dict[str, Any]:
+    """Returns what `open_clip_config.json` must say for open_clip to build this model again.
+
+    Args:
+        backbone: loaded by any spelling.
+
+    Returns:
+        `model_cfg` (architecture, with the activation the weights were loaded with) and `preprocess_cfg` (evaluation
+        transform). A Hugging Face text tower keeps its name, so that loading the folder still reads its small
+        configuration from the hub or its cache.
+
+    Raises:
+        BackboneError: the architecture's configuration cannot be had, or open_clip could not load its tokenizer again.
+    """
+    name, remedy = backbone.name, "Name the model by its architecture, hf-hub:ORG/NAME or local-dir:FOLDER."
+    if name == STARTER:
+        model_cfg = read_json(FOLDER / CONFIG_FILE)["model_cfg"]
+    else:
+        prefixed = name.startswith((LOCAL_PREFIX, HUB_PREFIX))
+        try:
+            model_cfg = open_clip.get_model_config(name if prefixed else name.replace("/", "-"))
+        except Exception as error:  # a file, the hub or its cache, each with errors of its own
+            raise BackboneError(f"the configuration of {name} cannot be read ({error}). {remedy}") from error
+    if not isinstance(model_cfg, dict) or "embed_dim" not in model_cfg:
+        raise BackboneError(f"open_clip has no configuration of {name}, so tuned weights could not be saved. {remedy}")
+    if not isinstance(backbone.tokenizer, open_clip.SimpleTokenizer | HFTokenizer):
+        kind = type(backbone.tokenizer).__name__
+        raise BackboneError(f"the tokenizer of {name} ({kind}) cannot be kept in an open_clip folder. {remedy}")
+    model_cfg = copy.deepcopy(model_cfg)
+    if any(isinstance(module, QuickGELU) for module in backbone.model.modules()):
+        model_cfg["quick_gelu"] = True  # weights do not show it, and the architecture's name may not say it
+    keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+    preprocess = open_clip.get_model_preprocess_cfg(backbone.model)
+    return {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in keys if key in preprocess}}
+
+
+def save_open_clip(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    backbone: ClipBackbone,
+    *,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes weights as a stock open_clip folder, whole or not at all; `load_backbone("local-dir:FOLDER")` reads it.
+
+    Args:
+        folder: the new folder.
+        state: all weights, by the names and shapes of `backbone.model`.
+        backbone: the model they were tuned from.
+        config: what `open_clip_config` returned; None asks it.
+        overwrite: replace an existing folder.
+
+    Raises:
+        BackboneError: the state does not fit the model, or see `open_clip_config`.
+        StorageError: the folder exists already or cannot be written.
+    """
+    check_fits(state, backbone)
+    written = config or open_clip_config(backbone)
+    with atomic_folder(folder, overwrite=overwrite) as new:
+        write_json(new / CONFIG_FILE, written)
+        write_tensors(new / WEIGHTS_FILE, state)
+        if isinstance(backbone.tokenizer, HFTokenizer):
+            backbone.tokenizer.tokenizer.save_pretrained(new)
+
+
+def with_weights(backbone: ClipBackbone, state: Mapping[str, Tensor]) -> ClipBackbone:
+    """Returns the same architecture, tokenizer and transform with other weights; the given backbone is not changed.
+
+    Raises:
+        BackboneError: the state does not fit the model, or has weights that are not finite.
+    """
+    check_fits(state, backbone)
+    model = copy.deepcopy(backbone.model)
+    model.load_state_dict(state, strict=True)
+    return ClipBackbone(
+        model, backbone.tokenizer, name=backbone.name, pretrained=backbone.pretrained, precision=backbone.precision
+    )
+
+
+def check_fits(state: Mapping[str, Tensor], backbone: ClipBackbone) -> None:
+    """Raises BackboneError unless `state` has the names and shapes of the backbone's weights."""
+    own = backbone.model.state_dict()
+    wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        raise BackboneError(
+            f"these weights do not fit {backbone.name}: {len(wrong)} tensors are missing, not expected or of another "
+            f"shape, for example {wrong[0]!r}; give the whole state_dict of the same architecture"
+        )

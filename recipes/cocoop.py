@@ -1,0 +1,148 @@
+"""CoCoOp: learn the words around the class name and a small network that moves them with every image.
+
+Paper     Zhou et al., "Conditional Prompt Learning for Vision-Language Models", CVPR 2022, arXiv:2203.05557.
+Run       accelerate launch recipes/cocoop.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
+Smoke     accelerate launch recipes/cocoop.py        (embedded card and model: no download, CPU, about a minute)
+Expected  see README.md in this folder
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+
+import adaptclip as ac
+
+
+@dataclass(frozen=True)
+class Config:
+    """CoCoOp. Defaults follow the paper (sec. 4)."""
+
+    card: str = "digits"
+    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
+    data_root: Path | None = None
+    """Folder that holds the card's files; the card's own folder if not given."""
+    backbone: str = "starter"
+    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
+    pretrained: str | None = None
+    """open_clip weights tag or checkpoint file; not for the other spellings."""
+    shots: int = 16
+    """Labelled training images per class; 0 means all."""
+    rule: Literal["nested", "coop"] = "nested"
+    """How the images are drawn: 1 shot is part of 2 and so on (nested), or as the published code does (coop)."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does; what was skipped is listed."""
+    seed: int = 1
+    """Chooses the few-shot images, the initial meta-net and the order of images."""
+    n_ctx: int = 4
+    """Number of learnt context tokens M; not used with --ctx-init."""
+    ctx_init: str = "a photo of a"
+    """Words to start from; empty means random, standard deviation 0.02."""
+    epochs: int = 10
+    """Passes over the training images."""
+    views: int = 0
+    """Sets of random crops, taken in turn; 0 makes fresh ones for every epoch as the paper does."""
+    lr: float = 2e-3
+    """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
+    batch_size: int = 1
+    """Images per process and micro-step; every image encodes all class prompts anew."""
+    accumulate: int = 1
+    """Micro-steps per optimizer step."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast of the text tower while training."""
+    memory_gib: float = 4.0
+    """Budget for the text tower's activations; more prompts than fit are taken in chunks, with the same gradients."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints."""
+    gates: str = "card"
+    """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
+    trackers: str = ""
+    """Accelerate's trackers, separated by commas; metrics.jsonl is always written."""
+    cache: Path = Path(".cache/features")
+    """Image features, shared by all recipes, shots and seeds."""
+    out: Path = Path("runs/cocoop")
+    """Run folder: settings, metrics, predictions, report, artifact."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    overwrite: bool = False
+    """Replace the run in `out`."""
+
+
+def main(cfg: Config) -> int:
+    """Card → few-shot split → cached features → CoCoOp → predictions → report, gates, artifact."""
+    accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
+    ac.seed_everything(cfg.seed)
+
+    card = ac.load_card(cfg.card)
+    rules = ac.choose_gates(cfg.gates, card)
+    data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    adapter = ac.CoCoOp(
+        backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, seed=cfg.seed,
+        memory_budget_bytes=int(cfg.memory_gib * 2**30),
+    ).to(accelerator.device)  # fmt: skip
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
+        save_every=cfg.save_every,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        split.save(run.path / "split.json")
+
+    cache = ac.FeatureCache(cfg.cache)
+    crop = ac.train_augment(
+        backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
+    )
+    few_shots, _ = split.select(data)  # the validation shots are not used: CoCoOp takes the last step
+    features = cache.get(backbone, few_shots, views=cfg.views or cfg.epochs, augment=crop, accelerator=accelerator)
+    loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
+    num_steps = cfg.epochs * loader.steps_per_epoch
+    optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="sgd", lr=cfg.lr, weight_decay=5e-4)
+    scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch)
+    model, optimizer = accelerator.prepare(adapter, optimizer)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+
+    started = time.perf_counter()
+    # --- loop: the same lines in every recipe ---
+    model.train()
+    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
+        with accelerator.accumulate(model):
+            logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
+            loss = F.cross_entropy(logits, batch.labels) + adapter.penalty()
+            grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
+        if ac.is_due(step, 10, num_steps):
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
+        if ac.is_due(step, run.save_every, num_steps):
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+    # --- end of loop ---
+    seconds = time.perf_counter() - started
+
+    # The test split is read once, here: nothing above has seen it and nothing below chooses. It is judged in full
+    # precision, as the artifact will be used.
+    adapter = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    test = cache.get(backbone, data.test, accelerator=accelerator)
+    predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
+    baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    training = {
+        "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
+        "seconds": round(seconds, 1),  # of this process: after --resume, without the steps taken before
+        "schedule": f"{num_steps} steps ({cfg.epochs} epochs) of SGD, learning rate {cfg.lr:g}, cosine per epoch",
+        "chosen": {},
+        "validation_used_for": "nothing",
+        "nearest_words": ac.read_prompt(adapter),
+    }
+    code = ac.finish_run(
+        run.path, adapter, backbone, data, split, method="cocoop", predictions=predictions, zero_shot=baseline,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+    )  # fmt: skip
+    run.finish()
+    return code
+
+
+if __name__ == "__main__":
+    ac.launch(main, Config)

@@ -1,0 +1,197 @@
+"""Contrastive tuning: CLIP's own loss on images and their captions, or the prompts of their classes; then WiSE-FT.
+
+Paper     FLYP (Goyal et al., CVPR 2023, arXiv:2212.00638): the pretraining loss on images and prompts of their class;
+          images of one class in a batch are negatives of each other, as published.
+          WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903); LiT (Zhai et al., arXiv:2111.07991): `--train text`.
+Run       accelerate launch recipes/contrastive.py --card flickr8k --data-root DATA --train text --lr 1e-4
+          accelerate launch recipes/contrastive.py --card my.md --backbone ViT-B-16 --pretrained openai --wise-ft 0.5
+Smoke     accelerate launch recipes/contrastive.py   (embedded card and model: no download, CPU, about a minute)
+Then      accelerate launch recipes/coop.py --backbone local-dir:runs/contrastive/model, or any other recipe
+Expected  see README.md in this folder
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import adaptclip as ac
+from adaptclip.adapters.contrastive import interpolate, pair_texts
+from adaptclip.backbone import ClipBackbone
+from adaptclip.backbone.saving import open_clip_config, save_open_clip
+from adaptclip.data.dataset import DomainData
+from adaptclip.evaluation.wise_ft import curve_markdown, judge_retrieval, wise_ft_curve
+from adaptclip.storage import write_json, write_text
+
+
+@dataclass(frozen=True)
+class Config:
+    """Contrastive tuning. Defaults follow FLYP; the embedded default, and only it, is short."""
+
+    card: str = "digits"
+    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
+    data_root: Path | None = None
+    """Folder that holds the card's files; the card's own folder if not given."""
+    backbone: str = "starter"
+    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
+    pretrained: str | None = None
+    """open_clip weights tag or checkpoint file; not for the other spellings."""
+    shots: int = 0
+    """Training images per class, or in all where the card has captions and no classes; 0 means all."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does; what was skipped is listed."""
+    seed: int = 1
+    """Chooses the few-shot images, the order of images and the text each shows in an epoch."""
+    train: Literal["both", "image", "text"] = "both"
+    """Towers that learn; with `text`, image features are computed once."""
+    how: Literal["full", "lora"] = "full"
+    """All weights of the towers and the logit scale, or low-rank additions to their attention."""
+    rank: int = 2
+    """Rank of LoRA."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """Softmax over both directions, or sigmoid (for models with a logit bias)."""
+    wise_ft: float = 1.0
+    """Share alpha of the tuned weights in the saved model, 0 to 1; declared before the test images are read."""
+    zero_shot_card: str = ""
+    """Another card whose zero-shot accuracy along the WiSE-FT curve shows what was forgotten."""
+    epochs: int = 0
+    """Passes over the training images; 0 takes FLYP's 10, or the short 2 of the default."""
+    views: int = 0
+    """Sets of random crops, taken in turn; 0 makes fresh ones, or with a locked image tower takes the whole image."""
+    lr: float = 1e-5
+    """Peak learning rate of AdamW (weight decay 0.1, or 0 for few shots), cosine per step."""
+    batch_size: int = 256
+    """Pairs per process; all processes' pairs are contrasted. The default takes a short 32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast of the towers while training."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints."""
+    gates: str = "card"
+    """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
+    trackers: str = ""
+    """Accelerate's trackers, separated by commas; metrics.jsonl is always written."""
+    cache: Path = Path(".cache/features")
+    """Image features, shared by all recipes, shots and seeds."""
+    out: Path = Path("runs/contrastive")
+    """Run folder: settings, metrics, report, wise_ft.json, retrieval.json, and model/, a stock open_clip folder."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    overwrite: bool = False
+    """Replace the run in `out`."""
+
+
+def main(cfg: Config) -> int:
+    """Card → pairs → tuned towers → WiSE-FT → stock open_clip folder → retrieval, predictions, report, gates."""
+    accelerator = ac.make_accelerator(cfg.mixed_precision, trackers=cfg.trackers, out=cfg.out)
+    ac.seed_everything(cfg.seed)
+
+    card = ac.load_card(cfg.card)
+    rules = ac.choose_gates(cfg.gates, card)
+    data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    shots, epochs, batch_size = training_length(cfg)
+    split = ac.sample_few_shot(data, shots=shots, seed=cfg.seed)
+    images, validation = split.select(data)
+    other = ac.open_data(ac.load_card(cfg.zero_shot_card), data_root=cfg.data_root) if cfg.zero_shot_card else None
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    interpolate({}, {}, cfg.wise_ft)  # a share out of range, or a model that could not be saved, is refused now
+    config = open_clip_config(backbone)
+    adapter = ac.ContrastiveTuning(
+        backbone, train=cfg.train, how=cfg.how, loss=cfg.loss, rank=cfg.rank, seed=cfg.seed,
+        process_index=accelerator.process_index, num_processes=accelerator.num_processes,
+    ).to(accelerator.device)  # fmt: skip
+    texts, num_cut = pair_texts(backbone, images, data)
+    accelerator.print(f"{len(images)} images with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
+        save_every=cfg.save_every,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        split.save(run.path / "split.json")
+
+    cache = ac.FeatureCache(cfg.cache)
+    crop = ac.train_augment(
+        backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
+    )
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "accelerator": accelerator}
+    if adapter.consumes == "features":
+        features = cache.get(backbone, images, views=cfg.views, augment=crop, accelerator=accelerator)
+        pictures = ac.FeatureLoader(features, **how)
+    else:
+        pictures = ac.PixelLoader(images, backbone, augment=crop, views=cfg.views, **how)
+    loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed)
+    num_steps = epochs * loader.steps_per_epoch
+    decay, warmup = (0.0, 0) if shots else (0.1, min(500, num_steps // 5))
+    optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=cfg.lr, weight_decay=decay)
+    per_epoch: Any = {"steps_per_epoch": loader.steps_per_epoch, "kind": "cosine_per_step", "warmup_steps": warmup}
+    scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, **per_epoch)
+    model, optimizer = accelerator.prepare(adapter, optimizer)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+
+    started = time.perf_counter()
+    # --- loop: the same lines in every recipe ---
+    model.train()
+    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
+        with accelerator.accumulate(model):
+            loss = model(batch)  # contrasts the pairs of all processes
+            grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step, max_grad_norm=1)
+        if ac.is_due(step, 10, num_steps):
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
+        if ac.is_due(step, run.save_every, num_steps):
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+    # --- end of loop ---
+
+    training = {
+        "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
+        "seconds": time.perf_counter() - started, "chosen": {"wise_ft": cfg.wise_ft},
+        "schedule": f"{epochs} epochs, {num_steps} steps of {batch_size} pairs, AdamW {cfg.lr:g}, warm-up {warmup}",
+        "validation_used_for": "the WiSE-FT curve; alpha was declared before",
+    }  # fmt: skip
+    tuned = accelerator.unwrap_model(model, keep_fp32_wrapper=False).tuned_state()
+    on = {"validation": (validation, data)} | ({other.card.name: (other.test, other)} if other else {})
+    curve = wise_ft_curve(backbone, tuned, on, cache=cache, accelerator=accelerator)
+    folder = run.path.resolve() / "model"
+    if accelerator.is_main_process:
+        mixed = interpolate(backbone.model.state_dict(), tuned, cfg.wise_ft)
+        save_open_clip(folder, mixed, backbone, config=config, overwrite=True)
+        write_json(run.path / "wise_ft.json", {"alpha": cfg.wise_ft, "curve": curve})
+        write_text(run.path / "wise_ft.md", curve_markdown(curve))
+    accelerator.wait_for_everyone()
+    after = ac.load_backbone(f"local-dir:{folder}", device=accelerator.device)
+    accelerator.print(f"{folder}: the tuned model, a stock open_clip folder (--backbone local-dir:FOLDER)")
+
+    # The test split is read once, from here on: nothing above has seen it and nothing below chooses.
+    code = 0
+    if data.test.captions is not None:
+        judge_retrieval(run.path, backbone, after, data, cfg.wise_ft, cache=cache, accelerator=accelerator)
+    if data.has_classes:
+        code = judge_classes(cfg, run.path, backbone, after, data, split, rules, training, accelerator)
+    run.finish()
+    return code
+
+
+def judge_classes(
+    cfg: Config, out: Path, before: ClipBackbone, after: ClipBackbone, data: DomainData, split: Any, rules: Any,
+    training: dict[str, Any], accelerator: Any,
+) -> int:  # fmt: skip
+    """Zero-shot predictions of the tuned model and of the one before, report, gates, artifact; the exit code."""
+    made: list[Any] = []
+    for model in (after, before):
+        classifier = ac.ZeroShotClassifier(model, data.prompt_names, data.card.templates).to(accelerator.device)
+        test = ac.FeatureCache(cfg.cache).get(model, data.test, accelerator=accelerator)
+        made += [classifier, ac.predict(classifier, test, data.test, accelerator=accelerator)]
+    return ac.finish_run(
+        out, made[0], after, data, split, method="zero_shot", predictions=made[1], zero_shot=made[3],
+        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+    )  # fmt: skip
+
+
+def training_length(cfg: Config) -> tuple[int, int, int]:
+    """Returns shots, epochs and pairs per step: as given, FLYP's 10 epochs, or the short embedded default."""
+    short = (cfg.card, cfg.backbone, cfg.shots, cfg.epochs, cfg.batch_size) == ("digits", "starter", 0, 0, 256)
+    return (16, 2, 32) if short else (cfg.shots, cfg.epochs or 10, cfg.batch_size)
+
+
+if __name__ == "__main__":
+    ac.launch(main, Config)

@@ -1,0 +1,192 @@
+"""Tip-Adapter, Tip-Adapter-F, GDA and SS-Text as a user runs them, on two shots of digits and a random tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from recipe_files import load_recipe
+from safetensors.torch import load_file
+from tiny_clip import write_tiny_checkpoint
+
+import adaptclip as ac
+from adaptclip.errors import AdaptclipError, ConfigError
+from adaptclip.types import Predictions
+
+recipe = load_recipe("tip_adapter")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def cfg(tiny, cache, tmp_path):
+    return recipe.Config(
+        backbone=tiny, shots=2, views=2, epochs=10, batch_size=8, lr=0.01, gates="report", save_every=5, cache=cache,
+        out=tmp_path / "run",
+    )  # fmt: skip
+
+
+def adapter_file(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "artifact" / "adapter.safetensors")
+
+
+def report_of(run: Path) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "chosen", "parameters"),
+    [
+        ("tip", "tip_adapter", {"alpha", "beta"}, 0),
+        ("tip-f", "tip_adapter", {"alpha", "beta"}, 20 * 48),
+        ("gda", "gda", {"alpha"}, 0),
+        ("ss-text", "ss_text", set(), 0),
+    ],
+)
+def test_every_variant_ends_in_an_artifact_that_predicts_as_the_run_did(cfg, variant, method, chosen, parameters):
+    assert recipe.main(replace(cfg, variant=variant)) == 0
+    judged = Predictions.load(cfg.out / "predictions.parquet")
+    test = ac.open_data(ac.load_card("digits")).test
+    images = [test.image(i) for i in range(30)]
+    model = ac.load(cfg.out, allow_failed_gates=True)
+    assert model.manifest["method"] == method
+    assert model.probabilities(images).numpy() == pytest.approx(judged.probs[:30], abs=1e-5)
+    zero_shot = Predictions.load(cfg.out / "zero_shot_predictions.parquet")
+    assert abs(judged.probs - zero_shot.probs).max() > 0.01
+    report = report_of(cfg.out)
+    training = report["training"]
+    assert set(training["chosen"]) == chosen
+    assert training["trainable_parameters"] == parameters
+    assert training["seconds"] > 0
+    assert ("cosine, 10 epochs" in training["schedule"]) == (variant == "tip-f")
+    used = report["split"]["validation_used_for"]
+    assert used == "nothing" if variant == "ss-text" else "on 20 images" in used
+    assert {name: model.manifest["settings"][name] for name in chosen} == training["chosen"]
+    assert bool((cfg.out / "metrics.jsonl").read_text()) == (variant == "tip-f")
+
+
+def test_tip_f_learns_from_the_keys_of_tip_and_is_the_same_every_time(cfg, tmp_path):
+    runs = {}
+    for name, variant in (("tip", "tip"), ("once", "tip-f"), ("again", "tip-f")):
+        recipe.main(replace(cfg, variant=variant, out=tmp_path / name))
+        runs[name] = adapter_file(tmp_path / name)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(runs["once"]["keys"], runs["again"]["keys"])
+    assert torch.equal(runs["once"]["key_labels"], runs["tip"]["key_labels"])
+    moved = (runs["once"]["keys"] - runs["tip"]["keys"]).abs().max().item()
+    assert 0.01 < moved < 1  # AdamW moves a weight by about the rate per step, 20 steps here
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_the_test_split_is_read_after_every_choice(cfg, monkeypatch):
+    events = []
+    get, choose = ac.FeatureCache.get, ac.TipAdapter.choose
+
+    def recorded_get(self, backbone, dataset, **options):
+        events.append(len(dataset))
+        return get(self, backbone, dataset, **options)
+
+    def recorded_choose(self, validation):
+        events.append("choice")
+        return choose(self, validation)
+
+    monkeypatch.setattr(ac.FeatureCache, "get", recorded_get)
+    monkeypatch.setattr(ac.TipAdapter, "choose", recorded_choose)
+    recipe.main(cfg)
+    assert events == [20, 20, "choice", 720]
+
+
+def test_fixed_values_use_no_validation(cfg):
+    recipe.main(replace(cfg, variant="tip", choose="fixed", alpha=0.7, beta=3.0, views=0))
+    report = report_of(cfg.out)
+    assert report["training"]["chosen"] == {"alpha": 0.7, "beta": 3.0}
+    assert report["training"]["views"] == 0
+    assert report["split"]["validation_used_for"] == "nothing"
+
+
+def test_one_image_per_class_seen_once(cfg):
+    recipe.main(replace(cfg, variant="gda", shots=1, views=0))
+    assert all(torch.isfinite(tensor).all() for tensor in adapter_file(cfg.out).values())
+    judged = Predictions.load(cfg.out / "predictions.parquet")
+    assert (judged.pred == judged.labels).mean() > 0.15
+
+
+def test_without_validation_images_the_fixed_values_are_named(cfg, monkeypatch):
+    monkeypatch.setattr(ac, "sample_few_shot", partial(ac.sample_few_shot, val_shots=0), raising=False)
+    for variant in ("tip", "tip-f", "gda"):
+        with pytest.raises(ConfigError, match=r"no validation images .* --choose fixed"):
+            recipe.main(replace(cfg, variant=variant))
+    assert not cfg.out.exists()
+    assert recipe.main(replace(cfg, variant="ss-text")) == 0
+    assert recipe.main(replace(cfg, variant="gda", choose="fixed", overwrite=True)) == 0
+
+
+@pytest.mark.parametrize("stop_at", [3, 13])
+def test_stopped_and_resumed_equals_undisturbed(cfg, tmp_path, monkeypatch, stop_at):
+    whole, stopped = (replace(cfg, out=tmp_path / name) for name in ("whole", "stopped"))
+    recipe.main(whole)
+    step_once = ac.backward_and_step
+
+    def stopping(*arguments, step, **options):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return step_once(*arguments, step=step, **options)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ac, "backward_and_step", stopping, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.main(stopped)
+    assert not (stopped.out / "artifact").exists()
+    saved = [path.name.split("-")[1] for path in (stopped.out / "checkpoints").glob("step-*")]
+    assert saved == ([] if stop_at < 5 else ["00000010"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe.main(replace(stopped, resume=True))
+    assert torch.equal(adapter_file(whole.out)["keys"], adapter_file(stopped.out)["keys"])
+    assert (whole.out / "metrics.jsonl").read_text() == (stopped.out / "metrics.jsonl").read_text()
+    assert report_of(whole.out)["training"]["chosen"] == report_of(stopped.out)["training"]["chosen"]
+    a, b = (Predictions.load(run.out / "predictions.parquet") for run in (whole, stopped))
+    assert (a.probs == b.probs).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "tipf"}, 'Did you mean "tip-f"'),
+        ({"variant": "ss_text"}, 'Did you mean "ss-text"'),
+        ({"choose": "valid"}, 'Did you mean "validation"'),
+        ({"alpha": -1.0}, "alpha must be a finite number from 0 up, got -1.0"),
+        ({"beta": float("nan")}, "beta must be a finite number from 0 up, got nan"),
+        ({"min_scale": 0.0, "views": -1}, "views"),
+        ({"min_scale": 1.5}, "scale"),
+        ({"epochs": 0}, "total_steps"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"card": "digit"}, 'Did you mean "digits"'),
+    ],
+)
+def test_wrong_input_is_said_and_leaves_no_artifact(cfg, changes, message):
+    with pytest.raises(AdaptclipError, match=message):
+        recipe.main(replace(cfg, **changes))
+    assert not (cfg.out / "artifact").exists()
