@@ -188,3 +188,19 @@ def test_bad_optimizers(options, message):
     arguments = {"params": [_param()], "name": "sgd", "lr": 0.1, "weight_decay": 0.0} | options
     with pytest.raises(ConfigError, match=message):
         build_optimizer(arguments.pop("params"), **arguments)
+
+
+def test_cosine_per_step_with_a_warm_up():
+    optimizer = SGD([_param()], lr=0.4)
+    scheduler = build_scheduler(optimizer, total_steps=10, steps_per_epoch=5, kind="cosine_per_step", warmup_steps=4)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    # Linear to the peak in 4 steps, then half a cosine over the other 6.
+    expected = [0.1, 0.2, 0.3, 0.4] + [0.2 * (1 + math.cos(math.pi * s / 6)) for s in range(6)]
+    assert rates == pytest.approx(expected)
+    for options in ({"kind": "cosine_per_step", "warmup_steps": 10}, {"kind": "cosine", "warmup_steps": 3}):
+        with pytest.raises(ConfigError, match="warmup_steps"):
+            build_scheduler(optimizer, total_steps=10, steps_per_epoch=5, **options)  # type: ignore[arg-type]
