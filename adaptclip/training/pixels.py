@@ -86,6 +86,8 @@ class PixelLoader:
         pending = self._ahead.pop(micro_step, None) or self._start(micro_step)
         self._ahead = {micro_step + 1: self._start(micro_step + 1)}
         images = torch.stack([picture.result() for picture in pending])
+        # Convolutions take it faster, and to a patch embedding it makes no difference.
+        images = images.contiguous(memory_format=torch.channels_last)
         return Batch(labels=self._labels[index], index=index, images=images).to(self._device)
 
     def _start(self, micro_step: int) -> list[Future[Tensor]]:

@@ -15,19 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from measuring import GIB, PeakMemory, available_bytes, class_names, timed, untrained_vit_b32
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,24 +35,15 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.storage import write_json
 from adaptclip.types import Batch
 
-BATCH, N_CTX, GIB = 32, 16, 2**30
+BATCH, N_CTX = 32, 16
 TARGETS = {100: 20.0, 1000: 25.0}
 """Classes -> the speed-up below which the benchmark fails."""
 TARGET_BYTES = {10_000: 8 * GIB}
 """Classes -> the peak memory of our step above which the benchmark fails."""
 PUBLISHED_BYTES_PER_CLASS = 24 * 2**20
 """Peak memory of the published step per class, for the decision on how many classes it can be run here."""
-
-
 MOST_PUBLISHED_CLASSES = 1000
 """Beyond it, the published step is always scaled up from a part: it would take most of an hour."""
-
-
-def class_names(count: int) -> list[str]:
-    """Returns `count` realistic names: those of ImageNet in order, beyond 1,000 with a colour before them."""
-    colours = ["red", "blue", "green", "black", "white", "brown", "golden", "small", "large"]
-    names = [*IMAGENET_CLASSNAMES, *(f"{colour} {name}" for colour in colours for name in IMAGENET_CLASSNAMES)]
-    return names[:count]
 
 
 def published_step(
@@ -90,40 +78,6 @@ def our_step(coop: CoOp, features: Tensor, labels: Tensor) -> Callable[[], Tenso
     return lambda: torch.autograd.grad(F.cross_entropy(coop(batch), labels), coop.context)[0]
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Returns the seconds of one call."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-class PeakMemory:
-    """Highest resident memory of this process while the block runs, sampled every 5 ms, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        self.bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        page = resource.getpagesize()
-        while not self._stop.is_set():
-            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * page)
-            time.sleep(0.005)
-
-
-def available_bytes() -> int:
-    """Returns the memory that can be had without swapping."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
 def measure(count: int, repeats: int, budget_bytes: int, seed: int = 0) -> dict[str, Any]:
     """Measures both steps at one count of classes, in turns.
 
@@ -133,8 +87,7 @@ def measure(count: int, repeats: int, budget_bytes: int, seed: int = 0) -> dict[
         favours it, as its time per class grows with the number of classes.
     """
     torch.manual_seed(seed)
-    model = open_clip.create_model("ViT-B-32", pretrained=None)
-    backbone = ClipBackbone(model, open_clip.get_tokenizer("ViT-B-32"), name="ViT-B-32")
+    backbone = untrained_vit_b32()
     names = class_names(count)
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.randint(0, min(count, 10), (BATCH,))
     with torch.no_grad():

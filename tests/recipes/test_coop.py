@@ -162,15 +162,6 @@ def test_cocoop_runs_and_its_artifact_predicts_as_it_did(cfg):
     assert set(state) >= {"context", "meta_net.0.weight", "meta_net.2.bias"}
 
 
-def test_the_loop_is_coops():
-    loops = []
-    for name in ("coop", "cocoop"):
-        text = (ROOT / "recipes" / f"{name}.py").read_text(encoding="utf-8")
-        loops.append(text.partition("    # --- loop")[2].partition("# --- end of loop")[0])
-    assert len(loops[0].splitlines()) > 8
-    assert loops[0] == loops[1]
-
-
 def test_killed_at_any_step_and_resumed_equals_undisturbed(cfg, tmp_path):
     long = replace(cfg, epochs=60, save_every=7)
     subprocess.run(script(long, out=tmp_path / "whole"), env=CPU, check=True, capture_output=True)

@@ -347,7 +347,7 @@ def test_wrong_batches(clip):
         adapter(features(clip, pixels(clip)))
     with pytest.raises(BackboneError, match="merge or remove"):
         adapter.model.visual.transformer.resblocks[0].attn.fuse()
-    with pytest.raises(BackboneError, match="has 80 tokens|tokens with its start"):
+    with pytest.raises(BackboneError, match="tokens with its start"):
         LoRA(clip, ("very " * 90 + "long",))
 
 

@@ -1,0 +1,63 @@
+"""What the benchmarks of single training steps share: class names, a backbone without weights, clock and memory."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+from adaptclip.backbone import ClipBackbone
+
+GIB = 2**30
+
+
+def class_names(count: int) -> list[str]:
+    """Returns `count` realistic names: those of ImageNet in order, beyond 1,000 with a colour or size before them."""
+    colours = ["red", "blue", "green", "black", "white", "brown", "golden", "small", "large"]
+    names = [*IMAGENET_CLASSNAMES, *(f"{colour} {name}" for colour in colours for name in IMAGENET_CLASSNAMES)]
+    return names[:count]
+
+
+def untrained_vit_b32() -> ClipBackbone:
+    """Returns a ViT-B/32 with random weights, drawn from torch's global generator."""
+    model = open_clip.create_model("ViT-B-32", pretrained=None)
+    return ClipBackbone(model, open_clip.get_tokenizer("ViT-B-32"), name="ViT-B-32")
+
+
+def timed(step: Callable[[], object]) -> float:
+    """Returns the seconds of one call."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+class PeakMemory:
+    """Highest resident memory of this process while the block runs, sampled every 5 ms, in bytes."""
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        page = resource.getpagesize()
+        while not self._stop.is_set():
+            self.bytes = max(self.bytes, int(Path("/proc/self/statm").read_text().split()[1]) * page)
+            time.sleep(0.005)
+
+
+def available_bytes() -> int:
+    """Returns the memory that can be had without swapping."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
