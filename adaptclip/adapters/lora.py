@@ -184,10 +184,11 @@ class LoRA(nn.Module):
         encoder = self._whole if dropped else self._shared
         return self._encode(encoder, share=self.training, preserve_rng_state=dropped)
 
-    def _encode(self, encoder: ClassEncoder, **options: bool) -> Tensor:
+    def _encode(self, encoder: ClassEncoder, *, share: bool = False, preserve_rng_state: bool = False) -> Tensor:
         """(C, D) unit-norm features of the prompts, the mean over the templates."""
         ids = torch.tensor(self._prompt_ids[0][: encoder.prefix_length], dtype=torch.long, device=self.backbone.device)
-        features = encoder.encode(encoder.tower.embed_tokens(ids), **options)
+        prefix = encoder.tower.embed_tokens(ids)
+        features = encoder.encode(prefix, share=share, preserve_rng_state=preserve_rng_state)
         if len(self.templates) == 1:
             return features
         return F.normalize(features.unflatten(0, (len(self.class_names), -1)).mean(dim=1), dim=-1)

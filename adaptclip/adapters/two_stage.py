@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from adaptclip.adapters.base import batch_features, check_state, scaled_logits
 from adaptclip.adapters.lora import LoRA
 from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import ConfigError
 from adaptclip.prompts import clean_class_name, zero_shot_weights
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.types import Batch
@@ -28,11 +29,11 @@ class TwoStage(nn.Module):
     Args:
         backbone: frozen CLIP, not changed.
         class_names: C names in the order of the label ids.
-        lora: the first stage's adapter; None makes a new one from `settings`.
+        lora: the first stage's adapter, of the same backbone and classes; None makes a new one from `settings`.
         **settings: of `LoRA`, where `lora` is not given.
 
     Raises:
-        ConfigError: see `LoRA`.
+        ConfigError: see `LoRA`, or `lora` is of another backbone, of other classes, or given beside settings.
     """
 
     consumes: Literal["features", "pixels"] = "features"
@@ -42,6 +43,8 @@ class TwoStage(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.class_names = backbone, tuple(class_names)
+        if lora is not None:
+            _check_first_stage(lora, backbone, self.class_names, settings)
         self.lora = LoRA(backbone, class_names, **settings) if lora is None else lora
         self.lora.requires_grad_(False)
         self.head = nn.Parameter(self.lora.class_weights().clone())
@@ -114,3 +117,20 @@ class TwoStage(nn.Module):
         return torch.stack(
             [known.get(clean_class_name(name), text) for name, text in zip(class_names, weights, strict=True)]
         )
+
+
+def _check_first_stage(
+    lora: LoRA, backbone: ClipBackbone, class_names: tuple[str, ...], settings: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError unless a given first stage is of this backbone and these classes, and brings its settings."""
+    if settings:
+        raise ConfigError(
+            f"a given first stage brings its own settings, got {', '.join(sorted(settings))} beside it; leave them out"
+        )
+    if lora.class_names != class_names:
+        raise ConfigError(
+            f"the first stage was made for the {len(lora.class_names)} classes {list(lora.class_names[:3])}…, the head "
+            f"is for {len(class_names)}, {list(class_names[:3])}…; give both the same names in the same order"
+        )
+    if lora.backbone.digest != backbone.digest:
+        raise ConfigError(f"the first stage adapts {lora.backbone.name}, with other weights than {backbone.name} here")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptclip.backbone.low_rank import project
 from adaptclip.errors import BackboneError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -70,9 +71,14 @@ class SplitAttention(nn.Module):
         """
         if need_weights or key_padding_mask is not None:
             raise BackboneError("split attention gives no attention weights and takes no key_padding_mask")
+        itself = query is key and key is value
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
+        if itself:
+            projected = project([self.q_proj, self.k_proj, self.v_proj], query).split(self.embed_dim, dim=-1)
+        else:
+            projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        q, k, v = (self._heads(x) for x in projected)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask, float("-inf"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptclip.backbone.attention import PROJECTIONS, SplitAttention
+from adaptclip.backbone.low_rank import project
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the shared prefix in one block, each (heads, P, T / heads) float32 for P prefix tokens."""
@@ -162,7 +163,7 @@ def _in_proj(block: Any, x: Tensor, parts: slice = slice(0, 3)) -> Tensor:
     """Query, key and value of (n, T) tokens side by side, (n, 3 T); `parts` picks some of the three."""
     attn = block.attn
     if isinstance(attn, SplitAttention):
-        return torch.cat([getattr(attn, name)(x) for name in PROJECTIONS[parts]], dim=-1)
+        return project([getattr(attn, name) for name in PROJECTIONS[parts]], x)
     width = x.shape[-1]
     rows = slice(parts.start * width, parts.stop * width)
     bias = attn.in_proj_bias

@@ -156,8 +156,9 @@ def choose_scale(
         return {"chosen": {"lora_scale": float(setting)}, "validation_used_for": "nothing"}
     curve = scale_curve(adapter, validation, new, accelerator=accelerator)
     adapter.set_scale(best_scale(curve))
+    images = f"{len(validation)} images" + (f" and {len(new[0])} of new classes" if new is not None else "")
     return {
         "chosen": {"lora_scale": adapter.scale},
         "scale_curve": curve,
-        "validation_used_for": f"the scale of the update, {len(curve)} values ({len(validation)} images)",
+        "validation_used_for": f"the scale of the update, {len(curve)} values ({images})",
     }

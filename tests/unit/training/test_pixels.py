@@ -203,5 +203,6 @@ def test_the_adapter_decides_what_is_loaded(images, tiny_backbone, crop, tmp_pat
         alone = PixelLoader(images, tiny_backbone, augment=crop, batch_size=4, seed=2, accelerator=fake())
         assert torch.equal(pictures(fourth), pictures(alone.batch(6)))
         shown = {int(i) for i in first.index} & {int(i) for i in fourth.index}
+        assert shown
         for row in shown:  # never the same crop twice
             assert not torch.equal(pictures(first)[first.index == row], pictures(fourth)[fourth.index == row])
