@@ -176,7 +176,8 @@ class LoRA(nn.Module):
         """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
         if not self.adapts_text:
             if self._fixed_text is None or self._fixed_text.device != self.backbone.device:
-                with torch.inference_mode(False):
+                # The first call may stand under the autocast of training, and evaluation is in full precision.
+                with torch.inference_mode(False), torch.autocast(self.backbone.device.type, enabled=False):
                     self._fixed_text = zero_shot_weights(self.backbone, self.class_names, self.templates)
             return self._fixed_text
         # With dropout, what the prompts have in common would also share its random draws.
