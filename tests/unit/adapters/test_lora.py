@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import open_clip
 import peft
@@ -206,7 +207,8 @@ def test_fast_text_path_is_exact(backbone, templates):
     results = []
     trained = LoRA(backbone, NAMES)
     train(trained, pixels(backbone))
-    for settings in ({"fast": False}, {"fast": True}, {"memory_budget_bytes": 1}):
+    ways: list[dict[str, Any]] = [{"fast": False}, {"fast": True}, {"memory_budget_bytes": 1}]
+    for settings in ways:
         adapter = LoRA(backbone, NAMES, templates=templates, dropout=0.0, **settings)
         adapter.load_adapter_state(trained.adapter_state())
         adapter.train()
@@ -251,7 +253,7 @@ def test_it_is_a_peft_adapter(clip, tmp_path):
         assert sorted(f.name for f in files) == ["adapter_config.json", "adapter_model.safetensors"]
         split = copy.deepcopy(clip.model)
         split_attention(split)
-        loaded = peft.PeftModel.from_pretrained(split, str(folder)).base_model.model
+        loaded: Any = peft.PeftModel.from_pretrained(split, str(folder)).base_model.model
         assert torch.allclose(loaded.encode_image(batch.images), adapter.model.encode_image(batch.images), atol=1e-6)
         state = read_peft(folder, adapter.model)
         assert {name: p.shape for name, p in state.items()} == {
@@ -282,6 +284,7 @@ def test_the_seed_decides_the_start(clip):
 
 def test_the_encoder_is_a_frozen_snapshot(clip):
     adapter, batch = LoRA(clip, NAMES), pixels(clip)
+    assert batch.images is not None
     adapter.train()
     before = adapter.encoder
     assert adapter.encoder is before  # nothing changed: not copied again
@@ -387,12 +390,12 @@ def test_fused_qkv_cannot_be_taken_apart():
 
 
 def test_merging_leaves_the_adapted_model_alone(clip):
-    adapted = inject_lora(clip.model, dropout=0.0)
+    adapted: Any = inject_lora(clip.model, dropout=0.0)
     for parameter in lora_parameters(adapted).values():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     images = torch.randn(2, 3, 32, 32)
     expected = adapted.encode_image(images)
-    merged = merge_lora(adapted)
+    merged: Any = merge_lora(adapted)
     assert torch.allclose(merged.encode_image(images), expected, atol=1e-4)
     assert torch.equal(adapted.encode_image(images), expected)
     assert not hasattr(merged, "peft_config")
