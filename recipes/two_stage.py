@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
+from adaptclip.errors import ConfigError
 from adaptclip.evaluation.new_classes import judge_new_classes
 
 
@@ -85,6 +86,7 @@ def main(cfg: Config) -> int:
         data, new = base_and_new(data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, _ = split.select(data)  # the validation shots are not used
+    tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     lora = ac.LoRA(
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, dropout=cfg.dropout,
@@ -98,12 +100,11 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
-    (total, lr), started = training_length(cfg, len(few_shots) / len(data.class_names)), time.perf_counter()
-    num_steps = round(cfg.tower_share * total)
+    started = time.perf_counter()
     loader = ac.training_loader(
         lora, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator
     )
-    train(lora, loader, num_steps, lr, run, accelerator)
+    train(lora, loader, tower_steps, lr, run, accelerator)
     lora_parameters = lora.trainable_parameters()
 
     # The head learns on features of the adapted towers, which no other run could use.
@@ -113,11 +114,11 @@ def main(cfg: Config) -> int:
     )
     head_loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
     head_run = ac.start_run(run.path / "head", config=asdict(cfg), accelerator=accelerator, resume=cfg.resume)
-    train(adapter, head_loader, total - num_steps, cfg.head_lr, head_run, accelerator)
+    train(adapter, head_loader, head_steps, cfg.head_lr, head_run, accelerator)
     training = {
         "trainable_parameters": sum(p.numel() for p in (*lora_parameters, *adapter.trainable_parameters())),
         "seconds": time.perf_counter() - started, "chosen": {}, "validation_used_for": "nothing",
-        "schedule": f"{num_steps} steps of LoRA, {total - num_steps} of the head, batches of {cfg.batch_size}",
+        "schedule": f"{tower_steps} steps of LoRA, {head_steps} of the head, batches of {cfg.batch_size}",
     }  # fmt: skip
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
@@ -162,11 +163,22 @@ def train(adapter: Any, loader: Any, num_steps: int, lr: float, run: Any, accele
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
 
-def training_length(cfg: Config, images_per_class: float) -> tuple[int, float]:
-    """Returns steps of both stages and the towers' learning rate: the paper's, or short ones for the default."""
+def training_length(cfg: Config, images_per_class: float) -> tuple[int, int, float]:
+    """Returns steps of either stage and the towers' learning rate: the paper's, or short ones for the default.
+
+    Raises:
+        ConfigError: a stage has no steps.
+    """
+    total, lr = cfg.steps or 300 * (cfg.shots or round(images_per_class)), cfg.lr
     if (cfg.card, cfg.backbone, cfg.steps, cfg.lr) == ("digits", "starter", 0, 2e-4):
-        return 80, 1e-2
-    return cfg.steps or 300 * (cfg.shots or round(images_per_class)), cfg.lr
+        total, lr = 80, 1e-2
+    tower_steps = round(cfg.tower_share * total)
+    if not 0 < tower_steps < total:
+        raise ConfigError(
+            f"steps and tower_share must leave 1 step or more for each stage, got {total} and {cfg.tower_share:g}; "
+            "recipes/lora.py has no second stage, recipes/linear_probe.py no first"
+        )
+    return tower_steps, total - tower_steps, lr
 
 
 if __name__ == "__main__":
