@@ -1,0 +1,32 @@
+"""The `adaptclip` command: one table of commands, one small file per command or group of commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from adaptclip.cli import card, gate, predict, report
+from adaptclip.config import parse_command
+from adaptclip.entrypoint import run_and_exit
+
+# Heavy modules are imported inside the commands: `adaptclip --help` should not wait for torch.
+
+Command = Callable[..., "int | None"]
+
+COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
+    "predict": predict.predict,
+    "report": report.report,
+    "gate": gate.gate,
+    "card": {"check": card.check, "list": card.list_names, "new": card.new},
+}
+"""Name -> function whose signature gives the flags and whose docstring gives the help, or a group of such."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; leaves with 0, 1 (usage or data error), or a gate's 2 (failed) or 3 (inconclusive)."""
+    commands: dict[str, Any] = dict(COMMANDS)
+    run_and_exit(
+        lambda: parse_command(
+            commands, argv, prog="adaptclip", description="Adapt a pretrained CLIP to a custom domain, and judge it."
+        )
+    )

@@ -1,0 +1,6 @@
+"""`python -m adaptclip.cli`."""
+
+from adaptclip.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`adaptclip card`: data cards listed, checked and begun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+
+def list_names() -> int:
+    """List the data cards by name."""
+    from adaptclip.data.card import list_cards
+
+    for name in list_cards():
+        sys.stdout.write(name + "\n")
+    return 0
+
+
+def check(
+    card: str,
+    /,
+    *,
+    data_root: Path | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+) -> int:
+    """Check a data card and the images behind it: columns, classes, leaks between splits, unreadable images.
+
+    Args:
+        card: name in data_cards/, path of a card, or path of an image folder.
+        data_root: folder that holds the card's files.
+        on_bad_image: stop at the first unreadable image, or list what was skipped.
+    """
+    from adaptclip.data.card import load_card
+    from adaptclip.data.sources import open_data
+
+    data = open_data(load_card(card), data_root=data_root, on_bad_image=on_bad_image)
+    write = sys.stdout.write
+    write(f"{data.card.name}: {len(data.class_names)} classes\n")
+    for part in ("train", "validation", "test"):
+        split = getattr(data, part)
+        write(f"  {part:<11}{len(split):>8} images\n")
+    for name in data.test.groups:
+        values = sorted(set(data.test.groups[name]))
+        counts = ", ".join(f"{v} {data.test.groups[name].count(v)}" for v in values)
+        write(f"  test by {name}: {counts}\n")
+    for row in data.skipped:
+        write(f"  skipped unreadable image {row}\n")
+    for note in data.notes:
+        write(f"  allowed by the card: {note}\n")
+    for issue in data.card.known_issues:
+        write(f"  known issue: {issue}\n")
+    write("no problem found that the card does not allow\n")
+    return 0
+
+
+def new(folder: Path, /, *, out: Path = Path("card.md")) -> int:
+    """Write a data card for a folder of images or a table of image paths, to be filled in.
+
+    Args:
+        folder: class folders, train/test folders of class folders, or a folder with a CSV or JSONL table.
+        out: the card to write; an existing file is never overwritten.
+    """
+    from adaptclip.data.scaffold import new_card
+
+    path = new_card(folder, out)
+    sys.stdout.write(f"wrote {path}. Fill in what it asks for, then: adaptclip card check {path}\n")
+    return 0
