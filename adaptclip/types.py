@@ -59,7 +59,7 @@ class Features:
         values: (V, N, D) float32, unit norm; V is 1 for the evaluation transform.
         labels: (N,) int64.
         ids: N row ids.
-        weights: digest of the backbone that made them; "" where it is not known.
+        weights: digest of the image weights that made them (`ClipBackbone.image_digest`); "" where it is not known.
     """
 
     values: Tensor
