@@ -408,7 +408,9 @@ def test_features_of_an_image_tower_that_is_not_adapted_stay_valid(clip):
     assert adapter.encoder.digest != clip.digest
     assert adapter.encoder.image_digest == clip.image_digest
     assert batch.images is not None
-    assert torch.equal(adapter.encoder.encode_image(batch.images), clip.encode_image(batch.images))
+    torch.testing.assert_close(
+        adapter.encoder.encode_image(batch.images), clip.encode_image(batch.images), atol=1e-5, rtol=0
+    )  # the attention is split, which rounds otherwise
     image = LoRA(clip, NAMES, towers="image")
     train(image, batch)
     assert image.encoder.image_digest != clip.image_digest
