@@ -1,14 +1,14 @@
 """The few-shot bench: cards x methods x shots x seeds in one run, with tables, curves and intervals.
 
 Protocols all-classes      Zhou et al., IJCV 2022, arXiv:2109.01134, sec. 4.1
-          base-to-new      Zhou et al., CVPR 2022, arXiv:2203.05557, sec. 4.1; cross-dataset and domain-shift: sec. 4.2, 4.3
+          base-to-new      Zhou et al., CVPR 2022, arXiv:2203.05557, sec. 4.1; cross-dataset, domain-shift: 4.2, 4.3
 Run       accelerate launch recipes/few_shot.py --cards my_images/ --backbone ViT-B-16 --pretrained openai
 Parallel  accelerate launch --num_processes 4 recipes/few_shot.py …, on a CPU
           torchrun --standalone --nproc_per_node 2 recipes/few_shot.py …: jobs are shared out, none is done twice
 Ladder    python recipes/few_shot.py --methods ladder …: from zero-shot to LoRA, and advice at the end
 Smoke     accelerate launch recipes/few_shot.py      (embedded card and model: no download, CPU, a few minutes)
-Expected  README.md of this folder. The same command goes on where it was interrupted; more seeds, shots or methods add to
-          what is there.
+Expected  README.md of this folder. The same command goes on where it was interrupted; more seeds, shots or methods
+          add to what is there.
 """
 
 from __future__ import annotations

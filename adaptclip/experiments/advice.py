@@ -12,8 +12,8 @@ from adaptclip.experiments.summary import Estimate, Row, estimate, paired, value
 from adaptclip.experiments.tables import METRIC_NAMES
 
 CAUTION = (
-    "The best of several methods on the same test images looks better than it is, and these intervals count seeds only. "
-    "To pick a method for release, decide on other images than those you report."
+    "The best of several methods on the same test images looks better than it is, and these intervals count seeds "
+    "only. To pick a method for release, decide on other images than those you report."
 )
 """What must stand beside any advice of this kind."""
 

@@ -53,10 +53,10 @@ class Asked:
 def write_output(
     out: Path, results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], asked: Asked
 ) -> list[str]:
-    """Writes results.parquet, results.csv, tables.md, tables.tex, curves_<card>.svg and .png, and index.html.
+    """Writes results.parquet and .csv, tables.md and .tex, curves_<card>.svg and .png, costs.md, and index.html.
 
-    Everything but times and results.* is the same for the same results, whoever computed them. Files of cards that are
-    not part of the results are left alone.
+    The tables and curves hold no times, so that the same jobs give the same files, whoever did them. Files of cards
+    that are not part of the results are left alone.
 
     Args:
         out: folder.
@@ -87,10 +87,12 @@ def write_output(
     costs = cost_table(rows)
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
     parts += ["## Failed jobs", "\n".join(f"- {line}" for line in failed)] if failed else []
+    parts += [*(to_markdown(table) for table in tables), "## Published numbers", comparison_markdown(comparisons)]
+    write_text(out / "tables.md", "\n\n".join(parts) + "\n")
+    write_text(out / "tables.tex", "\n\n".join(to_latex(table) for table in tables) + "\n")
+    parts = ["# Costs", to_markdown(costs)]
     parts += ["## Advice", "\n".join(f"- {sentence}" for sentence in said)] if said else []
-    parts += [*(to_markdown(table) for table in tables), to_markdown(costs), "## Published numbers"]
-    write_text(out / "tables.md", "\n\n".join([*parts, comparison_markdown(comparisons)]) + "\n")
-    write_text(out / "tables.tex", "\n\n".join(to_latex(table) for table in (*tables, costs)) + "\n")
+    write_text(out / "costs.md", "\n\n".join(parts) + "\n")
     page = _template().render(
         title=title, facts=facts, failures=failed, advice=said, tables=[*tables, costs], comparisons=comparisons,
         figures={name: markupsafe.Markup(_inline(formats["svg"])) for name, formats in figures.items()},
@@ -113,19 +115,21 @@ def write_rows(out: Path, rows: Sequence[Row]) -> None:
 def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], asked: Asked) -> list[str]:
     """What has to be known of every number below."""
     uses = sorted({row["method"] for row in rows if row["validation_used_for"] != "nothing"})
-    schedules = {}
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    schedules: dict[str, dict[int, str]] = {}
     for row in rows:
         schedules.setdefault(row["method"], {})[row["shots"]] = row["schedule"]
     facts = [
         f"Protocol {asked.protocol}: {PROTOCOLS[asked.protocol].about}.",
         f"Backbone: {asked.backbone}. Cards: {', '.join(dict.fromkeys(row['card'] for row in rows))}.",
-        f"{len(results)} of {asked.num_jobs} jobs are done; seeds: {', '.join(map(str, sorted({r['seed'] for r in rows})))}.",
+        f"{len(results)} of {asked.num_jobs} jobs are done; seeds: {seeds}.",
         "Validation: at most min(shots, 4) images per class beside the training images; used by "
-        f"{', '.join(uses) or 'no method'}. Test images were read once per job, after fitting; nothing was chosen on them.",
+        f"{', '.join(uses) or 'no method'}. Test images were read once per job, after fitting; nothing was chosen on "
+        "them.",
     ]
     facts += [f"Settings other than published: {', '.join(asked.changes)}."] if asked.changes else []
     facts += [f"Search for settings: {asked.search}."] if asked.search else []
-    longest = {method: by_shots[max(by_shots)] for method, by_shots in schedules.items()}
+    longest = {m: by_shots[max(by_shots, key=lambda k: k or float("inf"))] for m, by_shots in schedules.items()}
     trained = [
         f"{method}: {text}" for method, text in longest.items() if text not in ("closed form", "nothing is learnt")
     ]

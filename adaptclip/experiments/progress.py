@@ -38,16 +38,16 @@ class Progress:
         self._current: Job | None = None
         self._console = Console()
         self._live: Live | None = None
-        self._found_before = 0
+        self._told = 0
 
     def __enter__(self) -> Progress:
         self._look()
-        self._found_before = len(self._known)
+        self._told = len(self._known)
         if self._show and self._console.is_terminal:
             self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=1)
             self._live.__enter__()
         elif self._show:
-            before = f", {self._found_before} of them done before" if self._found_before else ""
+            before = f", {self._told} of them done before" if self._told else ""
             self._print(f"{len(self._jobs)} jobs{before}")
         return self
 
@@ -63,6 +63,7 @@ class Progress:
     def update(self) -> None:
         """Looks for new results and, where there is no table, prints a line for each."""
         for job in self._look():
+            self._told += 1
             if self._show and self._live is None:
                 self._print(self._line(job))
 
@@ -74,24 +75,26 @@ class Progress:
         """
         if not self._known:
             return None
-        per_shot: dict[tuple[str, ...], list[float]] = {}
+        rate_of: dict[tuple[str, ...], list[float]] = {}
         for job in self._jobs:
             result = self._known.get(job.key)
             if result is not None:
-                rate = result["total_s"] / max(1, result["train_images"])
-                for group in ((job.method, job.card), (job.method,), ()):
-                    per_shot.setdefault(group, []).append(rate)
+                # What a job encodes for all that come after it is not expected of those.
+                rate = (result["total_s"] - result["read_s"]) / max(1, result["train_images"])
+                for group in ((job.method, job.card), (job.method,)):
+                    rate_of.setdefault(group, []).append(rate)
         images = {}
         for job in self._jobs:
             if job.key in self._known:
                 images[job.card] = self._known[job.key]["train_images"] / max(1, job.shots)
         usual = statistics.median(images.values())
+        dearest = max(statistics.median(rates) for group, rates in rate_of.items() if len(group) == 1)
         total = 0.0
         for job in self._jobs:
             if job.key in self._known or job.key in self._failed:
                 continue
-            rates = per_shot.get((job.method, job.card)) or per_shot.get((job.method,))
-            rate = statistics.median(rates) if rates else max(per_shot[()])
+            rates = rate_of.get((job.method, job.card)) or rate_of.get((job.method,))
+            rate = statistics.median(rates) if rates else dearest
             total += rate * max(1, job.shots) * images.get(job.card, usual)
         return total / self._processes
 
@@ -111,7 +114,7 @@ class Progress:
         return new
 
     def _line(self, job: Job) -> str:
-        number = f"[{len(self._known) + len(self._failed)}/{len(self._jobs)}] {job}"
+        number = f"[{self._told}/{len(self._jobs)}] {job}"
         if job.key in self._failed:
             failure = self._failed[job.key]
             return f"{number}: failed, {failure['error']}: {failure['message'].splitlines()[0][:200]}"
@@ -166,6 +169,8 @@ class Progress:
 def duration(seconds: float) -> str:
     """Returns a time in words: 40 s, 12 min, 3 h 20 min."""
     minutes = round(seconds / 60)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -155,8 +155,9 @@ def as_classes_of(target: DomainData, source: DomainData) -> DomainData:
         label = known.get(clean_class_name(name).casefold())
         if label is None:
             raise SplitError(
-                f"card {target.card.name} has the class {name!r}, card {source.card.name} has not: a domain shift shows "
-                "the same classes otherwise. Rename it (`class_names` in the card), or take --protocol cross-dataset"
+                f"card {target.card.name} has the class {name!r}, card {source.card.name} has not: a domain shift "
+                "shows the same classes otherwise. Rename it (`class_names` in the card), or take "
+                "--protocol cross-dataset"
             )
         ids.append(label)
     new_id = np.asarray(ids)
@@ -176,5 +177,6 @@ def check_targets(protocol: str, targets: Sequence[str]) -> None:
     if targets and not needs:
         kinds = [name for name, kind in PROTOCOLS.items() if kind.takes_targets]
         raise ConfigError(
-            f"the protocol {protocol} has no target cards, got {', '.join(targets)}; they belong to {' and '.join(kinds)}"
+            f"the protocol {protocol} has no target cards, got {', '.join(targets)}; they belong to "
+            f"{' and '.join(kinds)}"
         )

@@ -34,8 +34,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.trials < 2 or self.seconds < 0:
             raise ConfigError(
-                f"a search needs two trials or more (the first takes the published settings) and 0 seconds or more, got "
-                f"{self.trials} and {self.seconds:g}; leave --search-trials at 0 for no search"
+                f"a search needs two trials or more (the first takes the published settings) and 0 seconds or more, "
+                f"got {self.trials} and {self.seconds:g}; leave --search-trials at 0 for no search"
             )
 
 
@@ -43,8 +43,8 @@ def search(method: Method, support: Support, settings: Mapping[str, Any], budget
     """Fits a method with several settings and keeps the adapter that does best on the validation shots.
 
     Better means more validation images right, and among equals the lower cross-entropy; the published settings are the
-    first trial, so nothing is taken that does worse there. Further trials come from optuna's TPE sampler (Bergstra et al.
-    2011) with a seed of the job.
+    first trial, so nothing is taken that does worse there. Further trials come from optuna's TPE sampler (Bergstra et
+    al. 2011) with a seed of the job.
 
     Returns:
         The best adapter. `told` says what was chosen, and under `search` what was tried.
@@ -58,8 +58,8 @@ def search(method: Method, support: Support, settings: Mapping[str, Any], budget
         raise ConfigError('a search needs optuna: python -m pip install "adaptclip[tune]"') from error
     if not len(support.held_out):
         raise ConfigError(
-            "this draw has no validation images to search settings on; leave --search-trials at 0, take fewer shots, or "
-            "a card with a validation part"
+            "this draw has no validation images to search settings on; leave --search-trials at 0, take fewer shots, "
+            "or a card with a validation part"
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=derive_seed(support.seed, "search") % 2**32)

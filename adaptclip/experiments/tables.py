@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptclip.experiments.methods import METHODS
-from adaptclip.experiments.summary import ALL_CARDS, Cell, Estimate, Row, column_cells, paired, values_by_cell
+from adaptclip.experiments.summary import (
+    ALL_CARDS,
+    Cell,
+    Estimate,
+    Row,
+    Values,
+    column_cells,
+    paired,
+    values_by_cell,
+)
 
 METRIC_NAMES = {"accuracy": "accuracy", "mean_per_class_accuracy": "mean accuracy per class"}
 """Metrics that tables can show, in words."""
 
 MARKS = "Best of a column bold; † marks what is not significantly worse than it (the 95 % interval of the paired \
 difference includes 0, not adjusted for the number of methods)."
+
+
+DIFFERENCES = "Points, paired by seed, mean ± half of the 95 % t interval. Bold: the interval excludes 0."
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class ResultTable:
 def result_tables(rows: Sequence[Row], *, metric: str, baseline: str, num_seeds: int) -> list[ResultTable]:
     """Returns, for every card, a table of means and one of paired differences to the baseline.
 
-    With one number of shots, the judged sets stand side by side; with several, each has tables of its own.
+    With one number of shots, several judged sets stand side by side; else each has tables of its own.
 
     Args:
         rows: of `tidy_rows`.
@@ -57,38 +69,41 @@ def result_tables(rows: Sequence[Row], *, metric: str, baseline: str, num_seeds:
     methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
     tables = []
     for card in dict.fromkeys(key[0] for key in cells):
-        targets = list(dict.fromkeys(row["target"] for row in rows if card in (row["card"], ALL_CARDS)))
-        n = max(row["n"] for row in rows if card in (row["card"], ALL_CARDS))
-        layouts = [(targets, shots[0])] if len(shots) == 1 else [(target, None) for target in targets]
-        for which, only in layouts:
-            places = [(t, only) for t in which] if only is not None else [(which, k) for k in shots]
-            heads = tuple(str(t) if only is not None else _shots(k) for t, k in places)
-            columns = [{m: cells[card, str(t), k or 0, m] for m in methods if (card, str(t), k or 0, m) in cells}
-                       for t, k in places]  # fmt: skip
-            what = METRIC_NAMES[metric] + (f", {only or 'all'} shots" if only is not None else f", {which}")
-            images = "" if card == ALL_CARDS else f"; up to {n:,} test images"
+        own = [row for row in rows if card in (row["card"], ALL_CARDS)]
+        targets = list(dict.fromkeys(row["target"] for row in own))
+        images = "" if card == ALL_CARDS else f"; up to {max(row['n'] for row in own):,} test images"
+        note = (
+            f"Per cent, mean ± half of the 95 % t interval over {num_seeds} seeds{images}. {MARKS} Rows without an "
+            "interval learn from no image."
+        )
+        for title, places in _layouts(targets, shots):
+            heads = tuple(places)
+            columns = [
+                {m: cells[card, target, k, m] for m in methods if (card, target, k, m) in cells}
+                for target, k in places.values()
+            ]
+            title = f"{card}: {METRIC_NAMES[metric]}, {title}"
             marked = [column_cells(column, num_seeds) for column in columns]
-            tables.append(
-                ResultTable(
-                    f"{card}: {what}", heads,
-                    tuple((m, tuple(_mean_entry(c.get(m)) for c in marked)) for m in methods),
-                    f"Per cent, mean ± half of the 95 % t interval over {num_seeds} seeds{images}. {MARKS} Rows without "
-                    "an interval learn from no image.",
-                )
-            )  # fmt: skip
+            lines = tuple((m, tuple(_mean_entry(column.get(m)) for column in marked)) for m in methods)
+            tables.append(ResultTable(title, heads, lines, note))
             if baseline in methods and len(methods) > 1:
-                differences = tuple(
-                    (m, tuple(_difference_entry(paired(c[m], c[baseline]) if m in c and baseline in c else None)
-                              for c in columns))
-                    for m in methods if m != baseline
-                )  # fmt: skip
-                tables.append(
-                    ResultTable(
-                        f"{card}: {what}, difference to {baseline}", heads, differences,
-                        "Points, paired by seed, mean ± half of the 95 % t interval. Bold: the interval excludes 0.",
-                    )
-                )  # fmt: skip
+                lines = tuple((m, _differences(columns, m, baseline)) for m in methods if m != baseline)
+                tables.append(ResultTable(f"{title}, difference to {baseline}", heads, lines, DIFFERENCES))
     return tables
+
+
+def _layouts(targets: Sequence[str], shots: Sequence[int]) -> list[tuple[str, dict[str, tuple[str, int]]]]:
+    """Tables of one card: (what they show, heading -> judged set and shots)."""
+    if len(shots) == 1 and len(targets) > 1:
+        return [(_shots(shots[0]), {target: (target, shots[0]) for target in targets})]
+    return [(target, {_shots(k): (target, k) for k in shots}) for target in targets]
+
+
+def _differences(columns: Sequence[Mapping[str, Values]], method: str, baseline: str) -> tuple[Entry | None, ...]:
+    return tuple(
+        _difference_entry(paired(column[method], column[baseline])) if {method, baseline} <= set(column) else None
+        for column in columns
+    )
 
 
 def cost_table(rows: Sequence[Row]) -> ResultTable:
