@@ -17,6 +17,7 @@ import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.data.dataset import DomainData
 from adaptclip.errors import ConfigError
+from adaptclip.evaluation.metrics import ece
 from adaptclip.experiments import store as store_module
 from adaptclip.experiments.jobs import Grid, Worker, make_grid
 from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
@@ -87,9 +88,11 @@ RECIPES = {
     "coop": ("coop", {"epochs": 4, "views": 2}, ("coop.epochs=4", "coop.views=2")),
     "kgcoop": ("coop", {"epochs": 4, "views": 2, "kg_weight": 8.0, "ctx_init": "a photo of a", "batch_size": 128},
                ("kgcoop.epochs=4", "kgcoop.views=2")),
-    "lora": ("lora", {"steps": 4, "lr": 1e-2}, ("lora.steps=4", "lora.lr=1e-2")),
-    "two-stage": ("two_stage", {"steps": 5, "lr": 1e-2, "head_lr": 1e-2, "views": 2},
-                  ("two-stage.steps=5", "two-stage.lr=1e-2", "two-stage.head_lr=1e-2", "two-stage.views=2")),
+    # Without dropout, whose draws come after other draws in a process that also loads its backbone.
+    "lora": ("lora", {"steps": 4, "lr": 1e-2, "dropout": 0.0}, ("lora.steps=4", "lora.lr=1e-2", "lora.dropout=0")),
+    "two-stage": ("two_stage", {"steps": 5, "lr": 1e-2, "head_lr": 1e-2, "views": 2, "dropout": 0.0},
+                  ("two-stage.steps=5", "two-stage.lr=1e-2", "two-stage.head_lr=1e-2", "two-stage.views=2",
+                   "two-stage.dropout=0")),
 }  # fmt: skip
 
 
@@ -106,7 +109,7 @@ def test_a_method_gives_what_its_recipe_gives(method, make_worker, tiny, cache, 
     own = found["judged"]["test"]
     assert own["n"] == len(expected)
     assert own["accuracy"] == (expected.pred == expected.labels).mean()
-    assert own["ece"] == pytest.approx(ac.build_report(expected)["overall"]["ece"]["value"], abs=1e-4)
+    assert own["ece"] == pytest.approx(ece(expected.probs, expected.labels), abs=1e-4)
     if name != "zero_shot":
         assert found["trainable_parameters"] >= 0
         assert (found["train_images"], found["validation_images"]) == (20, 20)

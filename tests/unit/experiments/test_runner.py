@@ -158,4 +158,4 @@ def test_the_time_left_comes_from_what_was_done(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "[1/4] card, gda, 1 shot, seed 1: test 50.0 % (3.0 s; about 14 s left)" in said
     assert "[2/4] card, gda, 1 shot, seed 2: failed, E: told" in said
-    assert [duration(s) for s in (0.4, 40, 100, 4000, 7300)] == ["0 s", "40 s", "2 min", "67 min", "2 h 2 min"]
+    assert [duration(s) for s in (0.4, 40, 100, 4000, 7300)] == ["0.4 s", "40 s", "2 min", "67 min", "2 h 2 min"]

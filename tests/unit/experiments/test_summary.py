@@ -39,9 +39,11 @@ def result(method, seed, accuracy, *, card="flowers", shots=4, seconds=1.0, prot
             "split": "s", "backbone": "ViT-B-16", "pretrained": "openai", "weights": "w", "adaptclip": "0",
         },
         "judged": {name.replace("_", " "): {**measured, "accuracy": value} for name, value in targets.items()},
-        "train_images": 40, "validation_images": 40, "validation_used_for": "choosing C" if method == "gda" else "nothing",
-        "schedule": "closed form", "chosen": {"alpha": 1.0}, "search": None, "trainable_parameters": 7, "fit_s": seconds,
-        "read_s": 0.0, "total_s": seconds + 1, "warnings": [],
+        "train_images": 40, "validation_images": 40,
+        "validation_used_for": "choosing C" if method == "gda" else "nothing", "schedule": "closed form",
+        "chosen": {"alpha": 1.0}, "search": None, "trainable_parameters": 7, "fit_s": seconds,
+        "read_s": 0.0, "total_s": seconds + 1,
+        "warnings": [],
     }  # fmt: skip
 
 
