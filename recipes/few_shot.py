@@ -24,7 +24,7 @@ from adaptclip.experiments.jobs import Worker, make_grid
 from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
 from adaptclip.experiments.output import Asked, write_output
 from adaptclip.experiments.progress import Progress
-from adaptclip.experiments.protocols import PROTOCOLS, check_targets
+from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_targets
 from adaptclip.experiments.runner import run_jobs, take_place
 from adaptclip.experiments.search import Budget
 from adaptclip.experiments.store import FeatureStore
@@ -88,8 +88,8 @@ class Config:
 def main(cfg: Config) -> int:
     """Cards → few-shot splits → jobs, shared out over the processes → results → tables, curves, page, advice."""
     launch = launch_id()
-    place = take_place(cfg.threads)
     check(cfg)
+    place = take_place(cfg.threads)
     methods = choose_methods(cfg.methods, new_names=PROTOCOLS[cfg.protocol].new_names)
     changes = cfg.settings
     if cfg.cards == ("digits",) and cfg.backbone == "starter" and not changes:
@@ -98,14 +98,13 @@ def main(cfg: Config) -> int:
     budget = Budget(cfg.search_trials, cfg.search_seconds) if cfg.search_trials else None
 
     accelerator = ac.make_accelerator(cfg.mixed_precision)
-    data = {}
-    for name in (*cfg.cards, *cfg.targets):
-        card = ac.load_card(name)
-        data[name] = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
-    sources = {data[name].card.name: data[name] for name in cfg.cards}
+    cards = [ac.load_card(name) for name in (*cfg.cards, *cfg.targets)]
+    check_names([card.name for card in cards])
+    data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
+    sources = {own.card.name: own for own in data[: len(cfg.cards)]}
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     grid = make_grid(
-        sources, [data[name] for name in cfg.targets], backbone, protocol=cfg.protocol, settings=settings,
+        sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
         shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget,
     )  # fmt: skip
     board = Board(cfg.out / "jobs", launch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def launch_id() -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
         return digest([os.environ.get(name, "") for name in names])[:16]
-    return f"process {os.getpid()}"
+    return uuid.uuid4().hex[:16]
 
 
 class Board:

@@ -169,6 +169,13 @@ def _renamed(images: ImageDataset, new_id: np.ndarray, class_names: tuple[str, .
     return replace(images, labels=new_id[images.labels], class_names=class_names, levels={})
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError where two cards have one name, which is what results are told apart by."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two cards are called {name}; results are told apart by the names of their cards")
+
+
 def check_targets(protocol: str, targets: Sequence[str]) -> None:
     """Raises ConfigError unless target cards are given exactly where a protocol needs them."""
     needs = PROTOCOLS[protocol].takes_targets
