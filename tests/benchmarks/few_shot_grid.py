@@ -39,7 +39,7 @@ from adaptclip.experiments.store import FeatureStore
 from adaptclip.storage import write_json
 from adaptclip.training.pixels import PixelLoader
 
-METHODS = ("zero-shot", "ss-text", "logistic", "lp++", "gda", "tip-f", "clap", "coop")
+METHODS: tuple[str, ...] = ("zero-shot", "ss-text", "logistic", "lp++", "gda", "tip-f", "clap", "coop")
 TARGET = 10.0
 """Ratio of the whole grid below which the benchmark fails."""
 

@@ -118,8 +118,8 @@ def test_a_method_gives_what_its_recipe_gives(method, make_worker, tiny, cache, 
 
 def test_ensembles_average_more_prompts(make_worker):
     worker = make_worker(methods=("zero-shot", "ensemble"))
-    fitted = METHODS["ensemble"].fit(worker.support(worker.grid.jobs[0]))
-    assert len(fitted.adapter.templates) == len({*ac.load_card("digits").templates}) + 7
+    adapter: Any = METHODS["ensemble"].fit(worker.support(worker.grid.jobs[0])).adapter
+    assert len(adapter.templates) == len({*ac.load_card("digits").templates}) + 7
     assert run(worker, "ensemble")["judged"]["test"]["ece"] != run(worker, "zero-shot")["judged"]["test"]["ece"]
 
 
@@ -140,7 +140,9 @@ def test_new_classes_are_judged_by_their_names(make_worker, data):
     # CoOp's context is what goes over to the new names.
     job = next(job for job in worker.grid.jobs if job.method == "coop")
     adapter: Any = METHODS["coop"].fit(worker.support(job), **job.settings).adapter
-    moved: Any = METHODS["coop"].rename(adapter, new.prompt_names, ())
+    rename = METHODS["coop"].rename
+    assert rename is not None
+    moved: Any = rename(adapter, new.prompt_names, ())
     assert torch.equal(moved.context, adapter.context)
     assert moved.class_names == tuple(new.prompt_names)
 
