@@ -47,7 +47,7 @@ def _figure(card: str, cells: Mapping[tuple[str, int, str], dict[int, float]], m
             for number, method in enumerate(methods):
                 line = {k: cells[target, k, method] for k in shots if (target, k, method) in cells}
                 # A little apart, so that bars of several methods can be told from each other.
-                apart = 0.03 * (number - (len(methods) - 1) / 2)
+                apart = 0.03 * (number - (len(methods) - 1) / 2) if METHODS[method].learns else 0.0
                 _line(panel, [place[k] + apart for k in line], list(line.values()), method)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0), min(high, 100))

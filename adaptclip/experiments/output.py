@@ -18,7 +18,7 @@ from adaptclip.experiments.advice import advice
 from adaptclip.experiments.curves import draw_curves
 from adaptclip.experiments.protocols import PROTOCOLS
 from adaptclip.experiments.published import compare, comparison_markdown
-from adaptclip.experiments.summary import Row, tidy_rows
+from adaptclip.experiments.summary import Row, clear_falls, tidy_rows
 from adaptclip.experiments.tables import cost_table, result_tables, to_latex, to_markdown
 from adaptclip.storage import write_bytes, write_parquet, write_text
 
@@ -127,6 +127,12 @@ def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], asked: Ask
         f"{', '.join(uses) or 'no method'}. Test images were read once per job, after fitting; nothing was chosen on "
         "them.",
     ]
+    looked_at, falls = clear_falls(rows, asked.metric)
+    if looked_at:
+        told = "; ".join(falls) or "none"
+        facts.append(
+            f"Falls from one number of shots to the next, beyond chance by seeds, of {looked_at} steps: {told}."
+        )
     facts += [f"Settings other than published: {', '.join(asked.changes)}."] if asked.changes else []
     facts += [f"Search for settings: {asked.search}."] if asked.search else []
     longest = {m: by_shots[max(by_shots, key=lambda k: k or float("inf"))] for m, by_shots in schedules.items()}

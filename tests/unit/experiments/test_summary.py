@@ -19,6 +19,7 @@ from adaptclip.experiments.published import compare, comparison_markdown, publis
 from adaptclip.experiments.summary import (
     ALL_CARDS,
     TIMES,
+    clear_falls,
     column_cells,
     estimate,
     paired,
@@ -118,6 +119,17 @@ def test_several_judged_sets_of_one_number_of_shots_stand_side_by_side():
     rows += tidy_rows([result("coop", 1, 0.8, protocol="base-to-new", shots=16, judged=own)])
     tables = result_tables(rows, metric="accuracy", baseline="zero-shot", num_seeds=1)
     assert [t.columns for t in tables] == [("4 shots", "16 shots")] * 3
+
+
+def test_curves_that_fall_are_found():
+    values = {1: (0.5, 0.6, 0.55), 4: (0.7, 0.69, 0.71), 16: (0.6, 0.592, 0.608)}
+    results = [result("gda", s, v, shots=k) for k, own in values.items() for s, v in enumerate(own)]
+    results += [result("zero-shot", s, 0.9 - k / 100, shots=k) for k in values for s in range(3)]
+    looked_at, falls = clear_falls(tidy_rows(results), "accuracy")
+    assert looked_at == 2
+    # Differences of -10.0, -9.8 and -10.2 points: 4.303 · 0.2 / √3.
+    assert falls == ["flowers, test, gda from 4 to 16 shots: 10.0 ± 0.5 points"]
+    assert clear_falls(tidy_rows(results[:1]), "accuracy") == (0, [])
 
 
 def test_latex_and_markdown_keep_special_characters():
