@@ -7,7 +7,8 @@ run here, one after the other, in one process on one thread, on the same data an
 
 The grid job by job is timed on its first seed and multiplied by the number of seeds; of CoOp's steps, `--steps` of each
 job are timed and multiplied. What is left out favours it: each of its jobs would also start Python, load the backbone
-and open the data.
+and open the data. Seconds are those that the process computes (all its threads), not those of the clock, so that other
+work on the machine distorts them less.
 
 Run     python tests/benchmarks/few_shot_grid.py results.json --data-root DATA
 Quick   python tests/benchmarks/few_shot_grid.py results.json --card digits --shots 1 2 --seeds 1
@@ -22,12 +23,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from coop_step import N_CTX, published_step
-from measuring import timed
 from rich.console import Console
 from rich.table import Table
 
@@ -53,11 +54,18 @@ def worker_of(data: Any, backbone: Any, cache: Path | None, shots: list[int], se
     return Worker(grid, FeatureStore(ac.FeatureCache(cache), backbone, locks), ac.make_accelerator(cpu=True))
 
 
+def computed(call: Callable[[], object]) -> float:
+    """Returns the seconds of computing of one call."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
 def whole_grid(worker: Worker) -> dict[str, float]:
     """Runs every job and returns seconds by method."""
     seconds = dict.fromkeys(METHODS, 0.0)
     for job in worker.grid.jobs:
-        seconds[job.method] += timed(lambda job=job: worker.run(job))
+        seconds[job.method] += computed(lambda job=job: worker.run(job))
     return seconds
 
 
@@ -66,7 +74,7 @@ def alone(data: Any, backbone: Any, job: Job, locks: Path, steps: int) -> float:
     worker = worker_of(data, backbone, None, [job.shots], [job.seed], locks)
     own = next(j for j in worker.grid.jobs if j.method == job.method)
     if job.method != "coop":
-        return timed(lambda: worker.run(own))
+        return computed(lambda: worker.run(own))
     support = worker.support(own)
     epochs = 50 if job.shots == 1 else 100 if job.shots <= 4 else 200
     loader = PixelLoader(
@@ -78,16 +86,16 @@ def alone(data: Any, backbone: Any, job: Job, locks: Path, steps: int) -> float:
         accelerator=worker.accelerator,
     )
     context = initial_context(backbone, N_CTX, "", job.seed)
-    each = []
+    seconds = []
     for number in range(steps + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         batch = loader.batch(number)
         assert batch.images is not None
         published_step(backbone, list(support.names), batch.images, batch.labels, context)()
-        each.append(time.perf_counter() - started)
-    test_s = timed(lambda: ac.FeatureCache(None).get(backbone, data.test))
-    # The first step also waits for crops that later ones find ready.
-    return test_s + statistics.median(each[1:]) * epochs * loader.steps_per_epoch
+        seconds.append(time.process_time() - started)
+    test_s = computed(lambda: ac.FeatureCache(None).get(backbone, data.test))
+    # The first step makes its own crops and those of the second.
+    return test_s + statistics.median(seconds[1:]) * epochs * loader.steps_per_epoch
 
 
 def main() -> int:
@@ -123,7 +131,7 @@ def main() -> int:
         },
     )  # fmt: skip
     count = len(METHODS) * len(args.shots) * len(args.seeds)
-    table = Table(title=f"{args.card}: {count} jobs, seconds on one thread")
+    table = Table(title=f"{args.card}: {count} jobs, seconds of computing")
     for column in ("method", "job by job", "bench, empty cache", "bench, full cache", "ratio, empty", "ratio, full"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, a, b, c in itertools.chain(
