@@ -120,22 +120,25 @@ def main(cfg: Config) -> int:
 
     first = place.rank == 0
     progress = Progress(grid.jobs, board, metric=cfg.metric, processes=place.size, show=first)
+    stopped = False
     try:
         with progress:
             run_jobs(grid.jobs, worker.run, board, progress, wait=first)
-    finally:  # also after Ctrl-C: what is there is shown
-        failures = [failure for job in grid.jobs if (failure := board.failure(job.key))]
-        if first:
-            results = [result for job in grid.jobs if (result := board.result(job.key))]
-            said = write_output(cfg.out, results, failures, asked)
+    except KeyboardInterrupt:
+        stopped = True  # what is there is shown
     if not first:
         return 0  # process 0 tells
+    failures = [failure for job in grid.jobs if (failure := board.failure(job.key))]
+    results = [result for job in grid.jobs if (result := board.result(job.key))]
+    said = write_output(cfg.out, results, failures, asked)
     for sentence in said:
         print(f"- {sentence}")
     for failure in failures:
         print(f"failed: {failure['job']}: {failure['error']}: {failure['message']}")
     print(f"{len(results)} of {len(grid.jobs)} jobs: {cfg.out}/index.html, tables.md, tables.tex, results.csv, curves")
-    return 1 if failures else 0
+    if stopped:
+        print("stopped by Ctrl-C: the same command goes on with the jobs that are left")
+    return 130 if stopped else 1 if failures else 0
 
 
 def check(cfg: Config) -> None:

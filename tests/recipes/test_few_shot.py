@@ -177,6 +177,20 @@ def test_a_failed_job_is_listed_and_the_exit_code_tells(cfg, monkeypatch, capsys
     assert len(rows(cfg.out)) == 8
 
 
+def test_ctrl_c_shows_what_is_there_and_the_same_command_goes_on(cfg, monkeypatch, capsys):
+    def stopped(support):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "ss-text", Method(stopped, 2))
+    cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
+    assert recipe.main(cfg) == 130
+    assert "4 of 8 jobs" in capsys.readouterr().out
+    assert len(rows(cfg.out)) == 4
+    monkeypatch.undo()
+    assert recipe.main(cfg) == 0
+    assert len(rows(cfg.out)) == 8
+
+
 def test_the_ladder_ends_with_advice(cfg, capsys):
     changes = ("coop.epochs=3", "coop.views=1", "lora.steps=3", "lora.lr=1e-2", "clap.epochs=5", "lp++.epochs=5")
     cfg = replace(cfg, methods=("ladder",), settings=changes, shots=(2,))
