@@ -34,6 +34,7 @@ _HOMES = {
     "TwoStage": "adapters",
     "ZeroShotClassifier": "adapters",
     "backward_and_step": "training.steps",
+    "build_mitigation": "training.mitigation",
     "build_optimizer": "training.optim",
     "build_report": "reports.summary",
     "build_scheduler": "training.optim",
@@ -82,6 +83,7 @@ __all__ = [
     "ZeroShotClassifier",
     "__version__",
     "backward_and_step",
+    "build_mitigation",
     "build_optimizer",
     "build_report",
     "build_scheduler",
@@ -139,6 +141,7 @@ if TYPE_CHECKING:
     from adaptclip.results import choose_gates, finish_run
     from adaptclip.seeding import seed_everything
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
+    from adaptclip.training.mitigation import build_mitigation
     from adaptclip.training.optim import build_optimizer, build_scheduler
     from adaptclip.training.pixels import PixelLoader, training_loader
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
