@@ -40,6 +40,7 @@ _HOMES = {
     "build_scheduler": "training.optim",
     "check_gates": "gates",
     "choose_gates": "results",
+    "compare_groups": "reports.levelling",
     "finish_run": "results",
     "is_due": "training.steps",
     "launch": "entrypoint",
@@ -89,6 +90,7 @@ __all__ = [
     "build_scheduler",
     "check_gates",
     "choose_gates",
+    "compare_groups",
     "finish_run",
     "is_due",
     "launch",
@@ -137,6 +139,7 @@ if TYPE_CHECKING:
     from adaptclip.evaluation.predict import predict
     from adaptclip.features import FeatureCache
     from adaptclip.gates import check_gates
+    from adaptclip.reports.levelling import compare_groups
     from adaptclip.reports.summary import build_report
     from adaptclip.results import choose_gates, finish_run
     from adaptclip.seeding import seed_everything

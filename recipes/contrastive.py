@@ -117,13 +117,12 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
-    how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "accelerator": accelerator}
-    how["strata"] = mitigation.strata
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "strata": mitigation.strata}
     if adapter.consumes == "features":
         features = cache.get(backbone, images, views=cfg.views, augment=crop, accelerator=accelerator)
-        pictures = ac.FeatureLoader(features, **how)
+        pictures = ac.FeatureLoader(features, accelerator=accelerator, **how)
     else:
-        pictures = ac.PixelLoader(images, backbone, augment=crop, views=cfg.views, **how)
+        pictures = ac.PixelLoader(images, backbone, augment=crop, views=cfg.views, accelerator=accelerator, **how)
     loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed)
     num_steps = epochs * loader.steps_per_epoch
     decay, warmup = (0.0, 0) if shots else (0.1, min(500, num_steps // 5))

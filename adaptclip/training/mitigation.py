@@ -186,7 +186,7 @@ class Mitigation:
         if self.dro is not None:
             values = self.dro.shares.tolist()
         elif self.weights is not None:
-            values = [float(self.weights[self.place == i][0]) for i in range(len(self.sizes))]
+            values = [self.weights[self.place == i].mean().item() for i in range(len(self.sizes))]
         else:
             values = [sum(self.sizes.values()) / len(self.place) / len(self.sizes)] * len(self.sizes)
         groups = zip(self.sizes.items(), values, strict=True)
@@ -267,22 +267,25 @@ def _places(setting: MitigationSetting, images: ImageDataset) -> tuple[list[str]
     table = np.stack(columns, axis=1)
     known = (table != UNKNOWN).all(axis=1)
     cells, inverse = np.unique(table[known], axis=0, return_inverse=True)
-    if len(cells) < 2:
-        found = " & ".join(cells[0]) if len(cells) else UNKNOWN
+    names = [" & ".join(cell) for cell in cells.tolist()]
+    if len(names) < 2:
+        found = names[0] if names else UNKNOWN
         raise ConfigError(
             f"{setting.text}: all {len(images)} training images are {found!r}"
-            f"{' or unknown' * bool(len(cells) and not known.all())}; there is nothing to balance. Take another "
+            f"{' or unknown' * bool(names and not known.all())}; there is nothing to balance. Take another "
             "attribute, or more images"
         )
     place = np.full(len(images), -1, dtype=np.int64)
     place[known] = inverse.reshape(-1)
-    return [" & ".join(cell) for cell in cells.tolist()], place
+    return names, place
 
 
 def _classes(setting: MitigationSetting, images: ImageDataset) -> tuple[list[str], np.ndarray]:
     names, counts = images.class_names, images.class_counts()
     if len(names) < 2:
-        raise ConfigError(f"{setting.text}: all images are of one class ({names[0]!r}); there is nothing to balance")
+        raise ConfigError(
+            f"{setting.text}: all images are of the one class {', '.join(names)}; there is nothing to balance"
+        )
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if empty:
         raise ConfigError(
