@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from operator import add
 from typing import Any, get_args
 
@@ -180,13 +181,21 @@ class _Extremes:
 
     def change(self, which: str) -> tuple[float, float]:
         """Bounds of the change of the lowest or highest rate (module text)."""
-        names, ends, sides = list(self.groups), [], get_args(Side)
-        for side, tighter in zip(sides, (max, min), strict=True):
-            table = np.array([[self._bound(g, h, side, self.alpha / 2 / len(names)) for h in names] for g in names])
+        ends = []
+        for side, tighter, widest in (("low", max, min), ("high", min, max)):
+            table, paired = self._bounds[side]
             picked = table.max(axis=1).min() if which == "lowest" else table.min(axis=1).max()
-            paired = [self._bound(g, g, side, self.alpha / 2) for g in names]
-            ends.append(tighter(float(picked), min(paired) if side == "low" else max(paired)))
+            ends.append(tighter(float(picked), widest(paired)))
         return ends[0], ends[1]
+
+    @cached_property
+    def _bounds(self) -> dict[str, tuple[np.ndarray, list[float]]]:
+        """Side -> (G, G) bounds of group g after less group h before, and the G paired ones (module text)."""
+        names, found = list(self.groups), {}
+        for side in get_args(Side):
+            table = np.array([[self._bound(g, h, side, self.alpha / 2 / len(names)) for h in names] for g in names])
+            found[side] = table, [self._bound(g, g, side, self.alpha / 2) for g in names]
+        return found
 
     def _bound(self, now: str, then: str, side: Side, alpha: float) -> float:
         """One-sided bound of the rate of group `now` after, less that of group `then` before."""
