@@ -233,9 +233,9 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     if before["group"] == after["group"]:
         where = f"of the worst group, {before['group']},"
     sentences = [
-        f"The {name} {where} went from {_percent(before['value'])} to {_percent(after['value'])}, a change of "
-        f"{_points(change)} points; the gap between the groups went from {100 * gap['before']:.1f} to "
-        f"{100 * gap['after']:.1f} points ({_points(gap['change'])})."
+        f"The {name} {where} went from {_percent(before['value'])} to {_percent(after['value'])}: {_in_words(change)}. "
+        f"The gap between the groups went from {100 * gap['before']:.1f} to {100 * gap['after']:.1f} points: "
+        f"{_in_words(gap['change'])}."
     ]
     judged = [row for row in result["groups"] if row["judged"]]
     if change["high"] < 0:
@@ -261,6 +261,13 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
 
 def _percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
+
+
+def _in_words(change: dict[str, Any]) -> str:
+    """For example `a change of +2.1 points (-0.4 to +4.6)`."""
+    return (
+        f"a change of {100 * change['value']:+.1f} points ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    )
 
 
 def _points(change: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def _exact(n: int, changes: dict[str, tuple[float, float]], **sizes: int):
         before.append(np.arange(size) < round(rates[0] * size))
         after.append(np.arange(size) < round(rates[1] * size))
         names += [name] * size
-    return tuple(_predictions(np.concatenate(right), names) for right in (before, after))
+    return _predictions(np.concatenate(before), names), _predictions(np.concatenate(after), names)
 
 
 CASES = {
@@ -117,7 +117,7 @@ def test_intervals_hold_the_truth_and_no_group_is_accused_falsely(rates, n):
         difficulty = rng.random(len(names))
         again = np.where(rng.random(len(names)) < 0.7, difficulty, rng.random(len(names)))
         right = [np.repeat(truth[:, i], n) > d for i, d in enumerate((difficulty, again))]
-        result = compare_groups(*(_predictions(r, names) for r in right), "site")
+        result = compare_groups(_predictions(right[0], names), _predictions(right[1], names), "site")
         for i, (key, change) in enumerate((("worst", worst[1] - worst[0]), ("gap", gap[1] - gap[0]))):
             interval = result[key]["change"]
             held[i] += interval["low"] - 1e-9 <= change <= interval["high"] + 1e-9
@@ -133,7 +133,8 @@ def test_power_to_catch_levelling_down():
     for _ in range(40):
         difficulty = rng.random(800)
         right = [np.repeat(rates, 400) > difficulty for rates in ((0.7, 0.9), (0.6, 0.7))]
-        caught += compare_groups(*(_predictions(r, names) for r in right), "site")["verdict"] == "levelled down"
+        result = compare_groups(_predictions(right[0], names), _predictions(right[1], names), "site")
+        caught += result["verdict"] == "levelled down"
     assert caught >= 36
 
 
@@ -143,8 +144,8 @@ def test_clusters_widen_and_those_that_span_groups_widen_more():
     spanning = tuple(str(i % 100) for i in range(800))
     width = {}
     for name, clusters in {"none": None, "apart": apart, "spanning": spanning}.items():
-        pair = (replace(p, clusters=clusters) for p in (before, after))
-        change = compare_groups(*pair, "site")["gap"]["change"]
+        result = compare_groups(replace(before, clusters=clusters), replace(after, clusters=clusters), "site")
+        change = result["gap"]["change"]
         width[name] = change["high"] - change["low"]
     assert width["none"] < width["spanning"]
     assert width["apart"] < width["spanning"]
