@@ -101,7 +101,7 @@ def load_checkpoint(
         The number of optimizer steps taken; 0 when there is no checkpoint, with nothing changed.
 
     Raises:
-        TrainingError: the checkpoint is damaged, or is of another adapter or another number of processes.
+        TrainingError: the checkpoint is damaged, or is of another adapter, mitigation or number of processes.
     """
     path = newest_checkpoint(folder)
     if path is None:

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
+from adaptclip.adapters.linear_fits import epoch_rate, fit_from_text
+from adaptclip.data.balance import balanced_order
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.errors import ConfigError, TrainingError
+from adaptclip.seeding import generator as seeded
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
 from adaptclip.training.mitigation import build_mitigation, parse_mitigation
 from adaptclip.training.optim import build_scheduler
@@ -226,3 +229,33 @@ def test_a_checkpoint_of_other_groups_is_refused(tmp_path):
     for text in ("group-dro:sex+class", "class-weights"):
         with pytest.raises(TrainingError, match="does not fit this adapter: the mitigation should hold"):
             _train(text, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["class-weights", "group-sampling:sex", "group-dro:sex,step=0.5"])
+def test_the_linear_heads_descend_on_the_same_loss(text):
+    """The heads' hand-written gradient and order, against autograd on `Mitigation.loss` in batches of 20."""
+    images, scale, epochs = _images(), 10.0, 3
+    generator = torch.Generator().manual_seed(0)
+    values = F.normalize(torch.randn(2, 60, 5, generator=generator), dim=-1)
+    words = F.normalize(torch.randn(3, 5, generator=generator), dim=-1)
+    labels = torch.from_numpy(images.labels)
+    got = fit_from_text(
+        values, labels, words, scale, penalty=None, lr=0.1, epochs=epochs, batch_size=20, seed=4,
+        balance=build_mitigation(text, images),
+    )  # fmt: skip
+    mitigation = build_mitigation(text, images)
+    weight = words.clone().requires_grad_()
+    optimizer = SGD([weight], lr=0.1, momentum=0.9)
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = epoch_rate(epoch, epochs=epochs, lr=0.1)
+        order = (
+            torch.randperm(60, generator=seeded(4, "order of the linear head", epoch)) if mitigation.strata is None
+            else balanced_order(mitigation.strata, seed=4, epoch=epoch)
+        )  # fmt: skip
+        for rows in order.split(20):
+            logits = scale * values[epoch % 2, rows] @ F.normalize(weight, dim=-1).T
+            optimizer.zero_grad()
+            mitigation.loss(logits, Batch(labels[rows], rows)).backward()
+            optimizer.step()
+    torch.testing.assert_close(got, weight.detach(), atol=1e-5, rtol=1e-4)
+    assert (got - words).abs().max() > 0.05
