@@ -121,7 +121,7 @@ class ClipBackbone(nn.Module):
         """The text tower taken apart for prompt learning.
 
         Raises:
-            BackboneError: this kind of tower is not supported yet.
+            BackboneError: prompts of this kind of tower cannot be learnt.
         """
         return make_text_tower(self.model, self.tokenizer)
 
