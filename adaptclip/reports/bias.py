@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.estimates import Comparison, Measurement, measure, share
+from adaptclip.evaluation.estimates import measure, share
 from adaptclip.evaluation.gaps import GapTest, holm
 from adaptclip.evaluation.grouping import encode, group_rows, group_values
 from adaptclip.evaluation.intervals import difference_bound
@@ -52,8 +52,8 @@ def group_table(
         confidence: level of the two-sided intervals.
         draws: bootstrap draws, and random deals of the permutation tests.
         seed: of both.
-        min_group: images a group needs to take part in gaps and tests. Smaller groups of an intersection show their
-            number of images only.
+        min_group: images a group needs to take part in gaps and tests. Smaller groups of an intersection have
+            no row: crossing attributes makes many of them.
 
     Returns:
         JSON-able dict:
@@ -64,6 +64,7 @@ def group_table(
             "gap", "gap_zero_shot": max-min accuracy (`gap_of_means`); None without two groups that are large enough.
             "outcomes": per declared outcome, sensitivity and specificity of the groups (`group_outcome`).
             "one_vs_rest": each class against the rest (`one_vs_rest`).
+            "too_small": groups of an intersection without a row, each {"group", "n"}.
             "es_accuracy", "intersection", "min_group", "cautions".
 
     Raises:
@@ -72,10 +73,14 @@ def group_table(
     crossed = attribute not in predictions.groups and BETWEEN in attribute
     names, code = group_values(predictions, attribute)
     clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
-    least = min_group if crossed else 0
+    by_group = group_rows(predictions, attribute)
+    too_small = [
+        {"group": name, "n": len(rows)} for name, rows in by_group.items() if crossed and len(rows) < min_group
+    ]
+    shown = {name: rows for name, rows in by_group.items() if not crossed or len(rows) >= min_group}
     rows = [
-        _row(predictions, baseline, name, positions, clusters, least, (confidence, draws, seed))
-        for name, positions in group_rows(predictions, attribute).items()
+        _row(predictions, baseline, name, positions, clusters, (confidence, draws, seed))
+        for name, positions in shown.items()
     ]
     for row in rows:
         row["large_enough"] = row["n"] >= min_group
@@ -86,7 +91,7 @@ def group_table(
     if baseline is not None:
         hits = correct(baseline.probs, baseline.labels)
         before, _ = gap_of_means(hits, code, names, clusters, what="zero-shot accuracy", **settings)
-    _add_against_rest(rows, right, code, clusters, test, confidence)
+    _add_against_rest(rows, right, {names[i]: i for i in range(len(names))}, code, clusters, test, confidence)
     return {
         "rows": rows,
         "worst_group": _worst(rows),
@@ -97,8 +102,9 @@ def group_table(
         "one_vs_rest": one_vs_rest(predictions, names, code, clusters, **settings),
         "es_accuracy": _equity_scaled(rows, float(right.mean()) if len(right) else None),
         "intersection": crossed,
+        "too_small": too_small,
         "min_group": min_group,
-        "cautions": _cautions(attribute, rows, min_group),
+        "cautions": _cautions(attribute, rows, too_small, min_group),
     }  # fmt: skip
 
 
@@ -108,18 +114,13 @@ def _row(
     name: str,
     positions: np.ndarray,
     clusters: np.ndarray | None,
-    least: int,
     settings: tuple[float, int, int],
 ) -> dict[str, Any]:
-    """One group's line; `least` images are needed for any number in it."""
+    """One group's line."""
     confidence, draws, seed = settings
-    if len(positions) >= least:
-        measured = measure(
-            predictions, baseline, metrics=GROUP_METRICS, rows=positions, full_bins=True, draws=draws, seed=seed
-        )
-    else:
-        none = Measurement(None, len(positions), note=f"fewer than {least} images in this intersection")
-        measured = dict.fromkeys(GROUP_METRICS, Comparison(none, *((none, none) if baseline is not None else ())))
+    measured = measure(
+        predictions, baseline, metrics=GROUP_METRICS, rows=positions, full_bins=True, draws=draws, seed=seed
+    )
     absent = absent_classes(predictions.labels[positions], len(predictions.class_names))
     return {
         "group": name,
@@ -133,26 +134,28 @@ def _row(
 def _add_against_rest(
     rows: list[dict[str, Any]],
     right: np.ndarray,
+    place: dict[str, int],
     code: np.ndarray,
     clusters: np.ndarray | None,
     test: GapTest | None,
     confidence: float,
 ) -> None:
     """Adds to each row how its accuracy differs from that of the other images (of groups that are large enough)."""
-    tested = [i for i, row in enumerate(rows) if row["large_enough"]] if test else []
-    corrected = holm(test.rest_p) if test else []
-    among = np.isin(code, tested)
     for row in rows:
         row["against_rest"] = None
-    for k, i in enumerate(tested):
-        assert test is not None
-        own, other = code == i, among & (code != i)
+    if test is None:
+        return
+    tested, corrected = [row for row in rows if row["large_enough"]], holm(test.rest_p)
+    among = np.isin(code, [place[row["group"]] for row in tested])
+    for k, row in enumerate(tested):
+        own = code == place[row["group"]]
+        other = among & ~own
         one, rest = (share(right[part], None if clusters is None else clusters[part]) for part in (own, other))
         bounds: tuple[float | None, float | None] = (None, None)
         if one.spread and rest.spread and one.value is not None and rest.value is not None:
             pair, alpha = ((one.value, one.spread), (rest.value, rest.spread)), (1 - confidence) / 2
             bounds = difference_bound(*pair, "low", alpha), difference_bound(*pair, "high", alpha)
-        rows[i]["against_rest"] = {
+        row["against_rest"] = {
             "difference": float(test.rest[k]),
             "low": bounds[0],
             "high": bounds[1],
@@ -180,11 +183,11 @@ def _equity_scaled(rows: list[dict[str, Any]], overall: float | None) -> dict[st
     return {"value": overall / (1 + sum(abs(value - overall) for value in values)), "note": ES_NOTE}
 
 
-def _cautions(attribute: str, rows: list[dict[str, Any]], min_group: int) -> list[str]:
+def _cautions(attribute: str, rows: list[dict[str, Any]], too_small: list[dict[str, Any]], min_group: int) -> list[str]:
     if len(rows) < 2:
         return [f"{attribute} has {len(rows)} group(s): there is nothing to compare"]
     cautions = []
-    tiny = [f"{row['group']} ({row['n']})" for row in rows if row["n"] < min_group]
+    tiny = [f"{row['group']} ({row['n']})" for row in [*rows, *too_small] if row["n"] < min_group]
     small = [f"{row['group']} ({row['n']})" for row in rows if min_group <= row["n"] < SMALL_GROUP]
     if tiny:
         cautions.append(
