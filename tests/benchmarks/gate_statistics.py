@@ -143,8 +143,8 @@ def missed(line: dict[str, Any], repeats: int) -> bool:
     """Whether a line misses its level by more than one in a thousand studies would by chance."""
     count = round(line.get("share", 0) * repeats)
     if "most" in line:
-        return count > binom.isf(0.001, repeats, line["most"])
-    return "least" in line and count < binom.ppf(0.001, repeats, line["least"])
+        return bool(count > binom.isf(0.001, repeats, line["most"]))
+    return "least" in line and bool(count < binom.ppf(0.001, repeats, line["least"]))
 
 
 def main() -> int:
