@@ -15,19 +15,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from adaptclip.evaluation.metrics import METRIC_WORDS
+from adaptclip.evaluation.metrics import METRIC_SHORT, METRIC_WORDS
 
 MAX_TERMINAL_GROUPS = 8
 """Rows per attribute on the terminal, worst first; the Markdown report has them all."""
 
 NO_GATES = "No gates were declared: nothing was judged, which is not a pass."
 
-_SHORT = {
-    "accuracy": "accuracy",
-    "mean_per_class_accuracy": "mean per class",
-    "top5_accuracy": "top-5 accuracy",
-    "ece": "ECE",
-}
+_GROUP_COLUMNS = ("accuracy", "mean_per_class_accuracy", "ece")
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 
@@ -147,7 +142,7 @@ def _markdown_overall(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _group_metrics(table: dict[str, Any]) -> list[str]:
-    return [metric for metric in METRIC_WORDS if table["rows"] and metric in table["rows"][0]]
+    return [metric for metric in _GROUP_COLUMNS if table["rows"] and metric in table["rows"][0]]
 
 
 def _markdown_groups(table: dict[str, Any]) -> Iterator[str]:
@@ -180,10 +175,11 @@ def _extremes(table: dict[str, Any], *, escape: bool) -> str:
     if worst is None:
         return "There are no groups."
     name = escape_markdown(worst["group"]) if escape else _one_line(worst["group"])
-    return (
-        f"Lowest accuracy: {name}, {_rate(worst, count=True)}. "
-        f"Gap (max-min over the groups): {100 * gap['value']:.1f} points; {gap['note']}."
-    )
+    lowest = f"Lowest accuracy: {name}, {_rate(worst, count=True)}."
+    if gap is None:
+        return lowest
+    note = escape_markdown(gap["note"]) if escape else _one_line(gap["note"])
+    return f"{lowest} Gap (max-min over the groups): {100 * gap['value']:.1f} points; {note}."
 
 
 def _markdown_classes(report: dict[str, Any]) -> Iterator[str]:
@@ -227,7 +223,7 @@ def _overall_table(report: dict[str, Any]) -> Table:
     for metric, c in report["overall"].items():
         rates = [c["zero_shot"], c["model"]] if paired else [c["model"]]
         cells = [*(_rate(rate, sign="") for rate in rates), *[_points(c["change"])] * paired]
-        table.add_row(_SHORT[metric], *map(Text, cells))
+        table.add_row(METRIC_SHORT[metric], *map(Text, cells))
     return table
 
 
@@ -236,7 +232,7 @@ def _group_table(attribute: str, table: dict[str, Any]) -> Table:
     title = f"by {_one_line(attribute)}" + "; change is of accuracy" * paired
     drawn = Table(title=Text(title, style="italic"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     metrics = [m for m in _group_metrics(table) if any(row[m]["model"]["value"] is not None for row in table["rows"])]
-    for i, column in enumerate(["group", "n", *(_SHORT[m] for m in metrics), *["change"] * paired]):
+    for i, column in enumerate(["group", "n", *(METRIC_SHORT[m] for m in metrics), *["change"] * paired]):
         drawn.add_column(column, justify="right" if i else "left")
     worst_first = sorted(table["rows"], key=lambda row: row["accuracy"]["model"]["value"])
     for row in worst_first[:MAX_TERMINAL_GROUPS]:
