@@ -135,7 +135,7 @@ def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images
     if hasattr(adapter, "fit"):
         assert batch.features is not None
         ids = tuple(map(str, range(len(batch.labels))))
-        features = Features(batch.features[None], batch.labels, ids, weights=backbone.digest)
+        features = Features(batch.features[None], batch.labels, ids, weights=backbone.image_digest)
         adapter.fit(features, **({"c": 1.0} if method == "linear_probe" else {}))
     if any(p.requires_grad for p in adapter.trainable_parameters()):
         train_two_steps(adapter, batch, classification_loss)
