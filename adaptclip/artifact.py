@@ -279,7 +279,13 @@ def _check_prompts(folder: Path, manifest: Mapping[str, Any], templates: Sequenc
         said = "learns its prompts itself" if own is None else f"was trained with the templates {own}"
         raise ArtifactError(f"{folder} {said}, not with {list(templates)}; leave templates out, or train with these")
     stated = manifest.get("prompts_digest")
-    if stated is not None and stated != _prompts_digest(manifest["settings"], manifest["prompt_names"]):
+    if stated is None:
+        warnings.warn(
+            f"{folder}/manifest.json has no prompts_digest, as those of early versions do not: whether its templates "
+            "and prompt names are the ones it was trained with cannot be checked. Train again to have it.",
+            stacklevel=3,
+        )
+    elif stated != _prompts_digest(manifest["settings"], manifest["prompt_names"]):
         raise ArtifactError(
             f"the templates or prompt names in {folder}/manifest.json are not those it was trained with: they were "
             "changed afterwards. Take a fresh copy, or train with the new ones."

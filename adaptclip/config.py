@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.storage import read_yaml, write_yaml
 
 T = TypeVar("T")
+
+_COUNTS = ("batch_size", "accumulate", "epochs", "steps", "views", "save_every")
+_RATES = ("lr", "head_lr", "memory_gib")
 
 
 def parse(config_type: type[T], argv: Sequence[str] | None = None) -> T:
@@ -29,15 +33,45 @@ def parse(config_type: type[T], argv: Sequence[str] | None = None) -> T:
         `config.yaml` of an earlier run), overridden by flags.
 
     Raises:
-        ConfigError: the file holds an unknown key or a value of the wrong type.
+        ConfigError: the file holds an unknown key or a value of the wrong type, or a number is out of range.
         SystemExit: with code 1 after an unknown or malformed flag (tyro prints the nearest name), 0 after `--help`.
     """
     rest = list(sys.argv[1:] if argv is None else argv)
     path, rest = _take_config_flag(rest)
     default = config_type() if path is None else from_mapping(config_type, read_yaml(path), where=str(path))
-    return _exit_with_1(
+    config: T = _exit_with_1(
         lambda: tyro.cli(config_type, args=rest, default=default, config=(tyro.conf.FlagCreatePairsOff,))
     )
+    check_numbers(config)
+    return config
+
+
+def check_numbers(config: Any) -> None:
+    """Refuses lengths, batch sizes and rates that no training can have, before anything is read or made.
+
+    Args:
+        config: settings of a recipe. A 0 is allowed where it is the default, in which case it stands for the paper's.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None or field.name not in (*_COUNTS, *_RATES):
+            continue
+        zero = field.default == 0 or field.name == "save_every"
+        if field.name in _COUNTS:
+            if value < (0 if zero else 1):
+                wanted = "a whole number from 0 up" if zero else "1 or more"
+                raise ConfigError(f"{field.name} must be {wanted}, got {value}{_stands_for(field, zero)}")
+        elif not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+            raise ConfigError(f"{field.name} must be a positive number, got {value}{_stands_for(field, zero)}")
+
+
+def _stands_for(field: dataclasses.Field[Any], zero: bool) -> str:
+    if zero:
+        return "; 0 has a meaning of its own, see --help"
+    return "" if field.default is dataclasses.MISSING else f"; the default is {field.default}"
 
 
 def parse_command(

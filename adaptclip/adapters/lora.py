@@ -28,6 +28,7 @@ from adaptclip.adapters.lora_layers import (
 )
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.attention import share_weights
+from adaptclip.backbone.class_token import encode_image
 from adaptclip.backbone.lora_targets import Towers
 from adaptclip.backbone.text import make_text_tower
 from adaptclip.errors import BackboneError, DataError
@@ -167,7 +168,7 @@ class LoRA(nn.Module):
         if self.adapts_image:
             assert batch.images is not None
             dtype = open_clip.get_input_dtype(self.backbone.precision) or torch.float32
-            features = F.normalize(self.model.encode_image(batch.images.to(dtype)).float(), dim=-1)
+            features = F.normalize(encode_image(self.model, batch.images.to(dtype)).float(), dim=-1)
         else:
             features = batch_features(batch, self.backbone.embed_dim)
         return scaled_logits(features, self.text_features(), self.backbone.logit_scale)

@@ -75,11 +75,13 @@ class SplitAttention(nn.Module):
         """
         if need_weights or key_padding_mask is not None:
             raise BackboneError("split attention gives no attention weights and takes no key_padding_mask")
-        itself = query is key and key is value
+        itself, same = query is key, key is value
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        if itself:
+        if itself and same:
             projected = project([self.q_proj, self.k_proj, self.v_proj], query).split(self.embed_dim, dim=-1)
+        elif same:
+            projected = self.q_proj(query), *project([self.k_proj, self.v_proj], key).split(self.embed_dim, dim=-1)
         else:
             projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         q, k, v = (self._heads(x) for x in projected)

@@ -108,6 +108,8 @@ class _Project(torch.autograd.Function):
         layers = [_Layer(*tensors[4 * i : 4 * i + 4], *setting) for i, setting in enumerate(settings)]  # type: ignore[arg-type]
         widths = [len(layer.weight) for layer in layers]
         out = x.new_empty(len(flat), sum(widths))
+        # One buffer for all dropped inputs: to get fresh memory from the system takes longer than to compute them.
+        dropped = torch.empty_like(flat) if any(layer.dropped for layer in layers) else flat
         kept: list[Tensor | None] = []
         branches: list[Tensor | None] = []
         for layer, part in zip(layers, out.split(widths, dim=1), strict=True):
@@ -118,7 +120,7 @@ class _Project(torch.autograd.Function):
             mask = branch = None
             if layer.a is not None and layer.b is not None:
                 mask = _draw_kept(flat.shape, layer.dropped, x.device) if layer.dropped else None
-                branch = (flat if mask is None else flat * mask.to(x.dtype)) @ layer.a.T
+                branch = (flat if mask is None else torch.mul(flat, mask, out=dropped)) @ layer.a.T
                 part.addmm_(branch, layer.b.T, alpha=_factor(layer))
             kept.append(mask)
             branches.append(branch)
@@ -132,7 +134,8 @@ class _Project(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         count = len(ctx.settings)
         flat, outer = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        grad_x = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        buffer = torch.empty_like(flat) if any(dropped for _, dropped in ctx.settings) else flat
         grads: list[Tensor | None] = []
         for i, part in enumerate(outer.split(ctx.widths, dim=1)):
             layer = _Layer(*saved[4 * i : 4 * i + 4], *ctx.settings[i])
@@ -141,15 +144,14 @@ class _Project(torch.autograd.Function):
             grad_a = grad_b = None
             if layer.a is not None and layer.b is not None:
                 mask, branch = saved[4 * count + i], saved[5 * count + i]
-                kept = None if mask is None else mask.to(x.dtype)
                 # The narrow operand is laid out along its long side, where the matrix product is many times faster.
                 inner = F.linear(part, layer.b.T.contiguous()) * _factor(layer)
                 grad_b = (branch.T @ part).T * _factor(layer)
-                grad_a = inner.T @ (flat if kept is None else flat * kept)
-                if grad_x is not None and kept is None:
+                grad_a = inner.T @ (flat if mask is None else torch.mul(flat, mask, out=buffer))
+                if grad_x is not None and mask is None:
                     grad_x.addmm_(inner, layer.a)
-                elif grad_x is not None and kept is not None:
-                    grad_x.addcmul_(inner @ layer.a, kept)
+                elif grad_x is not None:
+                    grad_x.add_(torch.mm(inner, layer.a, out=buffer).mul_(mask))
             grads += [None, None, grad_a, grad_b]
         return (None if grad_x is None else grad_x.view_as(x)), None, *grads
 

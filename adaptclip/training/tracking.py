@@ -1,7 +1,7 @@
 """The run folder: what was asked for, and the numbers of every logged step.
 
 run.json         adaptclip's version, number of processes, settings; says that the folder is a run
-config.yaml      the settings, for `--config`
+config.yaml      the settings it was last gone on with, for `--config`
 metrics.jsonl    one line per logged step; holds no clock times, so that equal runs write equal files
 checkpoints/     the newest checkpoint
 """
@@ -30,6 +30,8 @@ from adaptclip.training.checkpoint import newest_checkpoint, step_of
 
 MAY_CHANGE = ("resume", "overwrite", "out", "trackers", "workers", "cache", "gates")
 """Settings that do not touch the weights, so a resumed run may have others."""
+
+_HOW_STARTED = ("resume", "overwrite")
 
 
 def make_accelerator(
@@ -273,8 +275,9 @@ def _prepare_folder(run: Run, record: dict[str, Any], *, overwrite: bool) -> Non
     # The marker comes first: what a killed run leaves must be known as a run folder when it is started again.
     if not (run.path / "run.json").exists():
         write_json(run.path / "run.json", record)
-    if not (run.path / "config.yaml").exists():
-        write_yaml(run.path / "config.yaml", record["config"])
+    # What a resumed run may change, for example how it is judged, belongs in the settings; how it was started does not.
+    first = read_json(run.path / "run.json")["config"]
+    write_yaml(run.path / "config.yaml", {**record["config"], **{k: first[k] for k in _HOW_STARTED if k in first}})
     _cut_metrics(run.metrics, run.start)
 
 
