@@ -150,7 +150,7 @@ def _rates(
 ) -> dict[str, dict[str, Any]]:
     """The three rates of one class in every group that is large enough, with intervals."""
     found: dict[str, dict[str, Any]] = {"selection_rate": {}, "tpr": {}, "fpr": {}}
-    for g in np.flatnonzero(large).tolist():
+    for g in map(int, np.flatnonzero(large)):
         inside = code == g
         for metric, rows in (
             ("selection_rate", inside),
