@@ -80,9 +80,7 @@ def _check_columns(table: pa.Table, path: Path) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise DataError(f"{path} has two columns named {', '.join(map(repr, twice))}; each needs its own name")
     if "label" not in names:
-        raise DataError(
-            f"{path} has no column 'label'; its columns are {', '.join(names)}. {did_you_mean('label', names)}"
-        )
+        raise DataError(f"{path} is no predictions file: it has no column 'label'. {did_you_mean('label', names)}")
     if not ("pred" in names or "top_1" in names or any(n.startswith("prob_") for n in names)):
         raise DataError(
             f"{path} says nothing about what the model answered: it needs prob_CLASS columns, top_1 … top_k, or pred; "
@@ -109,7 +107,7 @@ def _class_names(table: pa.Table, classes: Sequence[str] | None, path: Path) -> 
 
 
 def _distinct(column: pa.ChunkedArray) -> list[str]:
-    return [value for value in pc.unique(column.cast(pa.string())).to_pylist() if value is not None]
+    return [value for value in column.cast(pa.string()).unique().to_pylist() if value is not None]
 
 
 def _class_ids(
@@ -257,7 +255,7 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
             continue
         name = column.removeprefix("group:")
         filled = pc.fill_null(table[column].cast(pa.string()), "unknown")
-        count = len(pc.unique(filled))
+        count = len(filled.unique())
         if name == column and count > min(MAX_GROUP_VALUES, table.num_rows / 2):
             notes.append(
                 f"column {column!r} has {count:,} values and is not taken for a group (group:{column} would be)"

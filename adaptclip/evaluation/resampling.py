@@ -136,7 +136,7 @@ def _normal_draws(
     sizes = np.bincount(plan.stratum).astype(float)
     factor = sizes / np.maximum(sizes - 1, 1)
     member = csr_matrix((np.ones(plan.num_units), (plan.stratum, np.arange(plan.num_units))))
-    of_strata = (member @ unit_sums).toarray()
+    of_strata = csr_matrix(member @ unit_sums).toarray()
     scaled = unit_sums.multiply(np.sqrt(factor)[plan.stratum][:, None]).tocsr()
     covariance = (scaled.T @ scaled).toarray() - of_strata.T @ (of_strata * (factor / sizes)[:, None])
     variances, directions = np.linalg.eigh(covariance)

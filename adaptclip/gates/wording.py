@@ -12,8 +12,10 @@ from adaptclip.gates.verdicts import Conclusion, Verdict
 _DECIMAL = frozenset({"brier", "macro_auc", "auc"})
 """Metrics that are read as decimal numbers, not as per cent."""
 
-_COUNTED = dict.fromkeys(("sensitivity", "tpr", "fnr"), "positive ")
-_COUNTED |= dict.fromkeys(("specificity", "fpr"), "negative ")
+_COUNTED: dict[str, str] = {
+    **dict.fromkeys(("sensitivity", "tpr", "fnr"), "positive "),
+    **dict.fromkeys(("specificity", "fpr"), "negative "),
+}
 """Metric -> which of the images it counts."""
 
 

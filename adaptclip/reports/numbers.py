@@ -65,8 +65,8 @@ def gap_of_means(
         "test", "left_out" (groups that are too small) and "note".
     """
     counts = np.bincount(code, minlength=len(names))
-    kept = np.flatnonzero(counts >= min_group)
-    left_out = [names[i] for i in np.flatnonzero((counts > 0) & (counts < min_group))]
+    kept: list[int] = np.flatnonzero(counts >= min_group).tolist()
+    left_out = [names[i] for i in map(int, np.flatnonzero((counts > 0) & (counts < min_group)))]
     if len(kept) < 2:
         return None, None
     rows = np.isin(code, kept)

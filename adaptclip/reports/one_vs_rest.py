@@ -79,7 +79,7 @@ def one_vs_rest(
     counts = class_rates(labels, pred, code, len(names), len(predictions.class_names))
     large = counts[3, :, 0] >= min_group
     summary = _differences(counts, large)
-    present = np.flatnonzero(counts[0].sum(axis=0) > 0)
+    present: list[int] = np.flatnonzero(counts[0].sum(axis=0) > 0).tolist()
     tested = [c for c in present if (large & (counts[0, :, c] >= MIN_CLASS_IMAGES)).sum() >= 2]
     p_values = {}
     for c in tested:
@@ -150,7 +150,7 @@ def _rates(
 ) -> dict[str, dict[str, Any]]:
     """The three rates of one class in every group that is large enough, with intervals."""
     found: dict[str, dict[str, Any]] = {"selection_rate": {}, "tpr": {}, "fpr": {}}
-    for g in np.flatnonzero(large):
+    for g in map(int, np.flatnonzero(large)):
         inside = code == g
         for metric, rows in (
             ("selection_rate", inside),

@@ -138,6 +138,9 @@ def _fairlearn_differences(judged: Predictions, by_group: dict[str, np.ndarray])
         frame = MetricFrame(
             metrics=rates, y_true=judged.labels[rows], y_pred=judged.pred[rows], sensitive_features=sensitive
         )
-        difference, ratio = frame.difference(method="between_groups"), float(frame.ratio()["selection"])
-    values = (difference["selection"], ratio, difference["tpr"], max(difference["tpr"], difference["fpr"]))
-    return {name: float(value) if np.isfinite(value) else None for name, value in zip(names, values, strict=True)}
+        # Columns of a table, of which the stubs know only that they may be anything.
+        difference: Any = frame.difference(method="between_groups")
+        ratio: Any = frame.ratio()
+    tpr, fpr = float(difference["tpr"]), float(difference["fpr"])
+    values = (float(difference["selection"]), float(ratio["selection"]), tpr, max(tpr, fpr))
+    return {name: value if np.isfinite(value) else None for name, value in zip(names, values, strict=True)}

@@ -38,6 +38,7 @@ def test_a_small_gap_of_many_images_passes_and_a_large_one_fails():
     assert (same.verdict, same.kind, same.limit) == ("pass", "gap", 0.05)
     assert same.value == pytest.approx(0.005)
     assert same.high is not None
+    assert same.value is not None
     assert same.value < same.high <= 0.05
     far = one(by_site(a=(900, 1000), b=(700, 1000)), base, group="site", gap_at_most=0.05)
     assert (far.verdict, far.group) == ("fail", "b")

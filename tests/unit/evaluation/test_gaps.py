@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from fairlearn.metrics import (
@@ -68,7 +70,11 @@ def test_differences_are_fairlearns(seed):
     model = random_predictions(seed, outcomes=(outcome,))
     table = group_table(model, None, "sex", draws=1000)
     judged = two_sided(model, outcome)
-    given = {"y_true": judged.labels, "y_pred": judged.pred, "sensitive_features": np.array(model.groups["sex"])}
+    given: dict[str, Any] = {
+        "y_true": judged.labels,
+        "y_pred": judged.pred,
+        "sensitive_features": np.array(model.groups["sex"]),
+    }
     [part] = table["outcomes"]
     for function in (demographic_parity_difference, demographic_parity_ratio, equal_opportunity_difference,
                      equalized_odds_difference):  # fmt: skip

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from adaptclip.errors import DataError
+from adaptclip.reports.summary import build_report
+from adaptclip.types import Predictions
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_scikit_learn_classifier_gets_the_whole_report(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 4)), np.array(["ant", "bee", "wasp"])[rng.integers(0, 3, 300)]
+    x[:, 0] += 2 * (y == "bee")
+    model = LogisticRegression().fit(x, y)
+    probs = model.predict_proba(x)
+    lines = ["id,label," + ",".join(f"prob_{name}" for name in model.classes_) + ",site,level:kind"]
+    for i in range(300):
+        numbers = ",".join(f"{p:.8f}" for p in probs[i])
+        lines.append(f"r{i},{y[i]},{numbers},{['north', 'south', ''][i % 3]},{'ant' if y[i] == 'ant' else 'winged'}")
+    found = Predictions.load(write(tmp_path / "p.csv", "\n".join(lines) + "\n"))
+    assert found.class_names == ("ant", "bee", "wasp")
+    assert set(found.groups["site"]) == {"north", "south", "unknown"}
+    assert found.levels == {"kind": ("ant", "winged", "winged")}
+    report = build_report(found)
+    assert report["overall"]["accuracy"]["model"]["value"] == model.score(x, y)
+    assert all(report["overall"][m]["model"]["value"] is not None for m in ("ece", "brier", "macro_auc"))
+    assert [row["n"] for row in report["groups"]["site"]["rows"]] == [100, 100, 100]
+
+
+def test_predicted_classes_alone_give_accuracy_and_say_what_is_missing(tmp_path):
+    found = Predictions.load(write(tmp_path / "p.csv", "label,pred,site\n" + "b,b,x\na,b,x\nc,c,y\n" * 20))
+    overall = build_report(found)["overall"]
+    assert overall["accuracy"]["model"]["value"] == pytest.approx(2 / 3)
+    for metric in ("ece", "brier", "macro_auc"):
+        assert overall[metric]["model"]["value"] is None
+        assert "probabilities" in overall[metric]["model"]["note"]
+    assert "predicted classes only" in build_report(found)["notes_on_input"][0]
+
+
+def test_a_ranking_keeps_its_order_and_survives_a_file(tmp_path):
+    names = [f"k{i}" for i in range(9)]
+    head = ",".join(f"top_{k},top_{k}_prob" for k in range(1, 6))
+    rows = ["k8,k8,0.5,k3,0.2,k1,0.1,k0,0.1,k2,0.05", "k2,k8,0.5,k3,0.2,k1,0.1,k0,0.1,k2,0.05"]
+    found = Predictions.load(write(tmp_path / "p.csv", f"label,{head}\n" + "\n".join(rows)), classes=names)
+    assert (found.ranked, found.confident) == (5, True)
+    assert found.probs.max(axis=1).tolist() == pytest.approx([0.5, 0.5])
+    found.save(tmp_path / "p.parquet")
+    again = Predictions.load(tmp_path / "p.parquet")
+    assert (again.ranked, again.notes) == (5, found.notes)
+    overall = build_report(again)["overall"]
+    assert overall["top5_accuracy"]["model"]["value"] == 1
+    assert overall["brier"]["model"]["value"] is None
+
+
+def test_numbers_count_through_the_classes_and_names_win(tmp_path):
+    path = write(tmp_path / "p.csv", "label,pred\n0,1\n2,2\n")
+    assert Predictions.load(path, classes=["a", "b", "c"]).labels.tolist() == [0, 2]
+    assert Predictions.load(path, classes=["2", "1", "0"]).labels.tolist() == [2, 0]
+    own = Predictions(("a", "b"), np.array([0, 1]), np.eye(2, dtype=np.float32), ("1", "0"))
+    own.save(tmp_path / "own.parquet")
+    assert Predictions.load(tmp_path / "own.parquet").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,lable,pred\n1,a,a\n", r"no column 'label'. Did you mean \"lable\""),
+        ("id,label\n1,a\n", "says nothing about what the model answered"),
+        ("label,prob_a,prob_b\na,0.9,0.3\n", "not probabilities"),
+        ("label,prob_a,prob_b\na,nan,0.3\n", "not finite|empty cells"),
+        ("label,prob_a,prob_b\na,,0.3\n", "'prob_a'.*empty|'prob_a' should hold numbers"),
+        ("label,prob_a,prob_b\na,x,0.3\n", "'prob_a' should hold numbers"),
+        ("label,prob_ant,prob_bee\nbea,0.7,0.3\n", r"unknown class 'bea'.*Did you mean \"bee\""),
+        ("label,prob_a,prob_b,pred\na,0.7,0.3,b\n", "1 of 1 rows `pred` is not the most probable"),
+        ("id,label,pred\n1,a,a\n1,a,b\n", "repeated ids"),
+        ("id,label,pred\n,a,a\n1,a,b\n", "'id' has"),
+        ("label,pred\n,a\nb,b\n", "'label' has empty cells"),
+        ("label,pred\n0.5,1\n", "fractions"),
+        ("label,pred,label\na,a,a\n", "two columns named 'label'"),
+        ("label,pred,level:k\na,a,x\na,b,y\n", "several values for the class 'a'"),
+        ("label,top_1,top_2\na,b,b\n", "twice"),
+    ],
+)
+def test_malformed_files_say_what_is_wrong(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        Predictions.load(write(tmp_path / "p.csv", text))
+
+
+def test_columns_of_many_values_are_not_groups(tmp_path):
+    text = "label,pred,file,group:camera\n" + "".join(f"a,a,{i}.png,{i}\n" for i in range(30))
+    found = Predictions.load(write(tmp_path / "p.csv", text), classes=["a", "b"])
+    assert list(found.groups) == ["camera"]
+    assert "'file' has 30 values" in found.notes[0]
