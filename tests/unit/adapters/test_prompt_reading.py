@@ -127,6 +127,7 @@ class Words:
 
 def test_other_tokenizers():
     backbone: Any = make_tiny_backbone()
+    assert backbone.text.width == 64  # taken apart by its own tokenizer
     backbone.tokenizer = Silent()
     with pytest.raises(BackboneError, match="a Silent does not tell the text of its tokens"):
         nearest_words(backbone, torch.zeros(1, 64))
