@@ -46,6 +46,8 @@ def test_every_setting_has_a_line_of_help(configs):
 
 @pytest.mark.parametrize("name", [p.name for p in RECIPES])
 def test_help_and_unknown_flag(configs, name, capsys):
+    # The bench never does again what is done, so it has nothing to overwrite.
+    known = "metric" if name == "few_shot.py" else "overwrite"
     with pytest.raises(SystemExit) as stop:
         parse(configs[name], ["--help"])
     assert stop.value.code == 0
@@ -55,9 +57,9 @@ def test_help_and_unknown_flag(configs, name, capsys):
     assert stop.value.code == 1
     assert "--sed" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        parse(configs[name], ["--overwrit"])
+        parse(configs[name], [f"--{known[:-1]}"])
     assert stop.value.code == 1
-    assert "--overwrite" in capsys.readouterr().err
+    assert f"--{known}" in capsys.readouterr().err
 
 
 def test_a_value_of_the_wrong_kind_is_named(configs, capsys):

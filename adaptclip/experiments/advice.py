@@ -9,7 +9,10 @@ from adaptclip.experiments.methods import METHODS
 from adaptclip.experiments.progress import duration
 from adaptclip.experiments.protocols import HARMONIC_MEAN
 from adaptclip.experiments.summary import Estimate, Row, estimate, paired, values_by_cell
-from adaptclip.experiments.tables import METRIC_NAMES
+from adaptclip.experiments.tables import METRIC_NAMES, shots_in_words
+
+CHEAPER_BY_S = 1.0
+"""A method counts as cheaper when it takes half the time of fitting or less, and saves at least so many seconds."""
 
 CAUTION = (
     "The best of several methods on the same test images looks better than it is, and these intervals count seeds "
@@ -21,8 +24,9 @@ CAUTION = (
 def advice(rows: Sequence[Row], *, metric: str, num_seeds: int) -> list[str]:
     """Returns sentences for every card and number of shots.
 
-    The advised method is the cheapest whose paired difference to the best does not exclude 0: the dearer ones were then
-    not shown to be worth their cost. With one seed nothing can be said about that, and the sentences say so.
+    Where methods that are cheaper (CHEAPER_BY_S, by the measured times) may be as good as the best (their paired
+    difference does not exclude 0), the best of those is advised: the dearer one was not shown to be worth its cost.
+    With one seed nothing can be said about that, and the sentences say so.
 
     Args:
         rows: of `tidy_rows`; methods without all seeds are left out.
@@ -40,7 +44,7 @@ def advice(rows: Sequence[Row], *, metric: str, num_seeds: int) -> list[str]:
             column = {m: values for m, values in column.items() if len(values) == num_seeds}
             if len(column) > 1:
                 cost = {m: _seconds(rows, card, shots, m) for m in column}
-                words = f"{card}, {shots or 'all'} shots ({METRIC_NAMES[metric]})"
+                words = f"{card}, {shots_in_words(shots)} ({METRIC_NAMES[metric]})"
                 sentences.append(f"{words}: {_sentence(column, cost)}")
     return [*sentences, CAUTION] if sentences else []
 
@@ -58,10 +62,10 @@ def _sentence(column: dict[str, dict[int, float]], cost: dict[str, float]) -> st
     differences = {m: paired(column[best], column[m]) for m in column if m != best}
     if all(d is None or d.half is None for d in differences.values()):
         return f"{text} With one seed, nothing can be said about whether another is worse; give three or more --seeds."
-    cheaper = sorted((m for m in column if METHODS[m].cost < METHODS[best].cost), key=lambda m: METHODS[m].cost)
+    cheaper = [m for m in column if 2 * cost[m] <= cost[best] and cost[best] - cost[m] >= CHEAPER_BY_S]
     as_good = [m for m in cheaper if (d := differences[m]) is not None and not d.is_clear]
     if as_good:
-        take = max(as_good, key=lambda m: (means[m].mean, -METHODS[m].cost))
+        take = max(as_good, key=lambda m: (means[m].mean, -cost[m]))
         gap = differences[take]
         assert gap is not None
         return (
@@ -72,7 +76,7 @@ def _sentence(column: dict[str, dict[int, float]], cost: dict[str, float]) -> st
         runner_up = max((m for m in means if m != best), key=lambda m: means[m].mean)
         gap = differences[runner_up]
         assert gap is not None
-        return f"{text} It is the cheapest too; the next, {runner_up}, is behind by {_points(gap)}: take {best}."
+        return f"{text} None is much cheaper; the next, {runner_up}, is behind by {_points(gap)}: take {best}."
     runner_up = max(cheaper, key=lambda m: means[m].mean)
     gap = differences[runner_up]
     assert gap is not None

@@ -95,8 +95,8 @@ def result_tables(rows: Sequence[Row], *, metric: str, baseline: str, num_seeds:
 def _layouts(targets: Sequence[str], shots: Sequence[int]) -> list[tuple[str, dict[str, tuple[str, int]]]]:
     """Tables of one card: (what they show, heading -> judged set and shots)."""
     if len(shots) == 1 and len(targets) > 1:
-        return [(_shots(shots[0]), {target: (target, shots[0]) for target in targets})]
-    return [(target, {_shots(k): (target, k) for k in shots}) for target in targets]
+        return [(shots_in_words(shots[0]), {target: (target, shots[0]) for target in targets})]
+    return [(target, {shots_in_words(k): (target, k) for k in shots}) for target in targets]
 
 
 def _differences(columns: Sequence[Mapping[str, Values]], method: str, baseline: str) -> tuple[Entry | None, ...]:
@@ -118,14 +118,15 @@ def cost_table(rows: Sequence[Row]) -> ResultTable:
         learnt = sorted({row["trainable_parameters"] for row in own})
         many = f"{learnt[0]:,}" if len(learnt) == 1 else f"{learnt[0]:,} to {learnt[-1]:,}"
         lines.append((method, tuple(Entry(text) for text in (*texts, many, uses))))
-    heads = (*map(_shots, shots), "parameters", "uses validation shots")
+    heads = (*map(shots_in_words, shots), "parameters", "uses validation shots")
     return ResultTable(
         "Cost: seconds of fitting alone", heads, tuple(lines),
         "Median over cards and seeds, without reading or encoding images that jobs share.",
     )  # fmt: skip
 
 
-def _shots(count: int) -> str:
+def shots_in_words(count: int) -> str:
+    """Returns a number of shots as a heading: 1 shot, 4 shots, all shots (0)."""
     return f"{count or 'all'} shot{'s' * (count != 1)}"
 
 
