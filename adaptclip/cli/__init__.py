@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptclip.cli import card, export, gate, predict, report, search
+from adaptclip.cli import card, export, gate, predict, recipes, report, search
 from adaptclip.config import parse_command
 from adaptclip.entrypoint import run_and_exit
 
@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "export": export.export,
     "embed": search.embed,
     "search": search.search,
+    "recipes": {"list": recipes.list_names, "copy": recipes.copy},
     "card": {"check": card.check, "list": card.list_names, "new": card.new},
 }
 """Name -> function whose signature gives the flags and whose docstring gives the help, or a group of such."""
