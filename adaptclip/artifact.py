@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import adaptclip
 from adaptclip.adapters import ADAPTERS, Adapter
+from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_sizes
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.card import Card
 from adaptclip.data.dataset import DomainData
@@ -41,17 +42,6 @@ FORMAT_VERSION = 1
 """Raised when an older adaptclip could no longer read what a newer one writes."""
 
 _LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvision")
-_REQUIRED = (
-    "format_version",
-    "method",
-    "settings",
-    "backbone",
-    "class_names",
-    "prompt_names",
-    "transform",
-    "files",
-    "verdicts",
-)
 
 
 @dataclass(frozen=True)
@@ -250,12 +240,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").is_file():
         raise ArtifactError(f"{folder} is not an artifact: it has no manifest.json. A run keeps it in RUN/artifact.")
     try:
+        check_manifest_bytes(folder)
         manifest = read_json(folder / "manifest.json")
     except StorageError as error:
         raise ArtifactError(f"{folder} is damaged: {error}. Take a fresh copy, or train again.") from error
-    missing = [key for key in _REQUIRED if key not in manifest]
-    if missing:
-        raise ArtifactError(f"{folder}/manifest.json lacks {', '.join(missing)}")
+    check_kinds(folder, manifest)
     if manifest["format_version"] > FORMAT_VERSION:
         raise ArtifactError(
             f"{folder} has format {manifest['format_version']}; this adaptclip {adaptclip.__version__} reads up to "
@@ -265,10 +254,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} holds the unknown method {manifest['method']!r}. {did_you_mean(manifest['method'], ADAPTERS)}"
         )
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if file.parent != folder or not file.is_file() or digest(file.read_bytes()) != expected:
-            raise ArtifactError(f"{folder} is damaged: {name} is missing or changed. Take a fresh copy or train again.")
+    check_files(folder, manifest)
+    check_sizes(folder, manifest)
     return manifest
 
 

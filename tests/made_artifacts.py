@@ -93,7 +93,7 @@ def train_a_little(adapter: Any, method: str, backbone: ClipBackbone, num_classe
     draw = torch.Generator().manual_seed(5)
     labels = torch.arange(num_classes).repeat(3)
     rows = torch.nn.functional.normalize(torch.randn(1, len(labels), backbone.embed_dim, generator=draw), dim=-1)
-    features = Features(rows, labels, tuple(map(str, range(len(labels)))), backbone.digest)
+    features = Features(rows, labels, tuple(map(str, range(len(labels)))), backbone.image_digest)
     if method == "linear_probe" and adapter.head == "logistic":
         adapter.fit(features, c=10.0)
     elif method == "linear_probe":

@@ -58,7 +58,10 @@ class Card(CardBlock):
 
 def card_folders() -> tuple[Path, ...]:
     """Returns the folders in which cards are looked up by name: the project's own, then `data_cards` where you are."""
-    candidates = [Path(__file__).resolve().parents[2] / "data_cards", Path.cwd() / "data_cards"]
+    package = Path(__file__).resolve().parents[1]
+    # An installed package carries them; in a checkout they lie beside it.
+    own = next((f for f in (package / "data_cards", package.parent / "data_cards") if f.is_dir()), package)
+    candidates = [own, Path.cwd() / "data_cards"] if own != package else [Path.cwd() / "data_cards"]
     return tuple(dict.fromkeys(folder.resolve() for folder in candidates if folder.is_dir()))
 
 

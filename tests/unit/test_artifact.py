@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from adaptclip.data.sources import open_data
 from adaptclip.errors import AdaptclipError, ArtifactError, DataError, StorageError
 from adaptclip.gates import check_gates
 from adaptclip.reports.summary import build_report
+from adaptclip.storage import digest
 from adaptclip.types import GateRule, Predictions
 
 
@@ -132,7 +134,12 @@ def test_an_inconclusive_gate_is_not_silent(saved, tmp_path):
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
         (lambda f: edit(f, format_version=99), "Install a newer adaptclip"),
         (lambda f: edit(f, method="coöp"), 'Did you mean "coop"'),
-        (lambda f: edit(f, files={"../outside": "x"}), "missing or changed"),
+        (lambda f: edit(f, format_version="1"), "format_version should be int, got str"),
+        (lambda f: (f / "manifest.json").write_text("[1]"), "should be an object, got list"),
+        (lambda f: edit(f, class_names=[1] * 10), "equally many texts"),
+        (lambda f: edit(f, class_names=["a"]), "equally many texts"),
+        (lambda f: edit(f, backbone={"name": 3}), "a name and a digest"),
+        (lambda f: edit(f, verdicts=["pass"]), "a verdict should have"),
         (lambda f: shutil.rmtree(f), "not an artifact"),
     ],
 )
@@ -211,3 +218,65 @@ def test_templates_other_than_those_of_training_are_refused(saved, tmp_path):
     assert load(tmp_path / "zero_shot", templates=("a photo of a {}.",)).class_names
     with pytest.raises(ArtifactError, match="leave templates out, or train with these"):
         load(tmp_path / "zero_shot", templates=("a {}.",))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/adapter.safetensors", "..", ".", "", "a\\b"])
+def test_a_manifest_names_no_file_outside_its_folder(folder, name):
+    (folder / "sub").mkdir()
+    for place in (folder / "sub" / "adapter.safetensors", folder.parent / "outside"):
+        shutil.copy(folder / "adapter.safetensors", place)
+    edit(folder, files={name: digest((folder / "adapter.safetensors").read_bytes())})
+    with pytest.raises(ArtifactError, match="which is not one in this folder"):
+        load(folder)
+
+
+def test_a_link_does_not_leave_the_folder_but_for_the_cache_of_the_hub(folder, tmp_path):
+    outside = tmp_path / "outside"
+    (folder / "adapter.safetensors").rename(outside)
+    (folder / "adapter.safetensors").symlink_to(outside)
+    with pytest.raises(ArtifactError, match="a link that leaves the folder"):
+        load(folder)
+    # The hub's library downloads files as links of this kind.
+    repository = tmp_path / "models--me--model"
+    (repository / "blobs").mkdir(parents=True)
+    outside.rename(repository / "blobs" / "abc")
+    snapshot = repository / "snapshots" / "1234" / "artifact"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot / "adapter.safetensors").unlink()
+    (snapshot / "adapter.safetensors").symlink_to("../../../blobs/abc")
+    assert load(snapshot.parent).class_names
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_run(folder, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was run",))
+
+    content = pickle.dumps(Hostile())
+    for name in ("adapter.safetensors", "adapter_model.bin", "pytorch_model.bin"):
+        (folder / name).write_bytes(content)
+    edit(folder, files={"adapter.safetensors": digest(content)})
+    with pytest.raises(ArtifactError, match="is not safetensors"):
+        load(folder)
+    pickle.loads(content)  # the file is what it is said to be
+    assert (tmp_path / "was run").exists()
+    (tmp_path / "was run").unlink()
+    with pytest.raises(ArtifactError):
+        load(folder)
+    assert not (tmp_path / "was run").exists()
+
+
+def test_sizes_are_bounded_by_what_is_there(folder, monkeypatch):
+    settings = json.loads((folder / "manifest.json").read_text())["settings"]
+    edit(folder, settings={**settings, "n_ctx": 10**10})
+    with pytest.raises(ArtifactError, match=r"n_ctx is 10,000,000,000, but no tensor in it is larger than"):
+        load(folder)
+    edit(folder, settings={**settings, "seed": 10**10})
+    assert load(folder).class_names
+    monkeypatch.setattr("adaptclip.artifact_checks.MOST_FILE_BYTES", 100)
+    with pytest.raises(ArtifactError, match="more than 100"):
+        load(folder)
+    monkeypatch.setattr("adaptclip.artifact_checks.MOST_MANIFEST_BYTES", 100)
+    with pytest.raises(ArtifactError, match="at most 100 are read"):
+        load(folder)
