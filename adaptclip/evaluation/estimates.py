@@ -146,6 +146,8 @@ def share(hits: np.ndarray, clusters: np.ndarray | None = None) -> Measurement:
         return Measurement(value, n, RateSpread(value, n, n, None))
     unit = np.unique(clusters, return_inverse=True)[1]
     units = int(unit.max()) + 1
+    if units == n:
+        return Measurement(value, n, RateSpread(value, n, n, None))
     if units < MIN_CLUSTERS:
         return Measurement(value, n, note=_few(units))
     drawn = variance((hits - value) / n, unit)
@@ -162,6 +164,8 @@ def _take(predictions: Predictions, baseline: Predictions | None, rows: np.ndarr
     keep = np.arange(len(predictions)) if rows is None else rows
     both = (predictions,) if baseline is None else (predictions, baseline)
     clusters = None if predictions.clusters is None else encode(predictions.clusters)[1][keep]
+    if clusters is not None and len(np.unique(clusters)) == len(keep):
+        clusters = None  # clusters of one image are independent images, and need no resampling
     labels = predictions.labels[keep]
     plan = plan_resampling(labels, clusters) if len(keep) else ResamplingPlan(np.zeros(0, int), np.zeros(0, int))
     probs = tuple(p.probs if rows is None else p.probs[keep] for p in both)

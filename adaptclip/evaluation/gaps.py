@@ -110,6 +110,8 @@ def _null_means(
 ) -> tuple[np.ndarray, str]:
     """(R, G) group means where the group makes no difference, and in words how they were found."""
     sizes = np.bincount(group)
+    if clusters is not None and len(np.unique(clusters)) == len(values):
+        clusters = None
     binary = bool(((values == 0) | (values == 1)).all())
     if clusters is None and binary:
         # Dealing labels out to right and wrong images is drawing without replacement: no need to deal one by one.
