@@ -40,6 +40,7 @@ _HOMES = {
     "check_gates": "gates",
     "choose_gates": "results",
     "finish_run": "results",
+    "full_report": "reports.full",
     "is_due": "training.steps",
     "launch": "entrypoint",
     "load": "artifact",
@@ -50,6 +51,7 @@ _HOMES = {
     "nearest_words": "adapters.prompt_reading",
     "open_data": "data.sources",
     "predict": "evaluation.predict",
+    "predict_held_out": "results",
     "read_prompt": "adapters.prompt_reading",
     "sample_few_shot": "data.fewshot",
     "save_artifact": "artifact",
@@ -88,6 +90,7 @@ __all__ = [
     "check_gates",
     "choose_gates",
     "finish_run",
+    "full_report",
     "is_due",
     "launch",
     "load",
@@ -98,6 +101,7 @@ __all__ = [
     "nearest_words",
     "open_data",
     "predict",
+    "predict_held_out",
     "read_prompt",
     "sample_few_shot",
     "save_artifact",
@@ -135,8 +139,9 @@ if TYPE_CHECKING:
     from adaptclip.evaluation.predict import predict
     from adaptclip.features import FeatureCache
     from adaptclip.gates import check_gates
+    from adaptclip.reports.full import full_report
     from adaptclip.reports.summary import build_report
-    from adaptclip.results import choose_gates, finish_run
+    from adaptclip.results import choose_gates, finish_run, predict_held_out
     from adaptclip.seeding import seed_everything
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
     from adaptclip.training.optim import build_optimizer, build_scheduler

@@ -103,7 +103,7 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
-    few_shots, _ = split.select(data)  # the validation shots are not used: CoOp takes the last step
+    few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
     num_steps = epochs * loader.steps_per_epoch
@@ -134,6 +134,7 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     training = {
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
         "seconds": round(seconds, 1),  # of this process: after --resume, without the steps taken before
@@ -144,7 +145,7 @@ def main(cfg: Config) -> int:
     }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
     )  # fmt: skip
     run.finish()
     return code

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "errors", "storage", "types", "seeding", "config", "hub", "data", "backbone", "prompts", "features", "adapters",
-    "training", "evaluation", "reports", "gates", "artifact", "results", "entrypoint", "cli",
+    "training", "evaluation", "reports", "gates", "model_card", "artifact", "results", "entrypoint", "cli",
 )  # fmt: skip
 PACKAGE = sorted((ROOT / "adaptclip").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

@@ -265,6 +265,8 @@ class CardBlock(BaseModel):
         groups: reported attribute -> bins, for numeric columns.
         window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
         allow: checks that may fail, by name (ALLOWABLE).
+        hard_pairs: pairs of classes that are known to be hard to tell apart; reports judge each pair by itself.
+        show_images: whether reports may hold small pictures of test images.
         gates: conditions for release.
         known_issues: sentences that are shown whenever the card is loaded.
     """
@@ -280,6 +282,8 @@ class CardBlock(BaseModel):
     groups: dict[Name, GroupBins] = Field(default_factory=dict)
     window: tuple[float, float] | None = None
     allow: tuple[str, ...] = ()
+    hard_pairs: tuple[tuple[Name, Name], ...] = ()
+    show_images: bool = True
     gates: tuple[GateRule, ...] = ()
     known_issues: tuple[str, ...] = ()
 
@@ -296,8 +300,14 @@ class CardBlock(BaseModel):
         for name in self.aliases:
             if self.class_names is not None and name not in self.class_names:
                 raise ValueError(f"aliases has no class {name!r}. {did_you_mean(name, self.class_names)}")
+        for pair in self.hard_pairs:
+            if pair[0] == pair[1]:
+                raise ValueError(f"hard_pairs has {list(pair)}; a pair needs two classes")
+            for name in pair:
+                if self.class_names is not None and name not in self.class_names:
+                    raise ValueError(f"hard_pairs has no class {name!r}. {did_you_mean(name, self.class_names)}")
         if self.columns.label is None:
-            for key in ("class_names", "aliases", "gates"):
+            for key in ("class_names", "aliases", "hard_pairs", "gates"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is about classes, and this card has captions and no columns.label")
         self._check_groups()

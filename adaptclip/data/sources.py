@@ -22,7 +22,7 @@ from adaptclip.data.file_rows import read_embedded, read_image_folder, read_mani
 from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
 from adaptclip.data.rows import RawRows
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
-from adaptclip.errors import DataError, SplitError
+from adaptclip.errors import DataError, SplitError, did_you_mean
 from adaptclip.storage import digest
 
 _log = logging.getLogger(__name__)
@@ -72,6 +72,11 @@ def open_data(
     found: dict[str, Picture] = {}
     skipped: list[str] = []
     images = _all_images(card, raw, contents)
+    for name in (name for pair in card.hard_pairs for name in pair):
+        if name not in images.class_names:
+            raise DataError(
+                f"card {card.name}: hard_pairs has no class {name!r}. {did_you_mean(name, images.class_names)}"
+            )
     if check or skip or (rule and rule.fractions):
         seen = pictures(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
         found = dict(zip(contents, seen, strict=True))

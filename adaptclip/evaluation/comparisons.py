@@ -8,8 +8,8 @@ import numpy as np
 from scipy.stats import binom
 
 from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.intervals import RateSpread
 from adaptclip.evaluation.influence import DifferenceSpread
+from adaptclip.evaluation.intervals import RateSpread
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -46,9 +46,7 @@ def difference(first: Measurement, second: Measurement) -> Measurement:
     value, n = first.value - second.value, first.n + second.n
     if first.spread is None or second.spread is None:
         return Measurement(value, n, note=first.note or second.note)
-    return Measurement(
-        value, n, DifferenceSpread(value, (first.value, first.spread), (second.value, second.spread))
-    )
+    return Measurement(value, n, DifferenceSpread(value, (first.value, first.spread), (second.value, second.spread)))
 
 
 def harmonic(first: Measurement, second: Measurement) -> Measurement:

@@ -1,8 +1,8 @@
-"""How well a model tells classes apart: top-k, classes and pairs it gets wrong, taxonomy levels, severity of mistakes."""
+"""How well a model tells classes apart: top-k, what it takes for what, levels of a taxonomy, severity of mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,9 @@ MAX_CONFUSIONS = 12
 
 MAX_EXAMPLES = 3
 """Images that a report names of each confused pair."""
+
+MAX_MATRIX_CLASSES = 25
+"""Up to this many classes the whole confusion matrix is part of the report."""
 
 MAX_SEVERITY_CLASSES = 4000
 """Above this many classes no matrix of common ancestors is built."""
@@ -56,8 +59,8 @@ def fine_grained_report(
 
     Returns:
         JSON-able dict with numbers and comparisons as in `build_report`: "top_k" (list of {"k", **comparison}),
-        "macro_f1", "worst_decile", "confusions" (list), "hard_pairs" (list), "levels" (list), "severity" (None without
-        a taxonomy).
+        "macro_f1", "worst_decile", "confusions" (list), "matrix", "hard_pairs" (list), "levels" (list), "severity"
+        (None without a taxonomy).
 
     Raises:
         DataError: a hard pair names an unknown class.
@@ -65,16 +68,20 @@ def fine_grained_report(
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
     both = (predictions,) if baseline is None else (predictions, baseline)
     return {
-        "top_k": [
-            {"k": k, **_top_k(both, k, confidence)} for k in TOP_K if k < len(predictions.class_names)
-        ],
+        "top_k": [{"k": k, **_top_k(both, k, confidence)} for k in TOP_K if k < len(predictions.class_names)],
         "macro_f1": _macro_f1(both, confidence),
         "worst_decile": _worst_decile(predictions, seed),
         "confusions": _confusions(predictions, confidence),
+        "matrix": _matrix(predictions),
         "hard_pairs": [_hard_pair(predictions, baseline, pair, settings) for pair in hard_pairs],
         "levels": [_level(predictions, baseline, level, settings) for level in predictions.levels],
         "severity": _severity(both, confidence),
     }
+
+
+def example_ids(fine: Mapping[str, Any]) -> list[str]:
+    """Row ids of the images that a fine-grained report names as examples of confusions."""
+    return [example["id"] for pair in fine["confusions"] for example in pair["examples"]]
 
 
 def _top_k(both: Sequence[Predictions], k: int, confidence: float) -> dict[str, Any]:
@@ -170,6 +177,15 @@ def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, A
     return rows
 
 
+def _matrix(predictions: Predictions) -> list[list[int]] | None:
+    """Images by true class (row) and predicted class; None with more than MAX_MATRIX_CLASSES."""
+    size = len(predictions.class_names)
+    if size > MAX_MATRIX_CLASSES:
+        return None
+    counts = np.bincount(predictions.labels * size + predictions.pred, minlength=size * size)
+    return counts.reshape(size, size).tolist()
+
+
 def _hard_pair(
     predictions: Predictions, baseline: Predictions | None, pair: tuple[str, str], settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -198,7 +214,7 @@ def _hard_pair(
 
 def _only(predictions: Predictions, rows: np.ndarray, classes: list[int]) -> Predictions:
     """Predictions of the images at `rows` among two classes."""
-    two = predictions.probs[np.ix_(rows, classes)].astype(np.float64)
+    two = predictions.probs[rows][:, classes].astype(np.float64)
     total = two.sum(axis=1, keepdims=True)
     two = np.divide(two, total, out=np.full_like(two, 0.5), where=total > 0)
     return Predictions(

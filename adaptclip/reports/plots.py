@@ -1,4 +1,4 @@
-"""Plots as SVG that goes into a page: its letters are text, its colours are the page's, nothing in it changes by run."""
+"""Plots as SVG that goes into a page: its letters are text, its colours the page's, and each run draws the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = {
     "#000005": "var(--orange)",
     "#000006": "var(--paper)",
 }
-"""Colours as drawn -> the page's own, so that a plot follows light, dark and print (Okabe and Ito's blue and orange)."""
+"""Colours as drawn -> the page's own, so that a plot follows light, dark and print (hues as Okabe and Ito's)."""
 
 _INK, _MUTED, _LINE, BLUE, ORANGE, _PAPER = _COLOURS
 
@@ -57,7 +57,7 @@ def _draw(name: str, width: float, height: float, paint: Callable[[Axes], None])
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         paint(figure.add_subplot())

@@ -95,10 +95,12 @@ def base_new(
     options: dict[str, Any] = {"metrics": ("accuracy",), "draws": draws, "seed": seed}
     parts = [measure(*pair, **options)["accuracy"] for pair in (base, new)]
     old = [p.baseline for p in parts]
-    assert old[0] is not None and old[1] is not None
+    assert old[0] is not None
+    assert old[1] is not None
     means = harmonic(parts[0].model, parts[1].model), harmonic(old[0], old[1])
-    assert means[0].value is not None and means[1].value is not None
-    change = Measurement(means[0].value - means[1].value, means[0].n, note="no interval: a function of two paired rates")
+    values = [mean.value or 0.0 for mean in means]
+    note = "no interval: a function of two paired rates"
+    change = Measurement(values[0] - values[1], means[0].n, note=note)
     return {
         "base": comparison(parts[0], confidence),
         "new": comparison(parts[1], confidence),

@@ -15,7 +15,7 @@ _QUALITY = 80
 
 
 def thumbnail(image: Image.Image, side: int = SIDE) -> str:
-    """Returns a data: URI of the RGB image as a JPEG whose longest side is at most `side` pixels; nothing is cropped."""
+    """Returns a data: URI of the image as a JPEG whose longest side is at most `side` pixels; nothing is cropped."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
