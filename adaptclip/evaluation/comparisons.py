@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import binom
 
 from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.influence import DifferenceSpread
+from adaptclip.evaluation.smooth import DifferenceSpread
 from adaptclip.evaluation.intervals import RateSpread
 
 

@@ -13,7 +13,7 @@ from scipy.stats import beta
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.influence import linearised
+from adaptclip.evaluation.smooth import linearised
 from adaptclip.evaluation.metrics import correct
 from adaptclip.types import Predictions
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from adaptclip.evaluation.metrics import METRIC_WORDS
 from adaptclip.reports.blocks import (
+    MAX_SCREEN_ROWS,
     Block,
     Bullets,
     Cell,
@@ -171,7 +172,15 @@ def group_rows(table: Mapping[str, Any], *, sign: str = " %", title: str = "Grou
     if paired:
         scales[len(header) - 1] = change_scale(rows, len(header) - 1)
         marks[len(header) - 1] = 0.0
-    return Rows(title, header, rows, scales, marks, limit=8, hidden="more groups with a higher accuracy, in the report")
+    return Rows(
+        title,
+        header,
+        rows,
+        scales,
+        marks,
+        limit=MAX_SCREEN_ROWS,
+        hidden="more groups with a higher accuracy, in the report",
+    )
 
 
 def _accuracy(row: Mapping[str, Any]) -> float:

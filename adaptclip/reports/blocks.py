@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+MAX_SCREEN_ROWS = 8
+"""Rows of a long table on a screen, worst first; the written report has them all."""
+
 Tone = Literal["", "pass", "fail", "inconclusive", "muted"]
 
 

@@ -20,7 +20,7 @@ from adaptclip.evaluation.confidence import (
     with_temperature,
 )
 from adaptclip.evaluation.estimates import Measurement, group_rows, measure
-from adaptclip.evaluation.influence import linearised, mean_of
+from adaptclip.evaluation.smooth import linearised, mean_of
 from adaptclip.evaluation.metrics import ECE_BINS, confidence_bins, correct
 from adaptclip.reports.bias import number
 from adaptclip.types import Predictions

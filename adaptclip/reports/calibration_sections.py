@@ -103,7 +103,7 @@ def _group_rows(attribute: str, groups: Sequence[Mapping[str, Any]]) -> Rows:
     if sets:
         scales[4 + fitted] = (0.0, 1.0)
     marks = dict.fromkeys(range(2, 3 + fitted), 0.0)
-    return Rows(f"Calibration by {one_line(attribute)}", header, rows, scales, marks, limit=8)
+    return Rows(f"Calibration by {one_line(attribute)}", header, rows, scales, marks)
 
 
 def selective_section(report: Mapping[str, Any], *, plots: bool) -> Section | None:

@@ -75,6 +75,7 @@ def _summary_rows(fine: Mapping[str, Any]) -> Rows:
 
 def _class_rows(report: Mapping[str, Any]) -> Rows:
     changes = {row["class"]: row for row in (report.get("shift") or {}).get("classes", ())}
+    few = not all(row["sufficient"] for row in report["per_class"])
     rows = []
     for row in sorted(report["per_class"], key=lambda r: (r["accuracy"]["value"] is None, r["accuracy"]["value"] or 0)):
         tone = "" if row["sufficient"] else "muted"
@@ -82,11 +83,12 @@ def _class_rows(report: Mapping[str, Any]) -> Rows:
         if changes:
             change = changes.get(row["class"])
             cells += [points(change["change"] if change else None), _direction(change)]
-        cells.append(text("" if row["sufficient"] else "insufficient", "muted"))
+        if few:
+            cells.append(text("" if row["sufficient"] else "insufficient", "muted"))
         rows.append(cells)
-    header = ["class", "n", "accuracy", *(["change in points", "against zero-shot"] if changes else []), "images"]
+    header = ["class", "n", "accuracy", *["change in points", "against zero-shot"] * bool(changes), *["images"] * few]
     scales = {2: (0.0, 1.0)} | ({3: change_scale(rows, 3)} if changes else {})
-    return Rows("Classes, lowest accuracy first", header, rows, scales, {3: 0.0} if changes else {}, limit=8)
+    return Rows("Classes, lowest accuracy first", header, rows, scales, {3: 0.0} if changes else {})
 
 
 def _direction(change: Mapping[str, Any] | None) -> Cell:

@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.evaluation.estimates import Comparison, Measurement, measure
-from adaptclip.evaluation.influence import linearised, macro_f1_parts, mean_of
+from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
 from adaptclip.evaluation.metrics import topk_correct
 from adaptclip.evaluation.taxonomy import ancestor_heights, at_level, least_severe
 from adaptclip.reports.bias import comparison, number

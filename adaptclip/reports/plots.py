@@ -75,7 +75,11 @@ def _for_page(svg: str, name: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", svg)
     svg = re.sub(r' xmlns(:xlink)?="[^"]+"', "", svg)
-    svg = re.sub(r"^<svg[^>]*?(viewBox=\"[^\"]+\")[^>]*>", r'<svg \1 aria-hidden="true" focusable="false">', svg)
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert box is not None
+    # As wide as it was drawn (1 pt is 4/3 px), or as the page is.
+    width = f'style="max-width: {float(box[1]) * 4 / 3:.0f}px"'
+    svg = re.sub(r"^<svg[^>]*>", f'<svg {box[0]} {width} aria-hidden="true" focusable="false">', svg)
     for drawn, own in _COLOURS.items():
         svg = svg.replace(drawn, own)
     svg = re.sub(r"font: ([\d.]+)px 'DejaVu Sans', sans-serif", r"font: \1px var(--sans)", svg)

@@ -29,6 +29,10 @@ _SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "none": "–"}
 """A sign and a word beside every colour."""
 
 
+_WIDE = 70
+"""Letters from which a cell holds sentences, which a narrow page sets below each other."""
+
+
 def escape_markdown(text: str) -> str:
     """Makes a user's string literal in a Markdown table cell or line, HTML included."""
     plain = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -92,6 +96,7 @@ def _template() -> Template:
     loader = PackageLoader("adaptclip.reports", "templates")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.globals |= {"bar": _bar, "signs": _SIGNS, "kind": lambda block: type(block).__name__, "capital": _capital}
+    pages.globals |= {"wide": _WIDE, "is_wordy": _is_wordy}
     # A number and its unit stay on one line.
     pages.filters["shown"] = lambda words: one_line(words).replace(" %", "\u00a0%")
     return pages.get_template("report.html")
@@ -111,6 +116,10 @@ def to_html(
         pictures: row id -> data: URI of a thumbnail (`reports.thumbnails`); None leaves pictures out.
     """
     return _template().render(made=document(report, verdicts, pictures=pictures, plots=True))
+
+
+def _is_wordy(rows: Rows) -> bool:
+    return any(len(cell.words) > _WIDE for row in rows.rows for cell in row)
 
 
 def _bar(rows: Rows, column: int, cell: Cell) -> Mapping[str, float | None] | None:
