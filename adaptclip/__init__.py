@@ -34,11 +34,13 @@ _HOMES = {
     "TwoStage": "adapters",
     "ZeroShotClassifier": "adapters",
     "backward_and_step": "training.steps",
+    "build_mitigation": "training.mitigation",
     "build_optimizer": "training.optim",
     "build_report": "reports.summary",
     "build_scheduler": "training.optim",
     "check_gates": "gates",
     "choose_gates": "results",
+    "compare_groups": "reports.levelling",
     "finish_run": "results",
     "full_report": "reports.full",
     "is_due": "training.steps",
@@ -84,11 +86,13 @@ __all__ = [
     "ZeroShotClassifier",
     "__version__",
     "backward_and_step",
+    "build_mitigation",
     "build_optimizer",
     "build_report",
     "build_scheduler",
     "check_gates",
     "choose_gates",
+    "compare_groups",
     "finish_run",
     "full_report",
     "is_due",
@@ -140,10 +144,12 @@ if TYPE_CHECKING:
     from adaptclip.features import FeatureCache
     from adaptclip.gates import check_gates
     from adaptclip.reports.full import full_report
+    from adaptclip.reports.levelling import compare_groups
     from adaptclip.reports.summary import build_report
     from adaptclip.results import choose_gates, finish_run, predict_held_out
     from adaptclip.seeding import seed_everything
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
+    from adaptclip.training.mitigation import build_mitigation
     from adaptclip.training.optim import build_optimizer, build_scheduler
     from adaptclip.training.pixels import PixelLoader, training_loader
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps

@@ -203,7 +203,7 @@ def load(
         _read_adapter(folder, adapter)
     except StorageError as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from error
-    return AdaptedModel(adapter.to(device).eval(), model, manifest)
+    return AdaptedModel(adapter.to(device).eval(), model, manifest, folder=folder)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -272,10 +272,11 @@ class AdaptedModel:
     Attributes:
         class_names: C names, in the order of the probabilities' columns.
         manifest: what the artifact says of itself.
+        folder: the artifact folder it was loaded from.
     """
 
-    def __init__(self, adapter: Adapter, backbone: ClipBackbone, manifest: Mapping[str, Any]) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, backbone: ClipBackbone, manifest: Mapping[str, Any], *, folder: Path) -> None:
+        self.adapter, self.folder = adapter, folder
         self.backbone = backbone
         self.manifest = manifest
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])

@@ -1,6 +1,6 @@
 """Image features of a frozen tower: computed once per image and view, kept on disk, shared by every run.
 
-On disk a cache is one folder per way of looking at an image (weights, transform, window, view), and in it shards:
+On disk a cache is one folder per way of looking at an image (image weights, transform, window, view), and in it shards:
 safetensors files of a few hundred rows that name the images they hold by the digest of their encoded bytes. Which data
 set, split, seed or number of shots asked for an image does not matter, so all of them share its features.
 
@@ -115,7 +115,7 @@ class FeatureCache:
             values=values if len(rows) == len(place) else values[:, rows],
             labels=torch.as_tensor(dataset.labels, dtype=torch.int64),
             ids=tuple(dataset.ids),
-            weights=backbone.digest,
+            weights=backbone.image_digest,
         )
 
 
@@ -150,7 +150,9 @@ class _Job:
 
 def _key(backbone: ClipBackbone, dataset: ImageDataset, view: _View | None) -> dict[str, Any]:
     """Returns all that the features of an image depend on besides its bytes, JSON-able."""
-    key: dict[str, Any] = {"weights": backbone.digest, "transform": backbone.transform_spec, "window": dataset.window}
+    key: dict[str, Any] = {
+        "weights": backbone.image_digest, "transform": backbone.transform_spec, "window": dataset.window
+    }  # fmt: skip
     return key if view is None else key | {"view": view.number, "augment": view.augment.spec}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def finish_run(
     """
     code = [0]
     if accelerator.is_main_process:
+        declared = {"outcomes": data.card.outcomes, "intersections": data.card.intersections}
+        predictions = replace(predictions, **declared)
+        zero_shot = zero_shot and replace(zero_shot, **declared)
         verdicts = check_gates(predictions, zero_shot, rules)
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
         used_for = dict(training or {}).get("validation_used_for", "nothing")

@@ -10,21 +10,21 @@ Legend of shapes, used in every docstring:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.storage import read_parquet, write_parquet
-
-METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece")
-"""Names of the metrics that a gate can be set on; `ece` is better when lower, the others when higher."""
+from adaptclip.gate_rules import METRICS as METRICS
+from adaptclip.gate_rules import GateRule as GateRule
+from adaptclip.gate_rules import Outcome
+from adaptclip.prediction_files import read_predictions
+from adaptclip.storage import write_parquet
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Features:
         values: (V, N, D) float32, unit norm; V is 1 for the evaluation transform.
         labels: (N,) int64.
         ids: N row ids.
-        weights: digest of the backbone that made them; "" where it is not known.
+        weights: digest of the image weights that made them (`ClipBackbone.image_digest`); "" where it is not known.
     """
 
     values: Tensor
@@ -83,6 +83,11 @@ class Predictions:
         groups: attribute name -> N values as text; a missing value is "unknown".
         clusters: N cluster ids (patients, sites), the unit of resampling; None where each image is its own.
         levels: taxonomy level name -> C coarse names, one per class; coarse to fine.
+        outcomes: two-sided questions that are reported beside the classes, such as malignant or not.
+        intersections: lists of group attributes that are also reported crossed.
+        ranked: how many of the most probable classes are known, in order; None for all of them.
+        confident: whether the probabilities are the model's own; where not, only their order means something.
+        notes: what to know of the source of these predictions.
     """
 
     ids: tuple[str, ...]
@@ -92,6 +97,11 @@ class Predictions:
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     clusters: tuple[str, ...] | None = None
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
+    intersections: tuple[tuple[str, ...], ...] = ()
+    ranked: int | None = None
+    confident: bool = True
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.class_names)
@@ -118,6 +128,28 @@ class Predictions:
         for name, values in self.levels.items():
             if len(values) != c:
                 raise DataError(f"taxonomy level {name!r} has {len(values)} names for {c} classes")
+        self._check_declared()
+
+    def _check_declared(self) -> None:
+        """Outcomes and intersections speak of levels, classes and groups that there are."""
+        for outcome in self.outcomes:
+            if outcome.level is not None and outcome.level not in self.levels:
+                raise DataError(
+                    f"outcome {outcome.name!r}: no taxonomy level {outcome.level!r}. "
+                    f"{did_you_mean(outcome.level, self.levels)}"
+                )
+            values = self.class_names if outcome.level is None else self.levels[outcome.level]
+            for value in outcome.positive:
+                if value not in values:
+                    raise DataError(f"outcome {outcome.name!r}: nothing is {value!r}. {did_you_mean(value, values)}")
+            if set(values) <= set(outcome.positive):
+                raise DataError(f"outcome {outcome.name!r}: every class is positive, so there is nothing to tell apart")
+        for crossed in self.intersections:
+            for name in crossed:
+                if name not in self.groups:
+                    raise DataError(
+                        f"intersection {list(crossed)}: no group attribute {name!r}. {did_you_mean(name, self.groups)}"
+                    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,83 +170,33 @@ class Predictions:
         columns |= {f"group:{name}": list(values) for name, values in self.groups.items()}
         if self.clusters is not None:
             columns["cluster"] = list(self.clusters)
-        levels = {name: list(values) for name, values in self.levels.items()}
-        write_parquet(Path(path), pa.table(columns), {"class_names": list(self.class_names), "levels": levels})
+        metadata = {
+            "class_names": list(self.class_names),
+            "levels": {name: list(values) for name, values in self.levels.items()},
+            "outcomes": [outcome.model_dump() for outcome in self.outcomes],
+            "intersections": [list(crossed) for crossed in self.intersections],
+            "ranked": self.ranked,
+            "confident": self.confident,
+            "notes": list(self.notes),
+        }
+        write_parquet(Path(path), pa.table(columns), metadata)
 
     @classmethod
-    def load(cls, path: Path | str) -> Predictions:
-        """Reads what `save` wrote.
+    def load(cls, path: Path | str, *, classes: Sequence[str] | None = None) -> Predictions:
+        """Reads what `save` wrote, or the predictions of any other model (columns: `adaptclip.prediction_files`).
+
+        Args:
+            path: a Parquet, CSV or TSV file.
+            classes: class names in the order of their ids, where labels are numbers and the file has no names.
 
         Raises:
             StorageError: the file is missing or damaged.
-            DataError: a column is missing or its values do not fit.
+            DataError: a column is missing or its values do not fit; the message names the file and the column.
         """
-        table, metadata = read_parquet(Path(path))
-        names = tuple(metadata.get("class_names", ()))
-        missing = [c for c in ("id", "label", *(f"prob_{i}" for i in range(len(names)))) if c not in table.column_names]
-        if missing or not names:
-            raise DataError(f"{path} is not a predictions file of adaptclip: it lacks {missing or 'class names'}")
-        groups = {
-            c.removeprefix("group:"): tuple("unknown" if v is None else str(v) for v in table[c].to_pylist())
-            for c in table.column_names
-            if c.startswith("group:")
-        }
-        return cls(
-            ids=tuple(table["id"].to_pylist()),
-            labels=table["label"].to_numpy().astype(np.int64),
-            probs=np.stack([table[f"prob_{i}"].to_numpy() for i in range(len(names))], axis=1).astype(np.float32),
-            class_names=names,
-            groups=groups,
-            clusters=tuple(table["cluster"].to_pylist()) if "cluster" in table.column_names else None,
-            levels={name: tuple(values) for name, values in metadata.get("levels", {}).items()},
-        )
-
-
-class GateRule(BaseModel):
-    """One declared condition for release. Exactly one of `at_least`, `at_most`, `no_worse_than` is given.
-
-    Attributes:
-        metric: one of METRICS; rates are 0 to 1.
-        group: attribute whose every group must satisfy the rule; None judges all images together.
-        at_least: lowest acceptable value.
-        at_most: highest acceptable value.
-        no_worse_than: the reference model of a paired comparison.
-        margin: slack in the metric's own unit (0.02 is 2 points), for `no_worse_than`.
-        confidence: level of the interval that must lie on the right side.
-        min_n: fewest images (of the smallest group, where there are groups) that allow a verdict.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    metric: str = "accuracy"
-    group: str | None = None
-    at_least: float | None = Field(default=None, ge=0, le=1)
-    at_most: float | None = Field(default=None, ge=0, le=1)
-    no_worse_than: Literal["zero_shot"] | None = None
-    margin: float = Field(default=0.0, ge=0, le=1)
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    min_n: int = Field(default=100, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> GateRule:
-        if self.metric not in METRICS:
-            raise ValueError(f"unknown metric {self.metric!r}. {did_you_mean(self.metric, METRICS)}")
-        given = [n for n in ("at_least", "at_most", "no_worse_than") if getattr(self, n) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of at_least, at_most, no_worse_than; got {given or 'none'}")
-        wrong = "at_least" if self.metric == "ece" else "at_most"
-        if given == [wrong]:
-            better = "lower" if self.metric == "ece" else "higher"
-            right = "at_most" if self.metric == "ece" else "at_least"
-            raise ValueError(f"{self.metric} is better when {better}: use {right}, not {wrong}")
-        if self.margin and not self.no_worse_than:
-            raise ValueError("margin belongs to no_worse_than; put the slack into the limit itself")
-        return self
-
-    @property
-    def title(self) -> str:
-        """The rule in words, for tables and errors."""
-        subject = self.metric + (f" of every {self.group}" if self.group else "")
-        if self.no_worse_than:
-            return f"{subject} no worse than {self.no_worse_than}" + (f" − {self.margin:g}" if self.margin else "")
-        return f"{subject} ≥ {self.at_least:g}" if self.at_least is not None else f"{subject} ≤ {self.at_most:g}"
+        fields = read_predictions(Path(path), classes)
+        fields["outcomes"] = tuple(Outcome.model_validate(outcome) for outcome in fields["outcomes"])
+        fields["intersections"] = tuple(map(tuple, fields["intersections"]))
+        try:
+            return cls(**fields)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error

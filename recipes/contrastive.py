@@ -64,6 +64,8 @@ class Config:
     """Peak learning rate of AdamW (weight decay 0.1, or 0 for few shots), cosine per step."""
     batch_size: int = 256
     """Pairs per process; all processes' pairs are contrasted. The default takes a short 32."""
+    mitigate: str = ""
+    """Balance of what an epoch shows, such as group-sampling:sex or class-sampling; empty for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast of the towers while training."""
     save_every: int = 100
@@ -93,6 +95,7 @@ def main(cfg: Config) -> int:
     shots, epochs, batch_size = training_length(cfg)
     split = ac.sample_few_shot(data, shots=shots, seed=cfg.seed)
     images, validation = split.select(data)
+    mitigation = ac.build_mitigation(cfg.mitigate, images, data.train, accelerator=accelerator, pairs=True)
     other = ac.open_data(ac.load_card(cfg.zero_shot_card), data_root=cfg.data_root) if cfg.zero_shot_card else None
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     interpolate({}, {}, cfg.wise_ft)  # a share out of range, or a model that could not be saved, is refused now
@@ -114,12 +117,12 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
-    how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "accelerator": accelerator}
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "strata": mitigation.strata}
     if adapter.consumes == "features":
         features = cache.get(backbone, images, views=cfg.views, augment=crop, accelerator=accelerator)
-        pictures = ac.FeatureLoader(features, **how)
+        pictures = ac.FeatureLoader(features, accelerator=accelerator, **how)
     else:
-        pictures = ac.PixelLoader(images, backbone, augment=crop, views=cfg.views, **how)
+        pictures = ac.PixelLoader(images, backbone, augment=crop, views=cfg.views, accelerator=accelerator, **how)
     loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed)
     num_steps = epochs * loader.steps_per_epoch
     decay, warmup = (0.0, 0) if shots else (0.1, min(500, num_steps // 5))
@@ -127,7 +130,7 @@ def main(cfg: Config) -> int:
     per_epoch: Any = {"steps_per_epoch": loader.steps_per_epoch, "kind": "cosine_per_step", "warmup_steps": warmup}
     scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, **per_epoch)
     model, optimizer = accelerator.prepare(adapter, optimizer)
-    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
 
     started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
@@ -139,14 +142,13 @@ def main(cfg: Config) -> int:
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if ac.is_due(step, run.save_every, num_steps):
-            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
-
     training = {
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
         "seconds": time.perf_counter() - started, "chosen": {"wise_ft": cfg.wise_ft},
         "schedule": f"{epochs} epochs, {num_steps} steps of {batch_size} pairs, AdamW {cfg.lr:g}, warm-up {warmup}",
-        "validation_used_for": "the WiSE-FT curve; alpha was declared before",
+        "validation_used_for": "the WiSE-FT curve; alpha was declared before", "mitigation": mitigation.describe(),
     }  # fmt: skip
     tuned = accelerator.unwrap_model(model, keep_fp32_wrapper=False).tuned_state()
     on = {"validation": (validation, data)} | ({other.card.name: (other.test, other)} if other else {})

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch.nn.functional as F
-
 import adaptclip as ac
 
 
@@ -55,6 +53,8 @@ class Config:
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 32
     """Images per process and step; with cached features they cost next to nothing beside the class prompts."""
+    mitigate: str = ""
+    """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast of the text tower while training."""
     memory_gib: float = 4.0
@@ -84,6 +84,8 @@ def main(cfg: Config) -> int:
     rules = ac.choose_gates(cfg.gates, card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
+    few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     epochs, views = training_length(cfg)
     accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
@@ -103,14 +105,15 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
-    few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
-    loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
+    loader = ac.FeatureLoader(
+        features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
+    )
     num_steps = epochs * loader.steps_per_epoch
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="sgd", lr=cfg.lr, weight_decay=5e-4)
     scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch)
     model, optimizer = accelerator.prepare(adapter, optimizer)
-    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
 
     started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
@@ -118,12 +121,12 @@ def main(cfg: Config) -> int:
     for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
-            loss = F.cross_entropy(logits, batch.labels) + adapter.penalty()
+            loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if ac.is_due(step, run.save_every, num_steps):
-            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
     seconds = time.perf_counter() - started
 
@@ -142,6 +145,7 @@ def main(cfg: Config) -> int:
         "chosen": {},
         "validation_used_for": "nothing",
         "nearest_words": ac.read_prompt(adapter),
+        "mitigation": mitigation.describe(),
     }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,

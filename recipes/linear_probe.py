@@ -53,6 +53,8 @@ class Config:
     """Multiplies the penalties of clap; not given it is 1, as in the paper, and 0 makes it text-init."""
     views: int | None = None
     """Sets of random crops, 0 for the evaluation transform; not given: 20 (text-init, clap), 1 (lp++), 0 (logistic)."""
+    mitigate: str = ""
+    """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     min_scale: float = 0.5
     """Smallest random crop as a share of the image's area; a larger limit of the card wins."""
     templates: tuple[str, ...] = ()
@@ -76,6 +78,8 @@ def main(cfg: Config) -> int:
     rules = ac.choose_gates(cfg.gates, card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
+    few_shots, held_out = split.select(data)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train)  # each process fits the whole head
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     templates = cfg.templates or card.templates
     adapter = ac.LinearProbe(backbone, data.prompt_names, head=cfg.head, templates=templates).to(accelerator.device)
@@ -83,6 +87,7 @@ def main(cfg: Config) -> int:
     settings = adapter.fit_settings(
         c=cfg.C or None, lr=cfg.lr or None, epochs=cfg.epochs or None, clap_weight=cfg.clap_weight
     )
+    adapter.check_balance(mitigation)
     run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, overwrite=cfg.overwrite)
     if accelerator.is_main_process:
         split.save(run.path / "split.json")
@@ -92,13 +97,12 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=(max(cfg.min_scale, low), high), horizontal_flip=card.augmentation.horizontal_flip
     )
-    few_shots, held_out = split.select(data)
     views = PUBLISHED_VIEWS[cfg.head] if cfg.views is None else cfg.views
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     # Only logistic without --C chooses anything; the other heads have no use for the validation images.
     chooses = cfg.head == "logistic" and not cfg.C and len(held_out) > 0
     validation = cache.get(backbone, held_out, accelerator=accelerator) if chooses else None
-    fitted = adapter.fit(features, validation, **settings, seed=cfg.seed)
+    fitted = adapter.fit(features, validation, **settings, seed=cfg.seed, balance=mitigation)
     num_learnt = sum(p.numel() for p in adapter.trainable_parameters())
     accelerator.print(f"{cfg.head}: {num_learnt:,} weights fitted in {fitted['seconds']:.1f} s")
 
@@ -111,7 +115,7 @@ def main(cfg: Config) -> int:
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="linear_probe", predictions=predictions, zero_shot=baseline,
         rules=rules, gates=cfg.gates, accelerator=accelerator, validation=judged_held_out,
-        training={"trainable_parameters": num_learnt, **fitted},
+        training={"trainable_parameters": num_learnt, **fitted, "mitigation": mitigation.describe()},
     )  # fmt: skip
     run.finish()
     return code

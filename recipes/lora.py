@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch.nn.functional as F
-
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.evaluation.new_classes import judge_new_classes
@@ -62,6 +60,8 @@ class Config:
     """Peak learning rate of AdamW (weight decay 0.01), cosine to 1e-6."""
     batch_size: int = 32
     """Images per process and step."""
+    mitigate: str = ""
+    """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast of both towers while training."""
     compute: Literal["plain", "checkpointing", "compile"] = "plain"
@@ -90,6 +90,7 @@ def main(cfg: Config) -> int:
         data, new = base_and_new(data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, validation = split.select(data)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     new_validation = new and (ac.sample_few_shot(new, shots=cfg.shots, seed=cfg.seed).select(new)[1], new.prompt_names)
     check_setting(cfg.lora_scale, validation)
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
@@ -112,15 +113,16 @@ def main(cfg: Config) -> int:
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
     loader = ac.training_loader(
-        adapter, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator
-    )
+        adapter, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,
+        strata=mitigation.strata,
+    )  # fmt: skip
     num_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=lr, weight_decay=1e-2)
     scheduler = ac.build_scheduler(
         optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step", final_lr=1e-6
     )
     model, optimizer = accelerator.prepare(adapter, optimizer)
-    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
     started = time.perf_counter()
 
     # --- loop: the same lines in every recipe ---
@@ -128,17 +130,18 @@ def main(cfg: Config) -> int:
     for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
-            loss = F.cross_entropy(logits, batch.labels) + adapter.penalty()
+            loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if ac.is_due(step, run.save_every, num_steps):
-            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
 
     training = {
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
         "seconds": time.perf_counter() - started, "schedule": f"{num_steps} steps of {cfg.batch_size}, lr {lr:g}",
+        "mitigation": mitigation.describe(),
     }  # fmt: skip
     adapter = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     training |= choose_scale(cfg.lora_scale, adapter, validation, new_validation, accelerator=accelerator)

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.nn.functional as F
-
 import adaptclip as ac
 from adaptclip.errors import ConfigError, did_you_mean
 
@@ -65,6 +63,8 @@ class Config:
     """Images of tip-f per process and micro-step."""
     accumulate: int = 1
     """Micro-steps per optimizer step."""
+    mitigate: str = ""
+    """Balance of groups or classes in tip-f's training, such as group-sampling:sex or class-weights; empty for none."""
     save_every: int = 100
     """Optimizer steps between checkpoints."""
     gates: str = "card"
@@ -92,6 +92,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, for_choice = split.select(data)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     choose = cfg.choose == "validation" and cfg.variant != "ss-text"
     if choose and len(for_choice) == 0:
         raise ConfigError(
@@ -118,7 +119,7 @@ def main(cfg: Config) -> int:
     started = time.perf_counter()
     adapter.fit(features)
     if cfg.variant == "tip-f":
-        train(cfg, accelerator, run, adapter, features)
+        train(cfg, accelerator, run, adapter, features, mitigation)
     choice = adapter.choose(validation) if validation is not None else None
     seconds = time.perf_counter() - started
 
@@ -136,6 +137,7 @@ def main(cfg: Config) -> int:
         "views": views,
         "chosen": {name: adapter.settings[name] for name in ("alpha", "beta") if name in adapter.settings},
         "validation_used_for": choice.describe() if choice else "nothing",
+        "mitigation": mitigation.describe(),
     }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method=METHODS[cfg.variant], predictions=predictions,
@@ -146,9 +148,11 @@ def main(cfg: Config) -> int:
     return code
 
 
-def train(cfg: Config, accelerator: Any, run: Any, adapter: Any, features: ac.Features) -> None:
+def train(cfg: Config, accelerator: Any, run: Any, adapter: Any, features: ac.Features, mitigation: Any) -> None:
     """Tip-Adapter-F: learns the keys, with alpha and beta as set."""
-    loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
+    loader = ac.FeatureLoader(
+        features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
+    )
     num_steps = cfg.epochs * loader.steps_per_epoch
     # The published code leaves the weight decay at torch's 0.01.
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=cfg.lr, weight_decay=0.01, eps=1e-4)
@@ -156,19 +160,19 @@ def train(cfg: Config, accelerator: Any, run: Any, adapter: Any, features: ac.Fe
         optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step"
     )
     model, optimizer = accelerator.prepare(adapter, optimizer)
-    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
 
     # --- loop: the same lines in every recipe ---
     model.train()
     for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
-            loss = F.cross_entropy(logits, batch.labels) + adapter.penalty()
+            loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if ac.is_due(step, run.save_every, num_steps):
-            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
 
 
@@ -177,6 +181,8 @@ def check(cfg: Config) -> None:
     for value, options in ((cfg.variant, METHODS), (cfg.choose, ("validation", "fixed"))):
         if value not in options:
             raise ConfigError(f"{value!r} is not one of the options. {did_you_mean(value, options)}")
+    if cfg.mitigate and cfg.variant != "tip-f":
+        raise ConfigError(f"{cfg.variant} is computed and not trained, so --mitigate has no loss to change")
 
 
 def build(cfg: Config, backbone: Any, names: Sequence[str], templates: Sequence[str]) -> Any:

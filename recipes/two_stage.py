@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.nn.functional as F
-
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.errors import ConfigError
@@ -60,6 +58,8 @@ class Config:
     """The same for the head."""
     batch_size: int = 32
     """Images per process and step."""
+    mitigate: str = ""
+    """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast of both towers while training."""
     gates: str = "card"
@@ -86,6 +86,9 @@ def main(cfg: Config) -> int:
         data, new = base_and_new(data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, held_out = split.select(data)  # held out for the report
+    mitigation, head_mitigation = (
+        ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator) for _ in range(2)
+    )
     tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     lora = ac.LoRA(
@@ -102,9 +105,10 @@ def main(cfg: Config) -> int:
     )
     started = time.perf_counter()
     loader = ac.training_loader(
-        lora, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator
-    )
-    train(lora, loader, tower_steps, lr, run, accelerator)
+        lora, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,
+        strata=mitigation.strata,
+    )  # fmt: skip
+    train(lora, loader, tower_steps, lr, run, accelerator, mitigation)
     lora_parameters = lora.trainable_parameters()
 
     # The head learns on features of the adapted towers, which no other run could use.
@@ -112,13 +116,16 @@ def main(cfg: Config) -> int:
     features = ac.FeatureCache(None).get(
         adapter.encoder, few_shots, views=cfg.views, augment=crop, accelerator=accelerator
     )
-    head_loader = ac.FeatureLoader(features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator)
+    head_loader = ac.FeatureLoader(
+        features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
+    )
     head_run = ac.start_run(run.path / "head", config=asdict(cfg), accelerator=accelerator, resume=cfg.resume)
-    train(adapter, head_loader, head_steps, cfg.head_lr, head_run, accelerator)
+    train(adapter, head_loader, head_steps, cfg.head_lr, head_run, accelerator, head_mitigation)
     training = {
         "trainable_parameters": sum(p.numel() for p in (*lora_parameters, *adapter.trainable_parameters())),
         "seconds": time.perf_counter() - started, "chosen": {}, "validation_used_for": "nothing",
         "schedule": f"{tower_steps} steps of LoRA, {head_steps} of the head, batches of {cfg.batch_size}",
+        "mitigation": mitigation.describe(), "head_mitigation": head_mitigation.describe(),
     }  # fmt: skip
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
@@ -140,26 +147,26 @@ def main(cfg: Config) -> int:
     return code
 
 
-def train(adapter: Any, loader: Any, num_steps: int, lr: float, run: Any, accelerator: Any) -> None:
+def train(adapter: Any, loader: Any, num_steps: int, lr: float, run: Any, accelerator: Any, mitigation: Any) -> None:
     """One stage: AdamW, cosine per step; checkpoints and metrics in the stage's own run folder."""
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=lr, weight_decay=1e-2)
     scheduler = ac.build_scheduler(
         optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step", final_lr=1e-6
     )
     model, optimizer = accelerator.prepare(adapter, optimizer)
-    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
 
     # --- loop: the same lines in every recipe ---
     model.train()
     for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
-            loss = F.cross_entropy(logits, batch.labels) + adapter.penalty()
+            loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if ac.is_due(step, run.save_every, num_steps):
-            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    "errors", "storage", "types", "seeding", "config", "hub", "data", "backbone", "prompts", "features", "adapters",
-    "training", "evaluation", "reports", "gates", "model_card", "artifact", "results", "entrypoint", "cli",
+    "errors", "storage", "gate_rules", "prediction_files", "types", "seeding", "config", "hub", "data", "backbone",
+    "prompts", "features", "adapters", "training", "evaluation", "reports", "gates", "model_card", "artifact",
+    "export", "search", "results", "experiments", "entrypoint", "cli",
 )  # fmt: skip
 PACKAGE = sorted((ROOT / "adaptclip").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
-from recipe_files import RECIPES
+from recipe_files import RECIPES, ROOT
 
 BEGIN, END = "# --- loop: the same lines in every recipe ---", "# --- end of loop ---"
 LOSS_OF_ITS_OWN = {"contrastive"}
@@ -46,6 +46,25 @@ def test_the_loops_are_the_same_lines(capsys):
     assert compared >= 49, f"only {compared} lines were compared"
     with capsys.disabled():
         print(f"\nloops of {len(found)} recipes compared with coop's, {compared} lines")  # noqa: T201
+
+
+def test_the_loop_of_the_bench_is_a_recipes_without_log_and_checkpoints():
+    reference = loops()["coop"].splitlines()
+    text = (ROOT / "adaptclip" / "experiments" / "loop.py").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^ *{re.escape(BEGIN)}\n(.*?)^ *{re.escape(END)}$", text, flags=re.S | re.M)
+    wanted, skip = [], False
+    for line in reference:
+        if "ac.is_due(" in line:
+            skip = True  # and the line that it guards
+        elif skip:
+            skip = False
+        else:
+            wanted.append(line.replace("ac.", "").replace("grad_norm = ", "").replace(", start=start", ""))
+    assert textwrap.dedent(block).splitlines() == wanted
+    assert len(wanted) == 6
+    others = [p for p in (ROOT / "adaptclip" / "experiments").glob("*.py") if p.name != "loop.py"]
+    assert len(others) >= 14
+    assert not any("backward" in path.read_text(encoding="utf-8") for path in others)
 
 
 def test_no_recipe_trains_without_the_marked_loop():

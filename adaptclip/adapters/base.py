@@ -80,7 +80,7 @@ def check_features(features: Features, encoder: ClipBackbone) -> None:
     """Refuses features that another model made.
 
     Raises:
-        DataError: their width or the digest of the weights they come from is not the encoder's.
+        DataError: their width or the digest of the image weights they come from is not the encoder's.
     """
     width = features.values.shape[-1]
     if width != encoder.embed_dim:
@@ -88,10 +88,11 @@ def check_features(features: Features, encoder: ClipBackbone) -> None:
             f"image features should be {encoder.embed_dim} wide for {encoder.name}, got {width}; they come from "
             "another backbone. Compute them with FeatureCache.get and this one."
         )
-    if features.weights and features.weights != encoder.digest:
+    if features.weights and features.weights != encoder.image_digest:
         raise DataError(
-            f"these image features were made by the weights {features.weights[:12]}…, {encoder.name} here has "
-            f"{encoder.digest[:12]}…: they come from another backbone. Compute them with FeatureCache.get and this one."
+            f"these image features were made by the image weights {features.weights[:12]}…, {encoder.name} has "
+            f"{encoder.image_digest[:12]}…: they come from another backbone. Compute them with FeatureCache.get and "
+            "this one."
         )
 
 

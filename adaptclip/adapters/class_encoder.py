@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptclip.adapters.sharding import encode_within_budget, gather_rows, process_share, split_by_cost
-from adaptclip.backbone.text import PrefixState, TextTower
+from adaptclip.backbone.packed import PrefixState
+from adaptclip.backbone.text import TextTower, shares_prefix
 from adaptclip.errors import ConfigError
 
 DEFAULT_MEMORY_BUDGET_BYTES = 4 * 2**30
@@ -56,12 +57,13 @@ class Plan:
 class ClassEncoder:
     """Encodes the prompts `prefix suffix_c` of C classes in chunks, on one process or shared out over several.
 
-    Where the tower has it, the exact shared-prefix path is taken (`adaptclip.backbone.text`). It holds no weights and
-    follows the tower, whatever becomes of it.
+    Where the tower has it, the exact shared-prefix path is taken (`adaptclip.backbone.text`), elsewhere whole prompts
+    at the shortest length that is exact for the tower. It holds no weights and follows the tower, whatever becomes of
+    it.
 
     Args:
         tower: text tower that encodes.
-        suffixes: token ids of each class after the prefix, the pooled EOT last.
+        suffixes: token ids of each class after the prefix, the end token last.
         prefix_length: P, number of embeddings before the suffixes; with 0 the prompts share nothing.
         num_inserted: embeddings that `embed` adds to the tokens of every suffix.
         fast: takes the shared-prefix path where the tower has it; False always encodes whole prompts.
@@ -90,7 +92,7 @@ class ClassEncoder:
             raise ConfigError(f"memory_budget_bytes must be positive, got {memory_budget_bytes}")
         self.tower = tower
         self.prefix_length, self.num_inserted = prefix_length, num_inserted
-        self.fast = fast and tower.supports_prefix
+        self._shared = tower if fast and shares_prefix(tower) else None
         self.memory_budget_bytes, self.shard_classes = memory_budget_bytes, shard_classes
         self._suffixes = tuple(tuple(ids) for ids in suffixes)
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
@@ -150,18 +152,18 @@ class ClassEncoder:
             raise ConfigError(f"the prefix should have {self.prefix_length} embeddings, got {prefixes.shape[1]}")
         num_chunks = len(plan.chunks)
         # A single chunk takes its prefix along; several share one.
-        states: list[PrefixState] = []
-        if self.fast and num_chunks > 1 and self.prefix_length:
-            states = [self.tower.encode_prefix(prefix) for prefix in prefixes]
+        shared, states = self._shared, list[PrefixState]()
+        if shared is not None and num_chunks > 1 and self.prefix_length:
+            states = [shared.encode_prefix(prefix) for prefix in prefixes]
 
         def encode(number: int) -> Tensor:
             i, chunk = divmod(number, num_chunks)
             suffixes = [self._embedded(group, embed) for group in plan.chunks[chunk]]
-            if states:
-                return self.tower.encode_suffixes(states[i], suffixes)
-            if self.fast:
-                return self.tower.encode_packed(prefixes[i], suffixes)
-            return torch.cat([self._encode_whole(prefixes[i], suffix) for suffix in suffixes])
+            if shared is None:
+                return self._encode_whole(prefixes[i], suffixes)
+            return (
+                shared.encode_suffixes(states[i], suffixes) if states else shared.encode_packed(prefixes[i], suffixes)
+            )
 
         costs = plan.costs_bytes * len(prefixes)
         rows = encode_within_budget(encode, costs, self.memory_budget_bytes, preserve_rng_state=preserve_rng_state)
@@ -171,11 +173,16 @@ class ClassEncoder:
         """(G, l + inserted, T) embeddings of a group's suffixes."""
         return self.tower.embed_tokens(group.ids) if embed is None else embed(group.classes, group.ids)
 
-    def _encode_whole(self, prefix: Tensor, suffix: Tensor) -> Tensor:
-        """Plain path: (P, T) prefix and (G, l, T) suffixes to (G, D), each prompt whole up to its EOT."""
-        whole = torch.cat([prefix.expand(len(suffix), -1, -1), suffix.to(prefix.dtype)], dim=1)
-        eot = torch.full((len(whole),), whole.shape[1] - 1, device=whole.device)
-        return self.tower.encode_embeddings(whole, eot)
+    def _encode_whole(self, prefix: Tensor, suffixes: Sequence[Tensor]) -> Tensor:
+        """Plain path: (P, T) prefix and tensors (G, l, T) to (sum of G, D), all prompts side by side."""
+        lengths = [len(prefix) + suffix.shape[1] for suffix in suffixes]
+        whole, ends = [], []
+        for own, length in zip(suffixes, lengths, strict=True):
+            prompts = torch.cat([prefix.expand(len(own), -1, -1), own.to(prefix.dtype)], dim=1)
+            # Behind its end token a prompt may hold anything; here zeros, up to the longest.
+            whole.append(F.pad(prompts, (0, 0, 0, max(lengths) - length)))
+            ends.append(torch.full((len(own),), length - 1, device=own.device))
+        return self.tower.encode_embeddings(torch.cat(whole), torch.cat(ends))
 
     @torch.inference_mode(False)
     def plan(self, rank: int, world: int, device: torch.device) -> Plan:
@@ -202,8 +209,8 @@ class ClassEncoder:
     def _cost_bytes(self, length: int) -> int:
         """Activations that the backward pass keeps of one class with a suffix of `length` tokens."""
         own = length + self.num_inserted
-        whole = self.prefix_length + own
-        return self.tower.activation_bytes(own if self.fast else whole, whole)
+        whole = self.tower.computed_length(self.prefix_length + own)
+        return self.tower.activation_bytes(whole if self._shared is None else own, whole)
 
     def _by_length(self, classes: Sequence[int], device: torch.device) -> tuple[Group, ...]:
         """Classes sorted by suffix length, one group per length."""

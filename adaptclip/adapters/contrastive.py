@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adaptclip.adapters.base import batch_features, check_state
 from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.text import TextTower, make_text_tower
+from adaptclip.backbone.text import CausalTextTower, make_text_tower, shares_prefix
 from adaptclip.data.captions import CaptionTokens
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError, did_you_mean
@@ -259,7 +259,7 @@ def pair_texts(backbone: ClipBackbone, images: ImageDataset, data: DomainData) -
     return prompt_tokens(backbone, data.card.templates, data.prompt_names, images.labels.tolist()), 0
 
 
-def encode_packed(tower: TextTower, tokens: Tensor) -> Tensor:
+def encode_packed(tower: CausalTextTower, tokens: Tensor) -> Tensor:
     """Encodes (B, L) token ids up to their EOT as (B, D) features, not normalised, by the tower's packed path.
 
     It is the same function as open_clip's `encode_text`: in a causal tower nothing after the EOT reaches the result.
@@ -274,17 +274,17 @@ def encode_packed(tower: TextTower, tokens: Tensor) -> Tensor:
     return rows[order.argsort()]
 
 
-def packed_tower(backbone: ClipBackbone) -> TextTower | None:
+def packed_tower(backbone: ClipBackbone) -> CausalTextTower | None:
     """Returns the backbone's text tower where `encode_packed` can be used, else None."""
     return _packed_tower(backbone.model, backbone)
 
 
-def _packed_tower(model: nn.Module, backbone: ClipBackbone) -> TextTower | None:
+def _packed_tower(model: nn.Module, backbone: ClipBackbone) -> CausalTextTower | None:
     try:
         tower = make_text_tower(model, backbone.tokenizer)
     except BackboneError:
         return None
-    return tower if tower.supports_prefix else None
+    return tower if shares_prefix(tower) else None
 
 
 def _tokenise(backbone: ClipBackbone, texts: Sequence[str]) -> Tensor:

@@ -110,7 +110,9 @@ class CoOp(nn.Module):
         self.n_ctx = self.context.shape[-2]
         self._num_before = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[position]
         self._num_shared = 0 if class_specific else self._num_before
-        suffixes, self._num_tail = suffix_ids(self.tower, class_names, self.n_ctx, apart=position != "end")
+        suffixes, self._num_tail = suffix_ids(
+            self.tower, class_names, self.n_ctx, apart=position != "end", after="" if position == "front" else "a "
+        )
         self._classes = ClassEncoder(
             self.tower, suffixes, prefix_length=len(self.tower.start_ids) + self._num_shared,
             num_inserted=self.n_ctx - self._num_shared, fast=fast, memory_budget_bytes=memory_budget_bytes,
@@ -248,7 +250,7 @@ def initial_context(
 
 
 def suffix_ids(
-    tower: TextTower, class_names: Sequence[str], n_ctx: int, *, apart: bool = False
+    tower: TextTower, class_names: Sequence[str], n_ctx: int, *, apart: bool = False, after: str = "a "
 ) -> tuple[list[list[int]], int]:
     """Token ids `name . EOT` of every class, checked to fit together with the context.
 
@@ -258,6 +260,8 @@ def suffix_ids(
         n_ctx: M, context vectors that must find room beside them.
         apart: tokenizes the full stop for itself, so that something can stand between it and the name. (Together with
             a name that ends in a full stop, it may become one token.)
+        after: what a name stands behind as far as its tokenizer sees: some tokenizers write a first word otherwise than
+            a later one. "" where the name comes first.
 
     Returns:
         C lists of ids, and the number of ids at the end of each that are not the name's (1 + EOT if `apart`).
@@ -266,8 +270,8 @@ def suffix_ids(
         ConfigError: a class name does not fit.
         DataError: a class name has no words.
     """
-    stop = tower.word_ids(["."])[0] if apart else []
-    words = tower.word_ids([clean_class_name(name) + ("" if apart else ".") for name in class_names])
+    stop = tower.word_ids(["."], after="a")[0] if apart else []
+    words = tower.word_ids([clean_class_name(name) + ("" if apart else ".") for name in class_names], after)
     tail = [*stop, *tower.end_ids]
     suffixes = [[*ids, *tail] for ids in words]
     longest = max(range(len(suffixes)), key=lambda c: len(suffixes[c]))

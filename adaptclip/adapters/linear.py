@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from adaptclip.adapters.base import batch_features, check_features, check_state, scaled_logits
 from adaptclip.adapters.linear_fits import (
+    ImageBalance,
     fit_from_text,
     fit_logistic,
     score_logits,
@@ -132,6 +134,7 @@ class LinearProbe(nn.Module):
         epochs: int | None = None,
         clap_weight: float | None = None,
         seed: int = 0,
+        balance: ImageBalance | None = None,
     ) -> dict[str, Any]:
         """Fits the head. The same features and settings give the same head; with several processes, each fits it.
 
@@ -146,6 +149,7 @@ class LinearProbe(nn.Module):
             epochs: of `text-init`, `clap` and `lp++`; None is 300.
             clap_weight: multiplies the penalties of `clap`; None is 1, and 0 makes it `text-init`.
             seed: of the order of images in `text-init` and `clap`.
+            balance: of groups or classes among the N images, see `check_balance`; None for none.
 
         Returns:
             JSON-able: `seconds`, `schedule` (in words), `chosen` (settings used, and what followed from the data),
@@ -161,15 +165,16 @@ class LinearProbe(nn.Module):
             UserWarning: `logistic` has classes without a training image, which it can then never predict.
         """
         settings = self.fit_settings(c=c, lr=lr, epochs=epochs, clap_weight=clap_weight)
+        self.check_balance(balance)
         self._check(features, "training")
         started = time.perf_counter()
         with torch.no_grad(), torch.autocast(device_type=self.learnt["weight"].device.type, enabled=False):
             if self.head == "logistic":
-                told = self._fit_logistic(features, validation, settings["c"])
+                told = self._fit_logistic(features, validation, settings["c"], balance)
             elif self.head == "lp++":
                 told = self._fit_lp_plus_plus(features, int(settings["epochs"]))
             else:
-                told = self._fit_from_text(features, settings, seed)
+                told = self._fit_from_text(features, settings, seed, balance)
         return {"seconds": time.perf_counter() - started, "validation_used_for": "nothing", **told}
 
     def fit_settings(
@@ -200,6 +205,24 @@ class LinearProbe(nn.Module):
             if value is not None and not _in_range(value, least):
                 raise ConfigError(f"{_flag(name)} must be a number {least}, got {value:g}")
         return settings
+
+    def check_balance(self, balance: ImageBalance | None) -> None:
+        """Refuses a balance of groups or classes that the head cannot take.
+
+        Raises:
+            ConfigError: `lp++` with any (its start and its step sizes follow from all images alike), or `logistic` with
+                another than fixed weights (it sees all images at once, so that nothing is drawn and no group's turn
+                comes).
+        """
+        if balance is None or (balance.weights is None and balance.strata is None):
+            return
+        if self.head == "lp++":
+            raise ConfigError("lp++ takes its start and step sizes from all images alike; balance clap or text-init")
+        if self.head == "logistic" and balance.weights is None:
+            raise ConfigError(
+                "logistic sees all images at once and draws none: it takes class-weights and class-balanced. For "
+                "sampling or group DRO take the head text-init or clap."
+            )
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns what `fit` learns: the weights, with the biases (logistic) or alpha (lp++)."""
@@ -241,10 +264,14 @@ class LinearProbe(nn.Module):
                 f"0..{len(self.class_names) - 1}"
             )
 
-    def _fit_logistic(self, features: Features, validation: Features | None, c: float | None) -> dict[str, Any]:
-        num_classes = len(self.class_names)
+    def _fit_logistic(
+        self, features: Features, validation: Features | None, c: float | None, balance: ImageBalance | None
+    ) -> dict[str, Any]:
         x, y = _stacked(features)
         rows, labels = x.numpy(), y.numpy()
+        fixed = None if balance is None or balance.weights is None else balance.weights.double().numpy()
+        weights = None if fixed is None else np.tile(fixed, len(features.values))
+        fit_at = partial(fit_logistic, rows, labels, len(self.class_names), weights=weights)
         chosen: dict[str, Any] = {}
         best = c
         if best is None:
@@ -255,14 +282,12 @@ class LinearProbe(nn.Module):
                 )
             self._check(validation, "validation")
             judged, truth = (t.numpy() for t in _stacked(validation))
-            exponent, tried = search_exponent(
-                lambda e: score_logits(fit_logistic(rows, labels, num_classes, c=10.0**e).logits(judged), truth)
-            )
+            exponent, tried = search_exponent(lambda e: score_logits(fit_at(c=10.0**e).logits(judged), truth))
             best = 10.0**exponent
             chosen["validation_accuracy"] = tried[exponent][0]
             chosen["tried"] = [{"C": 10.0**e, "accuracy": a, "loss": loss} for e, (a, loss) in tried.items()]
         self._warn_of_unseen(labels)
-        fit = fit_logistic(rows, labels, num_classes, c=best)
+        fit = fit_at(c=best)
         self._take(weight=torch.from_numpy(fit.weight), bias=torch.from_numpy(fit.bias))
         return {
             "schedule": "L-BFGS from zero, at most 1000 iterations",
@@ -280,7 +305,9 @@ class LinearProbe(nn.Module):
                 stacklevel=4,
             )
 
-    def _fit_from_text(self, features: Features, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    def _fit_from_text(
+        self, features: Features, settings: Mapping[str, Any], seed: int, balance: ImageBalance | None
+    ) -> dict[str, Any]:
         scale = float(self.backbone.logit_scale)
         labels = features.labels.to(self.text.device)
         chosen: dict[str, Any] = {**settings, "batch_size": BATCH_SIZE, "views": len(features.values)}
@@ -293,7 +320,7 @@ class LinearProbe(nn.Module):
             )
         weight = fit_from_text(
             features.values, labels, self.text, scale, penalty=penalty, lr=settings["lr"], epochs=settings["epochs"],
-            batch_size=BATCH_SIZE, seed=seed,
+            batch_size=BATCH_SIZE, seed=seed, balance=balance,
         )  # fmt: skip
         self._take(weight=F.normalize(weight, dim=-1))
         return {

@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm import tqdm
 
+from adaptclip.data.balance import balanced_order
 from adaptclip.errors import DataError
 from adaptclip.seeding import generator
 
@@ -28,6 +31,24 @@ FINEST_STEP = 1 / 8
 
 _NEVER = 104.0
 """exp(-104) is 0 in float32."""
+
+
+class ImageBalance(Protocol):
+    """What balances groups or classes of the N training images (`training.mitigation.Mitigation`)."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(N,) weight of each image in the loss, mean 1, where it is fixed; None otherwise."""
+        ...
+
+    @property
+    def strata(self) -> Tensor | None:
+        """(N,) what an epoch shows equally often, see `balanced_order`; None shows every image once."""
+        ...
+
+    def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
+        """Returns (B,) weights of the images `index` (B,), given their losses (B,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,9 @@ class LogisticFit:
         return features.astype(np.float64) @ self.weight.T.astype(np.float64) + self.bias
 
 
-def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, *, c: float) -> LogisticFit:
+def fit_logistic(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, *, c: float, weights: np.ndarray | None = None
+) -> LogisticFit:
     """Multinomial logistic regression with an L2 penalty by scikit-learn's L-BFGS, started at zero.
 
     It minimises c · (sum of the cross-entropies) + |W|²/2; the bias is not penalised. Two classes share one weight w in
@@ -63,6 +86,7 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, *, 
         labels: (N,) class ids in 0..C-1.
         num_classes: C.
         c: inverse strength of the penalty, above 0.
+        weights: (N,) factor of each image's cross-entropy; None for 1.
 
     Raises:
         DataError: the images are all of one class.
@@ -72,7 +96,7 @@ def fit_logistic(features: np.ndarray, labels: np.ndarray, num_classes: int, *, 
     model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
-        model.fit(features, labels)
+        model.fit(features, labels, sample_weight=weights)
     rows, offsets = model.coef_, model.intercept_
     if len(rows) == 1:
         rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
@@ -148,7 +172,13 @@ def zero_shot_confidence(values: Tensor, labels: Tensor, text: Tensor, scale: fl
     return torch.where(count > 0, mean, torch.ones_like(mean))
 
 
-def cosine_gradient(features: Tensor, labels: Tensor, weight: Tensor, scale: float) -> Tensor:
+def cosine_gradient(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    scale: float,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Gradient of the mean cross-entropy of the logits scale · cos(f, w_c) with respect to the weights.
 
     With p the softmax, y the labels as one-hot rows and g_c = sum over images of (p_c - y_c) f, it is
@@ -159,14 +189,19 @@ def cosine_gradient(features: Tensor, labels: Tensor, weight: Tensor, scale: flo
         labels: (B,) class ids.
         weight: (C, D) of any norm but 0.
         scale: the logit scale.
+        weigh: turns the images' (B,) cross-entropies into the (B,) factors of their losses; None for 1.
 
     Returns:
         (C, D).
     """
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     # (C, B) and not (B, C): both products are quicker with the classes as rows.
-    error = torch.softmax((weight * (scale / norm)) @ features.T, dim=0)
-    error[labels, torch.arange(len(labels), device=labels.device)] -= 1
+    logits = (weight * (scale / norm)) @ features.T
+    own = labels, torch.arange(len(labels), device=labels.device)
+    error = torch.softmax(logits, dim=0)
+    error[own] -= 1
+    if weigh is not None:
+        error *= weigh(torch.logsumexp(logits, dim=0) - logits[own])
     gradient = error @ features
     radial = (gradient * weight).sum(dim=1, keepdim=True) / norm.square()
     return gradient.addcmul_(weight, radial, value=-1).mul_(scale / len(labels) / norm)
@@ -188,6 +223,7 @@ def fit_from_text(
     epochs: int,
     batch_size: int,
     seed: int,
+    balance: ImageBalance | None = None,
 ) -> Tensor:
     """Gradient descent on the class weights of a cosine classifier that starts as the zero-shot one.
 
@@ -209,22 +245,27 @@ def fit_from_text(
         epochs: passes over the images.
         batch_size: images per step.
         seed: of the order.
+        balance: of groups or classes; None for none.
 
     Returns:
         (C, D) weights, not normalised.
     """
     weight, velocity = text.clone(), torch.zeros_like(text)
     pull = None if penalty is None else (2 / len(text) * penalty)[:, None]
-    rows = len(labels)
+    rows, strata = len(labels), None if balance is None else balance.strata
     used = rows - rows % batch_size if rows >= batch_size else rows
     for epoch in tqdm(range(epochs), desc="fitting", unit="epoch", disable=None, leave=False, delay=2):
         rate = epoch_rate(epoch, epochs=epochs, lr=lr)
-        order = torch.randperm(rows, generator=generator(seed, "order of the linear head", epoch))[:used]
+        if strata is None:
+            order = torch.randperm(rows, generator=generator(seed, "order of the linear head", epoch))[:used]
+        else:
+            order = balanced_order(strata, seed=seed, epoch=epoch)[:used]
         features = values[epoch % len(values)].index_select(0, order.to(values.device)).to(text.device)
         of_epoch = labels[order.to(labels.device)]
         for start in range(0, used, batch_size):
             batch = slice(start, start + batch_size)
-            gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale)
+            weigh = None if balance is None else partial(balance.weigh, index=order[batch])
+            gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale, weigh)
             if pull is not None:
                 gradient.addcmul_(weight - text, pull)
             velocity.mul_(0.9).add_(gradient)

@@ -271,9 +271,11 @@ class LoRA(nn.Module):
         if known is None or known.encoder.device != self.backbone.device or not _equal(known.state, state):
             state = {name: value.clone() for name, value in state.items()}
             base = self.backbone
+            digest = self._digest(state)
+            image_digest = digest if self.adapts_image else base.image_digest
             encoder = ClipBackbone(
                 self._scaled_copy(), base.tokenizer, name=f"{base.name} with LoRA", pretrained=base.pretrained,
-                precision=base.precision, digest=self._digest(state),
+                precision=base.precision, digest=digest, image_digest=image_digest,
             )  # fmt: skip
             with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
                 text = self._encode(self._prefix_encoder(encoder.model)) if self.adapts_text else self.text_features()

@@ -23,7 +23,7 @@ from adaptclip.backbone.starter import create_starter
 from adaptclip.backbone.text import TextTower, make_text_tower
 from adaptclip.errors import BackboneError, did_you_mean
 
-__all__ = ["ClipBackbone", "load_backbone", "weights_digest"]
+__all__ = ["ClipBackbone", "image_weights_digest", "load_backbone", "weights_digest"]
 
 
 class ClipBackbone(nn.Module):
@@ -35,7 +35,8 @@ class ClipBackbone(nn.Module):
         name: the spelling it was loaded by.
         pretrained: its tag or checkpoint file; None where the name says it all.
         precision: fp32, bf16 or fp16.
-        digest: SHA-256 of all weights and of the activation, 64 hexadecimal digits.
+        digest: SHA-256 of all weights and of the activation, 64 hexadecimal digits: which model this is.
+        image_digest: the same of what `encode_image` computes with alone: whose image features these are.
         embed_dim: D, width of the joint embedding space.
         image_size: side of the square input picture in pixels.
         context_length: L, tokens in a prompt with its start and end tokens.
@@ -52,8 +53,11 @@ class ClipBackbone(nn.Module):
         pretrained: str | None = None,
         precision: str = "fp32",
         digest: str | None = None,
+        image_digest: str | None = None,
     ) -> None:
         """Freezes `model`, reads its evaluation transform and hashes its weights, unless `digest` names them already.
+
+        A given `digest` stands for the image weights too, unless `image_digest` names those.
 
         Raises:
             BackboneError: the pictures are not square, or weights are not finite.
@@ -81,6 +85,7 @@ class ClipBackbone(nn.Module):
         }
         self._to_tensor = self.transform.transforms[-2:]
         self.context_length: int = tokenizer.context_length
+        self.image_digest = image_digest or digest or image_weights_digest(model)
         self.digest = digest or weights_digest(model)
         self.requires_grad_(False)
         self.train(False)
@@ -116,7 +121,7 @@ class ClipBackbone(nn.Module):
         """The text tower taken apart for prompt learning.
 
         Raises:
-            BackboneError: this kind of tower is not supported yet.
+            BackboneError: prompts of this kind of tower cannot be learnt.
         """
         return make_text_tower(self.model, self.tokenizer)
 
@@ -231,8 +236,30 @@ def weights_digest(model: nn.Module) -> str:
     Raises:
         BackboneError: a weight is NaN or infinite.
     """
-    state = model.state_dict()
-    sha = hashlib.sha256(f"quick_gelu={any(isinstance(m, QuickGELU) for m in model.modules())}".encode())
+    return _digest_of(model, model.state_dict())
+
+
+def image_weights_digest(model: nn.Module) -> str:
+    """Returns the SHA-256 of what image features depend on, so that another text tower changes nothing.
+
+    It is that of the image tower where `encode_image` is open_clip's own, which reads `model.visual` and nothing else;
+    any other model counts as a whole.
+
+    Raises:
+        BackboneError: a weight is NaN or infinite.
+    """
+    known = (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa)
+    # Compared as functions: a subclass, or an object with a method of its own, may read more than the image tower.
+    own = getattr(getattr(model, "encode_image", None), "__func__", None)
+    if not any(own is kind.encode_image for kind in known):
+        return weights_digest(model)
+    visual = model.get_submodule("visual")
+    return _digest_of(visual, {f"visual.{name}": value for name, value in visual.state_dict().items()})
+
+
+def _digest_of(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state and of the activation in a module."""
+    sha = hashlib.sha256(f"quick_gelu={any(isinstance(m, QuickGELU) for m in module.modules())}".encode())
     for key in tqdm(sorted(state), desc="Weights digest", disable=None, leave=False, delay=2):
         tensor = state[key].detach().cpu().contiguous()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

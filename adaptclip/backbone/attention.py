@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,9 @@ from adaptclip.backbone.low_rank import project
 from adaptclip.errors import BackboneError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+_CALLS_QKV = "called"
+"""Counts as true for timm, and can be told from its own True when the attention is put together again."""
 
 
 class SplitAttention(nn.Module):
@@ -101,9 +105,7 @@ class SplitAttention(nn.Module):
             BackboneError: a projection still carries an adapter.
         """
         for name in (*PROJECTIONS, "out_proj"):
-            if type(getattr(self, name)) is not nn.Linear:
-                kind = type(getattr(self, name)).__name__
-                raise BackboneError(f"{name} is a {kind}: merge or remove its adapter before fusing the attention")
+            _check_plain(self, name)
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         fused: Any = nn.MultiheadAttention(
             self.embed_dim, self.num_heads, dropout=self.dropout, bias=q.bias is not None, kdim=k.in_features,
@@ -119,19 +121,65 @@ class SplitAttention(nn.Module):
         return fused.train(self.training)
 
 
-def split_attention(model: nn.Module) -> list[str]:
-    """Replaces every fused attention of a model, in place, by `SplitAttention`.
+class SplitPooling(nn.Module):
+    """The attention pool of a ModifiedResNet, calling its projections as layers; the same function.
 
-    The new Linear layers share the memory of the fused weights until one of them is moved or written to.
+    open_clip's own reads their weights, so that an adapter around one of them would stay without effect. It pools the
+    mean token alone, which therefore alone asks. Names and weights are those of the original.
+
+    Args:
+        fused: the module to take apart.
+    """
+
+    def __init__(self, fused: AttentionPool2d) -> None:
+        super().__init__()
+        self.positional_embedding, self.num_heads = fused.positional_embedding, fused.num_heads
+        self.k_proj, self.q_proj, self.v_proj, self.c_proj = fused.k_proj, fused.q_proj, fused.v_proj, fused.c_proj
+        self.train(fused.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pools (B, E, H, W) feature maps to (B, D)."""
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        q, k, v = (
+            layer(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer, tokens in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
+        )
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
+
+    def fuse(self) -> AttentionPool2d:
+        """Returns open_clip's module with the same weights.
+
+        Raises:
+            BackboneError: a projection still carries an adapter.
+        """
+        for name in (*PROJECTIONS, "c_proj"):
+            _check_plain(self, name)
+        width = self.positional_embedding.shape[1]
+        with torch.device("meta"):
+            fused: Any = AttentionPool2d(1, width, self.num_heads, self.c_proj.out_features)
+        fused.positional_embedding = self.positional_embedding
+        fused.k_proj, fused.q_proj, fused.v_proj, fused.c_proj = self.k_proj, self.q_proj, self.v_proj, self.c_proj
+        return fused.train(self.training)
+
+
+def split_attention(model: nn.Module) -> list[str]:
+    """Replaces every fused attention of a model, in place, by `SplitAttention` or `SplitPooling`.
+
+    The new Linear layers share the memory of the fused weights until one of them is moved or written to. Attention of
+    timm that reads the weight of its `qkv` to add a bias to it (EVA01) is told to call the layer first.
 
     Returns:
         Dotted names of the replaced modules; none where the model has no fused attention.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    kinds = {nn.MultiheadAttention: SplitAttention, AttentionPool2d: SplitPooling}
+    names = [name for name, module in model.named_modules() if isinstance(module, tuple(kinds))]
     for name in names:
         module = model.get_submodule(name)
-        assert isinstance(module, nn.MultiheadAttention)
-        _replace(model, name, SplitAttention(module))
+        _replace(model, name, next(split(module) for fused, split in kinds.items() if isinstance(module, fused)))
+    for module in model.modules():
+        if getattr(module, "qkv_bias_separate", None) is False:
+            vars(module)["qkv_bias_separate"] = _CALLS_QKV
     return names
 
 
@@ -144,11 +192,14 @@ def fuse_attention(model: nn.Module) -> list[str]:
     Raises:
         BackboneError: an adapter was not merged.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, SplitAttention)]
+    names = [name for name, module in model.named_modules() if isinstance(module, SplitAttention | SplitPooling)]
     for name in names:
         module = model.get_submodule(name)
-        assert isinstance(module, SplitAttention)
+        assert isinstance(module, SplitAttention | SplitPooling)
         _replace(model, name, module.fuse())
+    for module in model.modules():
+        if getattr(module, "qkv_bias_separate", None) == _CALLS_QKV:
+            vars(module)["qkv_bias_separate"] = False
     return names
 
 
@@ -167,6 +218,12 @@ def share_weights(model: nn.Module, *, also_trainable: bool = True) -> nn.Module
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _check_plain(module: nn.Module, name: str) -> None:
+    if type(getattr(module, name)) is not nn.Linear:
+        kind = type(getattr(module, name)).__name__
+        raise BackboneError(f"{name} is a {kind}: merge or remove its adapter before fusing the attention")
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +13,18 @@ import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.pretrained import download_pretrained_from_hf
-from safetensors import SafetensorError
 from torch import nn
 
-from adaptclip.errors import BackboneError, StorageError, did_you_mean
+from adaptclip.backbone.config_checks import (
+    check_archive,
+    check_config,
+    check_tokenizer,
+    read_config,
+    resolve_text_encoder,
+)
+from adaptclip.backbone.load_errors import explain, first_line
+from adaptclip.errors import BackboneError, did_you_mean
 from adaptclip.hub import cache_if_unreachable, require_hub
-from adaptclip.storage import read_json
 
 LOCAL_PREFIX, HUB_PREFIX, STARTER = "local-dir:", "hf-hub:", "starter"
 
@@ -43,12 +48,6 @@ _KNOWN_WEIGHTS = (
 )
 """File names that open_clip takes for the weights of a folder whatever else lies there, the first one first."""
 
-# How torch words that a pickle names a function or class beyond those that make tensors.
-_CODE = ("Unsupported global", "Unsupported class", "reduce for unrecognized function")
-
-# An empty pickle ends in StopIteration, the head of a torch archive in OSError.
-_UNREADABLE = (SafetensorError, OSError, EOFError, StopIteration)
-
 
 @dataclass(frozen=True)
 class Source:
@@ -60,6 +59,7 @@ class Source:
         checkpoint: weights file, or None where the spelling names it.
         quick_gelu: force the QuickGELU activation.
         preprocess: entries of the evaluation transform that the spelling does not give.
+        text_cfg: the text side of the configuration where it must differ from what the spelling says.
         needs_hub: open_clip may ask the hub (or its cache) while it builds the model.
     """
 
@@ -68,6 +68,7 @@ class Source:
     checkpoint: Path | None = None
     quick_gelu: bool = False
     preprocess: Mapping[str, Any] = field(default_factory=dict)
+    text_cfg: Mapping[str, Any] | None = None
     needs_hub: bool = False
 
 
@@ -130,7 +131,8 @@ def create(source: Source, *, device: str | torch.device, precision: str) -> tup
         except Exception as error:
             if source.needs_hub:
                 require_hub(f"The tokenizer of {source.what}")
-            raise BackboneError(f"the tokenizer of {source.what} cannot be loaded: {_first_line(error)}") from error
+            raise BackboneError(f"the tokenizer of {source.what} cannot be loaded: {first_line(error)}") from error
+        text: dict[str, Any] = {} if source.text_cfg is None else {"text_cfg": dict(source.text_cfg)}
         try:
             model = open_clip.create_model(
                 source.spelling,
@@ -141,6 +143,7 @@ def create(source: Source, *, device: str | torch.device, precision: str) -> tup
                 force_preprocess_cfg=dict(source.preprocess),
                 require_pretrained=True,
                 weights_only=True,
+                **text,
             )
         except Exception as error:
             # transformers reports what it cannot get from the hub as an OSError without a number.
@@ -150,38 +153,6 @@ def create(source: Source, *, device: str | torch.device, precision: str) -> tup
     if precision != "fp32" and isinstance(getattr(model, "text", None), HFTextEncoder):
         raise BackboneError(f"{source.what} has a Hugging Face text tower, which open_clip runs in fp32 only")
     return model, tokenizer
-
-
-def explain(error: Exception, what: str) -> str:
-    """Words what went wrong while weights were loaded, and what to do about it."""
-    text = str(error)
-    if "TorchScript" in text:
-        return (
-            f"{what} is a TorchScript program, not a file of weights, and programs are not run. Load it with "
-            "torch.jit.load where you trust it, and save its state_dict() as safetensors."
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own text is not repeated: it advises to load the file again without the protection.
-        code = next((line.strip() for line in text.splitlines() if any(word in line for word in _CODE)), "")
-        code = code.removeprefix("WeightsUnpickler error: ").partition(" was not an allowed")[0]
-        found = f"a pickle that would run code ({code})" if code else "damaged, or a pickle of more than weights"
-        return f"{what} is {found}; it was refused and nothing in it was run. Copy it again, or ask for safetensors."
-    # open_clip asserts the widths of position embeddings before it compares the rest.
-    if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):
-        lines = [line.strip() for line in text.splitlines() if line.strip() and "loading state_dict" not in line]
-        shown = "; ".join(line if len(line) < 200 else line[:200] + " …" for line in lines[:3])
-        return (
-            f"{what} does not fit the architecture ({len(lines)} complaints; first: {shown}). Name the architecture "
-            "it was trained with; an adapter alone is not a backbone."
-        )
-    if isinstance(error, _UNREADABLE) or "PytorchStreamReader" in text or "EOF" in text:
-        return f"{what} is damaged, unreadable or not a checkpoint ({_first_line(error)}). Copy or download it again."
-    return f"{what} cannot be loaded: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no details'}"
 
 
 def _clean(name: str) -> str:
@@ -231,6 +202,7 @@ def _file_source(architecture: str, file: str, quick_gelu: bool | None, preproce
         raise BackboneError(f"{file!r} is neither a file nor a tag of {architecture}. {near}")
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise BackboneError(f"{path} is not a checkpoint by its name; allowed: {', '.join(CHECKPOINT_SUFFIXES)}")
+    check_archive(path)
     unknown = [key for key in preprocess or {} if key not in PREPROCESS_KEYS]
     if unknown:
         raise BackboneError(f"unknown preprocess entry {unknown[0]!r}. {did_you_mean(unknown[0], PREPROCESS_KEYS)}")
@@ -274,8 +246,10 @@ def _hub_source(name: str) -> Source:
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise BackboneError(f"{name!r} should be {HUB_PREFIX}ORGANISATION/NAME")
     what = f"The model {name}"
-    _fetch(f"{what} (its open_clip_config.json)", lambda: open_clip.get_model_config(name))
-    _fetch(f"{what} (its weights)", lambda: download_pretrained_from_hf(repository))
+    config = _fetch(f"{what} (its open_clip_config.json)", lambda: open_clip.get_model_config(name))
+    weights = Path(_fetch(f"{what} (its weights)", lambda: download_pretrained_from_hf(repository)))
+    check_config(config, where=name, weights=weights)
+    check_archive(weights)
     return Source(spelling=name, what=what, needs_hub=True)
 
 
@@ -288,17 +262,23 @@ def _local_source(name: str) -> Source:
             f"{folder} {reason}. A {LOCAL_PREFIX} folder holds open_clip_config.json with model_cfg and "
             f"preprocess_cfg, and the weights as {_KNOWN_WEIGHTS[0]}."
         )
-    try:
-        config = read_json(file)
-    except StorageError as error:
-        raise BackboneError(f"{error}. It should be JSON with model_cfg and preprocess_cfg.") from error
+    config = read_config(file)
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config.get("model_cfg", ())):
         raise BackboneError(f"{file} needs a model_cfg with embed_dim, vision_cfg and text_cfg")
     if not config.get("preprocess_cfg"):
         warnings.warn(f"{file} has no preprocess_cfg: OpenAI's mean and standard deviation are used", stacklevel=4)
-    weights = _find_weights(folder)
+    weights, model_cfg = _find_weights(folder), config["model_cfg"]
+    text_cfg = resolve_text_encoder(folder, model_cfg["text_cfg"], weights)
+    hidden = {"text_cfg": {**model_cfg["text_cfg"], "hf_model_name": None}} if text_cfg else {}
+    check_config({**model_cfg, **hidden}, where=str(file), weights=weights)
+    check_tokenizer(folder)
+    check_archive(weights)
     return Source(
-        spelling=f"{LOCAL_PREFIX}{folder}", what=f"The checkpoint {weights}", needs_hub=_asks_hub(config["model_cfg"])
+        spelling=f"{LOCAL_PREFIX}{folder}",
+        what=f"The checkpoint {weights}",
+        text_cfg=text_cfg,
+        # The tokenizer of a folder is always the folder's own.
+        needs_hub=text_cfg is None and bool(model_cfg["text_cfg"].get("hf_model_name")),
     )
 
 
@@ -335,4 +315,4 @@ def _fetch(what: str, download: Callable[[], Any]) -> Any:
         except Exception as error:
             reason = error
     require_hub(what)
-    raise BackboneError(f"{what} cannot be downloaded: {_first_line(reason)}") from reason
+    raise BackboneError(f"{what} cannot be downloaded: {first_line(reason)}") from reason

@@ -74,6 +74,15 @@ def find_targets(
     return found
 
 
+def count_blocks(model: nn.Module, tower: str) -> int:
+    """Returns how many blocks `blocks` of `find_targets` can name in a tower: "image" or "text"."""
+    return len(_block_names(list(_layers(model, tower))))
+
+
+def _block_names(layers: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(m.group() for name in layers if (m := _BLOCK.search(name))))
+
+
 def _layers(model: nn.Module, tower: str) -> dict[str, nn.Module]:
     """Name -> module of every layer of a tower that can carry an adapter."""
     layers: dict[str, nn.Module] = {
@@ -139,7 +148,7 @@ def _in_blocks(layers: list[str], chosen: list[str], blocks: str, tower: str) ->
     """Keeps the layers of the wanted blocks; what stands before the first or after the last counts with it."""
     if blocks == "all":
         return chosen
-    names = list(dict.fromkeys(m.group() for name in layers if (m := _BLOCK.search(name))))
+    names = _block_names(layers)
     number, last = {}, 0
     for name in layers:
         match = _BLOCK.search(name)

@@ -21,6 +21,9 @@ from adaptclip.backbone.low_rank import project
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the shared prefix in one block, each (heads, P, T / heads) float32 for P prefix tokens."""
 
+PrefixState = tuple[KeyValue | None, ...]
+"""Keys and values of the shared prefix, one pair per block; None in every block where there is no prefix."""
+
 MAX_JOINED_TOKENS = 512
 """Suffixes of different lengths are attended together up to this many tokens with padding: below it, the many small
 operations of separate runs cost more than padding does."""

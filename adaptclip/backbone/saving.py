@@ -16,7 +16,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER
 from adaptclip.backbone.starter import FOLDER
 from adaptclip.errors import BackboneError
-from adaptclip.storage import atomic_folder, read_json, write_json, write_tensors
+from adaptclip.storage import atomic_folder, read_json, write_json, write_tensors, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 """What a stock open_clip folder holds; open_clip finds both by these names."""
@@ -30,8 +30,7 @@ def open_clip_config(backbone: ClipBackbone) -> dict[str, Any]:
 
     Returns:
         `model_cfg` (architecture, with the activation the weights were loaded with) and `preprocess_cfg` (evaluation
-        transform). A Hugging Face text tower keeps its name, so that loading the folder still reads its small
-        configuration from the hub or its cache.
+        transform). A Hugging Face text tower keeps its name.
 
     Raises:
         BackboneError: the architecture's configuration cannot be had, or open_clip could not load its tokenizer again.
@@ -51,6 +50,9 @@ def open_clip_config(backbone: ClipBackbone) -> dict[str, Any]:
         kind = type(backbone.tokenizer).__name__
         raise BackboneError(f"the tokenizer of {name} ({kind}) cannot be kept in an open_clip folder. {remedy}")
     model_cfg = copy.deepcopy(model_cfg)
+    encoder = model_cfg["text_cfg"].get("hf_model_name")
+    if encoder and Path(encoder).is_absolute():
+        model_cfg["text_cfg"]["hf_model_name"] = "text_encoder"
     if any(isinstance(module, QuickGELU) for module in backbone.model.modules()):
         model_cfg["quick_gelu"] = True  # weights do not show it, and the architecture's name may not say it
     keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
@@ -67,6 +69,9 @@ def save_open_clip(
     overwrite: bool = False,
 ) -> None:
     """Writes weights as a stock open_clip folder, whole or not at all; `load_backbone("local-dir:FOLDER")` reads it.
+
+    The configuration of a Hugging Face text tower goes into a folder of its name, where `load_backbone` finds it
+    without a network; open_clip itself asks the hub for it.
 
     Args:
         folder: the new folder.
@@ -86,6 +91,9 @@ def save_open_clip(
         write_tensors(new / WEIGHTS_FILE, state)
         if isinstance(backbone.tokenizer, HFTokenizer):
             backbone.tokenizer.tokenizer.save_pretrained(new)
+        encoder = written["model_cfg"]["text_cfg"].get("hf_model_name")
+        if encoder:
+            write_text(new / encoder / "config.json", backbone.model.text.config.to_json_string(use_diff=False))
 
 
 def with_weights(backbone: ClipBackbone, state: Mapping[str, Tensor]) -> ClipBackbone:

@@ -17,7 +17,8 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from adaptclip.backbone.loading import LOCAL_PREFIX, explain
+from adaptclip.backbone.load_errors import explain
+from adaptclip.backbone.loading import LOCAL_PREFIX
 from adaptclip.errors import BackboneError, StorageError
 from adaptclip.seeding import derive_seed
 from adaptclip.storage import read_json, read_tensors, write_tensors

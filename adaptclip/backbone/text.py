@@ -10,7 +10,7 @@ last block works only at the pooled positions. The result is the same function a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import open_clip
 import torch
@@ -19,15 +19,25 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
 from adaptclip.backbone.attention import SplitAttention
-from adaptclip.backbone.packed import KeyValue, Run, attend, attend_last, finish_block, last_tokens, plan_runs
+from adaptclip.backbone.hf_text import HuggingFaceTextTower
+from adaptclip.backbone.packed import (
+    KeyValue,
+    PrefixState,
+    Run,
+    attend,
+    attend_last,
+    finish_block,
+    last_tokens,
+    plan_runs,
+)
+from adaptclip.backbone.padded_text import POOLS, ClassTokenTextTower, PaddedTextTower
+from adaptclip.backbone.prompt_tokens import PromptTokens
+from adaptclip.backbone.text_parts import add_positions, block_bytes, project_text
 from adaptclip.errors import BackboneError
 
-PrefixState = tuple[KeyValue | None, ...]
-"""Keys and values of the shared prefix, one pair per block; None in every block where there is no prefix."""
-
 SUPPORTED = (
-    "open_clip's CLIP and CustomTextCLIP with a causal TextTransformer that pools the EOT token, for example ViT-B-32, "
-    "ViT-B-16, ViT-L-14, RN50 or the embedded starter"
+    "open_clip's own text transformer, causal or not (CLIP, CLIPA, CoCa, EVA, MobileCLIP, SigLIP and the embedded "
+    "starter), and Hugging Face encoders (BERT, RoBERTa, mT5, NLLB)"
 )
 
 
@@ -37,9 +47,9 @@ class TextTower(Protocol):
     Attributes:
         width: T, width of the transformer.
         context_length: L, the most tokens of a prompt, specials included.
-        supports_prefix: whether `encode_prefix`, `encode_suffixes` and `encode_packed` can be used.
-        start_ids: special tokens before the words of a prompt (SOS).
-        end_ids: special tokens after the words, up to the pooled one (EOT).
+        supports_prefix: whether it is a causal one whose prompts can share a prefix (`shares_prefix`).
+        start_ids: special tokens before the words of a prompt (SOS); none in some.
+        end_ids: special tokens after the words (EOT), up to the pooled one where one of them is pooled.
     """
 
     width: int
@@ -48,8 +58,8 @@ class TextTower(Protocol):
     start_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
 
-    def word_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns each text's token ids without the special tokens, never cut."""
+    def word_ids(self, texts: Sequence[str], after: str = "") -> list[list[int]]:
+        """Returns each text's token ids without the special tokens, never cut, as they are written behind `after`."""
         ...
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
@@ -57,23 +67,15 @@ class TextTower(Protocol):
         ...
 
     def pooled_position(self, ids: Tensor) -> Tensor:
-        """Returns the (C,) positions at which (C, L) prompts are pooled."""
+        """Returns the (C,) positions of the last tokens of (C, L) prompts, the pooled ones in a causal tower."""
+        ...
+
+    def computed_length(self, length: int) -> int:
+        """Returns for how many tokens the plain path computes a prompt of `length` tokens."""
         ...
 
     def encode_embeddings(self, embeddings: Tensor, eot: Tensor) -> Tensor:
-        """Plain path: (C, L, T) embeddings pooled at positions eot (C,) to (C, D) features, not normalised."""
-        ...
-
-    def encode_prefix(self, prefix: Tensor) -> PrefixState:
-        """Keys and values of a (P, T) prefix that all prompts share."""
-        ...
-
-    def encode_suffixes(self, state: PrefixState, suffixes: Sequence[Tensor]) -> Tensor:
-        """Features of prompts that go on from a prefix: each suffix tensor is (G, l, T) and ends at its EOT."""
-        ...
-
-    def encode_packed(self, prefix: Tensor, suffixes: Sequence[Tensor]) -> Tensor:
-        """`encode_prefix` then `encode_suffixes`: (P, T) and tensors (G, l, T) to (sum of G, D) features."""
+        """Plain path: (C, L, T) embeddings, looked at up to positions eot (C,), to (C, D) features, not normalised."""
         ...
 
     def activation_bytes(self, tokens: int, attended: int) -> int:
@@ -91,45 +93,43 @@ class CausalTextTower:
         parts: the module that has `token_embedding`, `transformer`, `ln_final`, … (the CLIP itself, or its `.text`).
         pool_type: "argmax" (highest id) or "eos".
         eos_id: the id pooled by "eos".
-        tokenizer: the checkpoint's tokenizer.
+        tokens: of the checkpoint's tokenizer.
 
     Raises:
         BackboneError: the tokenizer does not write the token that the tower pools.
     """
 
-    def __init__(self, parts: nn.Module, *, pool_type: str, eos_id: int, tokenizer: Callable[..., Tensor]) -> None:
+    def __init__(self, parts: nn.Module, *, pool_type: str, eos_id: int, tokens: PromptTokens) -> None:
         self._parts: Any = parts
         self._pool_type = pool_type
         self._eos_id = eos_id
-        self._tokenizer = tokenizer
-        self.width = int(self._parts.positional_embedding.shape[1])
-        self.context_length = int(self._parts.positional_embedding.shape[0])
+        self._tokens = tokens
+        self.context_length, self.width = map(int, self._parts.positional_embedding.shape)
         self.supports_prefix = all(_is_default_block(block) for block in self._blocks)
-        empty = tokenizer([""])[0]
-        eot = int(self.pooled_position(empty[None]))
-        if pool_type == "eos" and int(empty[eot]) != eos_id:
+        pooled = eos_id if pool_type == "eos" else tokens.highest_id
+        if pooled not in tokens.end_ids:
+            empty = [*tokens.start_ids, *tokens.end_ids, tokens.fill_id, tokens.fill_id]
             raise BackboneError(
-                f"the text tower pools the token {eos_id}, but its tokenizer ends a text with {empty.tolist()[:4]}…; "
-                "correct eos_id or the tokenizer in the model's configuration"
+                f"the text tower pools the token {pooled}, but its tokenizer ends a text with {empty[:4]}…; "
+                "correct pool_type, eos_id or the tokenizer in the model's configuration"
             )
-        self.start_ids = tuple(empty[:eot].tolist())
-        self.end_ids = (int(empty[eot]),)
+        self.start_ids, self.end_ids = tokens.start_ids, tokens.end_ids[: tokens.end_ids.index(pooled) + 1]
 
     @property
     def _blocks(self) -> Sequence[Any]:
         return self._parts.transformer.resblocks
 
-    def word_ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def word_ids(self, texts: Sequence[str], after: str = "") -> list[list[int]]:
         """Returns each text's token ids without the special tokens, never cut."""
-        # A tokenizer cuts silently; with room for every byte there is nothing to cut.
-        room = 2 * max((len(text.encode()) for text in texts), default=0) + len(self.start_ids) + len(self.end_ids)
-        ids = self._tokenizer(list(texts), context_length=max(room, self.context_length))
-        ends = self.pooled_position(ids).tolist()
-        return [row[len(self.start_ids) : end].tolist() for row, end in zip(ids, ends, strict=True)]
+        return self._tokens.word_ids(texts, after)
 
     def pooled_position(self, ids: Tensor) -> Tensor:
         """Returns the (C,) positions at which (C, L) prompts are pooled."""
         return (ids if self._pool_type == "argmax" else (ids == self._eos_id).int()).argmax(dim=-1)
+
+    def computed_length(self, length: int) -> int:
+        """Returns `length`: nothing behind the EOT is computed."""
+        return length
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Returns (..., T) token embeddings of (...) ids."""
@@ -221,35 +221,21 @@ class CausalTextTower:
         return x, tuple(pairs)
 
     def activation_bytes(self, tokens: int, attended: int) -> int:
-        """Estimate of what the backward pass keeps of `tokens` tokens that each see at most `attended` tokens.
-
-        Per token and block: the inputs of both LayerNorms (2 T), query, key and value (3 T), the hidden layer before
-        its activation (about 4 T, twice that where the activation is written in several operations, as QuickGELU is),
-        and one probability per head and attended token. Frozen linear layers keep nothing; one with an adapter keeps
-        what its own dropout made of its input. The values are at most float32; a quarter is added for what is alive
-        only for a moment.
-        """
-        block = self._blocks[0]
-        hidden = block.mlp.c_fc.out_features * (1 if isinstance(block.mlp.gelu, nn.GELU) else 2)
-        adapted = sum(layer.in_features for b in self._blocks for layer in b.modules() if hasattr(layer, "lora_A"))
-        floats = 5 * self.width + hidden + block.attn.num_heads * attended
-        return int(1.25 * 4 * (floats * len(self._blocks) + 1.25 * adapted)) * tokens
+        """Estimate of what the backward pass keeps of `tokens` tokens (`text_parts.block_bytes`)."""
+        return block_bytes(self._parts, tokens, attended)
 
     def _with_positions(self, embeddings: Tensor, start: int) -> Tensor:
-        """Adds the positions from `start` on to (..., l, T) embeddings, in the dtype the blocks compute in."""
-        end = start + embeddings.shape[-2]
-        if end > self.context_length:
-            raise BackboneError(f"a prompt of {end} tokens does not fit this text tower's {self.context_length}")
-        dtype = self._parts.transformer.get_cast_dtype()
-        return embeddings.to(dtype) + self._parts.positional_embedding[start:end].to(dtype)
+        """Adds the positions from `start` on to (..., l, T) embeddings."""
+        return add_positions(self._parts, embeddings, start, self.context_length)
 
     def _project(self, pooled: Tensor) -> Tensor:
         """Final LayerNorm and projection of (C, T) pooled tokens to (C, D)."""
-        x = self._parts.ln_final(pooled)
-        projection = self._parts.text_projection
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Module) else x @ projection
+        return project_text(self._parts, pooled)
+
+
+def shares_prefix(tower: TextTower) -> TypeGuard[CausalTextTower]:
+    """Whether a tower has `encode_prefix`, `encode_suffixes` and `encode_packed`, which share a common prefix."""
+    return tower.supports_prefix
 
 
 def _is_default_block(block: nn.Module) -> bool:
@@ -268,30 +254,34 @@ def make_text_tower(model: nn.Module, tokenizer: Callable[..., Tensor]) -> TextT
     """Returns the text tower of an open_clip model.
 
     Args:
-        model: a CLIP or CustomTextCLIP of open_clip.
+        model: a CLIP, CustomTextCLIP or CoCa of open_clip.
         tokenizer: the checkpoint's tokenizer: texts and `context_length=` to (C, L) ids.
 
     Raises:
-        BackboneError: the model's text tower is of a kind whose prompts cannot be learnt yet, or does not fit its
-            tokenizer.
+        BackboneError: the model's text tower or tokenizer is of a kind that is not known, or they do not fit each
+            other.
     """
-    if isinstance(model, open_clip.CoCa):
-        raise _unsupported("CoCa", "appends a class token and pools it")
     whole = isinstance(model, open_clip.CLIP)
     text = model if whole else getattr(model, "text", None)
     if isinstance(text, HFTextEncoder):
-        raise _unsupported("Hugging Face", "is not open_clip's own transformer")
+        return HuggingFaceTextTower(text, tokens=PromptTokens(tokenizer))
     if not isinstance(text, open_clip.CLIP | TextTransformer):
         raise _unsupported(type(model).__name__, "is not known")
     parts: Any = text
+    tokens = PromptTokens(tokenizer)
+    causal = _is_causal(parts.attn_mask)
+    if getattr(parts, "cls_emb", None) is not None and causal:
+        return ClassTokenTextTower(parts, tokens=tokens)
     pool_type, eos_id = (parts.text_pool_type, parts.text_eos_id) if whole else (parts.pool_type, parts.eos_id)
     if getattr(parts, "cls_emb", None) is not None:
-        raise _unsupported("class-token", "appends a class token and pools it")
-    if not _is_causal(parts.attn_mask):
-        raise _unsupported("bidirectional", "has no causal mask (as SigLIP and MobileCLIP-S)")
-    if pool_type not in ("argmax", "eos"):
-        raise _unsupported(f"{pool_type!r}-pooling", "does not pool the EOT token")
-    return CausalTextTower(parts, pool_type=pool_type, eos_id=eos_id, tokenizer=tokenizer)
+        raise _unsupported("bidirectional class-token", "is of no published model")
+    if getattr(parts, "use_pad_mask", False):
+        raise _unsupported("pad-masked", "is of no published model")
+    if pool_type not in POOLS or (causal and pool_type == "first"):
+        raise _unsupported(f"{pool_type!r}-pooling", "does not pool a token that has seen the prompt")
+    if causal and pool_type in ("argmax", "eos"):
+        return CausalTextTower(parts, pool_type=pool_type, eos_id=eos_id, tokens=tokens)
+    return PaddedTextTower(parts, pool_type=pool_type, tokens=tokens)
 
 
 def _is_causal(mask: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptclip.cli import card, gate, predict, report
+from adaptclip.cli import card, compare, export, gate, inspect, predict, probe, report, search
 from adaptclip.config import parse_command
 from adaptclip.entrypoint import run_and_exit
 
@@ -17,6 +17,12 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "predict": predict.predict,
     "report": report.report,
     "gate": gate.gate,
+    "compare": compare.compare,
+    "export": export.export,
+    "embed": search.embed,
+    "search": search.search,
+    "inspect": inspect.inspect,
+    "probe": probe.probe,
     "card": {"check": card.check, "list": card.list_names, "new": card.new},
 }
 """Name -> function whose signature gives the flags and whose docstring gives the help, or a group of such."""

@@ -8,22 +8,54 @@ from adaptclip.cli.judged import load_predictions
 from adaptclip.errors import GateError
 
 
-def gate(predictions: Path, /, *, gates: Path | None = None, baseline: Path | None = None) -> int:
+def gate(
+    predictions: list[Path],
+    /,
+    *,
+    gates: Path | None = None,
+    baseline: Path | None = None,
+    classes: tuple[str, ...] = (),
+    junit: Path | None = None,
+) -> int:
     """Judge predictions by gates: exit code 0 all pass, 2 one failed, 3 one is inconclusive.
 
     Args:
-        predictions: a run folder, or a Parquet file of predictions.
+        predictions: run folders, or files of predictions of any model (Parquet, CSV); of several, all must pass.
         gates: YAML file with a list of gates; a run folder brings those it was judged by.
-        baseline: predictions that "no_worse_than" compares with; a run folder brings its zero-shot ones.
+        baseline: predictions that gates compare with, on the same images; a run folder brings its zero-shot ones.
+        classes: class names in the order of their ids, for a file that has numbers only.
+        junit: where the verdicts are also written as JUnit XML.
     """
+    from rich.console import Console
+    from rich.text import Text
+
     from adaptclip.gates import check_gates, exit_code, load_gates
+    from adaptclip.gates.junit import to_junit
     from adaptclip.reports.render import print_report
     from adaptclip.reports.summary import build_report
+    from adaptclip.storage import write_text
 
-    judged, reference, saved_gates = load_predictions(predictions, baseline)
-    source = gates or saved_gates
-    if source is None:
-        raise GateError(f"{predictions} names no gates; give a YAML file: --gates gates.yaml")
-    verdicts = check_gates(judged, reference, load_gates(source))
-    print_report(build_report(judged, reference), verdicts)
-    return exit_code(verdicts)
+    if not predictions:
+        raise GateError("name at least one run folder or file of predictions")
+    judged = {}
+    for path in dict.fromkeys(predictions):
+        model, reference, saved_gates = load_predictions(path, baseline, classes)
+        source = gates or saved_gates
+        if source is None:
+            raise GateError(f"{path} names no gates; give a YAML file: --gates gates.yaml")
+        judged[str(path)] = verdicts = check_gates(model, reference, load_gates(source))
+        if len(predictions) > 1:
+            Console().print(Text(f"{path}: {_summary(verdicts)}", style="bold"))
+        print_report(build_report(model, reference), verdicts)
+    if junit is not None:
+        write_text(junit, to_junit(judged))
+    # Several runs are judged as one release: the worst verdict counts, and a run without gates shows nothing.
+    codes = [exit_code(verdicts) for verdicts in judged.values()]
+    return 2 if 2 in codes else max(codes)
+
+
+def _summary(verdicts: list) -> str:
+    from adaptclip.gates import overall_verdict
+
+    passed = sum(v.verdict == "pass" for v in verdicts)
+    return f"{overall_verdict(verdicts)} ({passed} of {len(verdicts)} gates pass)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,18 +12,33 @@ if TYPE_CHECKING:
     from adaptclip.types import Predictions
 
 
-def load_predictions(path: Path, baseline: Path | None) -> tuple[Predictions, Predictions | None, Path | None]:
-    """Reads predictions, what they are compared with, and where their gates are, from a run folder or a file."""
+def load_predictions(
+    path: Path, baseline: Path | None, classes: Sequence[str] = ()
+) -> tuple[Predictions, Predictions | None, Path | None]:
+    """Reads predictions, what they are compared with, and where their gates are, from a run folder or a file.
+
+    Args:
+        path: a run folder, or a file of any model's predictions.
+        baseline: likewise, or None for the one that the run brings.
+        classes: class names in the order of their ids, for a file that has numbers only.
+    """
     from adaptclip.types import Predictions
 
     if not path.is_dir():
-        return Predictions.load(path), Predictions.load(baseline) if baseline else None, None
+        names = classes or None
+        reference = Predictions.load(_file(baseline), classes=names) if baseline else None
+        return Predictions.load(path, classes=names), reference, None
     if not (path / "predictions.parquet").is_file():
         raise DataError(f"{path} is not a finished run: it has no predictions.parquet")
-    reference = baseline or path / "zero_shot_predictions.parquet"
+    reference = _file(baseline) if baseline else path / "zero_shot_predictions.parquet"
     gates = path / "gates.yaml"
     return (
         Predictions.load(path / "predictions.parquet"),
         Predictions.load(reference) if reference.is_file() else None,
         gates if gates.is_file() else None,
     )
+
+
+def _file(path: Path) -> Path:
+    """The predictions of a run folder, or the file itself."""
+    return path / "predictions.parquet" if path.is_dir() else path

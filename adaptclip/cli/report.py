@@ -22,6 +22,7 @@ def report(
     /,
     *,
     baseline: Path | None = None,
+    classes: tuple[str, ...] = (),
     validation: Path | None = None,
     source: Path | None = None,
     gates: Path | None = None,
@@ -31,8 +32,9 @@ def report(
     """Report on the predictions of a run or of any model.
 
     Args:
-        predictions: a run folder, or a file of predictions.
+        predictions: a run folder, or a file of any model's predictions (Parquet, CSV).
         baseline: predictions to compare with, on the same images; a run folder brings its zero-shot ones.
+        classes: class names in the order of their ids, for a file that has numbers only.
         validation: predictions on images neither trained on nor judged, to fit a temperature and sets of classes; a run
             folder brings its own.
         source: predictions of the same model on the domain it was adapted to, to say what another domain changes.
@@ -47,15 +49,19 @@ def report(
 
     if out is not None and out.suffix not in ("", *FORMATS):
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
-    judged, reference, saved_gates = load_predictions(predictions, baseline)
+    judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
-    held_out = validation or (predictions / "validation_predictions.parquet" if predictions.is_dir() else None)
+    held_out = validation
+    if held_out is None and (predictions / "validation_predictions.parquet").is_file():
+        held_out = predictions / "validation_predictions.parquet"
     result = full_report(
         judged,
         reference,
-        validation=Predictions.load(held_out) if held_out and (validation or held_out.is_file()) else None,
+        validation=Predictions.load(held_out, classes=classes or None)
+        if held_out and (validation or held_out.is_file())
+        else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
-        source=Predictions.load(source) if source else None,
+        source=Predictions.load(source, classes=classes or None) if source else None,
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}

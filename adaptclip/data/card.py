@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from adaptclip.data.card_block import PARTS, SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
 from adaptclip.errors import CardError, did_you_mean
+from adaptclip.gate_rules import GateRule, Outcome
 from adaptclip.storage import digest
-from adaptclip.types import GateRule
 
 _log = logging.getLogger(__name__)
 
@@ -180,6 +180,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "augmentation": Augmentation,
     "groups": GroupBins,
     "gates": GateRule,
+    "outcomes": Outcome,
 }
 """Key of the block -> model whose fields are allowed below it."""
 

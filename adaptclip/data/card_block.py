@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from adaptclip.data.declared import check_declared
 from adaptclip.errors import did_you_mean
-from adaptclip.types import GateRule
+from adaptclip.gate_rules import GateRule, Outcome
 
 PARTS = ("train", "validation", "test")
 """The parts of a data set, in the order in which they are used."""
@@ -263,6 +264,10 @@ class CardBlock(BaseModel):
         templates: prompts with one `{}` for the class name.
         augmentation: training crops.
         groups: reported attribute -> bins, for numeric columns.
+        intersections: lists of reported attributes that are also reported crossed.
+        outcomes: two-sided questions that are reported beside the classes: value(s) of a level, or class(es), that are
+            positive.
+        probes: kind -> words that are no class; the text probe counts how often images are given one of them.
         window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
         allow: checks that may fail, by name (ALLOWABLE).
         hard_pairs: pairs of classes that are known to be hard to tell apart; reports judge each pair by itself.
@@ -280,6 +285,9 @@ class CardBlock(BaseModel):
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
     augmentation: Augmentation = Augmentation()
     groups: dict[Name, GroupBins] = Field(default_factory=dict)
+    intersections: tuple[tuple[Name, ...], ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    probes: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
     window: tuple[float, float] | None = None
     allow: tuple[str, ...] = ()
     hard_pairs: tuple[tuple[Name, Name], ...] = ()
@@ -307,21 +315,26 @@ class CardBlock(BaseModel):
                 if self.class_names is not None and name not in self.class_names:
                     raise ValueError(f"hard_pairs has no class {name!r}. {did_you_mean(name, self.class_names)}")
         if self.columns.label is None:
-            for key in ("class_names", "aliases", "hard_pairs", "gates"):
+            for key in ("class_names", "aliases", "hard_pairs", "gates", "outcomes", "probes"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is about classes, and this card has captions and no columns.label")
+        for crossed in self.intersections:
+            if len(crossed) < 2 or len(set(crossed)) < len(crossed):
+                raise ValueError(f"intersections are lists of different attributes; got {list(crossed)}")
         self._check_groups()
         return self
 
     def _check_groups(self) -> None:
-        # The groups of an embedded set are known only once it is made.
+        # The groups and levels of an embedded set are known only once it is made; `open_data` looks then.
         if isinstance(self.source, EmbeddedSource):
             return
         known = self.columns.groups
-        asked = {f"groups.{name}": name for name in self.groups}
-        asked |= {f"gates.{i}.group": rule.group for i, rule in enumerate(self.gates) if rule.group}
-        for place, name in asked.items():
+        for name in self.groups:
             if name not in known:
                 raise ValueError(
-                    f"{place} names a group that columns.groups lacks: {name!r}. {did_you_mean(name, known)}"
+                    f"groups.{name} names a group that columns.groups lacks: {name!r}. {did_you_mean(name, known)}"
                 )
+        check_declared(
+            self.gates, self.outcomes, self.intersections, groups=known, levels=self.columns.levels.keys(),
+            class_names=self.class_names,
+        )  # fmt: skip

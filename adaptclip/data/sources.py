@@ -18,11 +18,12 @@ from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.checks import check_data
 from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
 from adaptclip.data.dataset import UNLABELLED, DomainData, ImageDataset
+from adaptclip.data.declared import check_declared
 from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
 from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
 from adaptclip.data.rows import RawRows
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
-from adaptclip.errors import DataError, SplitError, did_you_mean
+from adaptclip.errors import CardError, DataError, SplitError, did_you_mean
 from adaptclip.storage import digest
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def open_data(
         check: whether to look for leaks, missing classes and unreadable images (see `adaptclip.data.checks`).
 
     Raises:
+        CardError: an outcome, intersection or gate of the card names what the data do not have.
         DataError: files, columns, labels or images are missing or not usable.
         SplitError: the parts leak, lack classes or cannot be made.
     """
@@ -72,11 +74,7 @@ def open_data(
     found: dict[str, Picture] = {}
     skipped: list[str] = []
     images = _all_images(card, raw, contents)
-    for name in (name for pair in card.hard_pairs for name in pair):
-        if name not in images.class_names:
-            raise DataError(
-                f"card {card.name}: hard_pairs has no class {name!r}. {did_you_mean(name, images.class_names)}"
-            )
+    _check_card(card, images)
     if check or skip or (rule and rule.fractions):
         seen = pictures(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
         found = dict(zip(contents, seen, strict=True))
@@ -96,6 +94,19 @@ def open_data(
     train, validation, test = (images.select([i for i, p in enumerate(parts) if p == part]) for part in PARTS)
     data = DomainData(card, images.class_names, train, validation, test, tuple(skipped))
     return replace(data, notes=tuple(check_data(data, found=found))) if check else data
+
+
+def _check_card(card: Card, images: ImageDataset) -> None:
+    """Refuses a card whose outcomes, intersections, gates or hard pairs name what the data do not have."""
+    known = {"groups": images.groups.keys(), "levels": images.levels, "class_names": images.class_names}
+    try:
+        check_declared(card.gates, card.outcomes, card.intersections, **known)
+    except ValueError as error:
+        raise CardError(f"card {card.name}: {error}") from error
+    for name in (name for pair in card.hard_pairs for name in pair):
+        if name not in images.class_names:
+            nearest = did_you_mean(name, images.class_names)
+            raise CardError(f"card {card.name}: hard_pairs has no class {name!r}. {nearest}")
 
 
 def _usable(card: Card, seen: Sequence[Picture], *, skip: bool, demand: bool) -> tuple[np.ndarray, list[str]]:

@@ -1,4 +1,4 @@
-"""Many comparisons at once, and comparisons of sets of images that share none."""
+"""An exact paired test, and comparisons of sets of images that share none."""
 
 from __future__ import annotations
 
@@ -8,18 +8,8 @@ import numpy as np
 from scipy.stats import binom
 
 from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.smooth import DifferenceSpread
 from adaptclip.evaluation.intervals import RateSpread
-
-
-def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Returns p-values adjusted for their number so that one wrong call among all is as rare as stated (Holm 1979)."""
-    p = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    result = np.empty_like(p)
-    result[order] = np.minimum(adjusted, 1.0)
-    return result
+from adaptclip.evaluation.smooth import DifferenceSpread
 
 
 def sign_test(after: np.ndarray, before: np.ndarray, clusters: Sequence[str] | np.ndarray | None = None) -> float:
@@ -46,7 +36,7 @@ def difference(first: Measurement, second: Measurement) -> Measurement:
     value, n = first.value - second.value, first.n + second.n
     if first.spread is None or second.spread is None:
         return Measurement(value, n, note=first.note or second.note)
-    return Measurement(value, n, DifferenceSpread(value, (first.value, first.spread), (second.value, second.spread)))
+    return Measurement(value, n, DifferenceSpread((first.value, first.spread), (second.value, second.spread)))
 
 
 def harmonic(first: Measurement, second: Measurement) -> Measurement:

@@ -13,8 +13,8 @@ from scipy.stats import beta
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.smooth import linearised
 from adaptclip.evaluation.metrics import correct
+from adaptclip.evaluation.smooth import linearised
 from adaptclip.types import Predictions
 
 _SMALLEST = float(np.finfo(np.float32).tiny)

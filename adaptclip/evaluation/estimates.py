@@ -8,8 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.intervals import CalibrationParts, CalibrationSpread, PairedSpread, RateSpread, Side, Spread
+from adaptclip.evaluation.grouping import align as align
+from adaptclip.evaluation.grouping import encode
+from adaptclip.evaluation.grouping import group_rows as group_rows
+from adaptclip.evaluation.influence import Linearised, brier_score, macro_auc, variance
+from adaptclip.evaluation.intervals import (
+    CalibrationParts,
+    CalibrationSpread,
+    PairedSpread,
+    RateSpread,
+    ScoreSpread,
+    Side,
+    Spread,
+)
 from adaptclip.evaluation.metrics import (
+    LINEARISED,
     METRIC_FUNCTIONS,
     absent_classes,
     confidence_bins,
@@ -18,7 +31,8 @@ from adaptclip.evaluation.metrics import (
     topk_correct,
 )
 from adaptclip.evaluation.resampling import ResamplingPlan, bootstrap, plan_resampling
-from adaptclip.types import METRICS, Predictions
+from adaptclip.gate_rules import GENERAL_METRICS
+from adaptclip.types import Predictions
 
 MIN_CLUSTERS = 10
 """Fewer clusters than this say too little about clusters not seen: no interval is given."""
@@ -73,63 +87,19 @@ class _Sample:
     plan: ResamplingPlan
     clustered: bool
     num_classes: int
+    ranked: int | None
+    confident: bool
 
     @property
     def n(self) -> int:
         return len(self.labels)
 
 
-def align(predictions: Predictions, baseline: Predictions) -> Predictions:
-    """Returns the baseline with its rows in the order of the predictions.
-
-    Raises:
-        DataError: the two do not judge the same images with the same labels and classes.
-    """
-    if predictions.class_names != baseline.class_names:
-        raise DataError("predictions and baseline have different class names; compare models on the same classes")
-    position = {row: i for i, row in enumerate(baseline.ids)}
-    missing = [row for row in predictions.ids if row not in position]
-    if missing or len(baseline) != len(predictions):
-        example = f", for example {missing[0]!r}" if missing else ""
-        raise DataError(
-            f"a paired comparison needs the same images: {len(missing)} of {len(predictions)} are missing from the "
-            f"baseline, which has {len(baseline)}{example}. Predict both models on the same split."
-        )
-    order = np.array([position[row] for row in predictions.ids], dtype=np.int64)
-    different = int((baseline.labels[order] != predictions.labels).sum())
-    if different:
-        raise DataError(f"{different} images have another label in the baseline; predict both models on the same data")
-    return Predictions(
-        predictions.ids,
-        predictions.labels,
-        baseline.probs[order],
-        baseline.class_names,
-        predictions.groups,
-        predictions.clusters,
-        predictions.levels,
-    )
-
-
-def group_rows(predictions: Predictions, attribute: str) -> dict[str, np.ndarray]:
-    """Returns group name -> row positions, names sorted; "unknown" is a group like any other.
-
-    Raises:
-        DataError: the predictions have no such attribute.
-    """
-    if attribute not in predictions.groups:
-        has = (
-            did_you_mean(attribute, predictions.groups) if predictions.groups else "They have no group columns at all."
-        )
-        raise DataError(f"these predictions have no group attribute {attribute!r}. {has}")
-    names, inverse = np.unique(np.asarray(predictions.groups[attribute], dtype=str), return_inverse=True)
-    return {str(name): np.flatnonzero(inverse == i) for i, name in enumerate(names)}
-
-
 def measure(
     predictions: Predictions,
     baseline: Predictions | None = None,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = GENERAL_METRICS,
     rows: np.ndarray | None = None,
     full_bins: bool = False,
     draws: int = 2000,
@@ -140,7 +110,7 @@ def measure(
     Args:
         predictions: the judged model; its clusters, where given, are the unit of resampling.
         baseline: the model to compare with, aligned (see `align`).
-        metrics: names from types.METRICS.
+        metrics: names from GENERAL_METRICS.
         rows: positions of the images to judge; None judges all.
         full_bins: leave `ece` out where the bins are thinly filled (for groups).
         draws: bootstrap draws.
@@ -161,24 +131,54 @@ def measure(
     return {m: _compare(m, sample, [drawn.get(f"{m}/{i}") for i in range(2)], full_bins) for m in metrics}
 
 
+def share(hits: np.ndarray, clusters: np.ndarray | None = None) -> Measurement:
+    """Measures a plain share without drawing anything: for tables of many of them.
+
+    Args:
+        hits: (N,) bool, what is counted.
+        clusters: (N,) cluster of each image as a number, or None where images are independent. Their variance is the
+            linearised one of a ratio.
+    """
+    if len(hits) == 0:
+        return Measurement(None, 0, note="no images")
+    value, n = float(hits.mean()), len(hits)
+    if clusters is None:
+        return Measurement(value, n, RateSpread(value, n, n, None))
+    unit = np.unique(clusters, return_inverse=True)[1]
+    units = int(unit.max()) + 1
+    if units < MIN_CLUSTERS:
+        return Measurement(value, n, note=_few(units))
+    drawn = variance((hits - value) / n, unit)
+    if drawn <= 1e-12:
+        return Measurement(value, n, RateSpread(value, units, n, None))
+    return Measurement(value, n, RateSpread(value, value * (1 - value) / drawn, n, units - 1))
+
+
+def _few(units: int) -> str:
+    return f"no interval: {units} cluster{'s' * (units != 1)}, and at least {MIN_CLUSTERS} are needed"
+
+
 def _take(predictions: Predictions, baseline: Predictions | None, rows: np.ndarray | None) -> _Sample:
     keep = np.arange(len(predictions)) if rows is None else rows
     both = (predictions,) if baseline is None else (predictions, baseline)
-    clusters = None if predictions.clusters is None else np.asarray(predictions.clusters, dtype=str)[keep]
+    clusters = None if predictions.clusters is None else encode(predictions.clusters)[1][keep]
     labels = predictions.labels[keep]
     plan = plan_resampling(labels, clusters) if len(keep) else ResamplingPlan(np.zeros(0, int), np.zeros(0, int))
-    return _Sample(labels, tuple(p.probs[keep] for p in both), plan, clusters is not None, len(predictions.class_names))
+    probs = tuple(p.probs if rows is None else p.probs[keep] for p in both)
+    ranked = min((p.ranked for p in both if p.ranked is not None), default=None)
+    confident = all(p.confident for p in both)
+    return _Sample(labels, probs, plan, clusters is not None, len(predictions.class_names), ranked, confident)
 
 
 def _needs_draws(metric: str, sample: _Sample) -> bool:
-    return sample.clustered or metric in ("ece", "mean_per_class_accuracy")
+    return metric not in LINEARISED and (sample.clustered or metric in ("ece", "mean_per_class_accuracy"))
 
 
 def _too_few_clusters(sample: _Sample) -> str:
     units = sample.plan.num_units
     if not sample.clustered or units >= MIN_CLUSTERS:
         return ""
-    return f"no interval: {units} cluster{'s' * (units != 1)}, and at least {MIN_CLUSTERS} are needed"
+    return _few(units)
 
 
 def _undefined(metric: str, sample: _Sample) -> str:
@@ -186,6 +186,14 @@ def _undefined(metric: str, sample: _Sample) -> str:
         raise DataError(f"unknown metric {metric!r}. {did_you_mean(metric, METRIC_FUNCTIONS)}")
     if metric == "top5_accuracy" and sample.num_classes <= 5:
         return f"top-5 accuracy says nothing about {sample.num_classes} classes"
+    if metric == "top5_accuracy" and sample.ranked is not None and sample.ranked < 5:
+        return f"the predictions rank only {sample.ranked} of the classes"
+    if metric in LINEARISED and (sample.ranked is not None or not sample.confident):
+        return "the predictions do not hold the probabilities of all classes"
+    if metric == "ece" and not sample.confident:
+        return "the predictions hold no probabilities"
+    if metric == "macro_auc" and len(np.unique(sample.labels)) < 2:
+        return "AUC needs images of two classes"
     return ""
 
 
@@ -213,6 +221,8 @@ def _compare(metric: str, sample: _Sample, draws: list[np.ndarray | None], full_
 
 
 def _single(metric: str, sample: _Sample, which: int, draws: np.ndarray | None) -> Measurement:
+    if metric in LINEARISED:
+        return _score(metric, sample, (_linearise(metric, sample, which),))
     probs = sample.probs[which]
     value = METRIC_FUNCTIONS[metric](probs, sample.labels)
     notes = [_absent(sample)] if metric == "mean_per_class_accuracy" else []
@@ -229,6 +239,8 @@ def _single(metric: str, sample: _Sample, which: int, draws: np.ndarray | None) 
 
 
 def _change(metric: str, sample: _Sample, draws: list[np.ndarray | None]) -> Measurement:
+    if metric in LINEARISED:
+        return _score(metric, sample, (_linearise(metric, sample, 0), _linearise(metric, sample, 1)))
     probs, base = sample.probs
     value = METRIC_FUNCTIONS[metric](probs, sample.labels) - METRIC_FUNCTIONS[metric](base, sample.labels)
     if _too_few_clusters(sample):
@@ -245,6 +257,36 @@ def _change(metric: str, sample: _Sample, draws: list[np.ndarray | None]) -> Mea
     gained, lost = _rate(metric, sample, now & ~before), _rate(metric, sample, before & ~now)
     spread = PairedSpread(gained, lost, *_size(metric, sample, gained + lost - (gained - lost) ** 2, difference))
     return Measurement(value, sample.n, spread, _absent(sample) if metric == "mean_per_class_accuracy" else "")
+
+
+def _linearise(metric: str, sample: _Sample, which: int) -> Linearised:
+    found = (brier_score if metric == "brier" else macro_auc)(sample.probs[which], sample.labels)
+    assert found is not None  # _undefined has left out images of a single class
+    return found
+
+
+def _score(metric: str, sample: _Sample, parts: Sequence[Linearised]) -> Measurement:
+    """One linearised metric, or the paired change of the first part against the second."""
+    value, influence = parts[0].value, parts[0].influence
+    for before in parts[1:]:
+        value, influence = value - before.value, influence - before.influence
+    units = sample.plan.num_units
+    if reason := _too_few_clusters(sample) or ("no interval: a single image" if units < 2 else ""):
+        return Measurement(value, sample.n, note=reason)
+    drawn, note = variance(influence, sample.plan.unit), ""
+    if metric == "macro_auc":
+        counts = np.bincount(sample.labels)
+        counts = counts[counts > 0]
+        units = max(int(units / sample.n * len(counts) ** 2 / (1 / counts).sum()), 1)
+        drawn = max(drawn, parts[0].least if len(parts) == 1 else 0.0)
+        note = _absent(sample)
+    if len(parts) == 1 and metric == "macro_auc":
+        # Without a single wrong pair the variance is zero; then each positive image counts as one trial.
+        size = value * (1 - value) / drawn if drawn > 1e-12 and value < 1 else float(units)
+        return Measurement(value, sample.n, RateSpread(value, size, float("inf"), None), note)
+    reach = 2.0 if metric == "brier" else 1.0
+    limits = (0.0, reach) if len(parts) == 1 else (-reach, reach)
+    return Measurement(value, sample.n, ScoreSpread(value, float(np.sqrt(drawn)), units, limits), note)
 
 
 def _parts(sample: _Sample, which: int, draws: np.ndarray) -> CalibrationParts:

@@ -9,7 +9,10 @@ What is used where:
   Percentiles of the bootstrap are not used for rates: near 0 and 1 they are too narrow, and empty when all is right;
 - a change of a rate on the same images: Tango's score interval for paired proportions (Tango 1998), which stays honest
   when no image changes; effective numbers as above;
-- the calibration error and its change: a bootstrap that allows for the estimate's upward bias (`CalibrationParts`).
+- the calibration error and its change: a bootstrap that allows for the estimate's upward bias (`CalibrationParts`);
+- the Brier score, and changes of it and of the AUC: Student's t on the linearised variance (`ScoreSpread`); an AUC
+  itself is bounded like a rate whose effective number of images gives the same variance;
+- a difference between two groups: each group's own bounds put together (`difference_bound`).
 """
 
 from __future__ import annotations
@@ -165,6 +168,57 @@ class PairedSpread:
     def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
         """Tango's score bound; `exact` changes nothing."""
         return tango_bound(self.gained, self.lost, _sized(self.size, self.cap, self.df, alpha), side, alpha)
+
+
+@dataclass(frozen=True)
+class ScoreSpread:
+    """Uncertainty of a mean score or of a change of one.
+
+    Attributes:
+        value: the estimate.
+        error: its standard error.
+        units: independent units behind it; also what a change of exactly nothing leaves uncertain.
+        limits: lowest and highest value there can be.
+    """
+
+    value: float
+    error: float
+    units: int
+    limits: tuple[float, float]
+
+    @property
+    def method(self) -> str:
+        """Name of the method, for the report."""
+        return "t on the linearised variance"
+
+    def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
+        """Bound by Student's t; `exact` changes nothing."""
+        # Where nothing varies, Tango's interval without any change: the score test's answer to "n times nothing".
+        nothing = norm.isf(alpha) ** 2
+        half = max(float(t.isf(alpha, max(self.units - 1, 1))) * self.error, nothing / (self.units + nothing))
+        raw = self.value - half if side == "low" else self.value + half
+        return float(np.clip(raw, *self.limits))
+
+
+def difference_bound(
+    one: tuple[float, Spread], other: tuple[float, Spread], side: Side, alpha: float, *, exact: bool = False
+) -> float:
+    """One-sided bound of `one` minus `other`, from the bounds of each (MOVER: Newcombe 1998, Zou & Donner 2008).
+
+    The two have to be independent, or positively correlated (groups that share patients), which makes the bound wide.
+
+    Args:
+        one: estimate and its uncertainty.
+        other: what is subtracted.
+        side: which bound.
+        alpha: probability that the true difference lies beyond the bound, 0 to 0.5.
+        exact: use the bounds that hold their level for certain.
+    """
+    if side == "high":
+        return -difference_bound(other, one, "low", alpha, exact=exact)
+    (a, spread_a), (b, spread_b) = one, other
+    down, up = spread_a.bound("low", alpha, exact=exact), spread_b.bound("high", alpha, exact=exact)
+    return a - b - float(np.hypot(a - down, up - b))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Metrics of a classifier: accuracy, mean per-class accuracy, top-k accuracy and calibration error.
+"""Metrics of a classifier: accuracy, mean per-class accuracy, top-k accuracy, calibration error, Brier score and AUC.
 
-Every metric here can be written with sums over cells of images (all images, the images of one class, the images of one
-confidence bin). `Cells` holds an image's value and cell, so that a bootstrap can recompute a metric for thousands of
-weightings of the images with one matrix product.
+The rates and the calibration error can be written with sums over cells of images (all images, the images of one class,
+the images of one confidence bin). `Cells` holds an image's value and cell, so that a bootstrap can recompute a metric
+for thousands of weightings of the images with one matrix product. The others are in `evaluation.influence`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy as np
 from sklearn.metrics import accuracy_score, recall_score
 
 from adaptclip.errors import DataError
+from adaptclip.evaluation.influence import brier_score, macro_auc
+from adaptclip.gate_rules import LOWER_IS_BETTER as LOWER_IS_BETTER
 
 ECE_BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017 use the same number)."""
 
-LOWER_IS_BETTER = frozenset({"ece"})
-"""Metrics that improve downwards; all others improve upwards."""
+LINEARISED = frozenset({"brier", "macro_auc"})
+"""Metrics whose uncertainty comes from the influence of each image, see `evaluation.influence`."""
 
 
 def _require_rows(labels: np.ndarray, metric: str) -> None:
@@ -132,21 +134,67 @@ def ece(probs: np.ndarray, labels: np.ndarray, bins: int = ECE_BINS) -> float:
     return float(np.abs(np.bincount(confidence_bins(probs, bins), surplus, minlength=bins)).sum() / len(labels))
 
 
+def brier(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Brier score: mean squared error of all classes' probabilities, summed over the classes, 0 to 2 (Brier 1950).
+
+    Args:
+        probs: (N, C) class probabilities.
+        labels: (N,) true class ids.
+
+    Raises:
+        DataError: there are no images.
+    """
+    _require_rows(labels, "the Brier score")
+    return brier_score(probs, labels).value
+
+
+def macro_one_vs_rest_auc(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over the classes present of the area under the ROC curve of the class against the rest, 0 to 1.
+
+    Args:
+        probs: (N, C) class probabilities.
+        labels: (N,) true class ids.
+
+    Raises:
+        DataError: there are no images, or all are of one class.
+    """
+    _require_rows(labels, "AUC")
+    found = macro_auc(probs, labels)
+    if found is None:
+        raise DataError("AUC needs images of two classes, got one class only")
+    return found.value
+
+
 METRIC_FUNCTIONS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy,
     "mean_per_class_accuracy": mean_per_class_accuracy,
     "top5_accuracy": partial(topk_accuracy, k=5),
     "ece": ece,
+    "brier": brier,
+    "macro_auc": macro_one_vs_rest_auc,
 }
-"""Metric name (types.METRICS) -> function of probabilities (N, C) and labels (N,)."""
+"""Metric of any classifier (GENERAL_METRICS) -> function of probabilities (N, C) and labels (N,)."""
 
 METRIC_WORDS = {
     "accuracy": "accuracy",
     "mean_per_class_accuracy": "mean accuracy per class",
     "top5_accuracy": "top-5 accuracy",
     "ece": "calibration error (ECE)",
+    "brier": "Brier score",
+    "macro_auc": "AUC (mean of the classes)",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "tpr": "true positive rate",
+    "fpr": "false positive rate",
+    "fnr": "false negative rate",
+    "selection_rate": "selection rate",
+    "auc": "AUC",
 }
 """Metric name -> how it is called in tables and sentences."""
+
+METRIC_SHORT = METRIC_WORDS | {"mean_per_class_accuracy": "mean per class", "ece": "ECE", "brier": "Brier"}
+METRIC_SHORT |= {"macro_auc": "AUC", "tpr": "TPR", "fpr": "FPR", "fnr": "FNR"}
+"""The same for the heads of narrow columns."""
 
 
 @dataclass(frozen=True)

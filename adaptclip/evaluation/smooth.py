@@ -15,7 +15,7 @@ import numpy as np
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.estimates import MIN_CLUSTERS, Measurement
-from adaptclip.evaluation.intervals import RateSpread, Side, Spread
+from adaptclip.evaluation.intervals import RateSpread, Side, Spread, difference_bound
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,13 @@ class LinearisedSpread(RateSpread):
 class DifferenceSpread:
     """Uncertainty of a difference of two numbers of independent sets of images.
 
-    Newcombe's (1998, method 10) square-and-add interval, from the bounds of the two numbers.
+    Newcombe's (1998, method 10) square-and-add interval, from the bounds of the two numbers (`difference_bound`).
 
     Attributes:
-        value: first minus second.
         first: value and spread of the first.
         second: value and spread of the second.
     """
 
-    value: float
     first: tuple[float, Spread]
     second: tuple[float, Spread]
 
@@ -75,10 +73,7 @@ class DifferenceSpread:
 
     def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
         """Bound of the difference; `exact` changes nothing."""
-        other: Side = "high" if side == "low" else "low"
-        (a, spread_a), (b, spread_b) = self.first, self.second
-        reach = np.hypot(a - spread_a.bound(side, alpha), spread_b.bound(other, alpha) - b)
-        return float(self.value - reach if side == "low" else self.value + reach)
+        return difference_bound(self.first, self.second, side, alpha)
 
 
 def linearised(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -53,7 +51,7 @@ class Yardstick:
         cache: FeatureCache,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self._backbone, self._dataset, self._accelerator = backbone, dataset, accelerator
+        self._dataset, self._accelerator = dataset, accelerator
         self._names = data.prompt_names if data.has_classes else None
         self._templates = data.card.templates
         self._captions, self.num_cut = None, 0
@@ -83,8 +81,8 @@ class Yardstick:
 
     def _features_of(self, model: ClipBackbone) -> Features:
         """Image features by `model`; those known already where its image tower is the one before tuning."""
-        if _same_image_tower(model, self._backbone):
-            return replace(self._features, weights=model.digest)
+        if model.image_digest == self._features.weights:
+            return self._features
         return FeatureCache(None).get(model, self._dataset, accelerator=self._accelerator)
 
 
@@ -194,8 +192,3 @@ def judge_retrieval(
 
 def _cell(found: Mapping[str, Any], kind: str, key: str) -> Mapping[str, Any]:
     return found[kind][key] if key else found[kind]
-
-
-def _same_image_tower(first: ClipBackbone, second: ClipBackbone) -> bool:
-    a, b = first.model.visual.state_dict(), second.model.visual.state_dict()
-    return all(torch.equal(value, b[name].to(value.device)) for name, value in a.items())

@@ -1,42 +1,36 @@
-"""How a model does on each group of an attribute, with intervals, and how adaptation changed that."""
+"""How a model does on each group of an attribute, with intervals, and how adaptation changed that.
+
+Definitions and names are fairlearn's. Differences between groups are compared with what noise alone would give; see
+`evaluation.gaps`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from adaptclip.evaluation.estimates import Comparison, Measurement, group_rows, measure
-from adaptclip.evaluation.metrics import absent_classes
+import numpy as np
+
+from adaptclip.evaluation.estimates import measure, share
+from adaptclip.evaluation.gaps import GapTest, holm
+from adaptclip.evaluation.grouping import encode, group_rows, group_values
+from adaptclip.evaluation.intervals import difference_bound
+from adaptclip.evaluation.metrics import absent_classes, correct
+from adaptclip.gate_rules import BETWEEN
+from adaptclip.reports.numbers import MIN_GROUP, comparison, gap_of_means
+from adaptclip.reports.numbers import number as number
+from adaptclip.reports.one_vs_rest import one_vs_rest
+from adaptclip.reports.outcomes import group_outcome
 from adaptclip.types import Predictions
 
-GROUP_METRICS = ("accuracy", "mean_per_class_accuracy", "ece")
+GROUP_METRICS = ("accuracy", "mean_per_class_accuracy", "ece", "brier", "macro_auc")
 
 SMALL_GROUP = 100
 """Below this many images a group's accuracy is known to no better than about 8 points: a caution is given."""
 
-GAP_NOTE = (
-    "no interval: noise alone makes the difference between the best and the worst of several groups positive, so its "
-    "bootstrap interval would leave out zero even for equal groups"
+ES_NOTE = (
+    "FairCLIP's equity-scaled accuracy: accuracy / (1 + sum over the groups of |accuracy of the group - accuracy|). It "
+    "falls with the number of groups and with their noise, so attributes cannot be compared by it"
 )
-
-
-def number(measurement: Measurement, confidence: float) -> dict[str, Any]:
-    """Turns a measurement into a JSON-able dict: value, low, high, n, method, note; absent ones are None or ""."""
-    low, high = measurement.interval(confidence) or (None, None)
-    method = measurement.spread.method if measurement.spread else None
-    return {
-        "value": measurement.value,
-        "low": low,
-        "high": high,
-        "n": measurement.n,
-        "method": method,
-        "note": measurement.note,
-    }
-
-
-def comparison(compared: Comparison, confidence: float) -> dict[str, Any]:
-    """Turns a comparison into {"model", "zero_shot", "change"}; the latter two None without a baseline."""
-    parts = {"model": compared.model, "zero_shot": compared.baseline, "change": compared.change}
-    return {name: None if part is None else number(part, confidence) for name, part in parts.items()}
 
 
 def group_table(
@@ -47,61 +41,162 @@ def group_table(
     confidence: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
+    min_group: int = MIN_GROUP,
 ) -> dict[str, Any]:
     """Assesses every group of one attribute.
 
     Args:
         predictions: the judged model.
         baseline: zero-shot predictions, aligned, or None.
-        attribute: name of a group column.
+        attribute: name of a group column, or an intersection such as "sex × age_group".
         confidence: level of the two-sided intervals.
-        draws: bootstrap draws.
-        seed: of the bootstrap.
+        draws: bootstrap draws, and random deals of the permutation tests.
+        seed: of both.
+        min_group: images a group needs to take part in gaps and tests. Smaller groups of an intersection have
+            no row: crossing attributes makes many of them.
 
     Returns:
-        JSON-able dict: "rows" (per group: name, n, classes present, each metric compared), "worst_group",
-        "gap" (max-min accuracy) and "cautions".
+        JSON-able dict:
+            "rows": per group "group", "n", "clusters", "classes_present", "large_enough", each of GROUP_METRICS
+                compared, and "against_rest": accuracy minus that of all other images, with interval, p-value and
+                p-value corrected by Holm's method for the number of groups ("p_holm"); None where not tested.
+            "worst_group": name and accuracy of the worst group that is large enough.
+            "gap", "gap_zero_shot": max-min accuracy (`gap_of_means`); None without two groups that are large enough.
+            "outcomes": per declared outcome, sensitivity and specificity of the groups (`group_outcome`).
+            "one_vs_rest": each class against the rest (`one_vs_rest`).
+            "too_small": groups of an intersection without a row, each {"group", "n"}.
+            "es_accuracy", "intersection", "min_group", "cautions".
 
     Raises:
         DataError: the predictions have no such attribute.
     """
-    rows = []
-    for group, positions in group_rows(predictions, attribute).items():
-        measured = measure(
-            predictions, baseline, metrics=GROUP_METRICS, rows=positions, full_bins=True, draws=draws, seed=seed
-        )
-        absent = absent_classes(predictions.labels[positions], len(predictions.class_names))
-        rows.append(
-            {
-                "group": group,
-                "n": len(positions),
-                "classes_present": len(predictions.class_names) - len(absent),
-                **{metric: comparison(compared, confidence) for metric, compared in measured.items()},
-            }
-        )
-    return {"rows": rows, **_extremes(rows), "cautions": _cautions(attribute, rows)}
+    crossed = attribute not in predictions.groups and BETWEEN in attribute
+    names, code = group_values(predictions, attribute)
+    clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
+    by_group = group_rows(predictions, attribute)
+    too_small = [
+        {"group": name, "n": len(rows)} for name, rows in by_group.items() if crossed and len(rows) < min_group
+    ]
+    shown = {name: rows for name, rows in by_group.items() if not crossed or len(rows) >= min_group}
+    rows = [
+        _row(predictions, baseline, name, positions, clusters, (confidence, draws, seed))
+        for name, positions in shown.items()
+    ]
+    for row in rows:
+        row["large_enough"] = row["n"] >= min_group
+    settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed, "min_group": min_group}
+    right = correct(predictions.probs, predictions.labels)
+    gap, test = gap_of_means(right, code, names, clusters, what="accuracy", **settings)
+    before = None
+    if baseline is not None:
+        hits = correct(baseline.probs, baseline.labels)
+        before, _ = gap_of_means(hits, code, names, clusters, what="zero-shot accuracy", **settings)
+    _add_against_rest(rows, right, {names[i]: i for i in range(len(names))}, code, clusters, test, confidence)
+    return {
+        "rows": rows,
+        "worst_group": _worst(rows),
+        "gap": gap,
+        "gap_zero_shot": before,
+        "outcomes": [group_outcome(predictions, baseline, attribute, outcome, **settings)
+                     for outcome in predictions.outcomes],
+        "one_vs_rest": one_vs_rest(predictions, names, code, clusters, **settings),
+        "es_accuracy": _equity_scaled(rows, float(right.mean()) if len(right) else None),
+        "intersection": crossed,
+        "too_small": too_small,
+        "min_group": min_group,
+        "cautions": _cautions(attribute, rows, too_small, min_group),
+    }  # fmt: skip
 
 
-def _extremes(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    if not rows:
-        return {"worst_group": None, "gap": None}
-    ordered = sorted(rows, key=lambda row: row["accuracy"]["model"]["value"])
-    worst, best = ordered[0], ordered[-1]
-    gap = {
-        "definition": "max-min accuracy over the groups",
-        "value": best["accuracy"]["model"]["value"] - worst["accuracy"]["model"]["value"],
-        "best_group": best["group"],
-        "worst_group": worst["group"],
-        "n": sum(row["n"] for row in rows),
-        "note": GAP_NOTE,
+def _row(
+    predictions: Predictions,
+    baseline: Predictions | None,
+    name: str,
+    positions: np.ndarray,
+    clusters: np.ndarray | None,
+    settings: tuple[float, int, int],
+) -> dict[str, Any]:
+    """One group's line."""
+    confidence, draws, seed = settings
+    measured = measure(
+        predictions, baseline, metrics=GROUP_METRICS, rows=positions, full_bins=True, draws=draws, seed=seed
+    )
+    absent = absent_classes(predictions.labels[positions], len(predictions.class_names))
+    return {
+        "group": name,
+        "n": len(positions),
+        "clusters": None if clusters is None else len(np.unique(clusters[positions])),
+        "classes_present": len(predictions.class_names) - len(absent),
+        **{metric: comparison(compared, confidence) for metric, compared in measured.items()},
     }
-    return {"worst_group": {"group": worst["group"], **worst["accuracy"]["model"]}, "gap": gap}
 
 
-def _cautions(attribute: str, rows: list[dict[str, Any]]) -> list[str]:
+def _add_against_rest(
+    rows: list[dict[str, Any]],
+    right: np.ndarray,
+    place: dict[str, int],
+    code: np.ndarray,
+    clusters: np.ndarray | None,
+    test: GapTest | None,
+    confidence: float,
+) -> None:
+    """Adds to each row how its accuracy differs from that of the other images (of groups that are large enough)."""
+    for row in rows:
+        row["against_rest"] = None
+    if test is None:
+        return
+    tested, corrected = [row for row in rows if row["large_enough"]], holm(test.rest_p)
+    among = np.isin(code, [place[row["group"]] for row in tested])
+    for k, row in enumerate(tested):
+        own = code == place[row["group"]]
+        other = among & ~own
+        one, rest = (share(right[part], None if clusters is None else clusters[part]) for part in (own, other))
+        bounds: tuple[float | None, float | None] = (None, None)
+        if one.spread and rest.spread and one.value is not None and rest.value is not None:
+            pair, alpha = ((one.value, one.spread), (rest.value, rest.spread)), (1 - confidence) / 2
+            bounds = difference_bound(*pair, "low", alpha), difference_bound(*pair, "high", alpha)
+        row["against_rest"] = {
+            "difference": float(test.rest[k]),
+            "low": bounds[0],
+            "high": bounds[1],
+            "p_value": float(test.rest_p[k]),
+            "p_holm": float(corrected[k]),
+            "differs": bool(corrected[k] <= 1 - confidence),
+            "n": one.n,
+            "note": one.note or rest.note,
+        }
+
+
+def _worst(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    known = [row for row in rows if row["accuracy"]["model"]["value"] is not None]
+    pool = [row for row in known if row["large_enough"]] or known
+    if not pool:
+        return None
+    worst = min(pool, key=lambda row: row["accuracy"]["model"]["value"])
+    return {"group": worst["group"], **worst["accuracy"]["model"]}
+
+
+def _equity_scaled(rows: list[dict[str, Any]], overall: float | None) -> dict[str, Any] | None:
+    values = [row["accuracy"]["model"]["value"] for row in rows if row["large_enough"]]
+    if overall is None or len(values) < 2:
+        return None
+    return {"value": overall / (1 + sum(abs(value - overall) for value in values)), "note": ES_NOTE}
+
+
+def _cautions(attribute: str, rows: list[dict[str, Any]], too_small: list[dict[str, Any]], min_group: int) -> list[str]:
     if len(rows) < 2:
         return [f"{attribute} has {len(rows)} group(s): there is nothing to compare"]
-    small = [f"{row['group']} ({row['n']})" for row in rows if row["n"] < SMALL_GROUP]
-    if not small:
-        return []
-    return [f"groups of fewer than {SMALL_GROUP} images say little, and widen the max-min gap: {', '.join(small)}"]
+    cautions = []
+    tiny = [f"{row['group']} ({row['n']})" for row in [*rows, *too_small] if row["n"] < min_group]
+    small = [f"{row['group']} ({row['n']})" for row in rows if min_group <= row["n"] < SMALL_GROUP]
+    if tiny:
+        cautions.append(
+            f"groups of fewer than {min_group} images take no part in gaps and tests, and no gate can decide on them: "
+            + ", ".join(tiny)
+        )
+    if small:
+        cautions.append(f"groups of fewer than {SMALL_GROUP} images say little: {', '.join(small)}")
+    few = [row["group"] for row in rows if row["accuracy"]["model"]["note"].startswith("no interval: ")]
+    if few:
+        cautions.append(f"groups of too few clusters for an interval: {', '.join(few)}")
+    return cautions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptclip.evaluation.metrics import METRIC_WORDS
+from adaptclip.evaluation.metrics import METRIC_SHORT, METRIC_WORDS
 from adaptclip.reports.blocks import (
     MAX_SCREEN_ROWS,
     Block,
@@ -22,8 +22,6 @@ from adaptclip.reports.blocks import (
     show_rate,
     text,
 )
-
-METRIC_SHORT = METRIC_WORDS | {"mean_per_class_accuracy": "mean per class", "ece": "ECE"}
 
 _OWN_SCALE = frozenset({"brier"})
 
@@ -190,12 +188,12 @@ def _accuracy(row: Mapping[str, Any]) -> float:
 def _extremes(table: Mapping[str, Any]) -> str:
     """Words the worst group and the max-min gap."""
     worst, gap = table["worst_group"], table["gap"]
-    if worst is None or gap is None:
-        return "There are not two groups that are large enough to compare."
-    return (
-        f"Lowest accuracy: {one_line(worst['group'])}, {show_rate(worst, count=True)}. "
-        f"Gap (max-min over the groups): {100 * gap['value']:.1f} points; {sentence(gap['note'])}"
-    )
+    if worst is None:
+        return "No group is large enough to be compared."
+    lowest = f"Lowest accuracy: {one_line(worst['group'])}, {show_rate(worst, count=True)}."
+    if gap is None:
+        return f"{lowest} There are not two groups that are large enough to compare."
+    return f"{lowest} Gap (max-min over the groups): {100 * gap['value']:.1f} points; {sentence(gap['note'])}"
 
 
 def _rest_rows(table: Mapping[str, Any]) -> Iterator[Block]:

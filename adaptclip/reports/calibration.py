@@ -19,10 +19,11 @@ from adaptclip.evaluation.confidence import (
     selective_curve,
     with_temperature,
 )
-from adaptclip.evaluation.estimates import Measurement, group_rows, measure
-from adaptclip.evaluation.smooth import linearised, mean_of
+from adaptclip.evaluation.estimates import Measurement, measure
+from adaptclip.evaluation.grouping import group_rows
 from adaptclip.evaluation.metrics import ECE_BINS, confidence_bins, correct
-from adaptclip.reports.bias import number
+from adaptclip.evaluation.smooth import linearised, mean_of
+from adaptclip.reports.numbers import number
 from adaptclip.types import Predictions
 
 COVERAGES = (0.5, 0.8, 0.9)

@@ -188,13 +188,16 @@ def _gallery(confusions: Sequence[Mapping[str, Any]], pictures: Mapping[str, str
     shown = [
         Picture(
             pictures.get(example["id"]),
-            f"{one_line(c['true'])}, taken for {one_line(c['predicted'])} with {100 * example['confidence']:.0f} % "
-            f"confidence ({one_line(example['id'])})",
+            f"{one_line(c['true'])}, taken for {one_line(c['predicted'])}{_sure(example)} ({one_line(example['id'])})",
         )
         for c in confusions
         for example in c["examples"]
     ]
     return Gallery("The most confident mistakes of each commonest confusion", shown)
+
+
+def _sure(example: Mapping[str, Any]) -> str:
+    return "" if example["confidence"] is None else f" with {100 * example['confidence']:.0f} % confidence"
 
 
 def _pair_rows(pairs: Sequence[Mapping[str, Any]]) -> Rows:

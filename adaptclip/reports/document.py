@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from adaptclip.evaluation.metrics import METRIC_SHORT
 from adaptclip.reports.bias_sections import (
-    METRIC_SHORT,
     group_rows,
     group_section,
     outcome_section,

@@ -10,10 +10,10 @@ import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.evaluation.estimates import Comparison, Measurement, measure
-from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
 from adaptclip.evaluation.metrics import topk_correct
+from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
 from adaptclip.evaluation.taxonomy import ancestor_heights, at_level, least_severe
-from adaptclip.reports.bias import comparison, number
+from adaptclip.reports.numbers import comparison, number
 from adaptclip.seeding import numpy_generator
 from adaptclip.types import Predictions
 
@@ -67,8 +67,9 @@ def fine_grained_report(
     """
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
     both = (predictions,) if baseline is None else (predictions, baseline)
+    asked = [k for k in TOP_K if k < len(predictions.class_names) and k <= (predictions.ranked or k)]
     return {
-        "top_k": [{"k": k, **_top_k(both, k, confidence)} for k in TOP_K if k < len(predictions.class_names)],
+        "top_k": [{"k": k, **_top_k(both, k, confidence)} for k in asked],
         "macro_f1": _macro_f1(both, confidence),
         "worst_decile": _worst_decile(predictions, seed),
         "confusions": _confusions(predictions, confidence),
@@ -170,7 +171,11 @@ def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, A
                 "back": int(((predictions.labels == other[i]) & (predicted == true[i])).sum()),
                 "rate": number(mean_of(taken, clusters), confidence),
                 "examples": [
-                    {"id": predictions.ids[j], "confidence": float(predictions.probs[j, other[i]])} for j in sure_first
+                    {
+                        "id": predictions.ids[j],
+                        "confidence": float(predictions.probs[j, other[i]]) if predictions.confident else None,
+                    }
+                    for j in sure_first
                 ],
             }
         )

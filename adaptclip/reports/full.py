@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adaptclip.evaluation.estimates import align
+from adaptclip.evaluation.grouping import align
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import fine_grained_report
 from adaptclip.reports.shift import class_changes, domain_shift
@@ -42,8 +42,8 @@ def full_report(
         seed: of everything drawn; the same predictions and seed give the same report.
 
     Returns:
-        JSON-able dict: what `build_report` gives, and "fine_grained", "calibration" and "shift" (None without a
-        baseline and a source).
+        JSON-able dict: what `build_report` gives, and "fine_grained", "calibration" (None without probabilities) and
+        "shift" (None without a baseline and a source).
 
     Raises:
         DataError: no images, other images in the baseline, images of the test among those of the validation, or an
@@ -53,8 +53,11 @@ def full_report(
     report = build_report(predictions, baseline, groups=groups, **options)
     base = None if baseline is None else align(predictions, baseline)
     report["fine_grained"] = fine_grained_report(predictions, base, hard_pairs=hard_pairs, **options)
-    report["calibration"] = calibration_report(
-        predictions, validation, validation_used_for=validation_used_for, **options
+    # A file may hold decisions without probabilities; then nothing is known of confidence, and the report says so.
+    report["calibration"] = (
+        calibration_report(predictions, validation, validation_used_for=validation_used_for, **options)
+        if predictions.confident
+        else None
     )
     shift: dict[str, Any] = {} if base is None else class_changes(predictions, base, **options)
     if source is not None:

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.comparisons import holm, sign_test
-from adaptclip.evaluation.estimates import align, measure
-from adaptclip.reports.bias import number
+from adaptclip.evaluation.comparisons import sign_test
+from adaptclip.evaluation.estimates import measure
+from adaptclip.evaluation.gaps import holm
+from adaptclip.evaluation.grouping import align
+from adaptclip.reports.numbers import number
 from adaptclip.types import Predictions
 
 MAX_CLASSES = 10

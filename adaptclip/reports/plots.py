@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,18 @@ def _draw(name: str, width: float, height: float, paint: Callable[[Axes], None])
         paint(figure.add_subplot())
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        with warnings.catch_warnings():
+            # Letters are left to the reader's fonts, so it does not matter which ones are known here.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(buffer, format="svg", metadata=nothing)
     return _for_page(buffer.getvalue(), name)
 
 
 def _for_page(svg: str, name: str) -> str:
     """Takes the XML head, names and sizes away, and gives the page's colours."""
     svg = svg[svg.index("<svg") :]
+    # Its style sheet would hold for the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.S)
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
     # Two plots on a page must not share ids; those that nothing refers to go.
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
@@ -79,7 +85,9 @@ def _for_page(svg: str, name: str) -> str:
     assert box is not None
     # As wide as it was drawn (1 pt is 4/3 px), or as the page is.
     width = f'style="max-width: {float(box[1]) * 4 / 3:.0f}px"'
-    svg = re.sub(r"^<svg[^>]*>", f'<svg {box[0]} {width} aria-hidden="true" focusable="false">', svg)
+    svg = re.sub(
+        r"^<svg[^>]*>", f'<svg {box[0]} {width} stroke-linejoin="round" aria-hidden="true" focusable="false">', svg
+    )
     for drawn, own in _COLOURS.items():
         svg = svg.replace(drawn, own)
     svg = re.sub(r"font: ([\d.]+)px 'DejaVu Sans', sans-serif", r"font: \1px var(--sans)", svg)

@@ -39,6 +39,11 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", plain)
 
 
+def _prose(text: str) -> str:
+    """Escapes prose, and leaves an interval such as [71.2, 75.0] as it is."""
+    return re.sub(r"\\\[([-+0-9., ]+)\\\](?!\()", r"[\1]", escape_markdown(text))
+
+
 def to_markdown(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> str:
     """Renders a whole report as Markdown.
 
@@ -50,11 +55,11 @@ def to_markdown(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None
     parts = [f"# {escape_markdown(made.title)}", escape_markdown(made.about)]
     if made.verdict is not None:
         verdict = "not judged" if made.verdict == "none" else made.verdict
-        parts.append(f"**{verdict}**: {escape_markdown(made.verdict_words)}")
-    numbers = [tuple(map(escape_markdown, number)) for number in made.numbers]
+        parts.append(f"**{verdict}**: {_prose(made.verdict_words)}")
+    numbers = [tuple(map(_prose, number)) for number in made.numbers]
     parts.append("\n".join(f"- {name}: **{value}** ({about})" for name, value, about in numbers))
     if made.worries:
-        parts += ["What to worry about:", "\n".join(f"- {escape_markdown(worry)}" for worry in made.worries)]
+        parts += ["What to worry about:", "\n".join(f"- {_prose(worry)}" for worry in made.worries)]
     for section in made.sections:
         parts.append(f"## {escape_markdown(section.title)}")
         parts += [part for block in section.blocks if (part := _markdown(block))]
@@ -64,9 +69,9 @@ def to_markdown(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None
 def _markdown(block: Block) -> str:
     match block:
         case Paragraph():
-            return escape_markdown(block.words)
+            return _prose(block.words)
         case Bullets():
-            return "\n".join(f"- {escape_markdown(point)}" for point in block.points)
+            return "\n".join(f"- {_prose(point)}" for point in block.points)
         case Rows():
             head = [escape_markdown(name) for name in block.header]
             cells = [[_markdown_cell(cell) for cell in row] for row in block.rows]
@@ -75,7 +80,7 @@ def _markdown(block: Block) -> str:
             table = [f"| {lines[0]} |", "|" + "|".join(marks) + "|", *(f"| {line} |" for line in lines[1:])]
             return f"{escape_markdown(_capital(block.title))}:\n\n" + "\n".join(table)
         case Figure():
-            return f"Figure (in report.html): {escape_markdown(block.title)}. {escape_markdown(block.words)}"
+            return f"Figure (in report.html): {escape_markdown(block.title)}. {_prose(block.words)}"
         case Gallery():
             return ""
 
@@ -85,7 +90,7 @@ def _capital(words: str) -> str:
 
 
 def _markdown_cell(cell: Cell) -> str:
-    words = escape_markdown(cell.words)
+    words = _prose(cell.words)
     return f"**{words}**" if words and cell.tone in ("pass", "fail", "inconclusive") else words
 
 

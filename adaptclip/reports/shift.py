@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.comparisons import difference, harmonic, holm, sign_test
+from adaptclip.evaluation.comparisons import difference, harmonic, sign_test
 from adaptclip.evaluation.confidence import clusters_of
 from adaptclip.evaluation.estimates import Comparison, Measurement, measure
-from adaptclip.reports.bias import comparison, number
+from adaptclip.evaluation.gaps import holm
+from adaptclip.reports.numbers import comparison, number
 from adaptclip.types import Predictions
 
 _METRICS = ("accuracy", "mean_per_class_accuracy")

@@ -9,10 +9,14 @@ import numpy as np
 from tqdm import tqdm
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import align, measure
+from adaptclip.evaluation.estimates import measure, share
+from adaptclip.evaluation.grouping import align, encode
 from adaptclip.evaluation.metrics import absent_classes
-from adaptclip.reports.bias import comparison, group_table, number
-from adaptclip.types import METRICS, Predictions
+from adaptclip.gate_rules import BETWEEN, GENERAL_METRICS
+from adaptclip.reports.bias import group_table
+from adaptclip.reports.numbers import comparison, number
+from adaptclip.reports.outcomes import outcome_overall
+from adaptclip.types import Predictions
 
 FORMAT_VERSION = 1
 
@@ -34,7 +38,7 @@ def build_report(
     Args:
         predictions: the judged (adapted) model.
         baseline: zero-shot predictions of the same images in any order, or None.
-        groups: attributes to report; None reports all there are.
+        groups: attributes to report; None reports all there are, and the declared intersections.
         confidence: level of all two-sided intervals, between 0.5 and 1.
         draws: bootstrap draws, at least 1,000.
         seed: of the bootstrap; the same predictions and seed give the same report.
@@ -42,8 +46,9 @@ def build_report(
     Returns:
         JSON-able dict. A number is {"value", "low", "high", "n", "method", "note"}; a comparison is {"model",
         "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
-        "num_clusters", "absent_classes", "overall" (metric -> comparison), "per_class" (list), "groups"
-        (attribute -> table of `group_table`), "cautions" (list of sentences).
+        "num_clusters", "absent_classes", "overall" (metric of GENERAL_METRICS -> comparison), "per_class" (list),
+        "outcomes" (list of `outcome_overall`), "groups" (attribute -> table of `group_table`; an intersection is called
+        "sex × age_group"), "cautions" and "notes_on_input" (lists of sentences).
 
     Raises:
         DataError: no images, an unknown attribute, or a baseline of other images.
@@ -52,12 +57,14 @@ def build_report(
         raise DataError("there is nothing to report: the predictions have no rows")
     if not 0.5 <= confidence < 1:
         raise DataError(f"confidence must lie within 0.5 and 1 (0.95 is usual), got {confidence}")
-    attributes = list(predictions.groups) if groups is None else list(groups)
+    crossed = [BETWEEN.join(names) for names in predictions.intersections]
+    attributes = [*predictions.groups, *crossed] if groups is None else list(groups)
     for name in attributes:
-        if name not in predictions.groups:
-            raise DataError(f"unknown group attribute {name!r}. {did_you_mean(name, predictions.groups)}")
+        for part in [name] if name in predictions.groups else name.split(BETWEEN):
+            if part not in predictions.groups:
+                raise DataError(f"unknown group attribute {part!r}. {did_you_mean(part, predictions.groups)}")
     base = None if baseline is None else align(predictions, baseline)
-    overall = measure(predictions, base, metrics=METRICS, draws=draws, seed=seed)
+    overall = measure(predictions, base, metrics=GENERAL_METRICS, draws=draws, seed=seed)
     absent = absent_classes(predictions.labels, len(predictions.class_names))
     clusters = None if predictions.clusters is None else len(set(predictions.clusters))
     progress = tqdm(attributes, desc="report", unit="attribute", disable=None, leave=False)
@@ -70,22 +77,27 @@ def build_report(
         "num_clusters": clusters,
         "absent_classes": [predictions.class_names[i] for i in absent],
         "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
-        "per_class": _class_rows(predictions, confidence, draws, seed),
+        "per_class": _class_rows(predictions, confidence),
+        "outcomes": [outcome_overall(predictions, base, outcome, **settings) for outcome in predictions.outcomes],
         "groups": {name: group_table(predictions, base, name, **settings) for name in progress},
         "cautions": _cautions(len(absent), len(predictions.class_names), attributes, clusters),
+        "notes_on_input": list(predictions.notes),
     }
 
 
-def _class_rows(predictions: Predictions, confidence: float, draws: int, seed: int) -> list[dict[str, Any]]:
+def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:
     """One row per class, in the order of the class ids: accuracy with interval, and whether its images suffice."""
     order = np.argsort(predictions.labels, kind="stable")
     sizes = np.bincount(predictions.labels, minlength=len(predictions.class_names))
+    right = predictions.pred == predictions.labels
+    clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
     rows = []
     for name, positions in zip(predictions.class_names, np.split(order, np.cumsum(sizes)[:-1]), strict=True):
-        measured = measure(predictions, metrics=("accuracy",), rows=positions, draws=draws, seed=seed)["accuracy"].model
+        accuracy = share(right[positions], None if clusters is None else clusters[positions])
         enough = len(positions) >= MIN_CLASS_IMAGES
-        accuracy = number(measured, confidence)
-        rows.append({"class": name, "n": len(positions), "accuracy": accuracy, "sufficient": enough})
+        rows.append(
+            {"class": name, "n": len(positions), "accuracy": number(accuracy, confidence), "sufficient": enough}
+        )
     return rows
 
 

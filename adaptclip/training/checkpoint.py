@@ -1,8 +1,8 @@
 """Checkpoints: what a killed run needs to go on exactly where it was, in one safetensors file and nothing else.
 
-A checkpoint holds the adapter, the optimizer, the schedule, the loss scaler and the random generators of every process;
-never the backbone, and no position in the data, because `FeatureLoader` needs none. Its name ends in the digest of its
-bytes, so that one rename makes it exist whole and every later damage is seen.
+A checkpoint holds the adapter, the optimizer, the schedule, what a mitigation has learnt, the loss scaler and the
+random generators of every process; never the backbone, and no position in the data, because `FeatureLoader` needs none.
+Its name ends in the digest of its bytes, so that one rename makes it exist whole and every later damage is seen.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import contextlib
 import json
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -30,6 +31,18 @@ from adaptclip.storage import digest, write_bytes
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 
 
+class Stateful(Protocol):
+    """More that training changes beside the weights, for example `Mitigation`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the state, the same on every process."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_dict` returned; raises ValueError or KeyError when it does not fit."""
+        ...
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -37,6 +50,7 @@ def save_checkpoint(
     optimizer: Optimizer,
     scheduler: LRScheduler,
     accelerator: Accelerator,
+    mitigation: Stateful | None = None,
 ) -> None:
     """Writes the state after optimizer step `step`, then removes older checkpoints. Every process calls it.
 
@@ -47,6 +61,7 @@ def save_checkpoint(
         optimizer: its optimizer, prepared or not.
         scheduler: its schedule.
         accelerator: knows the processes and the loss scaler.
+        mitigation: has state of its own (group DRO); None where there is none.
 
     Raises:
         StorageError: the folder is full or read-only; the previous checkpoint is untouched.
@@ -58,6 +73,7 @@ def save_checkpoint(
             "adapter": accelerator.unwrap_model(adapter).adapter_state(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
+            "mitigation": mitigation.state_dict() if mitigation is not None else {},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "random": random_states,
         }
@@ -77,14 +93,15 @@ def load_checkpoint(
     optimizer: Optimizer,
     scheduler: LRScheduler,
     accelerator: Accelerator,
+    mitigation: Stateful | None = None,
 ) -> int:
-    """Puts the newest checkpoint into adapter, optimizer, schedule, loss scaler and random generators.
+    """Puts the newest checkpoint into adapter, optimizer, schedule, mitigation, loss scaler and random generators.
 
     Returns:
         The number of optimizer steps taken; 0 when there is no checkpoint, with nothing changed.
 
     Raises:
-        TrainingError: the checkpoint is damaged, or is of another adapter or another number of processes.
+        TrainingError: the checkpoint is damaged, or is of another adapter, mitigation or number of processes.
     """
     path = newest_checkpoint(folder)
     if path is None:
@@ -99,6 +116,8 @@ def load_checkpoint(
         accelerator.unwrap_model(adapter).load_adapter_state(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        if mitigation is not None:
+            mitigation.load_state_dict(state.get("mitigation", {}))
     except (ArtifactError, KeyError, ValueError, RuntimeError) as error:
         raise TrainingError(
             f"{path} does not fit this adapter: {error}. Resume with the settings the run was started with, or start "

@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,7 @@ class PixelLoader:
         accelerator: Accelerator,
         views: int = 0,
         workers: int = 0,
+        strata: Tensor | None = None,
     ) -> None:
         """Divides the images into steps.
 
@@ -55,6 +57,7 @@ class PixelLoader:
             accelerator: tells the number of processes and of accumulated micro-batches, and the device.
             views: number of different crops of each image; 0 makes fresh ones in every epoch.
             workers: threads that decode and crop; 0 chooses up to 8.
+            strata: (N,) what is shown equally often (`Mitigation.strata`); None shows every image once per epoch.
 
         Raises:
             ConfigError: a number out of range, or fewer images than parts of a step.
@@ -64,7 +67,7 @@ class PixelLoader:
         self._dataset, self._backbone, self._views = dataset, backbone, views
         self._labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
         self._device = accelerator.device
-        self._plan = StepPlan(len(dataset), batch_size=batch_size, seed=seed, accelerator=accelerator)
+        self._plan = StepPlan(len(dataset), batch_size=batch_size, seed=seed, accelerator=accelerator, strata=strata)
         self.steps_per_epoch = self._plan.steps_per_epoch
         self._augment, self._own = augment, threading.local()
         self._pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
@@ -114,6 +117,7 @@ def training_loader(
     seed: int,
     accelerator: Accelerator,
     views: int = 10,
+    strata: Tensor | None = None,
 ) -> FeatureLoader | PixelLoader:
     """Returns the loader of what the adapter learns from: fresh crops as pixels, or cached features of a few crops.
 
@@ -126,13 +130,13 @@ def training_loader(
         seed: of the order.
         accelerator: tells the number of processes and of accumulated micro-batches, and the device.
         views: sets of crops whose features are cached; pixels are cropped anew in every epoch.
+        strata: (N,) what is shown equally often (`Mitigation.strata`); None shows every image once per epoch.
 
     Raises:
         ConfigError: a number out of range, or fewer images than parts of a step.
     """
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "accelerator": accelerator, "strata": strata}
     if adapter.consumes == "pixels":
-        return PixelLoader(
-            dataset, adapter.backbone, augment=augment, batch_size=batch_size, seed=seed, accelerator=accelerator
-        )
+        return PixelLoader(dataset, adapter.backbone, augment=augment, **how)
     features = cache.get(adapter.backbone, dataset, views=views, augment=augment, accelerator=accelerator)
-    return FeatureLoader(features, batch_size=batch_size, seed=seed, accelerator=accelerator)
+    return FeatureLoader(features, **how)

@@ -4,7 +4,7 @@ The loop itself stays in the recipe:
 
     for step, batch in train_steps(loader, cfg.steps, accelerator, start=start):
         with accelerator.accumulate(adapter):
-            loss = F.cross_entropy(adapter(batch), batch.labels)
+            loss = mitigation.loss(adapter(batch), batch)
             grad_norm = backward_and_step(accelerator, loss, adapter, optimizer, scheduler, step=step)
         if is_due(step, 50, cfg.steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
@@ -13,7 +13,7 @@ The loop itself stays in the recipe:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from adaptclip.data.balance import balanced_order
 from adaptclip.errors import ConfigError, TrainingError
 from adaptclip.seeding import generator
 from adaptclip.types import Batch, Features
@@ -41,8 +42,7 @@ class Loader(Protocol[BatchT]):
         ...
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, num_rows: int) -> Tensor:
+def _order(num_rows: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_rows, generator=generator(seed, "order of the images", epoch))
 
 
@@ -57,11 +57,15 @@ class StepPlan:
     is smaller than one step: then a step is the whole split, less what cannot be divided equally (equal parts are what
     makes the mean of the parts' losses the loss of the whole).
 
+    With strata an epoch is as long, and shows each of them equally often instead of every image once.
+
     Attributes:
         steps_per_epoch: optimizer steps per epoch, 1 or more.
     """
 
-    def __init__(self, num_rows: int, *, batch_size: int, seed: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, num_rows: int, *, batch_size: int, seed: int, accelerator: Accelerator, strata: Tensor | None = None
+    ) -> None:
         """Divides the images into steps.
 
         Args:
@@ -69,13 +73,15 @@ class StepPlan:
             batch_size: images per process and micro-step.
             seed: of the order.
             accelerator: tells the number of processes and of accumulated micro-batches.
+            strata: (N,) what is shown equally often (`balanced_order`); None shows every image once.
 
         Raises:
             ConfigError: `batch_size` is not positive, or there are fewer images than parts of a step.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
-        self._num_rows, self._seed = num_rows, seed
+        order = partial(_order, num_rows) if strata is None else partial(balanced_order, strata)
+        self._order = lru_cache(maxsize=2)(lambda epoch: order(seed=seed, epoch=epoch))
         self._rank, self._processes = accelerator.process_index, accelerator.num_processes
         self._accumulate = accelerator.gradient_accumulation_steps
         parts = self._processes * self._accumulate
@@ -96,7 +102,7 @@ class StepPlan:
         step, turn = divmod(micro_step, self._accumulate)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         part = (step_in_epoch * self._accumulate + turn) * self._processes + self._rank
-        order = _order(self._seed, epoch, self._num_rows)
+        order = self._order(epoch)
         return epoch, order[part * self._part : (part + 1) * self._part].clone()
 
 
@@ -107,7 +113,15 @@ class FeatureLoader:
         steps_per_epoch: optimizer steps per epoch, 1 or more.
     """
 
-    def __init__(self, features: Features, *, batch_size: int, seed: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        features: Features,
+        *,
+        batch_size: int,
+        seed: int,
+        accelerator: Accelerator,
+        strata: Tensor | None = None,
+    ) -> None:
         """Divides the images into steps.
 
         Args:
@@ -115,12 +129,13 @@ class FeatureLoader:
             batch_size: images per process and micro-step.
             seed: of the order.
             accelerator: tells the number of processes and of accumulated micro-batches, and the device.
+            strata: (N,) what is shown equally often (`Mitigation.strata`); None shows every image once per epoch.
 
         Raises:
             ConfigError: `batch_size` is not positive, or there are fewer images than parts of a step.
         """
         self._features, self._device = features, accelerator.device
-        self._plan = StepPlan(len(features), batch_size=batch_size, seed=seed, accelerator=accelerator)
+        self._plan = StepPlan(len(features), batch_size=batch_size, seed=seed, accelerator=accelerator, strata=strata)
         self.steps_per_epoch = self._plan.steps_per_epoch
 
     def batch(self, micro_step: int) -> Batch:

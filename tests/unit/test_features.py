@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_clip import make_tiny_backbone
 from torch import nn
 
 from adaptclip import features as features_module
+from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.data.transforms import Augment, train_augment
 from adaptclip.errors import BackboneError, ConfigError, DataError, StorageError
@@ -32,7 +34,7 @@ class FakeBackbone(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.randn(3 * SIDE * SIDE, WIDTH, generator=generator)
-        self.digest = f"weights-{seed}"
+        self.image_digest = f"weights-{seed}"
         self.transform_spec = {"size": SIDE}
         self.batches: list[int] = []
         self.fails_after = fails_after
@@ -178,6 +180,21 @@ def test_real_features_are_those_of_the_evaluation_transform(tiny_backbone):
     with torch.no_grad():
         expected = _expected(dataset, tiny_backbone)
     torch.testing.assert_close(features.values[0], expected, atol=1e-5, rtol=0)
+
+
+def test_another_text_tower_reads_the_same_features(tmp_path):
+    dataset, first, second = _dataset(range(6)), make_tiny_backbone(), make_tiny_backbone()
+    state = second.model.state_dict()
+    with torch.no_grad():
+        state["token_embedding.weight"] += 1
+    other = ClipBackbone(second.model, second.tokenizer, name="other text")
+    assert other.digest != first.digest
+    expected = _get(FeatureCache(tmp_path), dataset, first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClipBackbone, "encode_image", lambda *_: pytest.fail("encoded again"))
+        kept = _get(FeatureCache(tmp_path), dataset, other)
+    assert torch.equal(kept.values, expected.values)
+    assert kept.weights == other.image_digest
 
 
 def test_more_views_keep_the_first_ones(tmp_path):

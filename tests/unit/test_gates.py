@@ -226,7 +226,7 @@ def test_load_gates(tmp_path):
     [
         ("gates: [{metric: acuracy, at_least: 0.6}]", r'gate 1: unknown metric \'acuracy\'.*Did you mean "accuracy"'),
         ("gates: [{at_least: 0.6}, {at_leats: 0.6}]", r'gate 2: .*unknown field "at_leats".*Did you mean "at_least"'),
-        ("gates: [{metric: accuracy}]", "exactly one of at_least, at_most, no_worse_than; got none"),
+        ("gates: [{metric: accuracy}]", r"exactly one of at_least, at_most, no_worse_than, gap_at_most .*; got none"),
         ("gates: [{at_least: 0.6, at_most: 0.9}]", "exactly one of"),
         ("gates: [{at_least: high}]", "gate 1: at_least: .*number.*'high'"),
         ("gates: [{at_least: 0.6, confidence: 95}]", "gate 1: confidence: .*less than 1.*95"),

@@ -31,7 +31,7 @@ def make_features(backbone, labels, *, views=1, purpose="train", spread=0.3) -> 
     centres = torch.randn(len(NAMES), backbone.embed_dim, generator=generator(0, "centres"))
     noise = torch.randn(views, len(labels), backbone.embed_dim, generator=generator(0, purpose))
     values = F.normalize(centres[labels] + spread * noise * math.sqrt(len(NAMES)), dim=-1)
-    return Features(values, labels, tuple(f"{purpose}-{i}" for i in range(len(labels))), backbone.digest)
+    return Features(values, labels, tuple(f"{purpose}-{i}" for i in range(len(labels))), backbone.image_digest)
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_bad_settings(backbone):
 def test_bad_features(fitted, support, batch, backbone):
     foreign = replace(support, weights="0" * 64)
     narrow = replace(support, values=support.values[..., :40])
-    empty = Features(support.values[:, :0], support.labels[:0], (), backbone.digest)
+    empty = Features(support.values[:, :0], support.labels[:0], (), backbone.image_digest)
     outside = replace(support, labels=torch.tensor([0, 1, 2, 3, 0]))
     for call in (fitted.fit, fitted.choose):
         with pytest.raises(DataError, match="another backbone"):

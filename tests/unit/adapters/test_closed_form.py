@@ -32,7 +32,7 @@ def make_features(backbone, labels, *, views=1, purpose="train", spread=0.6) -> 
     centres = torch.randn(len(NAMES), backbone.embed_dim, generator=generator(0, "centres"))
     noise = torch.randn(views, len(labels), backbone.embed_dim, generator=generator(0, purpose))
     values = F.normalize(centres[labels] + spread * noise, dim=-1)
-    return Features(values, labels, tuple(f"{purpose}-{i}" for i in range(len(labels))), backbone.digest)
+    return Features(values, labels, tuple(f"{purpose}-{i}" for i in range(len(labels))), backbone.image_digest)
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_nothing_learns(backbone, support, batch, kind):
 @pytest.mark.parametrize("kind", [GDA, SSText])
 def test_bad_features(backbone, support, batch, kind):
     adapter = kind(backbone, NAMES, templates=TEMPLATES)
-    empty = Features(support.values[:, :0], support.labels[:0], (), backbone.digest)
+    empty = Features(support.values[:, :0], support.labels[:0], (), backbone.image_digest)
     for features, message in (
         (replace(support, weights="0" * 64), "another backbone"),
         (replace(support, values=support.values[..., :40]), "48 wide .* got 40"),
@@ -284,7 +284,7 @@ def test_bad_features(backbone, support, batch, kind):
 def test_bad_choices(backbone, support):
     adapter = GDA(backbone, NAMES)
     validation = make_features(backbone, [0, 1])
-    empty = Features(validation.values[:, :0], validation.labels[:0], (), backbone.digest)
+    empty = Features(validation.values[:, :0], validation.labels[:0], (), backbone.image_digest)
     with pytest.raises(DataError, match=r"no validation images.*fixed values"):
         adapter.choose(empty)
     with pytest.raises(DataError, match="one view per image; got 3"):

@@ -324,7 +324,7 @@ def test_lp_plus_plus_is_the_descent_of_the_formulas():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_equal_input_gives_equal_bits_and_an_artifact_gives_equal_logits(backbone, head):
-    train, test = make_features(views=2, weights=backbone.digest), batch_of(make_features(seed=5))
+    train, test = make_features(views=2, weights=backbone.image_digest), batch_of(make_features(seed=5))
     probes = [LinearProbe(backbone, NAMES, head=head, templates=TEMPLATES) for _ in range(2)]
     told = [probe.fit(train, **QUICK[head], seed=1) for probe in probes]
     assert told[0]["chosen"] == told[1]["chosen"]

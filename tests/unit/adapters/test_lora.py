@@ -292,6 +292,7 @@ def test_the_encoder_is_a_frozen_snapshot(clip):
     train(adapter, batch)
     after = adapter.encoder
     assert len({clip.digest, before.digest, after.digest}) == 3
+    assert len({clip.image_digest, before.image_digest, after.image_digest}) == 3
     assert not any(p.requires_grad for p in after.parameters())
     assert torch.allclose(before.encode_image(batch.images), clip.encode_image(batch.images), atol=1e-5)
     made = Batch(labels=batch.labels, index=batch.index, features=after.encode_image(batch.images))
@@ -399,3 +400,17 @@ def test_merging_leaves_the_adapted_model_alone(clip):
     assert torch.allclose(merged.encode_image(images), expected, atol=1e-4)
     assert torch.equal(adapted.encode_image(images), expected)
     assert not hasattr(merged, "peft_config")
+
+
+def test_features_of_an_image_tower_that_is_not_adapted_stay_valid(clip):
+    adapter, batch = LoRA(clip, NAMES, towers="text"), pixels(clip)
+    train(adapter, batch)
+    assert adapter.encoder.digest != clip.digest
+    assert adapter.encoder.image_digest == clip.image_digest
+    assert batch.images is not None
+    torch.testing.assert_close(
+        adapter.encoder.encode_image(batch.images), clip.encode_image(batch.images), atol=1e-5, rtol=0
+    )  # the attention is split, which rounds otherwise
+    image = LoRA(clip, NAMES, towers="image")
+    train(image, batch)
+    assert image.encoder.image_digest != clip.image_digest

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from tiny_clip import make_tiny_backbone
+from tiny_kinds import make_kind
 from torch import nn
 
 from adaptclip.backbone.attention import SplitAttention, fuse_attention, share_weights, split_attention
@@ -102,3 +103,29 @@ def test_a_copy_shares_the_weights_and_nothing_else():
     own = {p.untyped_storage().data_ptr() for p in copied.parameters()}
     assert own == {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert whole > 0
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("RN50", "attnpool.q_proj"), ("EVA01-g-14", "attn.qkv")])
+def test_layers_whose_weights_were_read_are_called(kind, layer):
+    """open_clip's attention pool and EVA01's attention read the weights of these layers: an adapter had no effect."""
+    backbone = make_kind(kind)
+    model, size = copy.deepcopy(backbone.model), backbone.image_size
+    images = torch.randn(3, 3, size, size)
+    expected, calls = model.encode_image(images), []
+    split_attention(model)
+    for name, module in model.named_modules():
+        if name.endswith(layer):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model.encode_image(images), expected, atol=1e-5, rtol=0)
+    assert calls
+    calls.clear()
+    fuse_attention(model)
+    assert torch.equal(model.encode_image(images), expected)
+    before, after = backbone.model.state_dict(), model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    if kind == "RN50":
+        split_attention(model)
+        model.visual.attnpool.c_proj = nn.Sequential(model.visual.attnpool.c_proj)
+        with pytest.raises(BackboneError, match="c_proj is a Sequential: merge or remove"):
+            fuse_attention(model)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import ARCHITECTURE, OTHER_PREPROCESS, make_tiny_backbone
 
-from adaptclip.backbone import load_backbone, weights_digest
+from adaptclip.backbone import image_weights_digest, load_backbone, weights_digest
 from adaptclip.backbone.loading import find_source
 from adaptclip.errors import BackboneError
 
@@ -231,3 +231,42 @@ def test_tokenize_takes_the_whole_context_and_cuts_nothing(tiny_backbone, num_wo
     else:
         with pytest.raises(BackboneError, match=r"'owl owl.*has 78 tokens.*is 77\. Shorten"):
             tiny_backbone.tokenize(["fine", prompt])
+
+
+# -- whose image features these are ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["clip", "custom_text"])
+def test_image_digest_knows_the_image_tower_and_nothing_else(tmp_path, kind):
+    backbone = make_tiny_backbone(kind, folder=tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "open_clip_model.safetensors")
+    looked_at = 0
+    for name, value in weights.items():
+        with torch.no_grad():
+            part = backbone.model.state_dict()[name]
+            part.view(-1)[0] += 1
+            changed = image_weights_digest(backbone.model) != backbone.image_digest
+            part.copy_(value)
+        assert changed == name.startswith("visual."), name
+        looked_at += 1
+    assert looked_at >= 50
+    assert image_weights_digest(backbone.model) == backbone.image_digest
+    low = load_backbone(backbone.name, precision="bf16")
+    quick = make_tiny_backbone(kind, quick_gelu=True)
+    assert len({backbone.image_digest, backbone.digest, low.image_digest, quick.image_digest}) == 4
+
+
+def test_a_model_with_its_own_way_to_encode_images_counts_as_a_whole():
+    model = make_tiny_backbone().model
+    known, whole = image_weights_digest(model), weights_digest(model)
+    assert known != whole
+
+    class Prompted(open_clip.CLIP):
+        def encode_image(self, image, normalize=False):
+            return self.visual(image) + self.positional_embedding.mean()
+
+    model.__class__ = Prompted
+    assert image_weights_digest(model) == whole
+    model.__class__ = open_clip.CLIP
+    model.encode_image = lambda image, normalize=False: image
+    assert image_weights_digest(model) == whole

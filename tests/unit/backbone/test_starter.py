@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from adaptclip.backbone import load_backbone
+from adaptclip.backbone import image_weights_digest, load_backbone
 from adaptclip.backbone.starter import FOLDER, build_starter, image_weights, save_text_weights
 from adaptclip.errors import BackboneError
 
@@ -113,6 +113,17 @@ def test_digest_covers_the_text_tower(starter, text_weights, tmp_path):
     state["transformer.resblocks.2.ln_1.bias"][7] += 0.01
     save_file(state, tmp_path / "other.safetensors")
     assert load_backbone(text_weights=tmp_path / "other.safetensors").digest != starter.digest
+
+
+def test_image_digest_is_that_of_the_image_tower_alone(starter, text_weights, tmp_path):
+    state = load_file(text_weights)
+    state["transformer.resblocks.2.ln_1.bias"][7] += 0.01
+    save_file(state, tmp_path / "other.safetensors")
+    other = load_backbone(text_weights=tmp_path / "other.safetensors")
+    assert other.image_digest == starter.image_digest == image_weights_digest(starter.model) != starter.digest
+    with torch.no_grad():
+        other.model.visual.state_dict()["trunk.bn1.running_mean"][3] += 0.01
+    assert image_weights_digest(other.model) != starter.image_digest
 
 
 def test_low_precision_keeps_the_features_and_the_scale(starter, text_weights):

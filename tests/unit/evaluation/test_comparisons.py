@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from adaptclip.evaluation.comparisons import difference, harmonic, holm, sign_test
+from adaptclip.evaluation.comparisons import difference, harmonic, sign_test
+from adaptclip.evaluation.gaps import holm
 from adaptclip.evaluation.smooth import mean_of
 
 

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
 from adaptclip.evaluation.intervals import wilson
+from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
 
 
 @pytest.mark.parametrize("seed", range(5))

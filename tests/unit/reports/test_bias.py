@@ -35,14 +35,18 @@ def test_rows_hold_counts_accuracies_and_intervals():
 
 
 def test_worst_group_and_gap_are_named_with_cautions():
-    table = group_table(judged({"b": (90, 120), "a": (100, 200), "unknown": (3, 3)}), None, "site")
+    table = group_table(judged({"b": (90, 120), "a": (100, 200), "c": (30, 40), "unknown": (3, 3)}), None, "site")
     assert table["worst_group"]["group"] == "a"
     gap = table["gap"]
-    assert gap["value"] == pytest.approx(0.5)
-    assert (gap["best_group"], gap["worst_group"]) == ("unknown", "a")
+    assert gap["value"] == pytest.approx(0.25)
+    assert (gap["best_group"], gap["worst_group"], gap["left_out"]) == ("b", "a", ["unknown"])
+    assert gap["n"] == 360
     assert "max-min" in gap["definition"]
     assert "noise alone" in gap["note"]
-    assert table["cautions"] == ["groups of fewer than 100 images say little, and widen the max-min gap: unknown (3)"]
+    assert table["cautions"] == [
+        "groups of fewer than 30 images take no part in gaps and tests, and no gate can decide on them: unknown (3)",
+        "groups of fewer than 100 images say little: c (40)",
+    ]
 
 
 def test_change_is_paired_within_the_group():
@@ -74,7 +78,7 @@ def test_calibration_of_small_groups_is_left_out_with_the_reason():
 def test_a_single_group_leaves_nothing_to_compare():
     table = group_table(judged({"a": (20, 30)}), None, "site")
     assert table["cautions"] == ["site has 1 group(s): there is nothing to compare"]
-    assert table["gap"]["value"] == 0
+    assert table["gap"] is None
 
 
 def test_unknown_attribute():

@@ -14,6 +14,8 @@ from torch.optim import SGD
 
 from adaptclip.seeding import seed_everything
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
+from adaptclip.training.group_dro import GroupDRO
+from adaptclip.training.mitigation import Mitigation
 from adaptclip.training.optim import build_scheduler
 from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
 from adaptclip.training.tracking import make_accelerator, start_run
@@ -55,18 +57,20 @@ def train(out: Path) -> None:
     )
     adapter = DropoutLinear()
     optimizer = adapter.optimizer()
-    loader = FeatureLoader(features, batch_size=4, seed=0, accelerator=accelerator)
+    place = torch.arange(50) % 7 // 3 - 1  # two groups, and images of none
+    mitigation = Mitigation(place=place, dro=GroupDRO(place, step=0.1, accelerator=accelerator))
+    loader = FeatureLoader(features, batch_size=4, seed=0, accelerator=accelerator, strata=mitigation.strata)
     scheduler = build_scheduler(optimizer, total_steps=NUM_STEPS, steps_per_epoch=loader.steps_per_epoch)
     adapter, optimizer = accelerator.prepare(adapter, optimizer)
-    start = load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
     for step, batch in train_steps(loader, NUM_STEPS, accelerator, start=start):
         with accelerator.accumulate(adapter):
-            loss = F.cross_entropy(adapter(batch), batch.labels)
+            loss = mitigation.loss(adapter(batch), batch)
             grad_norm = backward_and_step(accelerator, loss, adapter, optimizer, scheduler, step=step)
         if is_due(step, 1, NUM_STEPS):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if is_due(step, 3, NUM_STEPS):
-            save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
 
 
 def _train_in_child(out: Path) -> int:

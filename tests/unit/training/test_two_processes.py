@@ -56,10 +56,23 @@ def test_same_weights(one, two):
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
 
 
-def test_same_metrics(one, two):
+def test_group_dro_moves_the_same_weights(one, two):
+    """Both processes hold the weights of groups that one process would have, and train by them."""
+    alone, first, second = (
+        read_tensors(path / f"rank-{rank}.safetensors") for path, rank in ((one, 0), (two, 0), (two, 1))
+    )
+    for name in ("mitigated", "log_weights"):
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], atol=1e-5, rtol=0)
+    assert alone["log_weights"].shape == (3,)
+    assert alone["log_weights"].std() > 0.05, "the weights moved"
+    assert not torch.allclose(alone["mitigated"], alone["weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("folder", ["run", "mitigated"])
+def test_same_metrics(one, two, folder):
     alone, together = (
-        [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one, two)
+        [json.loads(line) for line in (path / folder / "metrics.jsonl").read_text().splitlines()] for path in (one, two)
     )
     assert [line["step"] for line in together] == list(range(1, 13))
     for a, b in zip(alone, together, strict=True):

@@ -13,6 +13,8 @@ from adaptclip.errors import TrainingError
 from adaptclip.features import FeatureCache
 from adaptclip.storage import write_json, write_tensors
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
+from adaptclip.training.group_dro import GroupDRO
+from adaptclip.training.mitigation import Mitigation
 from adaptclip.training.optim import build_scheduler
 from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
 from adaptclip.training.tracking import make_accelerator, start_run
@@ -68,19 +70,24 @@ class Dataset:
         return self.vectors[index]
 
 
-def train(features, accelerator, run, spoil=None):
+def train(features, accelerator, run, spoil=None, mitigation=None):
     """The loop of the recipes; `spoil` is (step, rank) of a loss that is not finite."""
+    mitigation = mitigation or Mitigation()
     adapter = Linear()
     optimizer = SGD(adapter.parameters(), lr=0.1, momentum=0.9)
     loader = FeatureLoader(
-        features, batch_size=GLOBAL_BATCH // accelerator.num_processes, seed=0, accelerator=accelerator
+        features,
+        batch_size=GLOBAL_BATCH // accelerator.num_processes,
+        seed=0,
+        accelerator=accelerator,
+        strata=mitigation.strata,
     )
     scheduler = build_scheduler(optimizer, total_steps=NUM_STEPS, steps_per_epoch=loader.steps_per_epoch)
     adapter, optimizer = accelerator.prepare(adapter, optimizer)
-    start = load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator)
+    start = load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
     for step, batch in train_steps(loader, NUM_STEPS, accelerator, start=start):
         with accelerator.accumulate(adapter):
-            loss = F.cross_entropy(adapter(batch), batch.labels)
+            loss = mitigation.loss(adapter(batch), batch)
             if spoil == (step, accelerator.process_index):
                 loss = loss * float("inf")
             grad_norm = backward_and_step(
@@ -89,9 +96,9 @@ def train(features, accelerator, run, spoil=None):
         if is_due(step, 1, NUM_STEPS):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
         if is_due(step, 4, NUM_STEPS):
-            save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator)
+            save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
             # Loaded at once: must find what all processes wrote.
-            assert load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator) == step
+            assert load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation) == step
     return accelerator.unwrap_model(adapter).weight.detach()
 
 
@@ -106,6 +113,14 @@ def main(folder: Path) -> None:
 
     run = start_run(folder / "run", config={}, accelerator=accelerator)
     weight = train(features, accelerator, run)
+    place = torch.tensor([-1, 0, 0, 0, 0, 1, 2, 2]).repeat(4)[: len(features)]
+    dro = GroupDRO(place, step=0.3, accelerator=accelerator)
+    mitigated = train(
+        features,
+        accelerator,
+        start_run(folder / "mitigated", config={}, accelerator=accelerator),
+        mitigation=Mitigation(place=place, dro=dro),
+    )
     message = ""
     try:
         train(
@@ -118,7 +133,12 @@ def main(folder: Path) -> None:
         message = str(error)
     write_tensors(
         folder / f"rank-{rank}.safetensors",
-        {"weight": weight, **{name: value.values for name, value in encoded.items()}},
+        {
+            "weight": weight,
+            "mitigated": mitigated,
+            "log_weights": dro.log_weights,
+            **{name: value.values for name, value in encoded.items()},
+        },
     )
     write_json(
         folder / f"rank-{rank}.json",

@@ -1,0 +1,43 @@
+"""`adaptclip compare`: what a mitigation did to every group, and whether it levelled down."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from adaptclip.cli.judged import load_predictions
+
+
+def compare(
+    before: Path,
+    after: Path,
+    /,
+    *,
+    group: str,
+    metric: str = "accuracy",
+    margin: float = 0.02,
+    min_n: int = 100,
+    out: Path | None = None,
+) -> int:
+    """Compare two runs by group: exit code 0 the worst group is no worse, 2 it is (levelled down), 3 cannot tell.
+
+    Args:
+        before: run folder or Parquet file of predictions without the mitigation.
+        after: the same with it, on the same images.
+        group: the attribute.
+        metric: accuracy, or another rate that is better when higher.
+        margin: acceptable loss of the worst group; 0.02 is 2 points.
+        min_n: fewest images of a group that takes part in the verdict.
+        out: where the comparison is written as Markdown, and as JSON beside it.
+    """
+    from adaptclip.reports.levelling import compare_groups, exit_code, levelling_markdown
+    from adaptclip.storage import write_json, write_text
+
+    first, second = (load_predictions(path, None)[0] for path in (before, after))
+    result = compare_groups(first, second, group, metric=metric, margin=margin, min_n=min_n)
+    text = levelling_markdown(result)
+    sys.stdout.write(text)
+    if out is not None:
+        write_text(out.with_suffix(".md"), text)
+        write_json(out.with_suffix(".json"), result)
+    return exit_code(result)

@@ -1,0 +1,139 @@
+"""`adaptclip embed` and `adaptclip search`: images found by words or by an image."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from adaptclip.cli.images import IMAGE_SUFFIXES, find_images
+from adaptclip.errors import DataError
+
+if TYPE_CHECKING:
+    from adaptclip.search import Hit
+
+
+def embed(
+    images: str,
+    /,
+    *,
+    out: Path,
+    model: Path | None = None,
+    backbone: str | None = None,
+    pretrained: str | None = None,
+    data_root: Path | None = None,
+    part: Literal["all", "train", "validation", "test"] = "all",
+    on_bad_image: Literal["error", "skip"] = "error",
+    batch_size: int = 64,
+    device: str = "cpu",
+    cache: Path = Path(".cache/features"),
+    allow_failed_gates: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Encode images as an index for `adaptclip search`. Started again after a stop, it goes on where it was.
+
+    Args:
+        images: a folder that is searched for images, an image, or a data card.
+        out: the new index folder.
+        model: an artifact or run folder whose towers encode.
+        backbone: instead, a pretrained model; starter if neither is given.
+        pretrained: open_clip weights tag or checkpoint file of --backbone.
+        data_root: folder that holds a card's files.
+        part: which part of a card.
+        on_bad_image: stop at an unreadable image, or list what was skipped.
+        batch_size: images per forward pass.
+        device: cpu, cuda, cuda:1 ...
+        cache: where features are kept, shared with the recipes.
+        allow_failed_gates: use a model although one of its gates failed.
+        overwrite: replace an existing index.
+    """
+    from adaptclip.features import FeatureCache
+    from adaptclip.search import build_index, card_as_images, files_as_images, load_encoder
+
+    if out.exists() and not overwrite:
+        raise DataError(f"{out} exists already; choose another folder, or --overwrite it")
+    if Path(images).exists() and Path(images).suffix.lower() != ".md":
+        found, skipped = files_as_images(find_images([Path(images)]), skip_bad=on_bad_image == "skip")
+        parts = [found]
+    else:
+        parts, skipped = card_as_images(images, data_root=data_root, part=part, on_bad_image=on_bad_image)
+    encoder, named = load_encoder(model, backbone, pretrained, device=device, allow_failed_gates=allow_failed_gates)
+    count = build_index(
+        out, encoder, named, parts, cache=FeatureCache(cache), batch_size=batch_size, overwrite=overwrite
+    )
+    for sentence in skipped:
+        sys.stdout.write(f"skipped: {sentence}\n")
+    sys.stdout.write(f'{out}: {count} images. Search: adaptclip search {out} "some words"\n')
+    return 0
+
+
+def search(
+    index: Path,
+    query: str,
+    /,
+    *,
+    top_k: int = 10,
+    format: Literal["table", "csv", "jsonl"] = "table",
+    model: Path | None = None,
+    backbone: str | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    engine: Literal["exact", "faiss"] = "exact",
+    allow_failed_gates: bool = False,
+) -> int:
+    """Find the images of an index that are nearest to words or to an image.
+
+    Args:
+        index: folder that `adaptclip embed` wrote.
+        query: some words, or the path of an image.
+        top_k: how many images.
+        format: how they are printed.
+        model: where the artifact that made the index is now, if it was moved.
+        backbone: the same for a pretrained model.
+        pretrained: its weights.
+        device: cpu, cuda, cuda:1 ...
+        engine: exact, or faiss where that is installed.
+        allow_failed_gates: use an artifact although one of its gates failed.
+    """
+    from adaptclip.search import encode_picture, encode_texts, load_encoder, load_named, open_index
+
+    opened = open_index(index)
+    is_image = Path(query).suffix.lower() in IMAGE_SUFFIXES
+    if is_image and not Path(query).is_file():
+        raise DataError(f"there is no image {query}; a query that ends in {Path(query).suffix} is taken for a path")
+    if model is None and backbone is None:
+        encoder = load_named(opened.manifest["model"], device=device, allow_failed_gates=allow_failed_gates)
+    else:
+        encoder = load_encoder(model, backbone, pretrained, device=device, allow_failed_gates=allow_failed_gates)[0]
+    if is_image:
+        window = opened.manifest.get("window")
+        vector, cut = encode_picture(encoder, Path(query), window=tuple(window) if window else None), 0
+    else:
+        vector, cut = encode_texts(encoder, [query])
+    if cut:
+        sys.stderr.write(f"the query is longer than the {encoder.context_length} tokens the model reads; it was cut\n")
+    _print_hits(opened.search(encoder, vector, k=top_k, engine=engine)[0], format)
+    return 0
+
+
+def _print_hits(hits: Sequence[Hit], form: str) -> None:
+    """Prints answers to standard output, where another program can read them."""
+    if form == "jsonl":
+        for hit in hits:
+            sys.stdout.write(json.dumps({"image": hit.name, "score": round(hit.score, 6)}, ensure_ascii=False) + "\n")
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["image", "score"])
+        writer.writerows([hit.name, f"{hit.score:.6f}"] for hit in hits)
+    else:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("image", "score")
+        for hit in hits:
+            table.add_row(escape(hit.name), f"{hit.score:.3f}")
+        Console().print(table)

@@ -1,0 +1,90 @@
+"""The README.md of an export: what it is, how it is used without adaptclip, what to know before using it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaptclip.artifact import AdaptedModel
+from adaptclip.export import classifier, hub_folder, onnx_graph, stock
+from adaptclip.export.checking import Difference
+from adaptclip.reports.render import escape_markdown
+from adaptclip.storage import write_text
+
+KNOWS_ONLY_ITS_CLASSES = (
+    "It knows only its own classes and gives each image one of them, whatever the image shows. Assess it on images of "
+    "the place where it is to be used before relying on it."
+)
+
+_ABOUT = {
+    "open_clip": "A stock open_clip checkpoint: what was learnt is merged into its weights. Classes are named by "
+    "prompts; `classes.json` has the names and the templates it was trained with.",
+    "classifier": "An image tower and a fixed head. `open_clip_model.safetensors` has the tower; open_clip builds "
+    "none alone, so a tiny untrained text tower stands beside it: encode no text with this model. "
+    "`classifier.safetensors` has the head (the logit scale is in its weights), `classes.json` the names of its rows.",
+    "onnx": "`model.onnx` is the image tower with its head: input `pixels` (batch, 3, {size}, {size}) float32, outputs "
+    "`features` (batch, {width}) of unit norm, `logits` and `probabilities` (batch, {classes}); any batch size. "
+    "`preprocessing.json` and the graph's metadata say how an image becomes pixels.",
+}
+
+
+def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
+    """Returns paragraphs of Markdown: what is in the folder, and an example of at most 20 lines.
+
+    Args:
+        folder: the written export.
+        to: a key of `FORMATS`.
+        model: what was exported.
+    """
+    kind = hub_folder.kind(model) if to == "hf" else to
+    code = {
+        "open_clip": lambda: stock.EXAMPLE,
+        "classifier": lambda: classifier.EXAMPLE,
+        "onnx": lambda: onnx_graph.example(folder),
+    }[kind]()
+    about = _ABOUT[kind].format(
+        size=model.backbone.image_size, width=model.backbone.embed_dim, classes=len(model.class_names)
+    )
+    needs = {"onnx": "onnxruntime, Pillow and numpy"}.get(kind, "open_clip_torch and safetensors")
+    paragraphs = [about, f"It needs {needs}:", f"```python\n{code}```"]
+    if to == "hf":
+        paragraphs.append(
+            "From a hub, write `hf-hub:ORGANISATION/NAME` for `local-dir:` and download the other files. With "
+            "adaptclip, which also checks the gates: `adaptclip.load(FOLDER).predict(images)` on the downloaded folder."
+        )
+    paragraphs.append(KNOWS_ONLY_ITS_CLASSES)
+    if model.manifest.get("window"):
+        black, white = model.manifest["window"]
+        paragraphs.append(
+            f"Images of more than 8 bits were scaled so that {black:g} is black and {white:g} white; do the same."
+        )
+    paragraphs.append(
+        "Turn images upright by their EXIF orientation and lay transparent ones over white before they become RGB."
+    )
+    return paragraphs
+
+
+def write_readme(folder: Path, to: str, model: AdaptedModel, use: Sequence[str], found: Difference) -> None:
+    """Writes README.md beside an export.
+
+    Args:
+        folder: the export.
+        to: a key of `FORMATS`.
+        model: what was exported.
+        use: what `how_to_use` returned.
+        found: how far it is from the adapter.
+    """
+    manifest = model.manifest
+    backbone = manifest["backbone"]
+    failed = [v["title"] for v in manifest["verdicts"] if v["verdict"] == "fail"]
+    gates = f"It failed the gates: {'; '.join(map(escape_markdown, failed))}." if failed else ""
+    lines = [
+        f"# {manifest['method']} on {escape_markdown(manifest['card']['name'])}, exported to {to}",
+        f"Made by adaptclip from `{backbone['name']}`"
+        + (f" with the weights `{backbone['pretrained']}`" if backbone["pretrained"] else "")
+        + f" for {len(model.class_names)} classes. The terms of those weights and of the training images hold for it.",
+        *([gates] if gates else []),
+        *use,
+        f"Checked when it was made: {found}.",
+    ]
+    write_text(folder / "README.md", "\n\n".join(lines) + "\n")

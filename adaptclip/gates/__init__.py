@@ -1,0 +1,212 @@
+"""Gates: declared conditions for release, judged with statistics. Three verdicts, and only "pass" lets a model through.
+
+How a rule is judged:
+
+- A gate is a one-sided claim at the rule's confidence c. It *passes* when the one-sided bound at level c lies on the
+  right side of the limit, *fails* when the opposite one-sided bound lies on the wrong side, and is *inconclusive*
+  otherwise, or when there are fewer than `min_n` images. So a model that just misses the limit passes with probability
+  at most 1 - c. (c = 0.95 uses the ends of the two-sided 90 % interval; reports show two-sided 95 % intervals.)
+- A plain rate of independent images uses the exact Clopper-Pearson bound. Everything else uses the bounds described in
+  `evaluation.intervals`, with clusters as the unit of resampling where the predictions name them.
+- `no_worse_than: zero_shot` is non-inferiority: the bound of the paired change on the same images against the margin.
+- A rule on a group attribute judges every group. It passes when *each* group passes at level c: this needs no
+  correction, since the claim is wrong only if some group is bad, and that one group passes with probability at most
+  1 - c (intersection-union test, Berger 1982). It fails when *any* group fails; that bound is Bonferroni-corrected over
+  the groups large enough to be judged, so that the chance of a wrong "fail" stays at 1 - c for the family. (Holm's
+  method starts with the same step and gives the same verdict.) So do several rules, and several seeds: a release needs
+  all of them, and no correction makes that safer.
+- Groups may be left out by name, with a reason that is shown; nothing else takes a group out of a rule.
+- `gap_at_most` is judged as `gates.gap` says.
+- Sensitivity and its like are rates of some of the images (`evaluation.outcomes`); `min_n` counts those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from adaptclip.errors import DataError, GateError, did_you_mean
+from adaptclip.evaluation.estimates import Measurement
+from adaptclip.evaluation.gaps import gap_test
+from adaptclip.evaluation.grouping import align, encode, group_rows
+from adaptclip.evaluation.metrics import correct
+from adaptclip.evaluation.outcomes import Question, ask
+from adaptclip.gate_rules import LOWER_IS_BETTER, GateRule
+from adaptclip.gates.gap import judge_gap
+from adaptclip.gates.loading import load_gates
+from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
+from adaptclip.gates.verdicts import SEVERITY, Conclusion, Verdict, exit_code, overall_verdict
+from adaptclip.gates.wording import excluded_words, family_reason, reason_of
+from adaptclip.types import Predictions
+
+__all__ = ["Verdict", "check_gates", "exit_code", "load_gates", "overall_verdict"]
+
+
+def check_gates(
+    predictions: Predictions,
+    baseline: Predictions | None,
+    rules: Sequence[GateRule],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> list[Verdict]:
+    """Judges predictions by declared rules.
+
+    Args:
+        predictions: of the model to be released.
+        baseline: zero-shot predictions of the same images; needed by `no_worse_than` rules, and by `gap_at_most` to
+            tell a closed gap from a levelled-down model.
+        rules: what was declared; without rules nothing is judged and the list is empty, which is not a pass.
+        draws: bootstrap draws, at least 1,000.
+        seed: of the bootstrap.
+
+    Returns:
+        One verdict per rule, in their order.
+
+    Raises:
+        GateError: a rule does not fit (no such group, level or class, no baseline, too few classes, no images).
+        DataError: the baseline is of other images.
+    """
+    for rule in rules:
+        _check_rule(rule, predictions, baseline)
+    paired = baseline is not None and any(r.no_worse_than or r.gap_at_most for r in rules)
+    base = align(predictions, baseline) if paired and baseline is not None else None
+    progress = tqdm(rules, desc="gates", unit="rule", disable=None, leave=False)
+    return [_judge_rule(rule, predictions, base, draws, seed) for rule in progress]
+
+
+def _check_rule(rule: GateRule, predictions: Predictions, baseline: Predictions | None) -> None:
+    if len(predictions) == 0:
+        raise GateError("nothing can be judged: the predictions have no rows")
+    where = f'gate "{rule.title}"'
+    for name in (rule.group,) if isinstance(rule.group, str) else rule.group or ():
+        if name not in predictions.groups:
+            has = (
+                did_you_mean(name, predictions.groups)
+                if predictions.groups
+                else "They have no group columns at all; name them in the card (columns: groups) and predict again."
+            )
+            raise GateError(f"{where}: the predictions have no group attribute {name!r}. {has}")
+    if rule.no_worse_than and baseline is None:
+        raise GateError(f"{where} compares with zero-shot, but no zero-shot predictions were given")
+    if rule.level is not None and rule.level not in predictions.levels:
+        has = did_you_mean(rule.level, predictions.levels) if predictions.levels else "They have no levels at all."
+        raise GateError(f"{where}: the predictions have no taxonomy level {rule.level!r}. {has}")
+    try:
+        question = ask(rule.metric, predictions, None, rule.level, rule.outcome)
+    except DataError as error:
+        raise GateError(f"{where}: {error}") from error
+    num_classes = len(question.predictions.class_names)
+    if rule.metric == "top5_accuracy" and num_classes <= 5:
+        raise GateError(f"{where}: with {num_classes} classes every model has a top-5 accuracy of 1; use accuracy")
+    if rule.attribute is not None and rule.exclude:
+        _check_excluded(rule, list(group_rows(predictions, rule.attribute)), where)
+
+
+def _check_excluded(rule: GateRule, names: list[str], where: str) -> None:
+    for name in rule.exclude:
+        # "unknown" may well have no images in one split of several.
+        if name not in names and name != "unknown":
+            raise GateError(f"{where} excludes {name!r}, which is no group here. {did_you_mean(name, names)}")
+    if set(names) <= set(rule.exclude):
+        raise GateError(f"{where} excludes all groups of {rule.attribute}, so that nothing is left to judge")
+
+
+def _judge_rule(
+    rule: GateRule, predictions: Predictions, baseline: Predictions | None, draws: int, seed: int
+) -> Verdict:
+    needs_base = rule.no_worse_than or rule.gap_at_most
+    question = ask(rule.metric, predictions, baseline if needs_base else None, rule.level, rule.outcome)
+    settings: dict[str, Any] = {"full_bins": rule.group is not None, "draws": draws, "seed": seed}
+    if rule.attribute is None:
+        compared = question.measure(**settings)
+        measured = compared.change if rule.no_worse_than and compared.change else compared.model
+        return _judge(rule, None, measured, question.support(), family=1)
+    everything = group_rows(predictions, rule.attribute)
+    excluded = tuple({"group": g, "n": len(rows)} for g, rows in everything.items() if g in rule.exclude)
+    by_group = {g: rows for g, rows in everything.items() if g not in rule.exclude}
+    found = {g: question.measure(rows, **settings) for g, rows in by_group.items()}
+    support = {g: question.support(rows) for g, rows in by_group.items()}
+    if rule.gap_at_most is not None:
+        verdict = judge_gap(rule, found, support, _noise(question, by_group, draws, seed), excluded)
+        return replace(verdict, reason=verdict.reason + excluded_words(rule, excluded))
+    parts = {g: c.change if rule.no_worse_than and c.change else c.model for g, c in found.items()}
+    family = sum(support[g] >= rule.needed and m.spread is not None for g, m in parts.items())
+    direction = 1 if _asks_at_least(rule) else -1
+    ordered = sorted(
+        (_judge(rule, g, m, support[g], max(family, 1)) for g, m in parts.items()),
+        key=lambda v: (SEVERITY[v.verdict], float("-inf") if v.value is None else direction * v.value),
+    )
+    reason = family_reason(rule, ordered) + excluded_words(rule, excluded)
+    return replace(ordered[0], reason=reason, groups=tuple(ordered), excluded=excluded)
+
+
+def _noise(question: Question, by_group: dict[str, np.ndarray], draws: int, seed: int) -> float | None:
+    """The gap of equal groups of these sizes that noise alone stays within in 95 % of cases; of rates only."""
+    rows = [positions[question.rows[positions]] for positions in by_group.values()]
+    rows = [positions for positions in rows if len(positions)]
+    if question.metric != "accuracy" or len(rows) < 2:
+        return None
+    images, code = np.concatenate(rows), np.repeat(np.arange(len(rows)), list(map(len, rows)))
+    judged = question.predictions
+    clusters = None if judged.clusters is None else encode([judged.clusters[i] for i in images])[1]
+    right = correct(judged.probs[images], judged.labels[images])
+    return gap_test(right, code, clusters, draws=draws, seed=seed).null_quantile
+
+
+def _asks_at_least(rule: GateRule) -> bool:
+    """Whether the judged quantity should be high: `at_least`, or the change of a metric that improves upwards."""
+    return rule.at_least is not None or (rule.no_worse_than is not None and rule.metric not in LOWER_IS_BETTER)
+
+
+def _limit(rule: GateRule) -> float:
+    if rule.no_worse_than:
+        return 0.0 - rule.margin if _asks_at_least(rule) else rule.margin
+    limit = rule.at_least if rule.at_least is not None else rule.at_most
+    assert limit is not None
+    return limit
+
+
+def _judge(rule: GateRule, group: str | None, measured: Measurement, support: int, family: int) -> Verdict:
+    """Judges one set of images; `family` groups share the chance of a wrong "fail"."""
+    upwards, limit, alpha = _asks_at_least(rule), _limit(rule), 1 - rule.confidence
+    good = measured.bound("low" if upwards else "high", alpha, exact=True)
+    bad = measured.bound("high" if upwards else "low", alpha / family, exact=True)
+    conclusion: Conclusion = "inconclusive"
+    if good is not None and bad is not None and support >= rule.needed:
+        if (good >= limit) if upwards else (good <= limit):
+            conclusion = "pass"
+        elif (bad < limit) if upwards else (bad > limit):
+            conclusion = "fail"
+    more = _more(rule, measured, support, family) if conclusion == "inconclusive" else None
+    reason = reason_of(
+        rule, group, measured, support, conclusion, (good, bad), family, more, limit=limit, upwards=upwards
+    )
+    low, high = (good, bad) if upwards else (bad, good)
+    return Verdict(
+        rule.title, rule.metric, rule.attribute, group, conclusion, measured.value, low, high, measured.n,
+        rule.confidence, reason, (), "change" if rule.no_worse_than else "level", limit, more,
+    )  # fmt: skip
+
+
+def _more(rule: GateRule, measured: Measurement, support: int, family: int) -> int | None:
+    """About how many more images would settle a rule, at the present rate."""
+    missing = max(rule.needed - support, 0)
+    if measured.value is None or measured.spread is None:
+        return missing or None
+    upwards, limit, value, spread = _asks_at_least(rule), _limit(rule), measured.value, measured.spread
+    alpha, right_side = 1 - rule.confidence, (value >= limit) if upwards else (value <= limit)
+
+    def settled(factor: float) -> bool:
+        enlarged = Enlarged(value, spread, factor)
+        if right_side:
+            bound = enlarged.bound("low" if upwards else "high", alpha, exact=True)
+            return bound >= limit if upwards else bound <= limit
+        bound = enlarged.bound("high" if upwards else "low", alpha / family, exact=True)
+        return bound < limit if upwards else bound > limit
+
+    return more_images(measured.n, smallest_factor(settled), missing)

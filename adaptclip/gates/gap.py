@@ -1,0 +1,239 @@
+"""Gates on the gap between the best and the worst group.
+
+- *Pass*: for every ordered pair of groups the one-sided upper bound of their difference at the rule's confidence is
+  within the limit. If the true gap is larger, some pair lies beyond the limit, and that one test passes with
+  probability at most 1 - c: an intersection-union test that holds its level however many groups there are. The
+  bootstrap of the max-min gap is not used, because it never leaves out zero with several groups.
+- *Fail*: the lower bound of some pair's difference, Bonferroni-corrected over the ordered pairs, lies beyond the limit.
+- *Levelling down*: a gap can close because the better groups got worse. So a small gap passes only if no group can be
+  worse than the reference's worst group by more than the margin, and fails if one certainly is. That a group g keeps
+  the level min z of the reference is shown by b_g >= z_w - margin for any group w (one with itself, paired; the others
+  as independent), with half of 1 - c for w = g and the other half shared. Without a reference a limit that each group
+  has to keep (`at_least`) takes its place; with neither the rule cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adaptclip.evaluation.estimates import Comparison, Measurement
+from adaptclip.evaluation.intervals import Side, difference_bound
+from adaptclip.gate_rules import LOWER_IS_BETTER, GateRule
+from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
+from adaptclip.gates.verdicts import Conclusion, Verdict
+from adaptclip.gates.wording import counted, shown, subject_of
+
+
+def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float, factor: float = 1.0) -> np.ndarray:
+    """One-sided bounds of all differences between groups.
+
+    Args:
+        parts: G measurements with values and spreads.
+        side: which bound.
+        alpha: probability that a true difference lies beyond its bound.
+        factor: multiple of the present images that is imagined.
+
+    Returns:
+        (G, G) bound of group i minus group j; the diagonal is 0.
+    """
+    values = np.array([part.value for part in parts], dtype=float)
+    spreads = [Enlarged(part.value, part.spread, factor) for part in parts if part.value is not None and part.spread]
+    low, high = (np.array([s.bound(end, alpha, exact=True) for s in spreads]) for end in ("low", "high"))
+    difference, down, up = values[:, None] - values, values - low, high - values
+    if side == "low":
+        bounds = difference - np.hypot(down[:, None], up[None, :])
+    else:
+        bounds = difference + np.hypot(up[:, None], down[None, :])
+    np.fill_diagonal(bounds, 0.0)
+    return bounds
+
+
+def judge_gap(
+    rule: GateRule,
+    compared: Mapping[str, Comparison],
+    support: Mapping[str, int],
+    noise: float | None,
+    excluded: Sequence[dict[str, Any]],
+) -> Verdict:
+    """Judges a rule with `gap_at_most`.
+
+    Args:
+        rule: the rule.
+        compared: group -> its measurement, with the reference's where there is one.
+        support: group -> images that `rule.needed` is compared with.
+        noise: gap that equal groups of these sizes stay within, or None where that is not known.
+        excluded: groups left out by declaration.
+    """
+    limit, alpha = rule.gap_at_most, 1 - rule.confidence
+    assert limit is not None
+    usable = {
+        name: c for name, c in compared.items()
+        if support[name] >= rule.needed and c.model.spread is not None and c.model.value is not None
+    }  # fmt: skip
+    small = [name for name in compared if name not in usable]
+    if len(usable) < 2:
+        return _undecided(rule, compared, support, small, excluded)
+    parts = [c.model for c in usable.values()]
+    names, pairs = list(usable), len(usable) * (len(usable) - 1)
+    upper, lower = float(pair_bounds(parts, "high", alpha).max()), float(pair_bounds(parts, "low", alpha / pairs).max())
+    values = [part.value or 0.0 for part in parts]
+    gap, guard = max(values) - min(values), _guard(rule, usable)
+    conclusion: Conclusion = "inconclusive"
+    if lower > limit or guard[0] == "fail":
+        conclusion = "fail"
+    elif upper <= limit and guard[0] == "pass" and not small:
+        conclusion = "pass"
+    worst_first = sorted(range(len(names)), key=lambda i: values[i], reverse=rule.metric in LOWER_IS_BETTER)
+    worst, best = names[worst_first[0]], names[worst_first[-1]]
+    more = None
+    if conclusion == "inconclusive" and not lower <= limit < upper:
+        more = max((rule.needed - support[name] for name in small), default=0) or None
+    elif conclusion == "inconclusive":
+        more = _more(rule, parts, pairs, gap, parts[worst_first[0]].n)
+    sentences = _sentences(rule, gap, (best, worst), (lower, upper), conclusion, guard, small, support, noise, more)
+    return Verdict(
+        rule.title, rule.metric, rule.attribute, worst, conclusion, gap, max(lower, 0.0), upper,
+        sum(part.n for part in parts), rule.confidence, sentences, (), "gap", limit, more, tuple(excluded),
+    )  # fmt: skip
+
+
+def _undecided(
+    rule: GateRule,
+    compared: Mapping[str, Comparison],
+    support: Mapping[str, int],
+    small: Sequence[str],
+    excluded: Sequence[dict[str, Any]],
+) -> Verdict:
+    listed = ", ".join(f"{name} ({support[name]})" for name in small)
+    known = len(compared) - len(small)
+    reason = (
+        f"A gap needs two groups with {counted(rule, rule.needed)} or more and an interval; {rule.attribute} has "
+        f"{known} of them. Too small or without an interval: {listed or 'none'}."
+    )
+    lacking = [rule.needed - support[name] for name in small if support[name] < rule.needed]
+    return Verdict(
+        rule.title, rule.metric, rule.attribute, small[0] if small else None, "inconclusive", None, None, None,
+        sum(c.model.n for c in compared.values()), rule.confidence, reason, (), "gap", rule.gap_at_most,
+        max(lacking, default=None), tuple(excluded),
+    )  # fmt: skip
+
+
+def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion, str]:
+    """Whether the worst group keeps its level: against a declared limit, or against the reference's worst group."""
+    alpha, num = 1 - rule.confidence, len(usable)
+    lower_better = rule.metric in LOWER_IS_BETTER
+    floor = rule.at_most if lower_better else rule.at_least
+    good, bad = ("high", "low") if lower_better else ("low", "high")
+    sign = -1 if lower_better else 1
+    if floor is not None:
+        kept = [sign * ((c.model.bound(good, alpha, exact=True) or 0.0) - floor) >= 0 for c in usable.values()]
+        lost = [sign * ((c.model.bound(bad, alpha / num, exact=True) or 0.0) - floor) < 0 for c in usable.values()]
+        asked = f"the limit of {shown(rule, floor, 'g')} for every group"
+        if any(lost):
+            return "fail", f"{_named(usable, lost)} certainly missed {asked}."
+        if all(kept):
+            return "pass", f"Every group keeps {asked}."
+        return "inconclusive", f"It is not certain that {_named(usable, [not k for k in kept])} keeps {asked}."
+    if rule.metric == "selection_rate":
+        return "pass", ""
+    if any(c.baseline is None for c in usable.values()):
+        return "inconclusive", (
+            "There is no reference to tell a closed gap from a levelled-down model: give zero-shot predictions "
+            "(--baseline), or a limit that every group has to keep (at_least)."
+        )
+    kept = [_keeps(name, usable, sign, rule.slack, alpha) for name in usable]
+    lost = [_loses(name, usable, sign, rule.slack, alpha / num) for name in usable]
+    margin = f"by more than {shown(rule, rule.slack, 'g').replace(' %', ' points')}"
+    if any(lost):
+        return "fail", (
+            f"Levelled down: {_named(usable, lost)} certainly lies below the zero-shot model's worst group {margin}."
+        )
+    if all(kept):
+        return "pass", f"No group lies below the zero-shot model's worst group {margin}."
+    unsure = _named(usable, [not k for k in kept])
+    return "inconclusive", f"It is not ruled out that {unsure} lies below the zero-shot model's worst group {margin}."
+
+
+def _named(usable: Mapping[str, Comparison], which: Sequence[bool]) -> str:
+    return ", ".join(name for name, chosen in zip(usable, which, strict=True) if chosen)
+
+
+def _against(group: Comparison, reference: Comparison, side: Side, alpha: float) -> float:
+    """Bound of a group of the judged model minus a group of the reference; paired where they are the same group."""
+    if group is reference:
+        assert group.change is not None
+        bound = group.change.bound(side, alpha, exact=True)
+        return -np.inf if bound is None and side == "low" else np.inf if bound is None else bound
+    before = reference.baseline
+    if before is None or before.value is None or before.spread is None:
+        return -np.inf if side == "low" else np.inf
+    assert group.model.value is not None
+    assert group.model.spread is not None
+    pair = (group.model.value, group.model.spread), (before.value, before.spread)
+    return difference_bound(*pair, side, alpha, exact=True)
+
+
+def _keeps(name: str, usable: Mapping[str, Comparison], sign: int, slack: float, alpha: float) -> bool:
+    side: Side = "low" if sign > 0 else "high"
+    shared = alpha / 2 / max(len(usable) - 1, 1)
+    return any(
+        sign * _against(usable[name], other, side, alpha / 2 if other is usable[name] else shared) >= -slack
+        for other in usable.values()
+    )
+
+
+def _loses(name: str, usable: Mapping[str, Comparison], sign: int, slack: float, alpha: float) -> bool:
+    side: Side = "high" if sign > 0 else "low"
+    return all(sign * _against(usable[name], other, side, alpha) < -slack for other in usable.values())
+
+
+def _more(rule: GateRule, parts: Sequence[Measurement], pairs: int, gap: float, n: int) -> int | None:
+    limit, alpha = rule.gap_at_most or 0.0, 1 - rule.confidence
+
+    def settled(factor: float) -> bool:
+        if gap <= limit:
+            return pair_bounds(parts, "high", alpha, factor).max() <= limit
+        return pair_bounds(parts, "low", alpha / pairs, factor).max() > limit
+
+    return more_images(n, smallest_factor(settled))
+
+
+def _sentences(
+    rule: GateRule,
+    gap: float,
+    extremes: tuple[str, str],
+    bounds: tuple[float, float],
+    conclusion: Conclusion,
+    guard: tuple[Conclusion, str],
+    small: Sequence[str],
+    support: Mapping[str, int],
+    noise: float | None,
+    more: int | None,
+) -> str:
+    def points(value: float, digits: str = ".1f") -> str:
+        return shown(rule, value, digits).replace(" %", " points")
+
+    (best, worst), (lower, upper), limit = extremes, bounds, rule.gap_at_most or 0.0
+    said = [
+        f"The gap of {subject_of(rule)} by {rule.attribute} is {points(gap)} ({best} against {worst}) and, with "
+        f"{100 * rule.confidence:g} % confidence, at most {points(upper)}"
+        + (f" and at least {points(lower)}" if lower > 0 else "")
+        + f"; the rule asks for at most {points(limit, 'g')}."
+    ]
+    if noise is not None:
+        said.append(f"Noise alone gives equal groups of these sizes a gap of up to {points(noise)} in 95 % of cases.")
+    said.append(guard[1])
+    if small:
+        listed = ", ".join(f"{name} ({support[name]})" for name in small)
+        said.append(f"Too small for a verdict, or without an interval: {listed}; the rule asks for {rule.needed}.")
+    if conclusion == "inconclusive" and lower <= limit < upper:
+        said.append(
+            f"About {counted(rule, more).replace(' ', ' more ', 1)} of {worst}, and of the other groups in proportion, "
+            "would settle the gap if the rates stay what they are."
+            if more is not None
+            else "No realistic number of further images would settle it at the present rates."
+        )
+    return " ".join(filter(None, said))

@@ -1,0 +1,46 @@
+"""Gates from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from adaptclip.errors import GateError, did_you_mean
+from adaptclip.gate_rules import GateRule
+from adaptclip.storage import read_yaml
+
+
+def load_gates(path: Path | str) -> list[GateRule]:
+    """Reads rules from a YAML file: a list under the key `gates`, each with the fields of GateRule.
+
+    Raises:
+        StorageError: the file is missing or is not YAML.
+        GateError: a rule is not valid; the message names the rule, the reason and the nearest allowed name.
+    """
+    content = read_yaml(Path(path))
+    for key in content:
+        if key != "gates":
+            raise GateError(f'{path}: unknown key "{key}". {did_you_mean(str(key), ["gates"])}')
+    listed = content.get("gates")
+    if not isinstance(listed, list):
+        raise GateError(f'{path} needs a list of rules under the key "gates", got {type(listed).__name__}')
+    return [_parse_rule(entry, f"{path}: gate {i}") for i, entry in enumerate(listed, start=1)]
+
+
+def _parse_rule(entry: Any, where: str) -> GateRule:
+    if not isinstance(entry, dict):
+        raise GateError(f"{where} should be a mapping such as {{metric: accuracy, at_least: 0.8}}, got {entry!r}")
+    try:
+        return GateRule.model_validate(entry)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                problems.append(f'unknown field "{name}". {did_you_mean(name, GateRule.model_fields)}')
+            else:
+                message = problem["msg"].removeprefix("Value error, ")
+                problems.append(f"{name}: {message}, got {problem['input']!r}" if name else message)
+        raise GateError(f"{where}: {'; '.join(problems)}") from error

@@ -1,0 +1,121 @@
+"""The grounds of a verdict in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adaptclip.evaluation.estimates import Measurement
+from adaptclip.evaluation.metrics import METRIC_WORDS
+from adaptclip.gate_rules import GateRule
+from adaptclip.gates.verdicts import Conclusion, Verdict
+
+_DECIMAL = frozenset({"brier", "macro_auc", "auc"})
+"""Metrics that are read as decimal numbers, not as per cent."""
+
+_COUNTED = dict.fromkeys(("sensitivity", "tpr", "fnr"), "positive ")
+_COUNTED |= dict.fromkeys(("specificity", "fpr"), "negative ")
+"""Metric -> which of the images it counts."""
+
+
+def shown(rule: GateRule, value: float, digits: str = ".1f", *, signed: bool | None = None) -> str:
+    """A value of the rule's metric: per cent, points or, where they are usual, decimals."""
+    signed = bool(rule.no_worse_than) if signed is None else signed
+    if rule.metric in _DECIMAL:
+        return f"{value:{'+' if signed else ''}{'.3f' if digits == '.1f' else 'g'}}"
+    return f"{100 * value:+{digits}} points" if signed else f"{100 * value:{digits}} %"
+
+
+def counted(rule: GateRule, n: int) -> str:
+    """A number of images of the kind that the metric counts, for example "120 positive images"."""
+    return f"{n:,} {_COUNTED.get(rule.metric, '')}image{'s' * (n != 1)}"
+
+
+def subject_of(rule: GateRule, group: str | None = None) -> str:
+    """The judged quantity, for example "sensitivity (malignancy = malignant) for sex = female"."""
+    words = METRIC_WORDS[rule.metric]
+    if rule.outcome is not None:
+        words += f" ({rule.outcome.name})"
+    elif rule.level is not None:
+        words += f" at the level {rule.level}"
+    if rule.no_worse_than:
+        words = f"change of {words} against {rule.no_worse_than.replace('_', '-')}"
+    return words + (f" for {rule.attribute} = {group}" if group is not None else "")
+
+
+def more_words(rule: GateRule, more: int | None, group: str | None) -> str:
+    """How many more images would settle an inconclusive verdict."""
+    of = f" of {rule.attribute} = {group}" if group is not None else ""
+    if more is None:
+        return " The estimate lies so close to the limit that no realistic number of further images would settle it."
+    return f" About {counted(rule, more).replace(' ', ' more ', 1)}{of} would settle it if the rate stays what it is."
+
+
+def reason_of(
+    rule: GateRule,
+    group: str | None,
+    measured: Measurement,
+    support: int,
+    conclusion: Conclusion,
+    bounds: tuple[float | None, float | None],
+    family: int,
+    more: int | None,
+    *,
+    limit: float,
+    upwards: bool,
+) -> str:
+    """Words the grounds of a verdict on one set of images.
+
+    Args:
+        rule: the rule.
+        group: the group, or None.
+        measured: what was found.
+        support: images that `rule.needed` is compared with.
+        conclusion: the verdict.
+        bounds: the one that lets the rule pass and the one that lets it fail.
+        family: groups that share the chance of a wrong "fail".
+        more: how many more images would settle it.
+        limit: what the value is compared with.
+        upwards: whether it should be high.
+    """
+    good, bad = bounds
+    subject = subject_of(rule, group)
+    if measured.value is None:
+        return f"The {subject} is not known: {measured.note}."
+    found = f"The {subject} is {shown(rule, measured.value)} on {counted(rule, measured.n)}"
+    if support < rule.needed:
+        fewer = f" ({support} on the smaller side)" if support != measured.n else ""
+        return f"{found}{fewer}, too few for a verdict: the rule asks for {rule.needed}.{more_words(rule, more, group)}"
+    if good is None or bad is None:
+        return f"{found}; {measured.note}, so the data cannot tell."
+    note = f" ({measured.note}.)" if measured.note else ""
+    sure, wanted = f"with {100 * rule.confidence:g} % confidence", shown(rule, limit, "g")
+    over = f" over {family} groups" if family > 1 else ""
+    better, worse = ("at least", "at most") if upwards else ("at most", "at least")
+    if conclusion == "pass":
+        return f"{found} and, {sure}, {better} {shown(rule, good)}; the rule asks for {better} {wanted}.{note}"
+    if conclusion == "fail":
+        return f"{found} and, {sure}{over}, {worse} {shown(rule, bad)}; the rule asks for {better} {wanted}.{note}"
+    return (
+        f"{found}; the rule asks for {better} {wanted}, but the data only show {better} {shown(rule, good)} ({sure}) "
+        f"and do not rule out {shown(rule, bad)}: they cannot tell.{more_words(rule, more, group)}{note}"
+    )
+
+
+def family_reason(rule: GateRule, ordered: Sequence[Verdict]) -> str:
+    """Words the verdict on all groups from those of the single groups, worst first."""
+    worst = ordered[0]
+    alike = [v for v in ordered[1:] if v.verdict == worst.verdict]
+    if worst.verdict == "pass":
+        return f"All {len(ordered)} groups pass; the worst: {worst.reason}" if len(ordered) > 1 else worst.reason
+    if not alike:
+        return worst.reason
+    named = [f"{v.group} (about {v.more_images:,} more)" if v.more_images is not None else str(v.group) for v in alike]
+    return f"{worst.reason} The same verdict for {', '.join(named)} (of {len(ordered)} groups)."
+
+
+def excluded_words(rule: GateRule, excluded: Sequence[dict[str, object]]) -> str:
+    """What was left out by declaration, and why."""
+    if not excluded:
+        return ""
+    named = ", ".join(f"{e['group']} ({e['n']} images)" for e in excluded)
+    return f" Left out by declaration: {named}. Reason given: {rule.reason.strip().rstrip('.')}."

@@ -1,0 +1,286 @@
+"""Reads the predictions of any model from CSV, TSV or Parquet; `types.Predictions.load` is its only caller.
+
+Columns, by name:
+
+    id              text or number, all different; left out, rows are numbered from 0
+    label           true class: a class name, or a whole number that counts through the class names
+    prob_NAME       probability of the class NAME (or of class number NAME), for every class; rows sum to 1; or
+    top_1 … top_k   the most probable classes in order, with their probabilities in top_1_prob … top_k_prob if known; or
+    pred            the predicted class alone
+    group:NAME      value of the group attribute NAME; an empty cell is the group "unknown". Without the prefix, every
+                    column that is none of the others is a group attribute too
+    cluster         unit of resampling: patient, lesion, place
+    level:NAME      value of the taxonomy level NAME of the true class; the same for all rows of a class
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from adaptclip.errors import DataError, did_you_mean
+from adaptclip.storage import read_parquet
+
+_RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
+_TEXT_FILES = {".csv": ",", ".tsv": "\t"}
+MAX_GROUP_VALUES = 200
+"""A column with more values than this and without the prefix `group:` is taken for something else than a group."""
+
+
+def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """Reads a file into the fields of `types.Predictions` and the "outcomes" and "intersections" that it declares.
+
+    Args:
+        path: .parquet, .csv or .tsv.
+        classes: class names in the order of their ids, where the file does not give them.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+        DataError: columns are missing, or their values do not fit.
+    """
+    if path.suffix.lower() in _TEXT_FILES:
+        table, metadata = _read_text(path), {}
+    else:
+        table, metadata = read_parquet(path)
+    _check_columns(table, path)
+    own = "class_names" in metadata  # written by adaptclip: labels and probability columns carry class ids
+    names = _class_names(table, metadata["class_names"] if own else classes, path)
+    labels = _class_ids(table["label"], names, "label", path, numbered=own)
+    answers = _answers(table, names, path, numbered=own)
+    fields: dict[str, Any] = {"labels": labels, "class_names": names, **answers}
+    fields["ids"] = _filled(table, "id", path) or tuple(map(str, range(table.num_rows)))
+    fields["clusters"] = _filled(table, "cluster", path)
+    fields["groups"], fields["notes"] = _groups(table, path)
+    fields["notes"] = (*fields["notes"], *fields.pop("answer_notes"))
+    levels = {name: tuple(values) for name, values in metadata.get("levels", {}).items()}
+    fields["levels"] = levels or _levels(table, labels, names, path)
+    fields |= {name: metadata[name] for name in ("ranked", "confident") if name in metadata}
+    fields["notes"] = (*metadata.get("notes", ()), *fields["notes"])
+    return {**fields, "outcomes": metadata.get("outcomes", ()), "intersections": metadata.get("intersections", ())}
+
+
+def _read_text(path: Path) -> pa.Table:
+    try:
+        options = pyarrow.csv.ParseOptions(delimiter=_TEXT_FILES[path.suffix.lower()])
+        return pyarrow.csv.read_csv(path, parse_options=options)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}. It should be UTF-8 text with one header line.") from error
+
+
+def _check_columns(table: pa.Table, path: Path) -> None:
+    names = table.column_names
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DataError(f"{path} has two columns named {', '.join(map(repr, twice))}; each needs its own name")
+    if "label" not in names:
+        raise DataError(
+            f"{path} has no column 'label'; its columns are {', '.join(names)}. {did_you_mean('label', names)}"
+        )
+    if not ("pred" in names or "top_1" in names or any(n.startswith("prob_") for n in names)):
+        raise DataError(
+            f"{path} says nothing about what the model answered: it needs prob_CLASS columns, top_1 … top_k, or pred; "
+            f"its columns are {', '.join(names)}"
+        )
+
+
+def _class_names(table: pa.Table, classes: Sequence[str] | None, path: Path) -> tuple[str, ...]:
+    """Names given, else those of the probability columns, else the distinct names in label and answers, sorted."""
+    if classes is not None:
+        if len(set(classes)) < len(classes):
+            raise DataError("the list of classes names a class twice; each needs its own name")
+        return tuple(classes)
+    named = [n.removeprefix("prob_") for n in table.column_names if n.startswith("prob_")]
+    if named:
+        numbered = all(name.isdecimal() for name in named)
+        return tuple(sorted(named, key=int)) if numbered else tuple(named)
+    answers = [c for c in table.column_names if c in ("label", "pred") or (c.startswith("top_") and c[4:].isdecimal())]
+    found = {name for column in answers for name in _distinct(table[column])} - {""}
+    if not found:
+        raise DataError(f"{path} names no class in {', '.join(answers)}")
+    numbered = all(name.isdecimal() for name in found)
+    return tuple(map(str, range(max(map(int, found)) + 1))) if numbered else tuple(sorted(found))
+
+
+def _distinct(column: pa.ChunkedArray) -> list[str]:
+    return [value for value in pc.unique(column.cast(pa.string())).to_pylist() if value is not None]
+
+
+def _class_ids(
+    column: pa.ChunkedArray, names: Sequence[str], what: str, path: Path, *, numbered: bool = False
+) -> np.ndarray:
+    """(N,) int64 class ids of a column that holds names throughout, or else ids throughout.
+
+    Args:
+        column: text or numbers.
+        names: the class names.
+        what: the column's name.
+        path: the file, for messages.
+        numbered: whole numbers are ids even where classes have numbers for names.
+    """
+    empty = column.null_count
+    if pa.types.is_floating(column.type) and not empty:
+        values = column.to_numpy()
+        if not np.isfinite(values).all() or (values != np.round(values)).any():
+            raise DataError(f"{path}: column {what!r} holds fractions; a class is a name or a whole number")
+        column = pa.chunked_array([pa.array(values.astype(np.int64))])
+    encoded = pa.concat_arrays([*column.cast(pa.string()).chunks, pa.array([], pa.string())]).dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    if empty or "" in found:
+        raise DataError(f"{path}: column {what!r} has empty cells; each row needs a class")
+    position = {name: i for i, name in enumerate(names)}
+    as_ids = {str(i): i for i in range(len(names))} if pa.types.is_integer(column.type) else {}
+    for table in (as_ids, position) if numbered else (position, as_ids):
+        if all(value in table for value in found):
+            ids = np.asarray([table[value] for value in found], dtype=np.int64)
+            return ids[encoded.indices.to_numpy(zero_copy_only=False)]
+    unknown = next(value for value in found if value not in (as_ids if numbered else position))
+    hint = " Labels that are numbers count from 0 through the class names (--classes)." if as_ids else ""
+    raise DataError(
+        f"{path}: column {what!r} has the unknown class {unknown!r}; there are {len(names)} classes. "
+        f"{did_you_mean(unknown, names)}{hint}"
+    )
+
+
+def _numbers(table: pa.Table, columns: Sequence[str], path: Path) -> np.ndarray:
+    """(N, len(columns)) float32."""
+    out = np.empty((table.num_rows, len(columns)), np.float32)
+    for i, name in enumerate(columns):
+        column = table[name]
+        if column.null_count or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            what = f"{column.null_count} empty cells" if column.null_count else f"values of type {column.type}"
+            raise DataError(f"{path}: column {name!r} should hold numbers, and has {what}")
+        out[:, i] = column.to_numpy()
+    return out
+
+
+def _answers(table: pa.Table, names: Sequence[str], path: Path, *, numbered: bool) -> dict[str, Any]:
+    columns = [n for n in table.column_names if n.startswith("prob_")]
+    if columns:
+        probs = _numbers(table, _ordered(columns, names, path, numbered=numbered), path)
+        _check_pred(table, probs, names, path, numbered=numbered)
+        return {"probs": probs, "answer_notes": ()}
+    ranked = [f"top_{k}" for k in range(1, table.num_columns + 1)]
+    ranked = ranked[: next(i for i, name in enumerate(ranked) if name not in table.column_names)]
+    if not ranked:
+        probs = np.zeros((table.num_rows, len(names)), np.float32)
+        probs[np.arange(table.num_rows), _class_ids(table["pred"], names, "pred", path)] = 1
+        note = "the file holds predicted classes only: nothing is known about calibration, ranking or AUC"
+        return {"probs": probs, "ranked": 1, "confident": False, "answer_notes": (note,)}
+    return _from_ranking(table, ranked, names, path)
+
+
+def _ordered(columns: Sequence[str], names: Sequence[str], path: Path, *, numbered: bool) -> list[str]:
+    """The probability columns in the order of the classes, whether they carry names or numbers."""
+    by_name, by_number = [f"prob_{name}" for name in names], [f"prob_{i}" for i in range(len(names))]
+    for wanted in (by_number, by_name) if numbered else (by_name, by_number):
+        if set(wanted) == set(columns):
+            return wanted
+    absent = [f"prob_{name}" for name in names if f"prob_{name}" not in columns]
+    extra = [c for c in columns if c.removeprefix("prob_") not in names]
+    raise DataError(
+        f"{path}: {len(columns)} probability columns do not fit the {len(names)} classes"
+        + (f"; missing {', '.join(absent[:5])}" if absent else "")
+        + (f"; unknown {', '.join(extra[:5])}. {did_you_mean(extra[0].removeprefix('prob_'), names)}" if extra else "")
+    )
+
+
+def _check_pred(table: pa.Table, probs: np.ndarray, names: Sequence[str], path: Path, *, numbered: bool) -> None:
+    """A `pred` beside probabilities must be the most probable class; a threshold or a shift would be lost otherwise."""
+    if "pred" not in table.column_names:
+        return
+    pred = _class_ids(table["pred"], names, "pred", path, numbered=numbered)
+    differ = int((np.take_along_axis(probs, pred[:, None], 1)[:, 0] < probs.max(axis=1, initial=0)).sum())
+    if differ:
+        raise DataError(
+            f"{path}: in {differ} of {len(pred)} rows `pred` is not the most probable class. Reports use the most "
+            "probable one: drop `pred`, or drop the probabilities if another rule decides."
+        )
+
+
+def _from_ranking(table: pa.Table, ranked: Sequence[str], names: Sequence[str], path: Path) -> dict[str, Any]:
+    """Probabilities from the k best classes: what is left is spread over the others, below the k-th."""
+    n, k, c = table.num_rows, len(ranked), len(names)
+    order = np.stack([_class_ids(table[name], names, name, path) for name in ranked], axis=1)
+    if (np.diff(np.sort(order, axis=1), axis=1) == 0).any():
+        raise DataError(f"{path}: some rows name a class twice among {ranked[0]} … {ranked[-1]}")
+    confident = all(f"{name}_prob" in table.column_names for name in ranked)
+    if confident:
+        best = _numbers(table, [f"{name}_prob" for name in ranked], path)
+        if not np.isfinite(best).all() or (np.diff(best, axis=1) > 0).any() or best.sum(axis=1).max(initial=0) > 1.005:
+            raise DataError(f"{path}: top_1_prob … must fall and sum to 1 at most in every row")
+    else:
+        weights = 0.5 ** np.arange(1, k + 1)
+        best = np.broadcast_to(weights if k < c else weights / weights.sum(), (n, k))
+    rest = np.clip(1 - best.sum(axis=1, dtype=np.float64), 0, 1) / max(c - k, 1)
+    probs = np.repeat(np.minimum(rest, best[:, -1])[:, None], c, axis=1)
+    np.put_along_axis(probs, order, best, axis=1)
+    # What the others could not take without passing the k-th class goes back to all in proportion.
+    probs /= probs.sum(axis=1, keepdims=True)
+    what = (
+        f"the {k} most probable of {c} classes" if confident else f"a ranking of {k} of {c} classes, no probabilities"
+    )
+    note = f"the file holds {what}: nothing is known about AUC and the Brier score" + (
+        "" if confident else ", or calibration"
+    )
+    return {
+        "probs": probs.astype(np.float32),
+        "ranked": None if confident and k == c else k,
+        "confident": confident,
+        "answer_notes": () if confident and k == c else (note,),
+    }
+
+
+def _filled(table: pa.Table, column: str, path: Path) -> tuple[str, ...] | None:
+    """The values of an id column as text; None where there is no such column."""
+    if column not in table.column_names:
+        return None
+    values = tuple(value or "" for value in table[column].cast(pa.string()).to_pylist())
+    if "" in values:
+        raise DataError(f"{path}: column {column!r} has {values.count('')} empty cells; give each row an id of its own")
+    return values
+
+
+def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Group attributes, and notes on the columns that were not taken for one."""
+    groups: dict[str, tuple[str, ...]] = {}
+    notes: list[str] = []
+    for column in table.column_names:
+        used = column in ("id", "label", "pred", "cluster") or column.startswith(("prob_", "level:"))
+        if used or _RANKED.fullmatch(column):
+            continue
+        name = column.removeprefix("group:")
+        filled = pc.fill_null(table[column].cast(pa.string()), "unknown")
+        count = len(pc.unique(filled))
+        if name == column and count > min(MAX_GROUP_VALUES, table.num_rows / 2):
+            notes.append(
+                f"column {column!r} has {count:,} values and is not taken for a group (group:{column} would be)"
+            )
+            continue
+        if name in groups:
+            raise DataError(f"{path} has the group {name!r} twice, with and without the prefix group:")
+        groups[name] = tuple(value or "unknown" for value in filled.to_pylist())
+    return groups, tuple(notes)
+
+
+def _levels(table: pa.Table, labels: np.ndarray, names: Sequence[str], path: Path) -> dict[str, tuple[str, ...]]:
+    levels = {}
+    for column in (c for c in table.column_names if c.startswith("level:")):
+        values = np.asarray([v or "unknown" for v in table[column].cast(pa.string()).to_pylist()], dtype=object)
+        coarse = ["unknown"] * len(names)
+        for c in np.unique(labels):
+            own = set(values[labels == c])
+            if len(own) > 1:
+                raise DataError(
+                    f"{path}: column {column!r} has several values for the class {names[c]!r}: "
+                    f"{', '.join(sorted(own))}; a level is a function of the class"
+                )
+            coarse[c] = own.pop()
+        levels[column.removeprefix("level:")] = tuple(coarse)
+    return levels

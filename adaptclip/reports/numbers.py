@@ -1,0 +1,99 @@
+"""The building blocks of every report: a number with its interval, a comparison, and a gap between groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from adaptclip.evaluation.estimates import Comparison, Measurement
+from adaptclip.evaluation.gaps import GapTest, gap_test
+
+MIN_GROUP = 30
+"""A smaller group is shown, and takes no part in gaps and tests: it would be the best or the worst by chance."""
+
+
+def number(measurement: Measurement, confidence: float) -> dict[str, Any]:
+    """Turns a measurement into a JSON-able dict: value, low, high, n, method, note; absent ones are None or ""."""
+    low, high = measurement.interval(confidence) or (None, None)
+    method = measurement.spread.method if measurement.spread else None
+    return {
+        "value": measurement.value,
+        "low": low,
+        "high": high,
+        "n": measurement.n,
+        "method": method,
+        "note": measurement.note,
+    }
+
+
+def comparison(compared: Comparison, confidence: float) -> dict[str, Any]:
+    """Turns a comparison into {"model", "zero_shot", "change"}; the latter two None without a baseline."""
+    parts = {"model": compared.model, "zero_shot": compared.baseline, "change": compared.change}
+    return {name: None if part is None else number(part, confidence) for name, part in parts.items()}
+
+
+def gap_of_means(
+    values: np.ndarray,
+    code: np.ndarray,
+    names: Sequence[str],
+    clusters: np.ndarray | None,
+    *,
+    what: str,
+    min_group: int = MIN_GROUP,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[dict[str, Any] | None, GapTest | None]:
+    """Compares the means of an attribute's groups, those of `min_group` images or more, with what noise would give.
+
+    Args:
+        values: (N,) what is averaged.
+        code: (N,) group of each image, as a position in `names`.
+        names: the groups.
+        clusters: (N,) cluster of each image as a number, or None.
+        what: the mean in words, for the definition.
+        min_group: images that a group needs to take part.
+        confidence: level of the gap that noise stays within.
+        draws: random deals of the group labels.
+        seed: of the deals.
+
+    Returns:
+        A JSON-able gap and the test behind it; both None with fewer than two groups. Keys: "definition", "value",
+        "best_group", "worst_group", "n", "p_value", "null_95" (gap that noise alone stays within at `confidence`),
+        "test", "left_out" (groups that are too small) and "note".
+    """
+    counts = np.bincount(code, minlength=len(names))
+    kept = np.flatnonzero(counts >= min_group)
+    left_out = [names[i] for i in np.flatnonzero((counts > 0) & (counts < min_group))]
+    if len(kept) < 2:
+        return None, None
+    rows = np.isin(code, kept)
+    place = np.searchsorted(kept, code[rows])
+    units = None if clusters is None else np.unique(clusters[rows], return_inverse=True)[1]
+    test = gap_test(values[rows], place, units, draws=draws, seed=seed, confidence=confidence)
+    best, worst = names[kept[test.best]], names[kept[test.worst]]
+    return {
+        "definition": f"max-min {what} over the groups",
+        "value": test.value,
+        "best_group": best,
+        "worst_group": worst,
+        "n": int(rows.sum()),
+        "p_value": test.p_value,
+        "null_95": test.null_quantile,
+        "test": test.method,
+        "left_out": left_out,
+        "note": _gap_note(test, confidence, left_out, min_group),
+    }, test
+
+
+def _gap_note(test: GapTest, confidence: float, left_out: list[str], min_group: int) -> str:
+    noise = f"noise alone gives up to {100 * test.null_quantile:.1f} points in {100 * confidence:g} % of cases"
+    far = (
+        f"more than noise explains (p = {test.p_value:.2g})"
+        if test.p_value <= 1 - confidence
+        else f"noise can explain it (p = {test.p_value:.2g})"
+    )
+    small = f"; left out as smaller than {min_group} images: {', '.join(left_out)}" if left_out else ""
+    return f"{noise}, so {far}{small}"

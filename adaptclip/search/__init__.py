@@ -1,0 +1,27 @@
+"""Search over images by text or image, exact, with a pretrained or an adapted CLIP."""
+
+from adaptclip.search.encoding import (
+    card_as_images,
+    encode_picture,
+    encode_texts,
+    files_as_images,
+    load_encoder,
+    load_named,
+)
+from adaptclip.search.index import Hit, Index, build_index, open_index
+from adaptclip.search.nearest import Engine, nearest
+
+__all__ = [
+    "Engine",
+    "Hit",
+    "Index",
+    "build_index",
+    "card_as_images",
+    "encode_picture",
+    "encode_texts",
+    "files_as_images",
+    "load_encoder",
+    "load_named",
+    "nearest",
+    "open_index",
+]

@@ -1,0 +1,184 @@
+"""An index: the vectors of images in a folder of their own, with the digest of the weights that made them.
+
+manifest.json          format version, model and digest of its weights, transform, number and width of the vectors
+vectors.safetensors    "vectors" (N, D) float32, unit norm; read by memory mapping
+names.json             N paths or ids
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.data.dataset import ImageDataset
+from adaptclip.errors import DataError, StorageError
+from adaptclip.features import FeatureCache
+from adaptclip.search.nearest import Engine, nearest
+from adaptclip.storage import atomic_folder, digest, read_json, write_json, write_tensors
+
+FORMAT_VERSION = 1
+"""Raised when an older adaptclip could no longer read what a newer one writes."""
+
+_MANIFEST, _VECTORS, _NAMES = "manifest.json", "vectors.safetensors", "names.json"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One answer.
+
+    Attributes:
+        name: path or id of the image.
+        score: cosine similarity with the query, -1 to 1.
+    """
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Vectors that can be searched.
+
+    Attributes:
+        names: N paths or ids.
+        vectors: (N, D) float32, unit norm.
+        manifest: what the index says of itself.
+    """
+
+    names: list[str]
+    vectors: Tensor
+    manifest: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def search(
+        self, encoder: ClipBackbone, queries: Tensor, *, k: int = 10, engine: Engine = "exact"
+    ) -> list[list[Hit]]:
+        """Returns the k images nearest to each of (Q, D) queries, the nearest first.
+
+        Args:
+            encoder: what made the queries.
+            queries: unit-norm vectors of texts or images.
+            k: answers per query.
+            engine: see `nearest`.
+
+        Raises:
+            DataError: the queries come from other weights than the index.
+            ConfigError: see `nearest`.
+        """
+        self.check_encoder(encoder)
+        scores, rows = nearest(queries, self.vectors, k, engine=engine)
+        return [
+            [Hit(self.names[row], score) for score, row in zip(own, where, strict=True)]
+            for own, where in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
+
+    def check_encoder(self, encoder: ClipBackbone) -> None:
+        """Raises DataError unless the encoder has the weights and the transform that made the vectors."""
+        made = self.manifest["model"]["digest"]
+        if encoder.digest != made:
+            raise DataError(
+                f"this index was made with the weights {made[:12]}…, {encoder.name} here has {encoder.digest[:12]}…: "
+                "their vectors cannot be compared. Search with the model it was made with, or make the index again "
+                "(adaptclip embed)."
+            )
+        if encoder.transform_spec != self.manifest["transform"]:
+            raise DataError(
+                f"this index was made with the transform {self.manifest['transform']}, {encoder.name} has "
+                f"{encoder.transform_spec}; make the index again (adaptclip embed)"
+            )
+
+
+def build_index(
+    folder: Path,
+    encoder: ClipBackbone,
+    model: Mapping[str, Any],
+    parts: Sequence[ImageDataset],
+    *,
+    cache: FeatureCache,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> int:
+    """Encodes images and writes them as an index, whole or not at all; the number of images is returned.
+
+    What a killed run has encoded is in the cache, and the next one goes on from there.
+
+    Args:
+        folder: the new index.
+        encoder: the towers.
+        model: what `load_encoder` says of them.
+        parts: images, in the order of the index.
+        cache: remembers what is encoded.
+        batch_size: images encoded at once.
+        overwrite: replace an existing index.
+
+    Raises:
+        StorageError: the folder exists already or cannot be written.
+        DataError: an image cannot be decoded.
+    """
+    with atomic_folder(folder, overwrite=overwrite) as new:
+        vectors = torch.cat([cache.get(encoder, part, batch_size=batch_size).values[0] for part in parts])
+        names = [name for part in parts for name in part.ids]
+        write_tensors(new / _VECTORS, {"vectors": vectors})
+        write_json(new / _NAMES, names)
+        write_json(
+            new / _MANIFEST,
+            {
+                "format_version": FORMAT_VERSION,
+                "model": dict(model),
+                "transform": encoder.transform_spec,
+                "window": parts[0].window,
+                "count": len(names),
+                "width": vectors.shape[1],
+                "names_digest": digest(names),
+            },
+        )
+    return len(names)
+
+
+def open_index(folder: Path) -> Index:
+    """Opens an index; its vectors are memory-mapped, so only what is searched is read.
+
+    Raises:
+        DataError: the folder is not an index, is damaged, or of a newer format.
+    """
+    if not (folder / _MANIFEST).is_file():
+        raise DataError(
+            f"{folder} is not an index: it has no {_MANIFEST}. Make one: adaptclip embed IMAGES --out INDEX"
+        )
+    try:
+        manifest, names = read_json(folder / _MANIFEST), read_json(folder / _NAMES)
+        _check_manifest(folder, manifest)
+        with safetensors.safe_open(folder / _VECTORS, "pt") as file:
+            vectors = file.get_tensor("vectors")
+    except (StorageError, OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"{folder} is damaged: {error}. Make it again (adaptclip embed).") from error
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not fits or vectors.dtype != torch.float32 or tuple(vectors.shape) != (len(names), manifest["width"]):
+        raise DataError(
+            f"{folder} is damaged: {_VECTORS} has {vectors.dtype} {tuple(vectors.shape)} and {_NAMES} "
+            f"{len(names) if fits else 'no list of'} names; expected float32 ({manifest['count']}, {manifest['width']})"
+        )
+    if digest(names) != manifest["names_digest"]:
+        raise DataError(f"{folder} is damaged: {_NAMES} was changed. Make it again (adaptclip embed).")
+    return Index(names, vectors, manifest)
+
+
+def _check_manifest(folder: Path, manifest: Any) -> None:
+    """Raises DataError unless the manifest has what is read from it, in a known format."""
+    needed = {"format_version": int, "model": dict, "transform": dict, "count": int, "width": int, "names_digest": str}
+    if not isinstance(manifest, dict) or "format_version" not in manifest or "names_digest" not in manifest:
+        raise DataError(f"{folder} is not an index: its {_MANIFEST} is something else's")
+    wrong = [key for key, kind in needed.items() if not isinstance(manifest.get(key), kind)]
+    if wrong or not isinstance(manifest["model"].get("digest"), str):
+        raise DataError(f"{folder} is damaged: {_MANIFEST} lacks {', '.join(wrong) or 'the digest of its model'}")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise DataError(f"{folder} has format {manifest['format_version']}, read are those up to {FORMAT_VERSION}")

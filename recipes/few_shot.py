@@ -1,0 +1,160 @@
+"""The few-shot bench: cards x methods x shots x seeds in one run, with tables, curves and intervals.
+
+Protocols all-classes      Zhou et al., IJCV 2022, arXiv:2109.01134, sec. 4.1
+          base-to-new      Zhou et al., CVPR 2022, arXiv:2203.05557, sec. 4.1; cross-dataset, domain-shift: 4.2, 4.3
+Run       accelerate launch recipes/few_shot.py --cards my_images/ --backbone ViT-B-16 --pretrained openai
+Parallel  accelerate launch --num_processes 4 recipes/few_shot.py …, on a CPU
+          torchrun --standalone --nproc_per_node 2 recipes/few_shot.py …: jobs are shared out, none is done twice
+Ladder    python recipes/few_shot.py --methods ladder …: from zero-shot to LoRA, and advice at the end
+Smoke     accelerate launch recipes/few_shot.py      (embedded card and model: no download, CPU, a few minutes)
+Expected  README.md of this folder. The same command goes on where it was interrupted; more seeds, shots or methods
+          add to what is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import adaptclip as ac
+from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.experiments.board import Board, launch_id
+from adaptclip.experiments.jobs import Worker, make_grid
+from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
+from adaptclip.experiments.output import Asked, write_output
+from adaptclip.experiments.progress import Progress
+from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_targets
+from adaptclip.experiments.runner import run_jobs, take_place
+from adaptclip.experiments.search import Budget
+from adaptclip.experiments.store import FeatureStore
+from adaptclip.storage import write_yaml
+
+SHORT = (
+    "coop.epochs=50", "coop.views=5", "kgcoop.epochs=50", "kgcoop.views=5", "lora.steps=60", "lora.lr=1e-2",
+    "two-stage.steps=80", "two-stage.lr=1e-2",
+)  # fmt: skip
+"""Short schedules of the embedded default, and only of it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A grid of few-shot experiments. Methods have their papers' settings; `settings` changes them."""
+
+    cards: tuple[str, ...] = ("digits",)
+    """Names in data_cards/, paths of cards, or folders of images with one folder per class."""
+    targets: tuple[str, ...] = ()
+    """Cards that are judged and not learnt, for cross-dataset and domain-shift."""
+    data_root: Path | None = None
+    """Folder that holds the cards' files; each card's own folder if not given."""
+    backbone: str = "starter"
+    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
+    pretrained: str | None = None
+    """open_clip weights tag or checkpoint file; not for the other spellings."""
+    protocol: Literal["all-classes", "base-to-new", "cross-dataset", "domain-shift", "imbalanced", "missing-class"] = (
+        "all-classes"
+    )
+    """What is learnt and what is judged."""
+    methods: tuple[str, ...] = ("zero-shot", "ss-text", "logistic", "lp++", "gda", "tip-f", "clap", "coop")
+    """Names of methods, or ladder: those from cheap to dear, and advice at the end."""
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Labelled training images per class; 0 means all."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Each chooses the few-shot images and all that a method draws."""
+    rule: Literal["nested", "coop"] = "nested"
+    """How the images are drawn: 1 shot is part of 2 and so on (nested), or as the published code does (coop)."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does; what was skipped is listed."""
+    settings: tuple[str, ...] = ()
+    """Changes of the methods' settings, METHOD.SETTING=VALUE, for example coop.epochs=50 lora.steps=200."""
+    search_trials: int = 0
+    """Settings tried per job on its validation images, the published ones first; 0 searches nothing. Needs optuna."""
+    search_seconds: float = 0.0
+    """No trial is started later than this in a job; 0 sets no limit."""
+    metric: Literal["accuracy", "mean_per_class_accuracy"] = "accuracy"
+    """What tables and curves show; the results hold the others too."""
+    baseline: str = "zero-shot"
+    """Method that paired differences are taken to."""
+    threads: int = 1
+    """Torch threads of every process on a CPU; their number decides the last bits of sums."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast while training by steps."""
+    cache: Path = Path(".cache/features")
+    """Image features, shared by all methods, shots and seeds."""
+    out: Path = Path("runs/few_shot")
+    """Results, tables and curves; jobs that are done there are not done again."""
+
+
+def main(cfg: Config) -> int:
+    """Cards → few-shot splits → jobs, shared out over the processes → results → tables, curves, page, advice."""
+    launch = launch_id()
+    check(cfg)
+    place = take_place(cfg.threads)
+    methods = choose_methods(cfg.methods, new_names=PROTOCOLS[cfg.protocol].new_names)
+    changes = cfg.settings
+    if cfg.cards == ("digits",) and cfg.backbone == "starter" and not changes:
+        changes = tuple(text for text in SHORT if text.partition(".")[0] in methods)
+    settings = read_settings(changes, methods)
+    budget = Budget(cfg.search_trials, cfg.search_seconds) if cfg.search_trials else None
+
+    accelerator = ac.make_accelerator(cfg.mixed_precision)
+    cards = [ac.load_card(name) for name in (*cfg.cards, *cfg.targets)]
+    check_names([card.name for card in cards])
+    data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
+    sources = {own.card.name: own for own in data[: len(cfg.cards)]}
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    grid = make_grid(
+        sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
+        shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget,
+    )  # fmt: skip
+    board = Board(cfg.out / "jobs", launch)
+    worker = Worker(grid, FeatureStore(ac.FeatureCache(cfg.cache), backbone, board.folder / "encoding"), accelerator)
+    asked = Asked(
+        protocol=cfg.protocol, backbone=" ".join(filter(None, (cfg.backbone, cfg.pretrained, backbone.digest[:12]))),
+        metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
+        give_advice="ladder" in cfg.methods, changes=changes,
+        search=f"{cfg.search_trials} trials per job" if budget else "",
+    )  # fmt: skip
+    if place.rank == 0:
+        write_yaml(cfg.out / "config.yaml", asdict(cfg))
+
+    first = place.rank == 0
+    progress = Progress(grid.jobs, board, metric=cfg.metric, processes=place.size, show=first)
+    stopped = False
+    try:
+        with progress:
+            run_jobs(grid.jobs, worker.run, board, progress, wait=first)
+    except KeyboardInterrupt:
+        stopped = True  # what is there is shown
+    if not first:
+        return 0  # process 0 tells
+    failures = [failure for job in grid.jobs if (failure := board.failure(job.key))]
+    results = [result for job in grid.jobs if (result := board.result(job.key))]
+    said = write_output(cfg.out, results, failures, asked)
+    for sentence in said:
+        print(f"- {sentence}")
+    for failure in failures:
+        print(f"failed: {failure['job']}: {failure['error']}: {failure['message']}")
+    print(f"{len(results)} of {len(grid.jobs)} jobs: {cfg.out}/index.html, tables.md, tables.tex, results.csv, curves")
+    if stopped:
+        print("stopped by Ctrl-C: the same command goes on with the jobs that are left")
+    return 130 if stopped else 1 if failures else 0
+
+
+def check(cfg: Config) -> None:
+    """Raises ConfigError for what a program, unlike the command line, can get wrong, and for an empty grid."""
+    if cfg.protocol not in PROTOCOLS:
+        raise ConfigError(f"no protocol {cfg.protocol!r}. {did_you_mean(cfg.protocol, PROTOCOLS)}")
+    if cfg.baseline not in METHODS:
+        raise ConfigError(f"no method {cfg.baseline!r} for --baseline. {did_you_mean(cfg.baseline, METHODS)}")
+    check_targets(cfg.protocol, cfg.targets)
+    for name in ("cards", "shots", "seeds"):
+        values = getattr(cfg, name)
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"--{name} needs one value or more, each once; got {values or 'none'}")
+    if cfg.threads < 1 or cfg.search_trials < 0:
+        raise ConfigError(f"threads must be 1 or more and search_trials 0 or more: {cfg.threads}, {cfg.search_trials}")
+
+
+if __name__ == "__main__":
+    ac.launch(main, Config)

@@ -1,0 +1,122 @@
+"""Artifacts of every method on small models with random weights, saved as a recipe saves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from adaptclip.adapters import ADAPTERS
+from adaptclip.artifact import save_artifact
+from adaptclip.backbone import ClipBackbone
+from adaptclip.gates import check_gates
+from adaptclip.reports.summary import build_report
+from adaptclip.types import Features, GateRule, Predictions
+
+TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+_TIMM = {"timm_model_pretrained": False}
+
+IMAGE_TOWERS: dict[str, dict[str, Any]] = {
+    "vit": {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
+    },
+    "resnet": {
+        "embed_dim": 48,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "patch_size": None},
+    },
+    "convnext": {
+        "embed_dim": 48,
+        "vision_cfg": _TIMM
+        | {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64},
+    },
+    "siglip": {
+        "embed_dim": 192,
+        "custom_text": True,
+        "vision_cfg": _TIMM
+        | {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none", "image_size": 224},
+    },
+    "eva02": {
+        "embed_dim": 192,
+        "custom_text": True,
+        "vision_cfg": _TIMM
+        | {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None, "image_size": 224},
+    },
+    "mobileclip": {
+        "embed_dim": 48,
+        "custom_text": True,
+        "vision_cfg": _TIMM
+        | {"timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
+    },
+    "coca": {
+        "embed_dim": 48,
+        "custom_text": True,
+        "multimodal_cfg": {"context_length": 32, "width": 32, "heads": 2, "layers": 1},
+        "vision_cfg": {
+            "image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2, "attentional_pool": True,
+            "attn_pooler_heads": 4, "output_tokens": True,
+        },
+    },
+}  # fmt: skip
+"""Kind of image tower -> configuration of a small open_clip model that has one."""
+
+
+def write_checkpoint(folder: Path, kind: str, *, resize_mode: str = "shortest") -> Path:
+    """Writes a `local-dir:` folder of a small model with random weights and returns it."""
+    config: dict[str, Any] = {**IMAGE_TOWERS[kind], "text_cfg": dict(TEXT)}
+    if "multimodal_cfg" in config:
+        config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    arguments = {key: value for key, value in config.items() if key != "custom_text"}
+    cls = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CLIP
+    cls = open_clip.CustomTextCLIP if cls is open_clip.CLIP and config.get("custom_text") else cls
+    folder.mkdir(parents=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = cls(**json.loads(json.dumps(arguments)))
+    # A captioning decoder leaves one of its tensors as the memory was.
+    state = {key: value.nan_to_num(0, 0, 0).contiguous().clone() for key, value in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bicubic"}
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess | {"resize_mode": resize_mode}})
+    (folder / "open_clip_config.json").write_text(text)
+    return folder
+
+
+def train_a_little(adapter: Any, method: str, backbone: ClipBackbone, num_classes: int) -> None:
+    """Moves an adapter away from where it starts, so that an export of the start would be seen."""
+    draw = torch.Generator().manual_seed(5)
+    labels = torch.arange(num_classes).repeat(3)
+    rows = torch.nn.functional.normalize(torch.randn(1, len(labels), backbone.embed_dim, generator=draw), dim=-1)
+    features = Features(rows, labels, tuple(map(str, range(len(labels)))), backbone.digest)
+    if method == "linear_probe" and adapter.head == "logistic":
+        adapter.fit(features, c=10.0)
+    elif method == "linear_probe":
+        adapter.fit(features, **({} if adapter.head == "lp++" else {"lr": 0.1}), epochs=3)
+    elif hasattr(adapter, "fit"):
+        adapter.fit(features)
+    with torch.no_grad():
+        for parameter in adapter.trainable_parameters() if method != "linear_probe" else []:
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+
+
+def save(folder: Path, method: str, backbone: ClipBackbone, data: Any, *, max_ece: float = 0.0, **settings: Any) -> Any:
+    """Saves an artifact of a slightly trained adapter and returns the adapter; `max_ece` is its only gate."""
+    adapter = ADAPTERS[method](backbone, data.prompt_names, **settings)
+    train_a_little(adapter, method, backbone, len(data.class_names))
+    n, classes = 200, len(data.class_names)
+    labels = np.arange(n) % classes
+    probs = np.full((n, classes), 0.05 / (classes - 1), np.float32)
+    probs[np.arange(n), labels] = 0.95
+    predictions = Predictions(tuple(map(str, range(n))), labels, probs, data.class_names)
+    rules: Sequence[GateRule] = [GateRule(metric="ece", at_most=max_ece)] if max_ece else []
+    save_artifact(
+        folder, adapter, backbone, data, None, method=method, report=build_report(predictions),
+        verdicts=check_gates(predictions, None, rules),
+    )  # fmt: skip
+    return adapter.eval()

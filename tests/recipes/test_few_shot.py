@@ -1,0 +1,248 @@
+"""The bench as a user runs it: killed and started again, two processes, a folder of images, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+from recipe_files import ROOT, load_recipe
+from tiny_clip import write_tiny_checkpoint
+
+from adaptclip.errors import AdaptclipError
+from adaptclip.experiments.methods import METHODS, Method
+from adaptclip.experiments.summary import TIMES
+from adaptclip.storage import read_parquet
+
+CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+METHODS_HERE = ("zero-shot", "ss-text", "gda", "tip-f", "coop")
+SHORT = ("coop.epochs=20", "coop.views=2", "gda.views=2", "tip-f.views=2", "tip-f.epochs=5")
+
+recipe = load_recipe("few_shot")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A user's folder: one folder per class, nothing else."""
+    folder = tmp_path_factory.mktemp("mine") / "my_images"
+    colours = {"red": (200, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 200), "grey_stone": (120, 120, 120)}
+    for number, (name, colour) in enumerate(colours.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(24):
+            noise = Image.effect_noise((40, 36), 30 + 5 * i + number).convert("RGB")
+            Image.blend(noise, Image.new("RGB", noise.size, colour), 0.4).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def cfg(tiny, images, tmp_path):
+    return recipe.Config(
+        cards=(str(images),), backbone=tiny, methods=METHODS_HERE, shots=(1, 2, 4), seeds=(1, 2), settings=SHORT,
+        cache=tmp_path / "cache", out=tmp_path / "run",
+    )  # fmt: skip
+
+
+def command(cfg, *launcher) -> list[str]:
+    flags = []
+    for name in ("cards", "methods", "shots", "seeds", "settings", "backbone", "cache", "out"):
+        value = getattr(cfg, name)
+        flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return [sys.executable, *launcher, str(ROOT / "recipes" / "few_shot.py"), *flags]
+
+
+def rows(out: Path) -> list[dict]:
+    table, _ = read_parquet(out / "results.parquet")
+    return table.drop_columns(list(TIMES)).to_pylist()
+
+
+def same_results(a: Path, b: Path) -> None:
+    assert rows(a) == rows(b)
+    for name in ("tables.md", "tables.tex", "curves_my_images.svg"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, images, tmp_path_factory):
+    """The whole grid in one process, with a cache of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert recipe.main(
+        recipe.Config(
+            cards=(str(images),), backbone=tiny, methods=METHODS_HERE, shots=(1, 2, 4), seeds=(1, 2), settings=SHORT,
+            cache=folder / "cache", out=folder / "run",
+        )
+    ) == 0  # fmt: skip
+    return folder / "run"
+
+
+def test_a_users_folder_gives_tables_curves_and_a_page(undisturbed):
+    found = rows(undisturbed)
+    assert len(found) == 30
+    assert {row["card"] for row in found} == {"my_images"}
+    best = max(row["accuracy"] for row in found if row["shots"] == 4)
+    chance = next(row["accuracy"] for row in found if row["method"] == "zero-shot")
+    assert best > chance + 0.2  # even a random tower tells colours apart
+    names = {p.name for p in undisturbed.iterdir()}
+    expected = {"index.html", "tables.md", "tables.tex", "costs.md", "results.csv", "results.parquet", "config.yaml"}
+    assert {*expected, "curves_my_images.svg", "curves_my_images.png"} <= names
+    page = (undisturbed / "tables.md").read_text()
+    assert "at most min(shots, 4) images per class" in page
+    assert "used by gda, tip-f" in page
+    assert "Settings other than published: coop.epochs=20" in page
+    assert "No published number fits" in page
+
+
+def test_the_same_command_again_does_nothing_twice_and_more_seeds_add(cfg, undisturbed):
+    jobs = undisturbed / "jobs"
+    before = {p.name: p.stat().st_mtime_ns for p in jobs.glob("*.json")}
+    assert len(before) == 30
+    again = replace(cfg, out=undisturbed, cache=undisturbed.parent / "cache")
+    assert recipe.main(again) == 0
+    assert {p.name: p.stat().st_mtime_ns for p in jobs.glob("*.json")} == before
+    more = replace(again, seeds=(1, 2, 3), methods=("zero-shot", "ss-text"), settings=())
+    assert recipe.main(more) == 0
+    assert len(list(jobs.glob("*.json"))) == 30 + 6
+    assert len(rows(undisturbed)) == 18
+    assert recipe.main(again) == 0
+    assert len(rows(undisturbed)) == 30
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_ends_with_the_same_table(cfg, undisturbed):
+    jobs = cfg.out / "jobs"
+    process = subprocess.Popen(command(cfg), env=CPU, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while len(list(jobs.glob("*.json"))) < 20 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {p.name: p.read_bytes() for p in jobs.glob("*.json")}
+    assert 20 <= len(kept) < 30
+    result = subprocess.run(command(cfg), env=CPU, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"30 jobs, {len(kept)} of them done before" in result.stdout
+    assert {name: (jobs / name).read_bytes() for name in kept} == kept
+    same_results(cfg.out, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_jobs_and_give_the_same_table(cfg, undisturbed):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    env = {**CPU, "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command(cfg, *launcher), env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    same_results(cfg.out, undisturbed)
+    done = [line for line in result.stdout.splitlines() if line.startswith("[")]
+    assert len(done) == 30  # one process tells, of both
+    assert len(list((cfg.out / "jobs").glob("*.json"))) == 30
+
+
+def test_a_failed_job_is_listed_and_the_exit_code_tells(cfg, monkeypatch, capsys):
+    def broken(support):
+        if support.shots == 2:
+            raise RuntimeError("out of luck")
+        return METHODS["zero-shot"].fit(support)
+
+    monkeypatch.setitem(METHODS, "ss-text", Method(broken, 2))
+    cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
+    assert recipe.main(cfg) == 1
+    said = capsys.readouterr().out
+    assert "6 of 8 jobs" in said
+    assert "failed: my_images, ss-text, 2 shots, seed 1: RuntimeError: out of luck" in said
+    assert "out of luck" in (cfg.out / "index.html").read_text()
+    monkeypatch.undo()
+    assert recipe.main(cfg) == 0
+    assert len(rows(cfg.out)) == 8
+
+
+def test_ctrl_c_shows_what_is_there_and_the_same_command_goes_on(cfg, monkeypatch, capsys):
+    def stopped(support):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "ss-text", Method(stopped, 2))
+    cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
+    assert recipe.main(cfg) == 130
+    assert "4 of 8 jobs" in capsys.readouterr().out
+    assert len(rows(cfg.out)) == 4
+    monkeypatch.undo()
+    assert recipe.main(cfg) == 0
+    assert len(rows(cfg.out)) == 8
+
+
+def test_the_ladder_ends_with_advice(cfg, capsys):
+    changes = ("coop.epochs=3", "coop.views=1", "lora.steps=3", "lora.lr=1e-2", "clap.epochs=5", "lp++.epochs=5")
+    cfg = replace(cfg, methods=("ladder",), settings=changes, shots=(2,))
+    assert recipe.main(cfg) == 0
+    said = capsys.readouterr().out
+    assert "- my_images, 2 shots (accuracy): " in said
+    assert " is best with " in said
+    assert len({row["method"] for row in rows(cfg.out)}) == sum(method.ladder for method in METHODS.values())
+    assert "## Advice" in (cfg.out / "costs.md").read_text()
+
+
+@pytest.mark.parametrize("protocol", ["base-to-new", "imbalanced", "missing-class", "domain-shift", "cross-dataset"])
+def test_every_protocol_runs(cfg, protocol, images):
+    takes = protocol in ("domain-shift", "cross-dataset")
+    cfg = replace(cfg, protocol=protocol, methods=("zero-shot", "coop"), settings=("coop.epochs=2", "coop.views=1"))
+    if takes:
+        # The same pictures under another name: a shift of nothing.
+        other = images.parent / "others"
+        if not other.exists():
+            shutil.copytree(images, other)
+        cfg = replace(cfg, targets=(str(other),))
+    cfg = replace(cfg, shots=(4,), seeds=(1,))
+    assert recipe.main(cfg) == 0
+    found = {(row["method"], row["target"]): row for row in rows(cfg.out)}
+    targets = {target for _, target in found}
+    if takes:
+        assert targets == {"my_images", "others"}
+        assert found["coop", "my_images"]["accuracy"] == found["coop", "others"]["accuracy"]
+    else:
+        assert len(targets) == (4 if protocol == "missing-class" else 3)
+    record = json.loads(next((cfg.out / "jobs").glob("*.json")).read_text())
+    assert record["job"]["protocol"] == protocol
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("gdaa",)}, 'Did you mean "gda"'),
+        ({"protocol": "base-to-news"}, 'Did you mean "base-to-new"'),
+        ({"protocol": "base-to-new"}, "new class names"),
+        ({"protocol": "domain-shift"}, "--targets"),
+        ({"baseline": "zeroshot"}, 'Did you mean "zero-shot"'),
+        ({"settings": ("coop.epoch=3",)}, 'Did you mean "epochs"'),
+        ({"shots": (1, 1)}, "each once"),
+        ({"seeds": ()}, "one value or more"),
+        ({"search_trials": 1}, "two trials"),
+        ({"threads": 0}, "threads"),
+        ({"cards": ("digit",), "settings": ()}, 'Did you mean "digits"'),
+        ({"cards": ("digits", str(ROOT / "data_cards" / "digits.md"))}, "two cards are called digits"),
+    ],
+)
+def test_wrong_input_is_said_before_anything_runs(cfg, changes, message):
+    with pytest.raises(AdaptclipError, match=message):
+        recipe.main(replace(cfg, **changes))
+    assert not (cfg.out / "jobs").exists()

@@ -1,0 +1,225 @@
+"""Every method on every kind of model trains, its artifact loads equal and predicts; or it says why it cannot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_kinds import KINDS, MORE_KINDS, write_kind
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip import artifact
+from adaptclip.adapters import ADAPTERS, ContrastiveTuning, TwoStage
+from adaptclip.artifact import load, save_artifact
+from adaptclip.backbone import ClipBackbone, load_backbone
+from adaptclip.backbone.saving import save_open_clip
+from adaptclip.data.card import load_card
+from adaptclip.data.dataset import DomainData
+from adaptclip.data.sources import open_data
+from adaptclip.errors import BackboneError, ConfigError
+from adaptclip.reports.summary import build_report
+from adaptclip.types import Batch, Features, Predictions
+
+METHODS = (*ADAPTERS, "contrastive")
+PAIRS = [(kind, method) for kind in KINDS for method in METHODS]
+NUM_PAIRS = 120
+"""12 kinds times 10 methods; nothing is left out."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "coop": {"n_ctx": 3},
+    "cocoop": {"n_ctx": 2, "ctx_init": ""},
+    "lora": {"dropout": 0.1},
+    "tip_adapter": {"learn_keys": True},
+}
+"""Settings of a method that differ from its defaults."""
+
+IMPOSSIBLE = [
+    ("BiomedCLIP", "lora", {"projections": ["q"]}, r"blocks\.0\.attn\.qkv computes k, q, v in one layer"),
+    ("ViT-B-16", "lora", {"projections": ["conv"]}, r"image tower has no 1x1 convolutions"),
+    ("convnext_base", "lora", {"targets": ["qkv"], "towers": "image"}, r"no layer of the image tower ends in 'qkv'"),
+    ("ViT-B-16", "contrastive", {"loss": "siglip"}, r"has no logit bias, which the sigmoid loss needs"),
+    ("ViT-B-16-SigLIP", "coop", {"n_ctx": 62}, r"does not fit beside 62 context tokens in a text tower of 64"),
+    ("BiomedCLIP", "coop", {"n_ctx": 46}, r"does not fit beside 46 context tokens in a text tower of 48"),
+]
+"""Kind, method, settings and the error that says at once, before any training, why they do not go together."""
+
+RAN: set[tuple[str, str]] = set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> DomainData:
+    return open_data(load_card("digits"), check=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, ClipBackbone]:
+    """Every kind, loaded when it is first asked for; its bundle stays for reloading."""
+
+    class Models(dict):
+        def __missing__(self, name: str) -> ClipBackbone:
+            folder = tmp_path_factory.mktemp("kinds") / "model"
+            self[name] = load_backbone(f"local-dir:{write_kind(folder, {**KINDS, **MORE_KINDS}[name])}")
+            return self[name]
+
+    return Models()
+
+
+@pytest.fixture
+def known_backbones(monkeypatch, models) -> None:
+    """Loading an artifact takes a model that was loaded before; that bundles load the same is tested by themselves."""
+    by_name = {backbone.name: backbone for backbone in models.values()}
+    monkeypatch.setattr(artifact, "load_backbone", lambda name, *_, **__: by_name[name])
+
+
+def pixels(backbone: ClipBackbone, data: DomainData, count: int = 10) -> Batch:
+    images = torch.stack([backbone.transform(data.test.image(i)) for i in range(count)])
+    return Batch(labels=torch.from_numpy(data.test.labels[:count]), index=torch.arange(count), images=images)
+
+
+def with_features(encoder: ClipBackbone, batch: Batch) -> Batch:
+    assert batch.images is not None
+    with torch.no_grad():
+        return Batch(labels=batch.labels, index=batch.index, features=encoder.encode_image(batch.images))
+
+
+def train_two_steps(adapter: Any, batch: Batch, loss_of: Any) -> None:
+    """Two steps, after which every tensor that learns has had a gradient that is finite and not zero."""
+    parameters = adapter.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    before = [p.detach().clone() for p in parameters]
+    adapter.train()
+    seen = [0.0] * len(parameters)
+    for step in range(2):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        loss_of(adapter, batch).backward()
+        for i, parameter in enumerate(parameters):
+            assert parameter.grad is not None, f"parameter {i} of shape {tuple(parameter.shape)} has no gradient"
+            assert torch.isfinite(parameter.grad).all()
+            seen[i] += float(parameter.grad.abs().sum())
+        optimizer.step()
+    names = {id(p): name for name, p in adapter.named_parameters()} if isinstance(adapter, nn.Module) else {}
+    missed = [names.get(id(p), i) for i, (p, total) in enumerate(zip(parameters, seen, strict=True)) if not total]
+    assert not missed, f"no gradient reaches {missed}"
+    assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    adapter.eval()
+
+
+def classification_loss(adapter: Any, batch: Batch) -> Tensor:
+    return F.cross_entropy(adapter(batch), batch.labels) + adapter.penalty()
+
+
+def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images: Batch) -> Any:
+    """An adapter trained the way its recipe does."""
+    adapter: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}))
+    if isinstance(adapter, TwoStage):
+        train_two_steps(adapter.lora.requires_grad_(True), images, classification_loss)
+        trained = adapter.lora
+        trained.requires_grad_(False)
+        adapter = TwoStage(backbone, data.prompt_names, lora=trained)
+    batch = images if adapter.consumes == "pixels" else with_features(adapter.encoder, images)
+    if hasattr(adapter, "fit"):
+        assert batch.features is not None
+        ids = tuple(map(str, range(len(batch.labels))))
+        features = Features(batch.features[None], batch.labels, ids, weights=backbone.image_digest)
+        adapter.fit(features, **({"c": 1.0} if method == "linear_probe" else {}))
+    if any(p.requires_grad for p in adapter.trainable_parameters()):
+        train_two_steps(adapter, batch, classification_loss)
+    return adapter.eval()
+
+
+@pytest.mark.parametrize(("kind", "method"), PAIRS, ids=lambda value: value)
+def test_a_method_on_a_kind(kind, method, models, digits, tmp_path, request):
+    backbone = models[kind]
+    images = pixels(backbone, digits)
+    if method == "contrastive":
+        check_contrastive(backbone, images, tmp_path)
+    else:
+        adapter = make_and_train(method, backbone, digits, images)
+        request.getfixturevalue("known_backbones")
+        check_artifact(method, adapter, backbone, digits, images, tmp_path / "artifact")
+    RAN.add((kind, method))
+
+
+def check_artifact(
+    method: str, adapter: Any, backbone: ClipBackbone, data: DomainData, images: Batch, folder: Path
+) -> None:
+    """What is saved loads equal and predicts the same from pictures."""
+    probs = np.full((20, 10), 0.1, np.float32)
+    predictions = Predictions(tuple(map(str, range(20))), np.arange(20) % 10, probs, data.class_names)
+    report = build_report(predictions)
+    save_artifact(folder, adapter, backbone, data, None, method=method, report=report, verdicts=[])
+    loaded = load(folder)
+    state, again = adapter.adapter_state(), loaded.adapter.adapter_state()
+    assert state
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[name].cpu(), again[name].cpu()) for name in state)
+    with torch.no_grad():
+        expected = adapter(with_features(adapter.encoder, images)).softmax(dim=1)
+    pictures = [data.test.image(i) for i in range(4)]
+    torch.testing.assert_close(loaded.probabilities(pictures), expected[:4], atol=1e-5, rtol=0)
+    found = loaded.predict(pictures)
+    assert [p.label for p in found] == [data.class_names[i] for i in expected[:4].argmax(dim=1).tolist()]
+
+
+def check_contrastive(backbone: ClipBackbone, images: Batch, folder: Path) -> None:
+    """LoRA on both towers by pairs; what is saved is a stock checkpoint that loads equal."""
+    texts = [f"a photo of a {name}." for name in ("rose", "blue whale", "fox", "lily", "wombat")] * 2
+    batch = Batch(labels=images.labels, index=images.index, images=images.images, tokens=backbone.tokenize(texts))
+    tuning = ContrastiveTuning(backbone, how="lora")
+    train_two_steps(tuning, batch, lambda adapter, own: adapter(own))
+    save_open_clip(folder / "tuned", tuning.tuned_state(), backbone)
+    loaded = load_backbone(f"local-dir:{folder / 'tuned'}")
+    assert batch.images is not None
+    assert batch.tokens is not None
+    with torch.no_grad():
+        expected = F.normalize(tuning.model.encode_image(batch.images), dim=-1)
+        torch.testing.assert_close(loaded.encode_image(batch.images), expected, atol=1e-5, rtol=0)
+        expected = F.normalize(tuning.model.encode_text(batch.tokens), dim=-1)
+        torch.testing.assert_close(loaded.encode_text(batch.tokens), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["coca_ViT-B-32", "BiomedCLIP", "MobileCLIP-S1", "RN50"])
+def test_full_tuning_reaches_every_tensor(kind, models, digits):
+    backbone = models[kind]
+    images = pixels(backbone, digits)
+    tokens = backbone.tokenize([f"a photo of a {name}." for name in ("rose", "whale", "fox", "lily", "wombat")] * 2)
+    batch = Batch(labels=images.labels, index=images.index, images=images.images, tokens=tokens)
+    tuning = ContrastiveTuning(backbone, how="full")
+    assert len(tuning.trainable_parameters()) > 40
+    for _ in range(2):
+        tuning(batch).backward()
+    missed = [name for name in tuning.learned if dict(tuning.model.named_parameters())[name].grad is None]
+    assert not missed
+
+
+@pytest.mark.parametrize(("kind", "method", "settings", "message"), IMPOSSIBLE)
+def test_what_does_not_go_together_says_so_at_once(kind, method, settings, message, models, digits):
+    names = () if method == "contrastive" else (digits.prompt_names,)
+    make = ContrastiveTuning if method == "contrastive" else ADAPTERS[method]
+    with pytest.raises((BackboneError, ConfigError), match=message):
+        make(models[kind], *names, **settings)
+
+
+def test_every_pair_ran(request, capsys):
+    chosen = {item.callspec.id for item in request.session.items if item.originalname == "test_a_method_on_a_kind"}
+    if len(chosen) != len(PAIRS):
+        pytest.skip(f"only {len(chosen)} of {len(PAIRS)} pairs were chosen")
+    told = f"matrix: {len(RAN)} pairs of {len(KINDS)} kinds and {len(METHODS)} methods ran"
+    with capsys.disabled():
+        sys.stdout.write(f"\n{told}; {len(IMPOSSIBLE)} impossible settings were refused\n")
+    assert len(RAN) == len(PAIRS) == NUM_PAIRS

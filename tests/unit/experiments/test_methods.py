@@ -1,0 +1,276 @@
+"""Every method of the bench does what its recipe does; settings, new names and searches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from recipe_files import load_recipe
+from tiny_clip import write_tiny_checkpoint
+
+import adaptclip as ac
+from adaptclip.data.base_new import base_and_new
+from adaptclip.data.dataset import DomainData
+from adaptclip.errors import ConfigError
+from adaptclip.evaluation.metrics import ece
+from adaptclip.experiments import store as store_module
+from adaptclip.experiments.jobs import Grid, Worker, make_grid
+from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
+from adaptclip.experiments.search import Budget
+from adaptclip.experiments.store import FeatureStore
+from adaptclip.types import Predictions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data() -> DomainData:
+    return ac.open_data(ac.load_card("digits"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def make_worker(data, tiny, cache, tmp_path_factory):
+    backbone = ac.load_backbone(tiny)
+
+    def make(changes=(), methods=tuple(METHODS), *, protocol="all-classes", shots=(2,), seeds=(1,), budget=None):
+        settings = read_settings(changes, methods)
+        grid = make_grid(
+            {"digits": data},
+            [],
+            backbone,
+            protocol=protocol,
+            settings=settings,
+            shots=shots,
+            seeds=seeds,
+            budget=budget,
+        )
+        store = FeatureStore(ac.FeatureCache(cache), backbone, tmp_path_factory.mktemp("locks"))
+        return Worker(grid, store, ac.make_accelerator())
+
+    return make
+
+
+def run(worker: Worker, method: str) -> dict[str, Any]:
+    return worker.run(next(job for job in worker.grid.jobs if job.method == method))
+
+
+RECIPES = {
+    "zero-shot": ("zero_shot", {}, ()),
+    "logistic": ("linear_probe", {"head": "logistic"}, ()),
+    "lp++": ("linear_probe", {"head": "lp++", "epochs": 20}, ("lp++.epochs=20",)),
+    "text-init": ("linear_probe", {"head": "text-init", "epochs": 20, "views": 2},
+                  ("text-init.epochs=20", "text-init.views=2")),
+    "clap": ("linear_probe", {"head": "clap", "epochs": 20, "views": 2}, ("clap.epochs=20", "clap.views=2")),
+    "tip": ("tip_adapter", {"variant": "tip", "views": 2}, ("tip.views=2",)),
+    "tip-f": ("tip_adapter", {"variant": "tip-f", "views": 2}, ("tip-f.views=2",)),
+    "gda": ("tip_adapter", {"variant": "gda", "views": 2}, ("gda.views=2",)),
+    "ss-text": ("tip_adapter", {"variant": "ss-text"}, ()),
+    "coop": ("coop", {"epochs": 4, "views": 2}, ("coop.epochs=4", "coop.views=2")),
+    "kgcoop": ("coop", {"epochs": 4, "views": 2, "kg_weight": 8.0, "ctx_init": "a photo of a", "batch_size": 128},
+               ("kgcoop.epochs=4", "kgcoop.views=2")),
+    # Without dropout, whose draws come after other draws in a process that also loads its backbone.
+    "lora": ("lora", {"steps": 4, "lr": 1e-2, "dropout": 0.0}, ("lora.steps=4", "lora.lr=1e-2", "lora.dropout=0")),
+    "two-stage": ("two_stage", {"steps": 5, "lr": 1e-2, "head_lr": 1e-2, "views": 2, "dropout": 0.0},
+                  ("two-stage.steps=5", "two-stage.lr=1e-2", "two-stage.head_lr=1e-2", "two-stage.views=2",
+                   "two-stage.dropout=0")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_method_gives_what_its_recipe_gives(method, make_worker, tiny, cache, tmp_path):
+    name, config, changes = RECIPES[method]
+    recipe = load_recipe(name)
+    cfg = recipe.Config(backbone=tiny, gates="report", cache=cache, out=tmp_path / "run", **config)
+    if name != "zero_shot":
+        cfg = replace(cfg, shots=2)
+    recipe.main(cfg)
+    expected = Predictions.load(tmp_path / "run" / "predictions.parquet")
+    found = run(make_worker(changes, (method,)), method)
+    own = found["judged"]["test"]
+    assert own["n"] == len(expected)
+    assert own["accuracy"] == (expected.pred == expected.labels).mean()
+    assert own["ece"] == pytest.approx(ece(expected.probs, expected.labels), abs=1e-4)
+    if name != "zero_shot":
+        assert found["trainable_parameters"] >= 0
+        assert (found["train_images"], found["validation_images"]) == (20, 20)
+    assert METHODS[method].learns == (method != "zero-shot")
+
+
+def test_ensembles_average_more_prompts(make_worker):
+    worker = make_worker(methods=("zero-shot", "ensemble"))
+    adapter: Any = METHODS["ensemble"].fit(worker.support(worker.grid.jobs[0])).adapter
+    assert len(adapter.templates) == len({*ac.load_card("digits").templates}) + 7
+    assert run(worker, "ensemble")["judged"]["test"]["ece"] != run(worker, "zero-shot")["judged"]["test"]["ece"]
+
+
+def test_new_classes_are_judged_by_their_names(make_worker, data):
+    changes = ("coop.epochs=3", "coop.views=1", "lora.steps=2", "lora.lr=1e-2")
+    worker = make_worker(changes, ("zero-shot", "coop", "lora"), protocol="base-to-new")
+    base, new = base_and_new(data)
+    for method in ("zero-shot", "coop", "lora"):
+        found = run(worker, method)["judged"]
+        assert (found["base"]["n"], found["new"]["n"]) == (len(base.test), len(new.test))
+        b, n = found["base"]["accuracy"], found["new"]["accuracy"]
+        assert found["harmonic mean"]["accuracy"] == pytest.approx(2 * b * n / (b + n) if b + n else 0)
+    # Zero-shot again, without the bench.
+    backbone = worker.store.backbone
+    features = ac.FeatureCache(None).get(backbone, new.test)
+    own = ac.predict(ac.ZeroShotClassifier(backbone, new.prompt_names, new.card.templates), features, new.test)
+    assert run(worker, "zero-shot")["judged"]["new"]["accuracy"] == (own.pred == own.labels).mean()
+    # CoOp's context is what goes over to the new names.
+    job = next(job for job in worker.grid.jobs if job.method == "coop")
+    adapter: Any = METHODS["coop"].fit(worker.support(job), **job.settings).adapter
+    rename = METHODS["coop"].rename
+    assert rename is not None
+    moved: Any = rename(adapter, new.prompt_names, ())
+    assert torch.equal(moved.context, adapter.context)
+    assert moved.class_names == tuple(new.prompt_names)
+
+
+def test_every_job_of_a_grid_has_a_key_of_its_own_that_knows_what_matters(make_worker, data):
+    def keys(grid: Grid) -> set[str]:
+        return {job.key for job in grid.jobs}
+
+    methods = ("gda", "coop")
+    one = make_worker(methods=methods, shots=(1, 2), seeds=(1, 2)).grid
+    assert len(keys(one)) == len(one.jobs) == 8
+    assert keys(make_worker(methods=("coop", "gda"), shots=(2, 1), seeds=(2, 1)).grid) == keys(one)
+    assert keys(make_worker(methods=("gda",), shots=(1,), seeds=(1,)).grid) < keys(one)
+    for other in (
+        make_worker(("coop.lr=0.01",), ("coop",), shots=(1, 2)),
+        make_worker(methods=("coop",), shots=(1, 2), budget=Budget(3)),
+        make_worker(methods=("coop",), shots=(1, 2), protocol="missing-class"),
+    ):
+        assert not keys(other.grid) & keys(one)
+    assert [job.method for job in one.jobs] == ["gda"] * 4 + ["coop"] * 4  # cheap before dear, few shots first
+    assert [job.shots for job in one.jobs[:4]] == [1, 1, 2, 2]
+
+
+# Settings and names
+
+
+def test_settings_are_read_and_wrong_ones_refused():
+    settings = read_settings(("coop.epochs=7", "tip-f.lr=0.5"), ("coop", "tip-f"))
+    assert settings["coop"] == {**METHODS["coop"].settings(), "epochs": 7}
+    assert settings["tip-f"]["lr"] == 0.5
+    for text, message in (
+        ("coop.epoch=7", 'Did you mean "epochs"'),
+        ("cop.epochs=7", 'is no method. Did you mean "coop"'),
+        ("lora.steps=7", "does not run here"),
+        ("coop.epochs", "METHOD.SETTING=VALUE"),
+        ("coop.epochs=many", "should be int"),
+        ("tip-f.learn=1", "no setting"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_settings((text,), ("coop", "tip-f"))
+
+
+def test_methods_are_chosen_cheap_before_dear():
+    assert choose_methods(("coop", "gda", "coop"), new_names=False) == ("gda", "coop")
+    ladder = choose_methods(("ladder",), new_names=False)
+    assert ladder[:2] == ("zero-shot", "ensemble")
+    assert ladder[-2:] == ("coop", "lora")
+    assert "two-stage" in choose_methods(("ladder", "two-stage"), new_names=False)
+    assert choose_methods(("ladder",), new_names=True) == ("zero-shot", "ensemble", "coop", "lora")
+    with pytest.raises(ConfigError, match='Did you mean "kgcoop"'):
+        choose_methods(("kg-coop",), new_names=False)
+    with pytest.raises(ConfigError, match=r"gda has a weight for each class .* Methods that can: zero-shot"):
+        choose_methods(("gda",), new_names=True)
+    with pytest.raises(ConfigError, match="at least one"):
+        choose_methods((), new_names=False)
+
+
+# Search
+
+
+def test_a_search_takes_the_best_on_validation_images_and_tells_all(make_worker):
+    budget = Budget(4)
+    worker = make_worker(("clap.epochs=5", "clap.views=1"), ("clap", "gda"), budget=budget)
+    found = run(worker, "clap")
+    trials = found["search"]["trials"]
+    assert len(trials) == 4
+    assert trials[0]["settings"] == {"lr": 0.0, "clap_weight": -1.0}  # as published
+    best = max(trials, key=lambda t: t["right"] - t["loss"] / (1 + t["loss"]))
+    assert {name: found["chosen"][name] for name in ("lr", "clap_weight")} == best["settings"] or best is trials[0]
+    assert found["search"]["images"] == found["validation_images"] == 20
+    assert found["validation_used_for"].startswith("choosing lr, clap_weight among 4 settings")
+    assert run(worker, "clap")["search"]["trials"] == trials
+    assert run(worker, "gda")["search"] is None  # nothing to search
+    # The settings that were chosen give the same adapter without a search.
+    if best is not trials[0]:
+        fixed = tuple(f"clap.{name}={value!r}" for name, value in best["settings"].items())
+        alone = run(make_worker((*fixed, "clap.epochs=5", "clap.views=1"), ("clap",)), "clap")
+        assert alone["judged"] == found["judged"]
+
+
+def test_a_search_has_limits():
+    with pytest.raises(ConfigError, match="two trials or more"):
+        Budget(1)
+    with pytest.raises(ConfigError, match="0 seconds or more"):
+        Budget(3, -1.0)
+
+
+def test_a_search_stops_in_time_and_needs_validation_images(make_worker, data):
+    worker = make_worker(("coop.epochs=2", "coop.views=1"), ("coop",), budget=Budget(50, 1e-9))
+    assert len(run(worker, "coop")["search"]["trials"]) == 1
+    support = worker.support(worker.grid.jobs[0])
+    nothing = replace(support, held_out=support.held_out.select([]))
+    from adaptclip.experiments.search import search
+
+    with pytest.raises(ConfigError, match="no validation images"):
+        search(METHODS["coop"], nothing, METHODS["coop"].settings(), Budget(3))
+
+
+# The shared features
+
+
+def test_the_store_reads_each_picture_once_and_in_the_same_parts(make_worker, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(store_module, "SHARD_ROWS", 64)
+    worker = make_worker()
+    backbone, pool = worker.store.backbone, data.train.select(range(200))
+    crop = ac.train_augment(backbone.image_size)
+    asked = []
+    get = ac.FeatureCache.get
+
+    def spy(self, backbone, dataset, **settings):
+        asked.append((len(dataset), settings["views"]))
+        return get(self, backbone, dataset, **settings)
+
+    monkeypatch.setattr(ac.FeatureCache, "get", spy)
+    store = FeatureStore(ac.FeatureCache(tmp_path / "c"), backbone, tmp_path / "locks")
+    some = pool.select([150, 3, 77])
+    found = store.get(some, pool, views=3, augment=crop)
+    assert asked == [(64, 3), (64, 3), (64, 3), (8, 3)]
+    fewer = store.get(pool.select([3]), pool, views=2, augment=crop)
+    assert len(asked) == 4  # in memory, and the first of more views
+    assert torch.equal(fewer.values[:, 0], found.values[:2, 1])
+    assert found.ids == some.ids
+    assert found.labels.tolist() == some.labels.tolist()
+    monkeypatch.undo()
+    alone = ac.FeatureCache(None).get(backbone, some, views=3, augment=crop)
+    torch.testing.assert_close(found.values, alone.values, atol=1e-5, rtol=0)
+    with pytest.raises(KeyError):
+        store.get(data.train.select([300]), pool)
+    empty = store.get(pool.select([]), pool.select([]))
+    assert empty.values.shape == (1, 0, backbone.embed_dim)
+    assert np.isfinite(found.values.numpy()).all()

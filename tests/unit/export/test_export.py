@@ -1,0 +1,259 @@
+"""What leaves the toolkit answers as the adapter does, by stock libraries alone, or is refused and not written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_artifacts import IMAGE_TOWERS, save, write_checkpoint
+from PIL import Image
+
+from adaptclip.adapters import ADAPTERS
+from adaptclip.artifact import load
+from adaptclip.backbone import load_backbone
+from adaptclip.data.card import load_card
+from adaptclip.data.sources import open_data
+from adaptclip.errors import ArtifactError, ConfigError, StorageError
+from adaptclip.export import FORMATS, classifier, export_artifact, onnx_graph, stock
+from adaptclip.export.checking import check_pictures
+from adaptclip.export.heads import HEADS, WITHOUT_HEAD
+from adaptclip.storage import read_tensors, write_tensors
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero_shot": ("zero_shot", {"templates": ["a photo of a {}.", "the digit {}."]}),
+    "coop": ("coop", {"n_ctx": 2}),
+    "logistic": ("linear_probe", {"head": "logistic"}),
+    "clap": ("linear_probe", {"head": "clap"}),
+    "lp++": ("linear_probe", {"head": "lp++"}),
+    "tip_adapter": ("tip_adapter", {"alpha": 2.0, "beta": 3.0, "num_keys": 30}),
+    "gda": ("gda", {"alpha": 0.5}),
+    "ss_text": ("ss_text", {}),
+    "lora": ("lora", {"templates": ["a photo of a {}.", "the digit {}."], "rank": 3}),
+    "dora": ("lora", {"dora": True, "scale": 0.5}),
+    "two_stage": ("two_stage", {}),
+    "cocoop": ("cocoop", {"n_ctx": 2, "ctx_init": ""}),
+}
+"""Name of a case -> method and settings; every method of ADAPTERS is among them."""
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_data(load_card("digits"), check=False)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return check_pictures()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, digits):
+    """`artifact(case)` is a folder with that case's artifact on a small ViT, made once."""
+    root = tmp_path_factory.mktemp("artifacts")
+    backbone = load_backbone(f"local-dir:{write_checkpoint(root / 'vit', 'vit')}")
+
+    def make(case: str) -> Path:
+        if not (root / case).exists():
+            method, settings = CASES[case]
+            save(root / case, method, backbone, digits, **settings)
+        return root / case
+
+    return make
+
+
+def test_every_method_is_either_exported_or_says_why_not():
+    assert {method for method, _ in CASES.values()} == set(ADAPTERS) == set(HEADS) | set(WITHOUT_HEAD)
+    assert not set(HEADS) & set(WITHOUT_HEAD)
+
+
+def run_example(folder: Path, picture: Image.Image) -> dict[str, Any]:
+    """Runs the Python block of an export's README where it stands, on a picture, and returns its names."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "adaptclip" not in code
+    assert len(code.splitlines()) <= 20
+    picture.save(folder / "image.png")
+    names: dict[str, Any] = {}
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code.replace("image.jpg", "image.png"), names)
+    finally:
+        os.chdir(here)
+    return {**names, "printed": printed.getvalue().strip()}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "cocoop"])
+def test_a_classifier_is_the_same_function(artifact, tmp_path, pictures, case):
+    found = export_artifact(artifact(case), "classifier", tmp_path / "out", pictures=pictures)
+    assert (found.num_pictures, found.same_label) == (len(pictures), len(pictures))
+    assert max(found.probabilities, found.cosines, found.features) < 1e-5
+    model = load(artifact(case))
+    # The head alone, on features of the live model, by the formula that the README states.
+    head = read_tensors(tmp_path / "out" / classifier.HEAD_FILE)
+    with torch.no_grad():
+        pixels = torch.stack([model.backbone.transform(p) for p in pictures[:3]])
+        features = model.adapter.encoder.encode_image(pixels)
+        logits = features @ head["weight"].T + head["bias"]
+        if "keys" in head:
+            near = (features[:, None] - head["keys"]).square().sum(-1) / 2  # 1 - cosine where both are unit norm
+            if case == "tip_adapter" and torch.allclose(head["keys"].norm(dim=1), torch.ones(30)):
+                logits = logits + torch.exp(-head["sharpness"] * near) @ head["votes"]
+    torch.testing.assert_close(logits.softmax(1), model.probabilities(pictures[:3]), atol=1e-5, rtol=0)
+    answer = run_example(tmp_path / "out", pictures[3])
+    expected = model.predict([pictures[3]])[0]
+    assert answer["printed"] == expected.label
+    assert float(answer["logits"].softmax(1).max()) == pytest.approx(expected.confidence, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["zero_shot", "lora", "dora"])
+def test_a_stock_checkpoint_is_the_same_function(artifact, tmp_path, pictures, case):
+    found = export_artifact(artifact(case), "open_clip", tmp_path / "out", pictures=pictures)
+    assert max(found.probabilities, found.cosines, found.features) < 1e-5
+    answer = run_example(tmp_path / "out", pictures[0])
+    expected = load(artifact(case)).predict([pictures[0]])[0]
+    assert answer["printed"] == expected.label
+    assert float(answer["logits"].softmax(1).max()) == pytest.approx(expected.confidence, abs=1e-5)
+    # It is a backbone as any other, and what was learnt is in it.
+    tuned = load_backbone(f"local-dir:{tmp_path / 'out'}")
+    assert (tuned.digest == load(artifact(case)).backbone.digest) == (case == "zero_shot")
+
+
+@pytest.mark.parametrize("case", ["lora", "tip_adapter", "logistic"])
+def test_a_graph_is_the_same_function(artifact, tmp_path, pictures, case):
+    onnx = pytest.importorskip("onnx")
+    found = export_artifact(artifact(case), "onnx", tmp_path / "out", pictures=pictures)
+    assert max(found.probabilities, found.cosines, found.features) < 1e-4
+    model = load(artifact(case))
+    answer = run_example(tmp_path / "out", pictures[13])  # not square
+    expected = model.predict([pictures[13]])[0]
+    assert answer["printed"] == expected.label
+    assert float(answer["probabilities"].max()) == pytest.approx(expected.confidence, abs=1e-4)
+    told = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert json.loads(told["class_names"]) == list(model.class_names)
+    assert json.loads(told["preprocessing"])["mean"] == model.backbone.transform_spec["mean"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IMAGE_TOWERS if kind != "vit"])
+def test_every_kind_of_image_tower_becomes_a_graph_and_a_classifier(tmp_path, digits, pictures, kind):
+    pytest.importorskip("onnxruntime")
+    backbone = load_backbone(f"local-dir:{write_checkpoint(tmp_path / kind, kind)}")
+    save(tmp_path / "artifact", "zero_shot", backbone, digits)
+    # The batches are of 1, 2 and 3 pictures: none of the sizes is baked in.
+    for to in ("onnx", "classifier") if kind in ("coca", "resnet", "convnext") else ("onnx",):
+        found = export_artifact(tmp_path / "artifact", to, tmp_path / to, pictures=pictures[10:16])
+        assert found.num_pictures == 6
+        assert max(found.probabilities, found.features) < FORMATS[to].tolerance
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_pixels_without_torch_are_those_of_the_transform(tmp_path, pictures, mode):
+    backbone = load_backbone(f"local-dir:{write_checkpoint(tmp_path / mode, 'vit', resize_mode=mode)}")
+    spec = json.loads(json.dumps(backbone.transform_spec))
+    for picture in pictures:
+        own = onnx_graph.preprocess(picture, spec)
+        np.testing.assert_allclose(own, backbone.transform(picture).numpy(), atol=1e-6, rtol=0)
+
+
+def test_a_folder_for_the_hub(artifact, tmp_path, pictures):
+    from huggingface_hub import ModelCard
+
+    for case, kind in (("lora", "open_clip"), ("gda", "classifier")):
+        out = tmp_path / case
+        export_artifact(artifact(case), "hf", out, pictures=pictures, licence="apache-2.0")
+        card = ModelCard.load(out / "README.md")
+        data = card.data.to_dict()
+        assert (data["license"], data["library_name"]) == ("apache-2.0", "open_clip")
+        assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.0
+        assert "## Results on the test split" in card.text
+        assert card.text.count("\n## Use\n") == 1
+        assert (out / classifier.HEAD_FILE).exists() == (kind == "classifier")
+        expected = load(artifact(case)).probabilities(pictures[:4])
+        assert torch.equal(load(out).probabilities(pictures[:4]), expected)
+        assert run_example(out, pictures[0])["printed"] == load(out).predict([pictures[0]])[0].label
+
+
+@pytest.mark.parametrize(
+    ("case", "to", "message"),
+    [
+        ("cocoop", "classifier", "made anew for every image"),
+        ("cocoop", "onnx", "made anew for every image"),
+        ("cocoop", "hf", "made anew for every image"),
+        ("coop", "open_clip", r"head on image features, not a CLIP(.|\n)*--to classifier"),
+        ("two_stage", "open_clip", r"not a CLIP(.|\n)*zero_shot and lora"),
+    ],
+)
+def test_what_cannot_leave_is_refused_and_nothing_is_left(artifact, tmp_path, case, to, message):
+    with pytest.raises(ArtifactError, match=message):
+        export_artifact(artifact(case), to, tmp_path / "out" / "deep")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_wrong_export_is_not_kept(artifact, tmp_path, pictures, monkeypatch):
+    def slightly_off(folder, model):
+        classifier.write(folder, model)
+        head = read_tensors(folder / classifier.HEAD_FILE)
+        write_tensors(folder / classifier.HEAD_FILE, {**head, "bias": head["bias"] + 0.1 * torch.arange(10)})
+
+    monkeypatch.setitem(FORMATS, "classifier", FORMATS["classifier"].__class__(slightly_off, classifier.read, 1e-5))
+    with pytest.raises(ArtifactError, match=r"does not answer as the adapter does.*allowed is 1e-05"):
+        export_artifact(artifact("clap"), "classifier", tmp_path / "out", pictures=pictures)
+
+    def not_a_number(folder, model):
+        stock.write(folder, model)
+        weights = read_tensors(folder / "open_clip_model.safetensors")
+        weights["visual.ln_post.weight"] = torch.full_like(weights["visual.ln_post.weight"], float("nan"))
+        write_tensors(folder / "open_clip_model.safetensors", weights)
+
+    monkeypatch.setitem(FORMATS, "open_clip", FORMATS["open_clip"].__class__(not_a_number, stock.read, 1e-5))
+    with pytest.raises(ArtifactError, match=r"does not answer.*inf"):
+        export_artifact(artifact("lora"), "open_clip", tmp_path / "out", pictures=pictures)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_requests(artifact, tmp_path, digits):
+    with pytest.raises(ConfigError, match='Did you mean "onnx"'):
+        export_artifact(artifact("coop"), "onxx", tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="got none"):
+        export_artifact(artifact("coop"), "classifier", tmp_path / "out", pictures=[])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(StorageError, match="exists already"):
+        export_artifact(artifact("coop"), "classifier", tmp_path / "there")
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        export_artifact(tmp_path / "there", "classifier", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_failed_gate_stays_inside_unless_asked_for(tmp_path, digits, pictures):
+    backbone = load_backbone(f"local-dir:{write_checkpoint(tmp_path / 'vit', 'vit')}")
+    save(tmp_path / "failed", "zero_shot", backbone, digits, max_ece=0.01)
+    with pytest.raises(ArtifactError, match="failed 1 of 1 gates"):
+        export_artifact(tmp_path / "failed", "classifier", tmp_path / "out")
+    export_artifact(tmp_path / "failed", "classifier", tmp_path / "out", pictures=pictures, allow_failed_gates=True)
+    assert "It failed the gates: ece" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_command(artifact, tmp_path, pictures, capsys):
+    from adaptclip.cli import main
+
+    (tmp_path / "images").mkdir()
+    for i, picture in enumerate(pictures[:4]):
+        picture.save(tmp_path / "images" / f"{i}.png")
+    arguments = ["export", str(artifact("gda")), "--to", "hf", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--images", str(tmp_path / "images")])
+    printed = capsys.readouterr()
+    assert stop.value.code == 0, printed.err
+    assert "on 4 pictures: probabilities" in printed.out
+    assert "names no licence" in printed.out
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(artifact("coop")), "--to", "open_clip", "--out", str(tmp_path / "other")])
+    assert stop.value.code == 1
+    assert "--to classifier" in capsys.readouterr().err
