@@ -42,6 +42,7 @@ _HOMES = {
     "choose_gates": "results",
     "compare_groups": "reports.levelling",
     "finish_run": "results",
+    "full_report": "reports.full",
     "is_due": "training.steps",
     "launch": "entrypoint",
     "load": "artifact",
@@ -52,6 +53,7 @@ _HOMES = {
     "nearest_words": "adapters.prompt_reading",
     "open_data": "data.sources",
     "predict": "evaluation.predict",
+    "predict_held_out": "results",
     "read_prompt": "adapters.prompt_reading",
     "sample_few_shot": "data.fewshot",
     "save_artifact": "artifact",
@@ -92,6 +94,7 @@ __all__ = [
     "choose_gates",
     "compare_groups",
     "finish_run",
+    "full_report",
     "is_due",
     "launch",
     "load",
@@ -102,6 +105,7 @@ __all__ = [
     "nearest_words",
     "open_data",
     "predict",
+    "predict_held_out",
     "read_prompt",
     "sample_few_shot",
     "save_artifact",
@@ -139,9 +143,10 @@ if TYPE_CHECKING:
     from adaptclip.evaluation.predict import predict
     from adaptclip.features import FeatureCache
     from adaptclip.gates import check_gates
+    from adaptclip.reports.full import full_report
     from adaptclip.reports.levelling import compare_groups
     from adaptclip.reports.summary import build_report
-    from adaptclip.results import choose_gates, finish_run
+    from adaptclip.results import choose_gates, finish_run, predict_held_out
     from adaptclip.seeding import seed_everything
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
     from adaptclip.training.mitigation import build_mitigation

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from huggingface_hub import ModelCardData
 from PIL import Image
 from tqdm import tqdm
 
@@ -28,13 +27,12 @@ import adaptclip
 from adaptclip.adapters import ADAPTERS, Adapter
 from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_sizes
 from adaptclip.backbone import ClipBackbone, load_backbone
-from adaptclip.data.card import Card
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.decode import decode_image
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
 from adaptclip.gates import Verdict
-from adaptclip.reports.render import escape_markdown, to_markdown
+from adaptclip.model_card import model_card
 from adaptclip.storage import atomic_folder, digest, read_json, read_tensors, write_json, write_tensors, write_text
 from adaptclip.types import Batch
 
@@ -82,7 +80,7 @@ def save_artifact(
         data: the data set it was trained on.
         split: the images it was trained on; None where nothing was.
         method: a key of ADAPTERS.
-        report: the report on the test split (`build_report`).
+        report: the report on the test split (`full_report`, or `build_report`).
         verdicts: the gates' verdicts; an artifact with a failed gate is loaded only on purpose.
         overwrite: replace an existing folder.
 
@@ -116,7 +114,7 @@ def save_artifact(
             },
         }
         write_json(folder / "manifest.json", manifest)
-        write_text(folder / "README.md", _model_card(manifest, card, report, verdicts))
+        write_text(folder / "README.md", model_card(manifest, card, report, verdicts))
 
 
 @runtime_checkable
@@ -148,43 +146,6 @@ def _read_adapter(folder: Path, adapter: Adapter) -> None:
 def _prompts_digest(settings: Mapping[str, Any], prompt_names: Sequence[str]) -> str:
     """SHA-256 of what the text tower is asked: templates (or learnt context settings) and class names, in order."""
     return digest([*map(str, settings.get("templates", ())), "for", *prompt_names])
-
-
-def _model_card(manifest: Mapping[str, Any], card: Card, report: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
-    """The artifact's README.md: a Hugging Face model card."""
-    backbone, split = manifest["backbone"], manifest["split"]
-    front = ModelCardData(
-        library_name="adaptclip",
-        pipeline_tag="image-classification",
-        tags=["clip", "adaptclip", manifest["method"]],
-        model_name=f"{manifest['method']} on {card.name}",
-    )
-    pretrained = f" with the weights `{backbone['pretrained']}`" if backbone["pretrained"] else ""
-    training = (
-        f"adapted with {split['shots'] or 'all'} labelled images per class (rule `{split['rule']}`, seed "
-        f"{split['seed']})"
-        if split
-        else "without any training images"
-    )
-    issues = [f"- {escape_markdown(issue)}" for issue in card.known_issues] or ["- The data card names none."]
-    classes = ", ".join(escape_markdown(name) for name in manifest["class_names"])
-    # The report's own headings go one level down, and its title away, below this card's.
-    results = to_markdown(report, verdicts).partition("\n")[2].strip().replace("\n## ", "\n### ")
-    lines = [
-        f"---\n{front.to_yaml()}\n---",
-        f"# {manifest['method']} on {card.name}",
-        f"`{backbone['name']}`{pretrained} for the {len(manifest['class_names'])} classes of the data card "
-        f"`{card.name}`, {training}.",
-        "## Use",
-        '```python\nimport adaptclip\n\nmodel = adaptclip.load("path/to/this/folder")\n'
-        'print(model.predict(["image.jpg"]))\n```',
-        "It knows only its own classes and gives each image one of them, whatever the image shows. Assess it on images "
-        "of the place where it is to be used before relying on it.",
-        f"## Data\n\nClasses: {classes}.\n\nKnown issues of the data:",
-        "\n".join(issues),
-        f"## Results on the test split\n\n{results}",
-    ]
-    return "\n\n".join(lines) + "\n"
 
 
 def load(

@@ -14,11 +14,15 @@ from adaptclip.adapters import Adapter
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.card import Card
-from adaptclip.data.dataset import DomainData
+from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import FewShotSplit
-from adaptclip.gates import check_gates, exit_code, load_gates
-from adaptclip.reports.render import print_report, to_markdown
-from adaptclip.reports.summary import build_report
+from adaptclip.evaluation.predict import predict
+from adaptclip.features import FeatureCache
+from adaptclip.gates import Verdict, check_gates, exit_code, load_gates
+from adaptclip.reports.fine_grained import example_ids
+from adaptclip.reports.full import full_report
+from adaptclip.reports.render import print_report, to_html, to_markdown
+from adaptclip.reports.thumbnails import thumbnails
 from adaptclip.storage import write_json, write_text, write_yaml
 from adaptclip.types import GateRule, Predictions
 
@@ -35,6 +39,27 @@ def choose_gates(gates: str, card: Card) -> Sequence[GateRule]:
     return card.gates if gates in ("card", REPORT_ONLY) else load_gates(Path(gates))
 
 
+def predict_held_out(
+    adapter: Any, held_out: ImageDataset, cache: FeatureCache, *, accelerator: Accelerator | None = None
+) -> Predictions | None:
+    """Predicts the few-shot validation images, on which the report fits a temperature and sets of classes.
+
+    Args:
+        adapter: the trained adapter, unwrapped.
+        held_out: images that it was not trained on and that are not judged.
+        cache: of image features; not used where the adapter has changed the image tower.
+        accelerator: divides the work among its processes.
+
+    Returns:
+        None where there are no such images.
+    """
+    if len(held_out) == 0:
+        return None
+    store = cache if adapter.encoder is adapter.backbone else FeatureCache(None)
+    features = store.get(adapter.encoder, held_out, accelerator=accelerator)
+    return predict(adapter, features, held_out, accelerator=accelerator)
+
+
 def finish_run(
     out: Path,
     adapter: Adapter,
@@ -48,9 +73,11 @@ def finish_run(
     rules: Sequence[GateRule],
     gates: str,
     accelerator: Accelerator,
+    validation: Predictions | None = None,
+    names: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes predictions, report.json, report.md, gates.yaml and the artifact, and prints the report.
+    """Writes predictions, report.json, report.md, report.html, gates.yaml and the artifact, and prints the report.
 
     Args:
         out: the run folder.
@@ -64,6 +91,8 @@ def finish_run(
         rules: the gates (`choose_gates`), read before training so that a mistake in them costs no training.
         gates: the recipe's setting; REPORT_ONLY judges but does not decide.
         accelerator: the main process writes, all get the exit code.
+        validation: of the few-shot validation images (`predict_held_out`); None where there are none.
+        names: a name audit (`reports.names`), or None.
         training: what the report says of it, JSON-able: `trainable_parameters`, `seconds`, `schedule`, `chosen`
             (hyper-parameters), `validation_used_for` (in words) and whatever else the method has to tell.
 
@@ -76,29 +105,63 @@ def finish_run(
         predictions = replace(predictions, **declared)
         zero_shot = zero_shot and replace(zero_shot, **declared)
         verdicts = check_gates(predictions, zero_shot, rules)
-        report = build_report(predictions, zero_shot)
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
+        used_for = dict(training or {}).get("validation_used_for", "nothing")
+        report = full_report(
+            predictions, zero_shot, validation=validation, validation_used_for=used_for,
+            hard_pairs=[pair for pair in data.card.hard_pairs if set(pair) <= set(data.class_names)],
+        )  # fmt: skip
+        report["method"] = method
+        report["data"] = describe_data(data)
         report["split"] = split and {
             "shots": split.shots, "seed": split.seed, "rule": split.rule, "digest": split.digest,
-            "num_train": len(split.train), "num_validation": len(split.validation),
-            "validation_used_for": dict(training or {}).get("validation_used_for", "nothing"),
+            "num_train": len(split.train), "num_validation": len(split.validation), "validation_used_for": used_for,
             "short_classes": dict(split.short_classes),
         }  # fmt: skip
         report["training"] = training and dict(training)
-        predictions.save(out / "predictions.parquet")
-        if zero_shot is not None:
-            zero_shot.save(out / "zero_shot_predictions.parquet")
+        report["names"] = names and dict(names)
+        for name, made in (("", predictions), ("zero_shot_", zero_shot), ("validation_", validation)):
+            if made is not None:
+                made.save(out / f"{name}predictions.parquet")
         write_yaml(out / "gates.yaml", {"gates": [rule.model_dump(exclude_defaults=True) for rule in rules]})
-        write_json(out / "report.json", {**report, "verdicts": [verdict.to_dict() for verdict in verdicts]})
-        write_text(out / "report.md", to_markdown(report, verdicts))
+        _write_report(out, report, verdicts, data.test if data.card.show_images else None)
         save_artifact(
             out / "artifact", adapter, backbone, data, split, method=method,
             report=report, verdicts=verdicts, overwrite=True,
         )  # fmt: skip
         print_report(report, verdicts)
-        accelerator.print(f"{out}: report.md, predictions.parquet, metrics.jsonl, artifact/ (for `adaptclip predict`)")
+        accelerator.print(
+            f"{out}: report.html, report.md, predictions.parquet, metrics.jsonl, artifact/ (for `adaptclip predict`)"
+        )
         code = [0 if gates == REPORT_ONLY or not rules else exit_code(verdicts)]
     # The launcher sees the codes of all processes: one that left with another would read as a crash.
     if accelerator.num_processes > 1:
         broadcast_object_list(code)
     return code[0]
+
+
+def describe_data(data: DomainData) -> dict[str, Any]:
+    """What a report says of its images: JSON-able, from the data card and what was found when it was opened."""
+    card = data.card
+    return {
+        "name": card.name,
+        "pretty_name": card.front_matter.get("pretty_name"),
+        "license": card.front_matter.get("license"),
+        "source": card.source.kind,
+        "digest": data.digest,
+        "images": {part: len(images) for part, images in data.parts.items()},
+        "known_issues": list(card.known_issues),
+        "allowed": list(data.notes),
+        "skipped": list(data.skipped),
+    }
+
+
+def _write_report(out: Path, report: dict[str, Any], verdicts: Sequence[Verdict], images: ImageDataset | None) -> None:
+    """Writes report.json, report.md and report.html, the last with pictures of mistakes where images may be shown."""
+    write_json(out / "report.json", {**report, "verdicts": [verdict.to_dict() for verdict in verdicts]})
+    write_text(out / "report.md", to_markdown(report, verdicts))
+    pictures = None
+    if images is not None:
+        position = {row: i for i, row in enumerate(images.ids)}
+        pictures = thumbnails(example_ids(report["fine_grained"]), lambda row: images.image(position[row]))
+    write_text(out / "report.html", to_html(report, verdicts, pictures=pictures))

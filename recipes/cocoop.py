@@ -81,7 +81,7 @@ def main(cfg: Config) -> int:
     rules = ac.choose_gates(cfg.gates, card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, _ = split.select(data)  # the validation shots are not used: CoCoOp takes the last step
+    few_shots, held_out = split.select(data)  # held out for the report: CoCoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.CoCoOp(
@@ -131,6 +131,7 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     training = {
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
         "seconds": round(seconds, 1),  # of this process: after --resume, without the steps taken before
@@ -142,7 +143,7 @@ def main(cfg: Config) -> int:
     }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="cocoop", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
     )  # fmt: skip
     run.finish()
     return code

@@ -84,7 +84,7 @@ def main(cfg: Config) -> int:
     rules = ac.choose_gates(cfg.gates, card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, _ = split.select(data)  # the validation shots are not used: CoOp takes the last step
+    few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     epochs, views = training_length(cfg)
     accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
@@ -137,6 +137,7 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     training = {
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
         "seconds": round(seconds, 1),  # of this process: after --resume, without the steps taken before
@@ -148,7 +149,7 @@ def main(cfg: Config) -> int:
     }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
     )  # fmt: skip
     run.finish()
     return code

@@ -111,9 +111,10 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    judged_held_out = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="linear_probe", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=judged_held_out,
         training={"trainable_parameters": num_learnt, **fitted, "mitigation": mitigation.describe()},
     )  # fmt: skip
     run.finish()

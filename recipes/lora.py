@@ -152,13 +152,14 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
+    held_out = ac.predict_held_out(adapter, validation, cache, accelerator=accelerator)
     if new is not None:
         training["base_to_new"] = judge_new_classes(
             adapter.encoder, backbone, new, predictions, baseline, accelerator=accelerator
         )
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="lora", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held_out, training=training,
     )  # fmt: skip
     run.finish()
     return code

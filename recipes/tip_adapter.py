@@ -128,6 +128,7 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    held_out = ac.predict_held_out(adapter, for_choice, cache, accelerator=accelerator)
     training = {
         "variant": cfg.variant,
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
@@ -140,7 +141,8 @@ def main(cfg: Config) -> int:
     }
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method=METHODS[cfg.variant], predictions=predictions,
-        zero_shot=baseline, rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+        zero_shot=baseline, rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held_out,
+        training=training,
     )  # fmt: skip
     run.finish()
     return code

@@ -85,7 +85,7 @@ def main(cfg: Config) -> int:
     if cfg.base_to_new:
         data, new = base_and_new(data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
-    few_shots, _ = split.select(data)  # the validation shots are not used
+    few_shots, held_out = split.select(data)  # held out for the report
     mitigation, head_mitigation = (
         ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator) for _ in range(2)
     )
@@ -134,13 +134,14 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
+    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     if new is not None:
         training["base_to_new"] = judge_new_classes(
             adapter.encoder, backbone, new, predictions, baseline, accelerator=accelerator
         )
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="two_stage", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
     )  # fmt: skip
     run.finish()
     return code

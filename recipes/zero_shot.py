@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import adaptclip as ac
+from adaptclip.reports.names import name_audit
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Config:
     """What an unreadable image does; what was skipped is listed."""
     templates: tuple[str, ...] = ()
     """Prompts with one {} for the class name, averaged; empty takes the card's."""
+    audit_names: bool = False
+    """Also try the class names without the card's aliases, and each template by itself; the report compares them."""
     gates: str = "report"
     """report (judge by the card's gates, but do not let them decide the exit code), card, or a YAML file of gates."""
     cache: Path = Path(".cache/features")
@@ -55,10 +58,29 @@ def main(cfg: Config) -> int:
 
     test = ac.FeatureCache(cfg.cache).get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    return ac.finish_run(
+    names = audit(backbone, data, test, predictions, adapter.templates, accelerator) if cfg.audit_names else None
+    code = ac.finish_run(
         run.path, adapter, backbone, data, None, method="zero_shot", predictions=predictions, zero_shot=None,
-        rules=rules, gates=cfg.gates, accelerator=accelerator,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, names=names,
     )  # fmt: skip
+    run.finish()
+    return code
+
+
+def audit(
+    backbone: Any, data: Any, test: ac.Features, predictions: ac.Predictions, templates: tuple[str, ...],
+    accelerator: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Compares the card's names and templates with the plain class names, and with each template by itself."""
+    tried = {"class names without aliases": (data.class_names, templates)} if data.card.aliases else {}
+    if len(templates) > 1:
+        tried |= {f"only: {template}": (data.prompt_names, (template,)) for template in templates}
+    tried["names alone, no template"] = (data.prompt_names, ("{}",))
+    variants = {"as the card says": predictions}
+    for name, (names, prompts) in tried.items():
+        classifier = ac.ZeroShotClassifier(backbone, names, prompts).to(accelerator.device)
+        variants[name] = ac.predict(classifier, test, data.test, accelerator=accelerator)
+    return name_audit(variants)
 
 
 if __name__ == "__main__":

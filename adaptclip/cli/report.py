@@ -2,27 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from adaptclip.cli.judged import load_predictions
+from adaptclip.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from adaptclip.gates import Verdict
+
+FORMATS = (".md", ".json", ".html")
 
 
-def report(predictions: Path, /, *, baseline: Path | None = None, out: Path | None = None) -> int:
+def report(
+    predictions: Path,
+    /,
+    *,
+    baseline: Path | None = None,
+    classes: tuple[str, ...] = (),
+    validation: Path | None = None,
+    source: Path | None = None,
+    gates: Path | None = None,
+    images: Path | None = None,
+    out: Path | None = None,
+) -> int:
     """Report on the predictions of a run or of any model.
 
     Args:
-        predictions: a run folder, or a Parquet file of predictions.
+        predictions: a run folder, or a file of any model's predictions (Parquet, CSV).
         baseline: predictions to compare with, on the same images; a run folder brings its zero-shot ones.
-        out: where the report is written as Markdown, and as JSON beside it.
+        classes: class names in the order of their ids, for a file that has numbers only.
+        validation: predictions on images neither trained on nor judged, to fit a temperature and sets of classes; a run
+            folder brings its own.
+        source: predictions of the same model on the domain it was adapted to, to say what another domain changes.
+        gates: YAML file with gates whose verdicts the report shows; a run folder brings its own. See `adaptclip gate`.
+        images: folder in which the row ids are paths of images, for pictures of the mistakes in HTML.
+        out: where the report is written: NAME.html, NAME.md or NAME.json, or NAME for all three.
     """
-    from adaptclip.reports.render import print_report, to_markdown
-    from adaptclip.reports.summary import build_report
+    from adaptclip.gates import check_gates, load_gates
+    from adaptclip.reports.full import full_report
+    from adaptclip.reports.render import print_report
+    from adaptclip.types import Predictions
+
+    if out is not None and out.suffix not in ("", *FORMATS):
+        raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
+    judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
+    known = _known_of_run(predictions)
+    held_out = validation
+    if held_out is None and (predictions / "validation_predictions.parquet").is_file():
+        held_out = predictions / "validation_predictions.parquet"
+    result = full_report(
+        judged,
+        reference,
+        validation=Predictions.load(held_out, classes=classes or None)
+        if held_out and (validation or held_out.is_file())
+        else None,
+        validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
+        source=Predictions.load(source, classes=classes or None) if source else None,
+        hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
+    )
+    result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
+    rules = gates or saved_gates
+    verdicts = check_gates(judged, reference, load_gates(rules)) if rules else None
+    print_report(result, verdicts)
+    if out is not None:
+        _write(out, result, verdicts, images)
+    return 0
+
+
+def _known_of_run(path: Path) -> Mapping[str, Any]:
+    """What a run's own report knows of data and training, which predictions do not."""
+    from adaptclip.storage import read_json
+
+    file = path / "report.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _write(out: Path, result: Mapping[str, Any], verdicts: list[Verdict] | None, images: Path | None) -> None:
+    from adaptclip.reports.fine_grained import example_ids
+    from adaptclip.reports.render import to_html, to_markdown
+    from adaptclip.reports.thumbnails import thumbnails
     from adaptclip.storage import write_json, write_text
 
-    judged, reference, _ = load_predictions(predictions, baseline)
-    result = build_report(judged, reference)
-    print_report(result)
-    if out is not None:
-        write_text(out.with_suffix(".md"), to_markdown(result))
-        write_json(out.with_suffix(".json"), result)
-    return 0
+    for suffix in FORMATS if out.suffix == "" else (out.suffix,):
+        path = out.with_suffix(suffix)
+        if suffix == ".json":
+            write_json(path, {**result, "verdicts": verdicts and [verdict.to_dict() for verdict in verdicts]})
+        elif suffix == ".md":
+            write_text(path, to_markdown(result, verdicts))
+        else:
+            pictures = None
+            if images is not None:
+                pictures = thumbnails(example_ids(result["fine_grained"]), lambda row: _picture(images, row))
+            write_text(path, to_html(result, verdicts, pictures=pictures))
+
+
+def _picture(folder: Path, row: str) -> Image.Image | None:
+    """The image that a row id names below `folder`; None where there is none or it cannot be read."""
+    from adaptclip.data.dataset import inside
+    from adaptclip.data.decode import decode_image
+
+    try:
+        path = inside(folder, row)
+        return decode_image(path, row=row) if path.is_file() else None
+    except DataError:
+        return None

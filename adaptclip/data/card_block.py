@@ -270,6 +270,8 @@ class CardBlock(BaseModel):
         probes: kind -> words that are no class; the text probe counts how often images are given one of them.
         window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
         allow: checks that may fail, by name (ALLOWABLE).
+        hard_pairs: pairs of classes that are known to be hard to tell apart; reports judge each pair by itself.
+        show_images: whether reports may hold small pictures of test images.
         gates: conditions for release.
         known_issues: sentences that are shown whenever the card is loaded.
     """
@@ -288,6 +290,8 @@ class CardBlock(BaseModel):
     probes: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
     window: tuple[float, float] | None = None
     allow: tuple[str, ...] = ()
+    hard_pairs: tuple[tuple[Name, Name], ...] = ()
+    show_images: bool = True
     gates: tuple[GateRule, ...] = ()
     known_issues: tuple[str, ...] = ()
 
@@ -304,8 +308,14 @@ class CardBlock(BaseModel):
         for name in self.aliases:
             if self.class_names is not None and name not in self.class_names:
                 raise ValueError(f"aliases has no class {name!r}. {did_you_mean(name, self.class_names)}")
+        for pair in self.hard_pairs:
+            if pair[0] == pair[1]:
+                raise ValueError(f"hard_pairs has {list(pair)}; a pair needs two classes")
+            for name in pair:
+                if self.class_names is not None and name not in self.class_names:
+                    raise ValueError(f"hard_pairs has no class {name!r}. {did_you_mean(name, self.class_names)}")
         if self.columns.label is None:
-            for key in ("class_names", "aliases", "gates", "outcomes", "probes"):
+            for key in ("class_names", "aliases", "hard_pairs", "gates", "outcomes", "probes"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is about classes, and this card has captions and no columns.label")
         for crossed in self.intersections:

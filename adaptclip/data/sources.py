@@ -23,7 +23,7 @@ from adaptclip.data.file_rows import read_embedded, read_image_folder, read_mani
 from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
 from adaptclip.data.rows import RawRows
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
-from adaptclip.errors import CardError, DataError, SplitError
+from adaptclip.errors import CardError, DataError, SplitError, did_you_mean
 from adaptclip.storage import digest
 
 _log = logging.getLogger(__name__)
@@ -97,12 +97,16 @@ def open_data(
 
 
 def _check_card(card: Card, images: ImageDataset) -> None:
-    """Refuses a card whose outcomes, intersections or gates name what the data do not have."""
+    """Refuses a card whose outcomes, intersections, gates or hard pairs name what the data do not have."""
     known = {"groups": images.groups.keys(), "levels": images.levels, "class_names": images.class_names}
     try:
         check_declared(card.gates, card.outcomes, card.intersections, **known)
     except ValueError as error:
         raise CardError(f"card {card.name}: {error}") from error
+    for name in (name for pair in card.hard_pairs for name in pair):
+        if name not in images.class_names:
+            nearest = did_you_mean(name, images.class_names)
+            raise CardError(f"card {card.name}: hard_pairs has no class {name!r}. {nearest}")
 
 
 def _usable(card: Card, seen: Sequence[Picture], *, skip: bool, demand: bool) -> tuple[np.ndarray, list[str]]:

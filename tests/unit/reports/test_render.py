@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from adaptclip.reports.render import MAX_TERMINAL_GROUPS, print_report, to_markdown
+from adaptclip.reports.blocks import MAX_SCREEN_ROWS
+from adaptclip.reports.render import print_report, to_markdown
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
 
@@ -56,7 +57,7 @@ def test_markdown_shows_per_cent_with_interval_and_n():
     assert f"{100 * cell['value']:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]" in markdown
     change = report["overall"]["accuracy"]["change"]
     assert f"{100 * change['value']:+.1f} [" in markdown
-    assert "| accuracy ≥ 0.5 | **pass** | because |" in markdown
+    assert "| **pass** | accuracy ≥ 0.5 | because |" in markdown
     for heading in ("## Gates", "## Overall", "## Groups: site", "## Classes"):
         assert heading in markdown
     assert "Gap (max-min over the groups)" in markdown
@@ -75,7 +76,7 @@ def test_names_from_users_cannot_break_markdown_tables():
     assert "<script>" not in markdown
     assert "\x1b" not in markdown
     found = list(tables(markdown))
-    assert len(found) == 4
+    assert len(found) == 6
     for table in found:
         assert {len(row) for row in table} == {len(table[0])}
     assert r"\[bold\]a\|b c\[/bold\] &lt;script&gt;" in markdown
@@ -106,7 +107,7 @@ def test_many_groups_show_the_worst_ones_first():
     report = build_report(predictions(sites=sites, n=600))
     shown = terminal(report, width=120)
     order = sorted(report["groups"]["site"]["rows"], key=lambda row: row["accuracy"]["model"]["value"])
-    assert re.findall(r"^ (site\d\d)", shown, re.MULTILINE) == [r["group"] for r in order[:MAX_TERMINAL_GROUPS]]
+    assert re.findall(r"^ (site\d\d)", shown, re.MULTILINE) == [r["group"] for r in order[:MAX_SCREEN_ROWS]]
     assert "7 more groups" in shown
     assert all(site in to_markdown(report) for site in sites)
 

@@ -1,0 +1,202 @@
+"""The README.md of an artifact: a Hugging Face model card filled from the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from adaptclip.data.card import Card
+from adaptclip.data.card_block import HubSource
+from adaptclip.gates import Verdict, overall_verdict
+from adaptclip.reports.headline import NO_GATES, verdict_of
+from adaptclip.reports.render import escape_markdown, to_markdown
+
+_HUB_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "mean_per_class_accuracy": ("accuracy", "Mean accuracy per class"),
+    "top5_accuracy": ("accuracy", "Top-5 accuracy"),
+    "macro_f1": ("f1", "Macro-F1"),
+    "ece": ("ece", "Expected calibration error"),
+    "brier": ("brier", "Brier score"),
+}
+"""Metric of a report -> the hub's type and the name it is shown by."""
+
+_MANY_CLASSES = 60
+
+
+def model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """Writes the model card.
+
+    Args:
+        manifest: what the artifact says of itself.
+        card: of the data it was adapted to.
+        report: on the test split (`full_report`, or `build_report`).
+        verdicts: of the gates.
+
+    Returns:
+        Markdown under YAML metadata, with the results as the hub's model-index.
+    """
+    parts = [
+        f"---\n{_metadata(manifest, card, report).to_yaml()}\n---",
+        f"# {_title(manifest, card)}",
+        _lead(manifest, card),
+        "## Intended use",
+        _intended(manifest, card),
+        "## Out of scope",
+        _out_of_scope(card),
+        "## How to load it",
+        '```python\nimport adaptclip\n\nmodel = adaptclip.load("path/to/this/folder")\n'
+        'print(model.predict(["image.jpg"]))\n```',
+        _loading(verdicts),
+        "## Training data",
+        _data(card, report),
+        "## Limits",
+        _limits(card, report),
+        "## Gates",
+        _gates(verdicts),
+        "## Results on the test split",
+        _results(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(manifest: Mapping[str, Any], card: Card) -> str:
+    return escape_markdown(f"{manifest['method']} on {card.front_matter.get('pretty_name') or card.name}")
+
+
+def _metadata(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]) -> ModelCardData:
+    hub = card.source.id if isinstance(card.source, HubSource) else None
+    dataset = {
+        "dataset_type": hub or card.name,
+        "dataset_name": str(card.front_matter.get("pretty_name") or card.name),
+        "dataset_split": "test",
+    }
+    numbers = {name: compared["model"] for name, compared in report["overall"].items()}
+    if fine := report.get("fine_grained"):
+        numbers["macro_f1"] = fine["macro_f1"]["model"]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            metric_type=_HUB_METRICS[name][0],
+            metric_name=_HUB_METRICS[name][1],
+            metric_value=round(number["value"], 6),
+            **dataset,
+        )
+        for name, number in numbers.items()
+        if name in _HUB_METRICS and number["value"] is not None
+    ]
+    name = manifest["backbone"]["name"]
+    return ModelCardData(
+        library_name="adaptclip",
+        pipeline_tag="image-classification",
+        tags=["clip", "adaptclip", "few-shot", manifest["method"]],
+        model_name=f"{manifest['method']} on {card.name}",
+        base_model=name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else None,
+        datasets=[hub] if hub else None,
+        eval_results=results or None,
+    )
+
+
+def _lead(manifest: Mapping[str, Any], card: Card) -> str:
+    backbone, split = manifest["backbone"], manifest["split"]
+    pretrained = f" with the weights `{backbone['pretrained']}`" if backbone["pretrained"] else ""
+    training = (
+        f"adapted with {split['shots'] or 'all'} labelled images per class (rule `{split['rule']}`, seed "
+        f"{split['seed']})"
+        if split
+        else "without any training images"
+    )
+    return (
+        f"`{backbone['name']}`{pretrained} for the {len(manifest['class_names'])} classes of the data card "
+        f"`{card.name}`, {training}. The artifact holds what was learnt; the backbone's own weights are loaded from "
+        "where they were in training, and are checked."
+    )
+
+
+def _intended(manifest: Mapping[str, Any], card: Card) -> str:
+    names = [escape_markdown(name) for name in manifest["class_names"]]
+    shown = ", ".join(names[:_MANY_CLASSES]) + (f", and {len(names) - _MANY_CLASSES} more" * (len(names) > 60))
+    return (
+        f"Telling apart these {len(names)} classes on images like those of `{card.name}`: {shown}.\n\n"
+        "Assess it on images of the place where it is to be used before relying on it; `adaptclip report` and "
+        "`adaptclip gate` do that from a file of predictions."
+    )
+
+
+def _out_of_scope(card: Card) -> str:
+    own = _section(card.prose, "uses to avoid")
+    general = (
+        "- It knows only its own classes and gives each image one of them, whatever the image shows.\n"
+        "- Images of other devices, places or people than those it was assessed on.\n"
+        "- Decisions about people without a person who can overrule it."
+    )
+    return f"{general}\n\nThe data card says of its images:\n\n{own}" if own else general
+
+
+def _section(prose: str, title: str) -> str:
+    """The text under a second-level heading of a card's prose, with deeper headings as they are."""
+    lines = prose.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.strip().lower() == f"## {title}"]
+    if not starts:
+        return ""
+    rest = lines[starts[0] + 1 :]
+    end = next((i for i, line in enumerate(rest) if line.startswith(("# ", "## "))), len(rest))
+    kept = "\n".join(rest[:end]).strip().replace("<", "&lt;")
+    return "\n".join(f"> {line}".rstrip() for line in kept.splitlines())
+
+
+def _loading(verdicts: Sequence[Verdict]) -> str:
+    if overall_verdict(verdicts) == "fail":
+        return "A gate failed, so loading it is refused unless you ask for it: `allow_failed_gates=True`."
+    return "Loading refuses other backbone weights or prompts than those of training, and models that failed a gate."
+
+
+def _data(card: Card, report: Mapping[str, Any]) -> str:
+    pretty = card.front_matter.get("pretty_name")
+    licence = card.front_matter.get("license")
+    lines = [f"- Data card `{card.name}`" + (f" ({escape_markdown(str(pretty))})" if pretty else "")]
+    if licence:
+        lines.append(
+            f"- Licence of the images: {escape_markdown(str(licence))}. What it says of models is for you to read."
+        )
+    if data := report.get("data"):
+        lines.append("- Images: " + ", ".join(f"{part} {n:,}" for part, n in data["images"].items()))
+    split = report.get("split")
+    if split:
+        used_for = escape_markdown(str(split["validation_used_for"]))
+        lines.append(
+            f"- Trained on {split['num_train']:,} of them; the {split['num_validation']:,} validation images were used "
+            f"for: {used_for}"
+        )
+    groups = ", ".join(escape_markdown(name) for name in report["groups"])
+    lines.append(f"- Groups that are reported: {groups or 'none, so differences between groups are not known'}")
+    return "\n".join(lines)
+
+
+def _limits(card: Card, report: Mapping[str, Any]) -> str:
+    issues = [f"- {escape_markdown(issue)}" for issue in card.known_issues]
+    issues = issues or ["- The data card names no known issues, which does not mean that there are none."]
+    few = [row["class"] for row in report["per_class"] if not row["sufficient"]]
+    if few:
+        issues.append(f"- {len(few)} classes have fewer than 10 test images; nothing is known of them.")
+    shift = report.get("shift") or {}
+    if shift.get("worse"):
+        names = ", ".join(escape_markdown(name) for name in shift["worse"])
+        issues.append(f"- Less accurate than the unadapted model, beyond chance, for: {names}.")
+    return "\n".join(issues)
+
+
+def _gates(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return NO_GATES
+    lines = [f"- **{v.verdict}**: {escape_markdown(v.title)}. {escape_markdown(v.reason)}" for v in verdicts]
+    return f"{verdict_of(verdicts)[1]}\n\n" + "\n".join(lines)
+
+
+def _results(report: Mapping[str, Any]) -> str:
+    # The report's own headings go one level down, and its title away, below this card's; data and training are told
+    # above.
+    kept = {key: value for key, value in report.items() if key not in ("data", "training", "split")}
+    return to_markdown(kept, None).partition("\n")[2].strip().replace("\n## ", "\n### ")

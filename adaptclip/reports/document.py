@@ -1,0 +1,205 @@
+"""From a report's numbers to its document, which Markdown, HTML and the screen share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from adaptclip.evaluation.metrics import METRIC_SHORT
+from adaptclip.reports.bias_sections import (
+    group_rows,
+    group_section,
+    outcome_section,
+    overall_rows,
+    overall_section,
+    sentence,
+)
+from adaptclip.reports.blocks import Block, Bullets, Document, Paragraph, Rows, Section, one_line, text
+from adaptclip.reports.calibration_sections import calibration_section, selective_section
+from adaptclip.reports.class_sections import (
+    class_section,
+    confusion_section,
+    name_section,
+    shift_section,
+    taxonomy_section,
+)
+from adaptclip.reports.headline import NO_GATES, JudgedGate, three_numbers, verdict_of, worries
+from adaptclip.reports.plots import confusion_matrix
+
+_SCREEN_METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece")
+
+
+def document(
+    report: Mapping[str, Any],
+    verdicts: Sequence[JudgedGate] | None = None,
+    *,
+    pictures: Mapping[str, str] | None = None,
+    plots: bool = False,
+) -> Document:
+    """Lays out a report.
+
+    Args:
+        report: what `build_report` or `full_report` made.
+        verdicts: what `check_gates` made; None leaves gates out, an empty list says that there were none.
+        pictures: row id -> data: URI of a thumbnail; None where images are not at hand.
+        plots: draw plots (for HTML).
+    """
+    verdict, words = verdict_of(verdicts)
+    return Document(
+        title="Evaluation report",
+        about=_about(report),
+        verdict=verdict,
+        verdict_words=words,
+        numbers=three_numbers(report),
+        worries=worries(report, verdicts),
+        sections=_with_anchors(_sections(report, verdicts, pictures, plots)),
+    )
+
+
+def _with_anchors(sections: Iterator[Section | None]) -> list[Section]:
+    kept = [section for section in sections if section is not None]
+    return [replace(section, anchor=section.anchor or f"part-{i}") for i, section in enumerate(kept)]
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    data = report.get("data")
+    where = f" of {one_line(data['name'])}" if data else ""
+    method = f"{one_line(report['method'])}, " if report.get("method") else ""
+    return f"{method}{report['num_images']:,} test images{where}, {report['num_classes']:,} classes."
+
+
+def _sections(
+    report: Mapping[str, Any],
+    verdicts: Sequence[JudgedGate] | None,
+    pictures: Mapping[str, str] | None,
+    plots: bool,
+) -> Iterator[Section | None]:
+    if verdicts is not None:
+        yield Section(
+            "Gates",
+            "gates",
+            [gate_rows(verdicts, "Declared conditions for release") if verdicts else Paragraph(NO_GATES)],
+        )
+    yield overall_section(report)
+    yield outcome_section(report)
+    for attribute, table in report["groups"].items():
+        yield group_section(attribute, table)
+    yield shift_section(report)
+    yield class_section(report, plots=plots)
+    counts = (report.get("fine_grained") or {}).get("matrix")
+    names = [row["class"] for row in report["per_class"]]
+    matrix = confusion_matrix(np.array(counts), names) if plots and counts else None
+    yield confusion_section(report, pictures, matrix=matrix)
+    yield taxonomy_section(report)
+    yield calibration_section(report, plots=plots)
+    yield selective_section(report, plots=plots)
+    if report.get("names"):
+        yield name_section(report["names"])
+    yield _data_section(report)
+    yield _training_section(report)
+    yield _reading_section(report)
+
+
+def gate_rows(verdicts: Sequence[JudgedGate], title: str = "gates") -> Rows:
+    """One row per rule."""
+    rows = [[text(v.verdict, _tone(v.verdict)), text(one_line(v.title)), text(one_line(v.reason))] for v in verdicts]
+    return Rows(title, ["verdict", "gate", "reason"], rows)
+
+
+def _tone(verdict: str) -> Any:
+    return verdict if verdict in ("pass", "fail", "inconclusive") else ""
+
+
+def _data_section(report: Mapping[str, Any]) -> Section | None:
+    data = report.get("data")
+    if not data:
+        return None
+    rows = [[text("data card"), text(one_line(data["name"]))]]
+    rows += [
+        [text(key.replace("_", " ")), text(one_line(str(data[key])))]
+        for key in ("pretty_name", "license", "source", "digest")
+        if data.get(key)
+    ]
+    rows.append([text("images"), text(", ".join(f"{part} {n:,}" for part, n in data["images"].items()))])
+    blocks: list[Block] = [Rows("Where the images are from", ["", ""], rows)]
+    if data["known_issues"]:
+        blocks.append(Paragraph("Known issues of the data:"))
+        blocks.append(Bullets([sentence(issue) for issue in data["known_issues"]], caution=True))
+    else:
+        blocks.append(Paragraph("The data card names no known issues, which does not mean that there are none."))
+    if data["allowed"]:
+        blocks.append(Paragraph("Found by the checks, and allowed by the card:"))
+        blocks.append(Bullets([sentence(note) for note in data["allowed"]]))
+    if data["skipped"]:
+        blocks.append(Paragraph(f"{len(data['skipped'])} unreadable images were left out."))
+    return Section("Data", "data", blocks)
+
+
+def _training_section(report: Mapping[str, Any]) -> Section | None:
+    parts = {"split": report.get("split"), "training": report.get("training")}
+    rows = [
+        [text(f"{key}".replace("_", " ")), text(one_line(_worded(value)))]
+        for part in parts.values()
+        if part
+        for key, value in part.items()
+        if value not in (None, "", {}, [])
+    ]
+    if not rows:
+        return None
+    return Section("How it was made", "training", [Rows("Split and training", ["", ""], rows)])
+
+
+def _worded(value: Any, longest: int = 300) -> str:
+    if isinstance(value, Mapping):
+        worded = ", ".join(f"{key}: {_worded(v)}" for key, v in value.items())
+    elif isinstance(value, list | tuple):
+        worded = ", ".join(map(_worded, value))
+    else:
+        worded = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return worded if len(worded) <= longest else worded[: longest - 1] + "…"
+
+
+def _reading_section(report: Mapping[str, Any]) -> Section:
+    words = (
+        f"Brackets hold {100 * report['confidence']:g} % intervals; changes are paired, on the same images, in "
+        "percentage points. Every number is of these test images, and says something of images like them only: another "
+        "place, device or time needs an assessment of its own."
+    )
+    blocks: list[Block] = [Paragraph(words)]
+    notes = [sentence(note) for note in [*report["cautions"], *report.get("notes_on_input", [])]]
+    if notes:
+        blocks.append(Bullets(notes))
+    if report["absent_classes"]:
+        names = ", ".join(map(one_line, report["absent_classes"]))
+        blocks.append(Paragraph(f"Classes without test images: {names}."))
+    return Section("How to read this", "reading", blocks)
+
+
+def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:
+    """The part of a report that fits one screen: headline metrics, groups, cautions, gates."""
+    shown = {**report, "overall": {m: report["overall"][m] for m in _SCREEN_METRICS if m in report["overall"]}}
+    title = (
+        f"{report['num_images']} images, {report['num_classes']} classes; per cent "
+        f"[{100 * report['confidence']:g} % interval], changes in points"
+    )
+    rows = overall_rows(shown, METRIC_SHORT, title, sign="")
+    # The number of images stands in the title.
+    yield replace(rows, header=["", *rows.header[1:-1]], rows=[row[:-1] for row in rows.rows])
+    for attribute, table in report["groups"].items():
+        if not table["rows"]:
+            continue
+        narrow = [{k: v for k, v in row.items() if k not in ("brier", "macro_auc")} for row in table["rows"]]
+        paired = any(row["accuracy"]["zero_shot"] for row in narrow)
+        name = f"by {one_line(attribute)}" + "; change is of accuracy" * paired
+        groups = group_rows({**table, "rows": narrow}, sign="", title=name)
+        yield replace(groups, header=[head.replace("change of accuracy", "change") for head in groups.header])
+        yield from (Paragraph(f"Caution: {sentence(caution)}", "muted") for caution in table["cautions"])
+    yield from (Paragraph(f"Note: {sentence(caution)}", "muted") for caution in report["cautions"])
+    if verdicts is not None:
+        yield gate_rows(verdicts) if verdicts else Paragraph(NO_GATES, "inconclusive")
+    told = [w for w in worries(report, None) if not w.startswith(("No groups were reported", "The data card names"))]
+    if told and "fine_grained" in report:
+        yield Bullets(told[:3], caution=True)

@@ -1,0 +1,178 @@
+"""What a reader takes away in ten seconds: the verdict, three numbers, what to worry about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from adaptclip.reports.bias_sections import sentence
+from adaptclip.reports.blocks import one_line, show_points, show_rate
+
+NO_GATES = "No gates were declared: nothing was judged, which is not a pass."
+
+MAX_WORRIES = 8
+
+UNEVEN = 3
+"""From this ratio of the largest class to the smallest the mean per class stands first, not the accuracy."""
+
+MUCH_CONFIDENCE = 0.05
+"""A surplus of confidence is worth a worry when it is larger than this with the report's confidence."""
+
+
+class JudgedGate(Protocol):
+    """What rendering needs of a verdict (gates.Verdict has it)."""
+
+    @property
+    def title(self) -> str:
+        """The rule in words."""
+        ...
+
+    @property
+    def verdict(self) -> str:
+        """Pass, fail or inconclusive."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Grounds in plain words."""
+        ...
+
+
+def verdict_of(verdicts: Sequence[JudgedGate] | None) -> tuple[str | None, str]:
+    """Returns the worst verdict, "none" without gates, None where gates are no part of the report; and it in words."""
+    if verdicts is None:
+        return None, "Gates are no part of this report."
+    if not verdicts:
+        return "none", NO_GATES
+    counts = {kind: sum(v.verdict == kind for v in verdicts) for kind in ("fail", "inconclusive", "pass")}
+    total = len(verdicts)
+    if counts["fail"]:
+        return "fail", f"{counts['fail']} of {total} gates failed: not for release."
+    if counts["inconclusive"]:
+        several = counts["inconclusive"]
+        return "inconclusive", f"The data cannot decide {several} of {total} gates, which is not a pass."
+    return "pass", f"All {total} gates pass." if total > 1 else "The gate passes."
+
+
+def three_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The three numbers to know, each (name, value, explanation)."""
+    return [_first(report), _weakest(report), _third(report)]
+
+
+def _first(report: Mapping[str, Any]) -> tuple[str, str, str]:
+    sizes = [row["n"] for row in report["per_class"] if row["n"]]
+    metric = "mean_per_class_accuracy" if max(sizes) >= UNEVEN * min(sizes) else "accuracy"
+    name = "Mean accuracy per class" if metric != "accuracy" else "Accuracy"
+    compared = report["overall"][metric]
+    about = f"on {report['num_images']:,} images"
+    if compared["zero_shot"] is not None:
+        about += f"; zero-shot {show_rate(compared['zero_shot'])}"
+    return name, show_rate(compared["model"]), about
+
+
+def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The lowest group over all attributes, or the worst tenth of the classes."""
+    worst = [
+        (table["worst_group"], attribute, len(table["rows"]))
+        for attribute, table in report["groups"].items()
+        if table["worst_group"] is not None and len(table["rows"]) > 1 and table["worst_group"]["value"] is not None
+    ]
+    if worst:
+        group, attribute, total = min(worst, key=lambda w: w[0]["value"])
+        about = f"{one_line(attribute)} = {one_line(group['group'])}, {group['n']:,} images; one of {total} groups"
+        return "Lowest accuracy of a group", show_rate(group), about
+    decile = (report.get("fine_grained") or {}).get("worst_decile")
+    if decile and decile["value"] is not None:
+        names = ", ".join(one_line(name) for name in decile["classes"][:3])
+        more = ", …" if len(decile["classes"]) > 3 else ""
+        return "Worst tenth of the classes", f"{100 * decile['value']:.1f} %", f"mean accuracy of {names}{more}"
+    return "Lowest accuracy of a group", "–", "no groups of 2 or more were given"
+
+
+def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:
+    calibration = report.get("calibration")
+    if calibration:
+        surplus = calibration["scores"]["surplus"]
+        about = "claims more than it keeps" if surplus["value"] > 0 else "keeps more than it claims"
+        return "Confidence minus accuracy", f"{show_points(surplus)} points", about
+    shift = report.get("shift")
+    if shift and shift.get("classes"):
+        return "Classes that got worse", f"{len(shift['worse'])} of {shift['tested']}", "than zero-shot, beyond chance"
+    return "Classes", f"{report['num_classes']:,}", f"{len(report['absent_classes'])} of them without test images"
+
+
+def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) -> list[str]:
+    """What to worry about, most important first, at most MAX_WORRIES sentences."""
+    found = [*_gate_worries(verdicts or []), *_class_worries(report), *_group_worries(report), *_other_worries(report)]
+    kept = [sentence(worry) for worry in found]
+    if len(kept) > MAX_WORRIES:
+        kept = [*kept[: MAX_WORRIES - 1], f"{len(kept) - MAX_WORRIES + 1} more are told below."]
+    return kept
+
+
+def _gate_worries(verdicts: Sequence[JudgedGate]) -> Iterator[str]:
+    for v in verdicts:
+        if v.verdict == "fail":
+            yield f"Gate failed: {v.title}. {v.reason}"
+    open_ones = [one_line(v.title) for v in verdicts if v.verdict == "inconclusive"]
+    if open_ones:
+        yield f"Not decided: {'; '.join(open_ones)}"
+
+
+def _class_worries(report: Mapping[str, Any]) -> Iterator[str]:
+    shift = report.get("shift")
+    if shift and shift.get("worse"):
+        lost = {row["class"]: row for row in shift["classes"]}
+        named = [f"{one_line(n)} ({show_points(lost[n]['change'])} points)" for n in shift["worse"][:3]]
+        more = f" and {len(shift['worse']) - 3} more" if len(shift["worse"]) > 3 else ""
+        yield f"Worse than zero-shot beyond chance: {', '.join(named)}{more}"
+    domains = (shift or {}).get("domains")
+    if domains and (domains["accuracy"]["change"]["high"] or 0) < 0:
+        yield f"Accuracy drops on the target domain: {show_points(domains['accuracy']['change'])} points"
+    few = [row for row in report["per_class"] if not row["sufficient"]]
+    if few:
+        yield f"{len(few)} of {report['num_classes']} classes have fewer than 10 test images: nothing is known of them"
+
+
+def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
+    level = 1 - report["confidence"]
+    for attribute, table in report["groups"].items():
+        name, gap = one_line(attribute), table["gap"]
+        if gap and (gap.get("p_value") if gap.get("p_value") is not None else 1) <= level:
+            lowest = one_line(gap["worst_group"])
+            points = f"{100 * gap['value']:.1f} points"
+            yield f"Accuracy differs by {name} more than noise explains: {points}, lowest for {lowest}"
+        worse = [
+            f"{one_line(row['group'])} ({show_points(row['accuracy']['change'])} points)"
+            for row in table["rows"]
+            if row["accuracy"]["change"] and (row["accuracy"]["change"]["high"] or 0) < 0
+        ]
+        if worse:
+            yield f"Less accurate than zero-shot for {name}: {', '.join(worse[:3])}"
+        for outcome in table.get("outcomes", []):
+            gap = outcome.get("sensitivity_gap")
+            if gap and gap["p_value"] is not None and gap["p_value"] <= level:
+                yield (
+                    f"{one_line(outcome['name'])} is missed more often for {name} = {one_line(gap['worst_group'])}: "
+                    f"{100 * gap['value']:.1f} points, more than noise explains"
+                )
+
+
+def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:
+    calibration = report.get("calibration")
+    if calibration:
+        surplus = calibration["scores"]["surplus"]
+        if surplus["low"] is not None and surplus["low"] > MUCH_CONFIDENCE:
+            fitted = calibration["temperature"]
+            helped = (
+                f"; a temperature of {fitted['value']:.2f} leaves {show_points(fitted['scores']['surplus'])}"
+                if fitted["scores"]
+                else ""
+            )
+            yield f"Too confident by {show_points(surplus)} points{helped}"
+    if not report["groups"]:
+        yield "No groups were reported: without group columns, differences between groups cannot be assessed"
+    issues = (report.get("data") or {}).get("known_issues", [])
+    if issues:
+        several = "issues" if len(issues) > 1 else "issue"
+        yield f"The data card names {len(issues)} known {several}: see Data"

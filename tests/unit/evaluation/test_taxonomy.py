@@ -1,0 +1,99 @@
+"""Heights against networkx, level accuracy and least severe decisions against plain loops."""
+
+from __future__ import annotations
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from adaptclip.errors import DataError
+from adaptclip.evaluation.taxonomy import ancestor_heights, at_level, least_severe
+from adaptclip.types import Predictions
+
+LEVELS = {
+    "kingdom": ("a", "a", "a", "b", "b", "a"),
+    "family": ("x", "x", "y", "x", "z", "y"),  # "x" is in both kingdoms: two nodes
+}
+
+
+def heights_by_networkx(levels, num_classes):
+    """Longest way down from the lowest common ancestor to a leaf, in the tree of paths."""
+    tree = nx.DiGraph()
+    for c in range(num_classes):
+        path = [()]
+        for names in levels.values():
+            path.append((*path[-1], names[c]))
+        path.append((*path[-1], f"class {c}"))
+        nx.add_path(tree, path)
+    leaves = {path[-1]: path for path in tree if tree.out_degree(path) == 0}
+    depth = nx.dag_longest_path_length(tree)
+    found = np.zeros((num_classes, num_classes), int)
+    for i in range(num_classes):
+        for j in range(num_classes):
+            ancestor = nx.lowest_common_ancestor(tree, leaves[f"class {i}"], leaves[f"class {j}"])
+            found[i, j] = depth - nx.shortest_path_length(tree, (), ancestor)
+    return found
+
+
+def test_heights_agree_with_networkx():
+    assert (ancestor_heights(LEVELS, 6) == heights_by_networkx(LEVELS, 6)).all()
+    rng = np.random.default_rng(0)
+    compared = 0
+    for num_levels in range(4):
+        levels = {f"l{k}": tuple(f"n{v}" for v in rng.integers(0, k + 2, 9)) for k in range(num_levels)}
+        ours = ancestor_heights(levels, 9)
+        assert (ours == heights_by_networkx(levels, 9)).all()
+        compared += ours.size
+    assert compared == 4 * 81
+
+
+def test_known_heights():
+    heights = ancestor_heights(LEVELS, 6)
+    assert heights[0, 0] == 0
+    assert heights[0, 1] == 1
+    assert heights[0, 2] == 2
+    assert heights[0, 3] == 3  # both are an "x", of different kingdoms
+    assert (ancestor_heights({}, 3) == 1 - np.eye(3)).all()
+
+
+def predictions(n=200, seed=0):
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.ones(6) / 2, n).astype(np.float32)
+    return Predictions(
+        tuple(map(str, range(n))), rng.integers(0, 6, n), probs, tuple("pqrstu"), {"g": ("k",) * n}, None, LEVELS
+    )
+
+
+def test_a_levels_probability_is_the_sum_of_its_classes():
+    p = predictions()
+    coarse = at_level(p, "family")
+    assert coarse.class_names == ("x", "y", "z")
+    assert coarse.groups == p.groups
+    for i in range(len(p)):
+        for g, name in enumerate(coarse.class_names):
+            total = sum(float(p.probs[i, c]) for c in range(6) if LEVELS["family"][c] == name)
+            assert coarse.probs[i, g] == pytest.approx(total, abs=1e-6)
+        assert coarse.class_names[coarse.labels[i]] == LEVELS["family"][p.labels[i]]
+
+
+def test_unknown_levels_are_named():
+    with pytest.raises(DataError, match='Did you mean "family"'):
+        at_level(predictions(), "famly")
+    bare = Predictions(("a",), np.zeros(1, int), np.ones((1, 1), np.float32), ("c",))
+    with pytest.raises(DataError, match="no taxonomy at all"):
+        at_level(bare, "family")
+
+
+def test_least_severe_decisions_by_hand_and_by_loop():
+    p, heights = predictions(), ancestor_heights(LEVELS, 6)
+    expected = [
+        min(range(6), key=lambda c: (round(sum(float(row[k]) * heights[k, c] for k in range(6)), 9), c))
+        for row in p.probs
+    ]
+    assert least_severe(p.probs, heights).tolist() == expected
+    # 0.4 for a stranger loses against 0.6 shared by two siblings, none of which is the most probable.
+    row = np.array([[0.31, 0.29, 0.0, 0.4, 0.0, 0.0]], np.float32)
+    assert row.argmax() == 3
+    assert least_severe(row, heights).tolist() == [0]
+    # Without a taxonomy all mistakes are alike, and it is the most probable class.
+    assert (least_severe(p.probs, ancestor_heights({}, 6)) == p.pred).all()

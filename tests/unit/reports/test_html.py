@@ -1,0 +1,181 @@
+"""The page: nothing of a user's is markup, nothing is fetched, every drawing has words, each time it is the same."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adaptclip.reports.full import full_report
+from adaptclip.reports.plots import confusion_matrix
+from adaptclip.reports.render import to_html, to_markdown
+from adaptclip.reports.thumbnails import SIDE, thumbnail, thumbnails
+from adaptclip.types import Predictions
+
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    '"><img src=https://evil.example/x onerror=alert(1)>',
+    "'; DROP TABLE -- $x^2$ `code` **bold** [link](https://evil.example) | cell",
+    "{{ 7 * 7 }}{% raw %}\x1b[31m\nline",
+    "</style></title></svg><b>",
+)
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+class Verdict:
+    def __init__(self, title, verdict, reason):
+        self.title, self.verdict, self.reason = title, verdict, reason
+
+
+def predictions(names, attribute, seed=0, n=300):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % len(names)
+    logits = rng.normal(size=(n, len(names)))
+    logits[np.arange(n), labels] += 1
+    odds = np.exp(logits)
+    probs = (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+    groups = {attribute: tuple(names[i % 3] for i in range(n))}
+    levels = {attribute: tuple(names[i // 2] for i in range(len(names)))}
+    return Predictions(tuple(f"{names[0]}{i}" for i in range(n)), labels, probs, tuple(names), groups, None, levels)
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    p = predictions(HOSTILE, HOSTILE[0])
+    report = full_report(p, predictions(HOSTILE, HOSTILE[0], seed=1), hard_pairs=[HOSTILE[:2]])
+    report["data"] = {
+        "name": HOSTILE[1], "pretty_name": HOSTILE[0], "license": HOSTILE[2], "source": "embedded", "digest": "d",
+        "images": {"test": 300}, "known_issues": list(HOSTILE), "allowed": list(HOSTILE), "skipped": [],
+    }  # fmt: skip
+    report["training"] = {HOSTILE[0]: HOSTILE[1]}
+    verdicts = [Verdict(name, "fail", name) for name in HOSTILE]
+    return report, verdicts
+
+
+def test_nothing_of_a_users_is_markup(hostile):
+    report, verdicts = hostile
+    text = to_html(report, verdicts, pictures={})
+    page = Page(text)
+    assert not {"script", "b", "iframe", "link", "object", "form"} & set(page.tags)
+    assert "img" not in page.tags  # none was given, and none was smuggled in
+    assert not [a for a in page.attributes if a[1].startswith("on")]
+    assert "\x1b" not in text
+    shown = " ".join(page.words)
+    for name in HOSTILE[:3]:
+        assert name in shown
+    assert "{{ 7 * 7 }}" in shown
+    assert text.count("<style>") == text.count("</style>") == 1
+
+
+def test_nothing_is_fetched(hostile):
+    report, verdicts = hostile
+    page = Page(to_html(report, verdicts, pictures={}))
+    fetched = [
+        a for a in page.attributes if a[1] in ("src", "href", "xlink:href", "action", "data", "poster", "srcset")
+    ]
+    assert len(fetched) >= 10
+    assert all(value.startswith(("#", "data:")) for _, _, value in fetched)
+    policy = next(
+        value for tag, name, value in page.attributes if (tag, name) == ("meta", "content") and "src" in value
+    )
+    assert "default-src 'none'" in policy
+    plain = full_report(predictions(("a", "b", "c", "d"), "site"))
+    assert "http" not in to_html(plain, []).replace("http-equiv", "")
+    assert "url(" not in re.sub(r"url\(#", "", to_html(plain, []))
+
+
+def test_plots_and_pictures_have_words_and_links_lead_somewhere():
+    p = predictions(tuple(f"class {i}" for i in range(14)), "site", n=700)
+    report = full_report(p)
+    ids = [e["id"] for c in report["fine_grained"]["confusions"] for e in c["examples"]]
+    uri = thumbnail(Image.new("RGB", (300, 200), "red"))
+    page = Page(to_html(report, [], pictures=dict.fromkeys(ids[:5], uri)))
+    labelled = [value for tag, name, value in page.attributes if name == "aria-label" and tag == "div"]
+    assert sum(len(value) > 40 for value in labelled) >= 4  # classes, confusion matrix, reliability, coverage
+    assert page.tags.count("img") == len(set(ids[:5]))
+    alts = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    assert all("taken for" in alt for alt in alts)
+    names = [value for _, name, value in page.attributes if name == "id"]
+    assert len(names) == len(set(names))
+    targets = [value[1:] for _, name, value in page.attributes if name in ("href", "xlink:href")]
+    assert len(targets) >= 10
+    assert set(targets) <= set(names)
+
+
+def test_a_page_is_the_same_each_time():
+    report = full_report(predictions(("a", "b", "c", "d"), "site"))
+    assert to_html(report, []) == to_html(report, [])
+
+
+def test_the_summary_comes_first():
+    report = full_report(predictions(("a", "b", "c", "d"), "site"))
+    for kind, word in (("pass", "pass"), ("fail", "not for release"), ("inconclusive", "cannot decide")):
+        page = " ".join(Page(to_html(report, [Verdict("rule", kind, "because.")])).words)
+        assert word in page[: page.index("Declared conditions")]
+    empty = " ".join(Page(to_html(report, [])).words)
+    assert "not judged" in empty
+    assert "which is not a pass" in empty
+    assert not re.search(r"\bfair|unbiased", empty + to_markdown(report, []), re.IGNORECASE)
+
+
+def test_plots_take_any_name():
+    counts = np.arange(25).reshape(5, 5)
+    drawn = confusion_matrix(counts, [*HOSTILE[:4], "漢字 🙂"])
+    assert "<script" not in drawn
+    assert "<img" not in drawn
+    assert "漢字" in drawn
+    assert drawn == confusion_matrix(counts, [*HOSTILE[:4], "漢字 🙂"])
+
+
+def test_thumbnails_are_small_and_carry_no_metadata():
+    import base64
+    import io
+
+    exif = Image.Exif()
+    exif[0x010F] = "camera of somebody"
+    buffer = io.BytesIO()
+    Image.effect_noise((640, 480), 80).convert("RGB").save(buffer, "JPEG", exif=exif)
+    with Image.open(buffer) as picture:
+        uri = thumbnail(picture)
+    head, _, body = uri.partition(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(body))) as small:
+        assert small.size == (SIDE, SIDE * 3 // 4)
+        assert not small.getexif()
+    asked = []
+    found = thumbnails(
+        ["a", "b", "a"], lambda row: asked.append(row) or (None if row == "b" else Image.new("L", (9, 9)))
+    )
+    assert asked == ["a", "b"]
+    assert list(found) == ["a"]
