@@ -50,7 +50,7 @@ def check_numbers(config: Any) -> None:
     """Refuses lengths, batch sizes and rates that no training can have, before anything is read or made.
 
     Args:
-        config: settings of a recipe. A 0 is allowed where it is the default, in which case it stands for the paper's.
+        config: settings of a recipe. A 0 is allowed where it is the default or nothing is, and there has a meaning of its own.
 
     Raises:
         ConfigError: a number is out of range.
@@ -59,7 +59,7 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, field.name)
         if value is None or field.name not in (*_COUNTS, *_RATES):
             continue
-        zero = field.default == 0 or field.name == "save_every"
+        zero = field.default in (0, None) or field.name == "save_every"
         if field.name in _COUNTS:
             if value < (0 if zero else 1):
                 wanted = "a whole number from 0 up" if zero else "1 or more"

@@ -70,6 +70,34 @@ def test_a_value_of_the_wrong_kind_is_named(configs, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_numbers_no_training_can_have_are_refused_before_anything_is_read(configs, tmp_path):
+    """In every recipe, from flags and from files. A 0 passes where it is the default and stands for the paper's."""
+    wrong: dict[str, tuple[str, ...]] = {
+        **dict.fromkeys(("batch_size", "accumulate", "epochs", "steps", "views", "save_every"), ("-1",)),
+        **dict.fromkeys(("lr", "head_lr", "memory_gib"), ("-0.1", "nan", "inf")),
+    }
+    refused, allowed = 0, 0
+    for recipe, config in configs.items():
+        for field in dataclasses.fields(config):
+            flag = f"--{field.name.replace('_', '-')}"
+            for value in wrong.get(field.name, ()):
+                with pytest.raises(ConfigError, match=rf"^{field.name} must be .*, got {value}"):
+                    parse(config, [flag, value])
+                refused += 1
+            if field.name in wrong and (field.default in (0, None) or field.name == "save_every"):
+                assert getattr(parse(config, [flag, "0"]), field.name) == 0, recipe
+                allowed += 1
+            elif field.name in wrong:
+                with pytest.raises(ConfigError, match=rf"^{field.name} must be .*, got 0.*the default is"):
+                    parse(config, [flag, "0"])
+                refused += 1
+    assert refused >= 60, f"only {refused} numbers were refused"
+    assert allowed >= 8, f"only {allowed} zeros were allowed"
+    save_config(dataclasses.replace(configs["lora.py"](), batch_size=0), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="batch_size must be 1 or more, got 0"):
+        parse(configs["lora.py"], ["--config", str(tmp_path / "config.yaml")])
+
+
 def test_defaults_then_file_then_flags(configs, tmp_path):
     saved = dataclasses.replace(configs["coop.py"](), lr=0.5, seed=3, out=Path("elsewhere"))
     save_config(saved, tmp_path / "config.yaml")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +120,7 @@ class LoRA(nn.Module):
         self.adapts_text, self.adapts_image = towers != "image", towers != "text"
         self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
         self._start_magnitudes = magnitudes(self.model)
+        self._encode_image: Callable[[nn.Module, Tensor], Tensor] = encode_image
         self._snapshot: _Snapshot | None = None
         self._fixed_text: Tensor | None = None
         self._prompt_ids: list[list[int]] = []
@@ -168,7 +171,7 @@ class LoRA(nn.Module):
         if self.adapts_image:
             assert batch.images is not None
             dtype = open_clip.get_input_dtype(self.backbone.precision) or torch.float32
-            features = F.normalize(encode_image(self.model, batch.images.to(dtype)).float(), dim=-1)
+            features = F.normalize(self._encode_image(self.model, batch.images.to(dtype)).float(), dim=-1)
         else:
             features = batch_features(batch, self.backbone.embed_dim)
         return scaled_logits(features, self.text_features(), self.backbone.logit_scale)
@@ -229,8 +232,20 @@ class LoRA(nn.Module):
         self.load_adapter_state(read_peft(folder, self.model))
 
     def compile_image_tower(self) -> None:
-        """Builds the image tower's forward with torch.compile when it is first called; needs a compiler."""
-        self.model.visual.compile()
+        """Builds the image tower's forward and backward in training with torch.compile, when it is first called.
+
+        Raises:
+            BackboneError: the image tower is not adapted, or there is no C++ compiler on a machine without GPU.
+        """
+        if not self.adapts_image:
+            raise BackboneError('there is no image tower to compile: towers="text" trains on cached features')
+        names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+        if self.backbone.device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+            raise BackboneError(
+                "torch.compile needs a C++ compiler on a CPU, and none was found (CXX, c++, g++, clang++); install one, "
+                "or leave compilation off"
+            )
+        self._encode_image = torch.compile(encode_image)
 
     def penalty(self) -> Tensor:
         """Returns 0."""

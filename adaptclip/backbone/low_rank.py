@@ -44,7 +44,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Outputs of several Linear layers, with PEFT's LoRA or without, for the same input, side by side.
 
     They are computed together where all are plain: frozen weights, at most one adapter, no DoRA, full precision.
-    Otherwise each layer is called.
+    Otherwise, and where torch.compile traces them and joins operations by itself, each layer is called.
 
     Args:
         layers: `nn.Linear`, or PEFT's LoRA layer around one; O_i outputs each.
@@ -53,7 +53,7 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     Returns:
         (..., sum of O_i).
     """
-    read = [_read(layer, x) for layer in layers]
+    read = [None if torch.compiler.is_compiling() else _read(layer, x) for layer in layers]
     together = [layer for layer in read if layer is not None]
     if len(together) < len(layers) or all(layer.a is None for layer in together):
         return torch.cat([layer(x) for layer in layers], dim=-1)

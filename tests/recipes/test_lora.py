@@ -23,7 +23,7 @@ import adaptclip as ac
 from adaptclip.adapters import LoRA
 from adaptclip.errors import AdaptclipError
 from adaptclip.evaluation.predict import predict
-from adaptclip.storage import read_tensors
+from adaptclip.storage import read_tensors, read_yaml
 from adaptclip.training.pixels import PixelLoader
 from adaptclip.types import Predictions
 
@@ -182,6 +182,7 @@ def test_scale_0_is_zero_shot_and_1_is_as_trained(finished, whole):
 def test_a_finished_run_is_judged_again_at_another_scale(finished, whole, base):
     assert main(replace(finished, lora_scale=0.5)) == 0
     assert report(finished.out)["training"]["chosen"] == {"lora_scale": 0.5}
+    assert read_yaml(finished.out / "config.yaml")["lora_scale"] == 0.5
     half = judged(finished.out).probs
     assert abs(half - judged(whole).probs).max() > 1e-3
     loaded_equals_live(finished.out)

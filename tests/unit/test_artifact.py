@@ -213,6 +213,15 @@ def test_strange_names_are_escaped(digits, saved, tmp_path, monkeypatch):
     assert adaptclip.load(tmp_path / "a").class_names[0] == "a|b <script>"
 
 
+def test_a_manifest_without_the_digest_of_its_prompts_is_loaded_with_a_warning(saved, tmp_path):
+    saved(tmp_path / "early")
+    manifest = json.loads((tmp_path / "early" / "manifest.json").read_text())
+    assert len(manifest.pop("prompts_digest")) == 64
+    (tmp_path / "early" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="no prompts_digest.*cannot be checked"):
+        assert load(tmp_path / "early").class_names
+
+
 def test_templates_other_than_those_of_training_are_refused(saved, tmp_path):
     saved(tmp_path / "zero_shot", method="zero_shot")
     assert load(tmp_path / "zero_shot", templates=("a photo of a {}.",)).class_names

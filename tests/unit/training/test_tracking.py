@@ -123,6 +123,18 @@ def test_resume_cuts_metrics_back_to_the_checkpoint(tmp_path):
     assert read_yaml(run.path / "config.yaml")["resume"] is False
 
 
+def test_settings_of_a_resumed_run_are_those_it_was_judged_with(tmp_path):
+    run = _start(tmp_path / "run", CONFIG | {"gates": "card", "resume": False})
+    changed = CONFIG | {"gates": "strict.yaml", "resume": True}
+    _start(tmp_path / "run", changed, resume=True)
+    saved = read_yaml(run.path / "config.yaml")
+    assert (saved["gates"], saved["resume"]) == ("strict.yaml", False)
+    assert read_json(run.path / "run.json")["config"]["gates"] == "card"  # what it was started with
+    with pytest.raises(TrainingError):
+        _start(tmp_path / "run", changed | {"lr": 0.3, "gates": "other.yaml"}, resume=True)
+    assert read_yaml(run.path / "config.yaml") == saved
+
+
 def test_resume_without_checkpoint_starts_anew(tmp_path):
     run = _start(tmp_path / "run")
     run.log(1, loss=0.5)
