@@ -63,9 +63,11 @@ def at_level(predictions: Predictions, level: str) -> Predictions:
     probs = np.zeros((len(predictions), len(names)), dtype=np.float32)
     for i in range(len(names)):
         probs[:, i] = predictions.probs[:, node == i].sum(axis=1, dtype=np.float64)
+    # Outcomes speak of the classes and levels that are gone.
     return replace(
-        predictions, labels=node[predictions.labels], probs=probs, class_names=tuple(map(str, names)), levels={}
-    )
+        predictions, labels=node[predictions.labels], probs=probs, class_names=tuple(map(str, names)), levels={},
+        outcomes=(),
+    )  # fmt: skip
 
 
 def least_severe(probs: np.ndarray, heights: np.ndarray) -> np.ndarray:

@@ -186,8 +186,9 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
         f"[{100 * report['confidence']:g} % interval], changes in points"
     )
     rows = overall_rows(shown, METRIC_SHORT, title, sign="")
-    # The number of images stands in the title.
-    yield replace(rows, header=["", *rows.header[1:-1]], rows=[row[:-1] for row in rows.rows])
+    # The number of images stands in the title, and so does the unit of changes.
+    heads = [head.removesuffix(" in points") for head in rows.header[1:-1]]
+    yield replace(rows, header=["", *heads], rows=[row[:-1] for row in rows.rows])
     for attribute, table in report["groups"].items():
         if not table["rows"]:
             continue

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
 import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.taxonomy import ancestor_heights, at_level, least_severe
+from adaptclip.gate_rules import Outcome
 from adaptclip.types import Predictions
 
 LEVELS = {
@@ -66,7 +69,8 @@ def predictions(n=200, seed=0):
 
 def test_a_levels_probability_is_the_sum_of_its_classes():
     p = predictions()
-    coarse = at_level(p, "family")
+    asked = (Outcome(level="kingdom", positive=("b",)), Outcome(positive=("p",)))
+    coarse = at_level(replace(p, outcomes=asked), "family")
     assert coarse.class_names == ("x", "y", "z")
     assert coarse.groups == p.groups
     for i in range(len(p)):
