@@ -113,7 +113,8 @@ def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) ->
 def _gate_worries(verdicts: Sequence[JudgedGate]) -> Iterator[str]:
     for v in verdicts:
         if v.verdict == "fail":
-            yield f"Gate failed: {v.title}. {v.reason}"
+            first = v.reason.partition(". ")[0]  # the whole reason stands in the table of gates
+            yield f"Gate failed: {v.title}. {first}"
     open_ones = [one_line(v.title) for v in verdicts if v.verdict == "inconclusive"]
     if open_ones:
         yield f"Not decided: {'; '.join(open_ones)}"
