@@ -50,7 +50,8 @@ def check_numbers(config: Any) -> None:
     """Refuses lengths, batch sizes and rates that no training can have, before anything is read or made.
 
     Args:
-        config: settings of a recipe. A 0 is allowed where it is the default or nothing is, and there has a meaning of its own.
+        config: settings of a recipe. A 0 is allowed where it is the default or nothing is, and there has a meaning of
+            its own.
 
     Raises:
         ConfigError: a number is out of range.

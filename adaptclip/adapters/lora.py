@@ -242,8 +242,8 @@ class LoRA(nn.Module):
         names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
         if self.backbone.device.type == "cpu" and not any(name and shutil.which(name) for name in names):
             raise BackboneError(
-                "torch.compile needs a C++ compiler on a CPU, and none was found (CXX, c++, g++, clang++); install one, "
-                "or leave compilation off"
+                "torch.compile needs a C++ compiler on a CPU, and none was found (CXX, c++, g++, clang++); install "
+                "one, or leave compilation off"
             )
         self._encode_image = torch.compile(encode_image)
 
