@@ -110,7 +110,7 @@ def test_expected_templates_are_compared(lora):
 )
 def test_prompts_changed_by_hand_are_refused(lora, digits, change):
     change(lora[0], digits)
-    with pytest.raises(ArtifactError, match=r"not those it was trained with: they were changed afterwards"):
+    with pytest.raises(ArtifactError, match=r"not those it was trained with: they were changed|equally many"):
         load(lora[0])
 
 

@@ -193,3 +193,31 @@ def test_bad_requests(checkpoint, pictures, tmp_path, capsys):
         card_as_images("digits", part="tset")
     with pytest.raises(AdaptclipError, match="no data card"):
         card_as_images("digitz")
+
+
+@pytest.mark.shared_data
+def test_recall_over_real_captions_is_that_of_a_plain_ranking(shared_data, tmp_path):
+    parts, _ = card_as_images("flickr8k", data_root=shared_data("flickr8k"), part="test")
+    images = parts[0].select(range(80))
+    assert images.captions is not None
+    encoder, named = load_encoder()
+    build_index(tmp_path / "index", encoder, named, [images], cache=FeatureCache(None))
+    index = open_index(tmp_path / "index")
+    texts = [(text, name) for own, name in zip(images.captions, images.ids, strict=True) for text in own]
+    vectors, _ = encode_texts(encoder, [text for text, _ in texts])
+    found = index.search(encoder, vectors, k=10)
+    with torch.no_grad():
+        pixels = torch.stack([encoder.transform(images.image(i)) for i in range(len(images))])
+        plain = torch.cat([encoder.model.encode_image(p) for p in pixels.split(16)])
+        tokens = encoder.tokenizer([text for text, _ in texts], context_length=encoder.context_length)
+        words = encoder.model.encode_text(tokens)
+    scores = torch.nn.functional.cosine_similarity(words[:, None], plain[None], dim=-1).numpy()
+    order = np.argsort(-scores, axis=1, kind="stable")
+    assert len(texts) == 400
+    recalls = []
+    for k in (1, 5, 10):
+        own = sum(name in [hit.name for hit in row[:k]] for row, (_, name) in zip(found, texts, strict=True))
+        plainly = sum(name in [images.ids[i] for i in row[:k]] for row, (_, name) in zip(order, texts, strict=True))
+        assert own == plainly
+        recalls.append(own)
+    assert 0 < recalls[0] < recalls[1] < recalls[2] < 400
