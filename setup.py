@@ -5,7 +5,11 @@ Everything else about the package is in pyproject.toml, which has no way to say 
 
 from setuptools import find_namespace_packages, setup
 
-AT_THE_TOP = {"adaptclip.recipes": "recipes", "adaptclip.data_cards": "data_cards"}
+AT_THE_TOP = {
+    "adaptclip.recipes": "recipes",
+    "adaptclip.recipes.figures": "recipes/figures",
+    "adaptclip.data_cards": "data_cards",
+}
 
 setup(
     packages=[*find_namespace_packages(include=["adaptclip", "adaptclip.*"], exclude=["*.__pycache__"]), *AT_THE_TOP],

@@ -63,7 +63,7 @@ def run(site: Path, folder: Path, *command: str) -> str:
 def expected_files() -> set[str]:
     """What an installed package must have, by its path in the wheel: all but caches, with recipes and cards in it."""
     found = {p.relative_to(ROOT).as_posix() for p in (ROOT / "adaptclip").rglob("*") if p.is_file()}
-    found |= {f"adaptclip/recipes/{p.name}" for p in (ROOT / "recipes").iterdir() if p.is_file()}
+    found |= {f"adaptclip/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "recipes").rglob("*") if p.is_file()}
     found |= {f"adaptclip/data_cards/{p.name}" for p in (ROOT / "data_cards").iterdir() if p.is_file()}
     return {name for name in found if "__pycache__" not in name}
 
@@ -99,15 +99,16 @@ def test_cards_and_recipes_come_with_it(site, empty):
     assert [line.split()[0] for line in listed] == sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))
     assert all(len(line.split()) > 4 for line in listed)
     run(site, empty, adaptclip, "recipes", "copy")
-    for file in (ROOT / "recipes").iterdir():
-        if file.is_file():
-            assert (empty / "recipes" / file.name).read_text() == file.read_text()
+    copied = {p.relative_to(empty) for p in (empty / "recipes").rglob("*") if p.is_file()}
+    assert copied == {p.relative_to(ROOT) for p in (ROOT / "recipes").rglob("*") if p.suffix in (".py", ".md", ".svg")}
+    for file in copied:
+        assert (empty / file).read_text() == (ROOT / file).read_text()
 
 
 def test_a_copied_recipe_runs_and_what_it_makes_is_used(site, empty):
     adaptclip = str(site / "bin" / "adaptclip")
     run(site, empty, adaptclip, "recipes", "copy", "zero_shot", "--out", "mine")
-    assert sorted(p.name for p in (empty / "mine").iterdir()) == ["README.md", "zero_shot.py"]
+    assert sorted(p.name for p in (empty / "mine").iterdir()) == ["README.md", "figures", "zero_shot.py"]
     run(site, empty, sys.executable, "mine/zero_shot.py", "--gates", "report", "--out", "run")
     made = run(site, empty, adaptclip, "export", "run", "--to", "classifier", "--out", "out", "--allow-failed-gates")
     assert "largest difference from the adapter on 18 pictures" in made

@@ -46,7 +46,8 @@ def copy(names: list[str], /, *, out: Path = Path("recipes"), overwrite: bool = 
         if name.removesuffix(".py") not in known:
             raise ConfigError(f"there is no recipe {name!r}. {did_you_mean(name, known)}")
     chosen = [known[name.removesuffix(".py")] for name in dict.fromkeys(names)] or list(known.values())
-    texts = {out / file.name: file.read_text(encoding="utf-8") for file in [*chosen, folder() / "README.md"]}
+    beside = [folder() / "README.md", *sorted(folder().glob("figures/*.svg"))]
+    texts = {out / file.relative_to(folder()): file.read_text(encoding="utf-8") for file in [*chosen, *beside]}
     changed = [path for path, text in texts.items() if path.exists() and path.read_text(encoding="utf-8") != text]
     if changed and not overwrite:
         raise ConfigError(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from adaptclip.artifact import AdaptedModel
-from adaptclip.backbone.loading import HUB_PREFIX
 from adaptclip.export import classifier, stock
 from adaptclip.export.checking import Reader
 from adaptclip.storage import write_text
+
+_LOADING, _WITHOUT = "## How to load it", "## How to use it without adaptclip"
+"""Heading of the artifact's model card, and the one that is put before it."""
 
 ARTIFACT_FOLDER = "artifact"
 """Where the adaptclip artifact itself lies in the folder; `adaptclip.load(FOLDER)` finds it there."""
@@ -37,25 +40,21 @@ def write(folder: Path, model: AdaptedModel) -> None:
 
 
 def write_card(folder: Path, model: AdaptedModel, use: Sequence[str], licence: str | None) -> None:
-    """Writes README.md: the artifact's model card with the hub's metadata, and how the folder is used."""
-    card = ModelCard.load(model.folder / "README.md")
-    manifest, head = model.manifest, card.data.to_dict()
-    name = manifest["backbone"]["name"]
-    value = manifest["metrics"]["accuracy"]["model"]["value"]
-    accuracy = EvalResult(
-        task_type="image-classification", dataset_type=manifest["card"]["name"],
-        dataset_name=f"{manifest['card']['name']} (test split)", metric_type="accuracy", metric_value=value,
-    )  # fmt: skip
-    front = ModelCardData(
-        **{**head, "library_name": "open_clip", "license": licence},
-        base_model=name.removeprefix(HUB_PREFIX) if name.startswith(HUB_PREFIX) else None,
-        eval_results=[accuracy] if value is not None else None,
-    )
-    body = card.text.strip()
-    start, mark, rest = body.partition("\n## Use\n")
-    _, heading, after = rest.partition("\n## ")
-    text = "\n\n".join([start.rstrip(), "## Use", *use]) + (f"\n\n## {after}" if heading and mark else "")
-    write_text(folder / "README.md", f"---\n{front.to_yaml()}\n---\n\n{text.strip()}\n")
+    """Writes README.md: the artifact's model card, with how the folder is used without adaptclip put in.
+
+    Args:
+        folder: the export.
+        model: what was exported.
+        use: paragraphs of Markdown.
+        licence: for the front matter; None leaves what the artifact's card says.
+    """
+    card: Any = ModelCard.load(model.folder / "README.md")
+    card.data["library_name"] = "open_clip"
+    if licence is not None:
+        card.data["license"] = licence
+    before, heading, after = card.text.strip().partition(f"\n{_LOADING}\n")
+    text = "\n\n".join([before.rstrip(), _WITHOUT, *use]) + (f"\n\n{_LOADING}\n{after}" if heading else "")
+    write_text(folder / "README.md", f"---\n{card.data.to_yaml()}\n---\n\n{text.strip()}\n")
 
 
 def read(folder: Path) -> Reader:

@@ -173,7 +173,9 @@ def test_a_folder_for_the_hub(artifact, tmp_path, pictures):
         assert (data["license"], data["library_name"]) == ("apache-2.0", "open_clip")
         assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 1.0
         assert "## Results on the test split" in card.text
-        assert card.text.count("\n## Use\n") == 1
+        assert (
+            card.text.count("\n## How to use it without adaptclip\n") == card.text.count("\n## How to load it\n") == 1
+        )
         assert (out / classifier.HEAD_FILE).exists() == (kind == "classifier")
         expected = load(artifact(case)).probabilities(pictures[:4])
         assert torch.equal(load(out).probabilities(pictures[:4]), expected)
