@@ -113,7 +113,7 @@ def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
     for key, value in manifest["settings"].items():
         if isinstance(value, int) and not isinstance(value, bool) and key not in _NOT_A_SIZE and value > max(sides):
             raise ArtifactError(
-                f"{folder} is damaged: the setting {key} is {value:,}, but no tensor in it is larger than {max(sides):,}"
+                f"{folder} is damaged: the setting {key} is {value:,}, but its largest tensor has {max(sides):,} rows"
             )
 
 

@@ -46,7 +46,7 @@ def test_set_up_is_two_commands():
     installs = [c for c in COMMANDS if "pip install" in c]
     assert installs == [
         'python -m pip install -e ".[starter]" && accelerate launch recipes/coop.py',
-        'python -m pip install -e ".[starter,dev]" && pytest',
+        'python -m pip install -e ".[starter,dev]" && pytest -n 2',
     ]
 
 
