@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
@@ -33,13 +35,13 @@ def made():
 
 def test_the_hub_reads_results_from_it(made):
     text, report = made
-    card = ModelCard(text)
-    assert card.data.library_name == "adaptclip"
-    assert card.data.base_model == "org/clip"
-    values = {r.metric_name: r.metric_value for r in card.data.eval_results or []}
+    data: Any = ModelCard(text).data
+    assert data.library_name == "adaptclip"
+    assert data.base_model == "org/clip"
+    values = {r.metric_name: r.metric_value for r in data.eval_results or []}
     assert values["Accuracy"] == pytest.approx(report["overall"]["accuracy"]["model"]["value"])
     assert values["Macro-F1"] == pytest.approx(report["fine_grained"]["macro_f1"]["model"]["value"], abs=1e-6)
-    assert {r.dataset_split for r in card.data.eval_results or []} == {"test"}
+    assert {r.dataset_split for r in data.eval_results or []} == {"test"}
 
 
 def test_it_says_use_limits_and_gates(made):

@@ -63,7 +63,7 @@ def test_severity_levels_and_hard_pairs_by_loop():
     p, base = predictions(), predictions(1, skill=0.8)
     fine = fine_grained_report(p, base, hard_pairs=[("ant", "bee")])
     heights = ancestor_heights(LEVELS, 8)
-    reached = [heights[a, b] for a, b in zip(p.labels, p.pred, strict=True) if a != b]
+    reached = [int(heights[a, b]) for a, b in zip(p.labels, p.pred, strict=True) if a != b]
     severity = fine["severity"]
     assert severity["mistakes"]["model"]["value"] == pytest.approx(np.mean(reached))
     assert severity["mistakes"]["model"]["n"] == len(reached)
