@@ -68,7 +68,7 @@ def _title(manifest: Mapping[str, Any], card: Card) -> str:
 
 def _metadata(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]) -> ModelCardData:
     hub = card.source.id if isinstance(card.source, HubSource) else None
-    dataset = {
+    dataset: dict[str, Any] = {
         "dataset_type": hub or card.name,
         "dataset_name": str(card.front_matter.get("pretty_name") or card.name),
         "dataset_split": "test",

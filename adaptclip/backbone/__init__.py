@@ -265,5 +265,5 @@ def _digest_of(module: nn.Module, state: Mapping[str, Tensor]) -> str:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BackboneError(f"the weights are damaged: {key} has values that are not finite")
         sha.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -150,7 +150,7 @@ class _Project(torch.autograd.Function):
                 grad_a = inner.T @ (flat if mask is None else torch.mul(flat, mask, out=buffer))
                 if grad_x is not None and mask is None:
                     grad_x.addmm_(inner, layer.a)
-                elif grad_x is not None:
+                elif grad_x is not None and mask is not None:
                     grad_x.add_(torch.mm(inner, layer.a, out=buffer).mul_(mask))
             grads += [None, None, grad_a, grad_b]
         return (None if grad_x is None else grad_x.view_as(x)), None, *grads

@@ -263,6 +263,7 @@ def test_a_model_with_its_own_way_to_encode_images_counts_as_a_whole():
 
     class Prompted(open_clip.CLIP):
         def encode_image(self, image, normalize=False):
+            assert isinstance(self.visual, torch.nn.Module)
             return self.visual(image) + self.positional_embedding.mean()
 
     model.__class__ = Prompted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def predictions(n=300, c=5, skill=1.5, sharpness=1.0, seed=0, **fields):
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_are_scikit_learns(seed):
     p = predictions(seed=seed)
-    brier = brier_score_loss(p.labels, p.probs, labels=np.arange(5), scale_by_half=False)
+    sum_of_squares: Any = False
+    brier = brier_score_loss(p.labels, p.probs, labels=np.arange(5), scale_by_half=sum_of_squares)
     assert brier_values(p.probs, p.labels).mean() == pytest.approx(brier, abs=1e-6)
     assert log_loss_values(p.probs, p.labels).mean() == pytest.approx(log_loss(p.labels, p.probs), abs=1e-5)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,7 +64,8 @@ def likelihood_score(b, c, n, delta):
         terms = ((b, p12), (c, q), (n - b - c, rest))
         return -sum(count * np.log(max(p, 1e-300)) for count, p in terms if count)
 
-    q = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    found: Any = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12})
+    q = found.x
     return (b - c - n * delta) / np.sqrt(n * (2 * q + delta * (1 - delta)))
 
 

@@ -23,7 +23,7 @@ def heights_by_networkx(levels, num_classes):
     """Longest way down from the lowest common ancestor to a leaf, in the tree of paths."""
     tree = nx.DiGraph()
     for c in range(num_classes):
-        path = [()]
+        path: list[tuple[str, ...]] = [()]
         for names in levels.values():
             path.append((*path[-1], names[c]))
         path.append((*path[-1], f"class {c}"))
