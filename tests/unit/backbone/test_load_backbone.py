@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -263,8 +263,7 @@ def test_a_model_with_its_own_way_to_encode_images_counts_as_a_whole():
 
     class Prompted(open_clip.CLIP):
         def encode_image(self, image, normalize=False):
-            assert isinstance(self.visual, torch.nn.Module)
-            return self.visual(image) + self.positional_embedding.mean()
+            return cast(Any, self.visual)(image) + self.positional_embedding.mean()
 
     model.__class__ = Prompted
     assert image_weights_digest(model) == whole
