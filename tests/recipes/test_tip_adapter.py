@@ -115,7 +115,7 @@ def test_the_test_split_is_read_after_every_choice(cfg, monkeypatch):
     monkeypatch.setattr(ac.FeatureCache, "get", recorded_get)
     monkeypatch.setattr(ac.TipAdapter, "choose", recorded_choose)
     recipe.main(cfg)
-    # The report reads the validation images once more, for its temperature; the test images are read once, after it all.
+    # The report reads the validation images once more, for its temperature; the test images are read once, before that.
     assert events == [20, 20, "choice", 720, 20]
 
 
