@@ -41,7 +41,7 @@ class Linear(nn.Module):
 class Backbone(nn.Module):
     """The part of ClipBackbone that a feature cache uses."""
 
-    embed_dim, name, digest, device = 6, "fake", "fake", torch.device("cpu")
+    embed_dim, name, image_digest, device = 6, "fake", "fake", torch.device("cpu")
     transform_spec: dict = {}  # noqa: RUF012
 
     def __init__(self):
