@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.grouping import align as align
 from adaptclip.evaluation.grouping import encode
-from adaptclip.evaluation.grouping import group_rows as group_rows
 from adaptclip.evaluation.influence import Linearised, brier_score, macro_auc, variance
 from adaptclip.evaluation.intervals import (
     CalibrationParts,
@@ -109,7 +107,7 @@ def measure(
 
     Args:
         predictions: the judged model; its clusters, where given, are the unit of resampling.
-        baseline: the model to compare with, aligned (see `align`).
+        baseline: the model to compare with, aligned (see `grouping.align`).
         metrics: names from GENERAL_METRICS.
         rows: positions of the images to judge; None judges all.
         full_bins: leave `ece` out where the bins are thinly filled (for groups).

@@ -25,7 +25,8 @@ from typing import Any, get_args
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import Comparison, Measurement, align, group_rows, measure
+from adaptclip.evaluation.estimates import Comparison, Measurement, measure
+from adaptclip.evaluation.grouping import align, group_rows
 from adaptclip.evaluation.intervals import Side
 from adaptclip.evaluation.metrics import LOWER_IS_BETTER, METRIC_WORDS
 from adaptclip.reports.bias import number

@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import binom
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import align, group_rows, measure
+from adaptclip.evaluation.estimates import measure
+from adaptclip.evaluation.grouping import align, group_rows
 from adaptclip.evaluation.intervals import tango_bound, wilson
 from adaptclip.evaluation.metrics import METRIC_FUNCTIONS
 from adaptclip.gate_rules import GENERAL_METRICS
