@@ -56,7 +56,7 @@ class QuickDropout(nn.Module):
         dropped = round(self.p * LEVELS)
         if not self.training or not dropped:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or dropped >= LEVELS or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         # The draws lie in memory as the pixels do.
         last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
