@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adaptclip.backbone.attention import fuse_attention, share_weights, split_attention
 from adaptclip.backbone.lora_targets import Towers, find_targets
+from adaptclip.backbone.low_rank import QuickDropout
 from adaptclip.errors import BackboneError, ConfigError
 from adaptclip.seeding import derive_seed
 from adaptclip.storage import read_tensors, write_tensors
@@ -85,6 +86,9 @@ def inject_lora(
         raise BackboneError(
             f"PEFT put adapters on {len(got)} layers instead of {len(names)}: {sorted({*got} ^ {*names})}"
         )
+    for _, layer in lora_layers(copied):
+        if isinstance(layer.lora_dropout[ADAPTER], nn.Dropout):
+            layer.lora_dropout[ADAPTER] = QuickDropout(dropout)
     for parameter in lora_parameters(copied).values():
         parameter.data = parameter.data.float().to(device)
     return copied

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,7 @@ def encode_image(model: Any, images: Tensor) -> Tensor:
         (B, D) features as the model gives them, not normalised.
     """
     visual = model.visual
-    if not pools_class_token(visual):
+    if type(model) not in (CLIP, CustomTextCLIP) or not pools_class_token(visual):
         return model.encode_image(images)
     again = visual.transformer.grad_checkpointing
     x = visual._embeds(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import open_clip
@@ -17,7 +18,7 @@ from adaptclip.adapters.lora import LoRA
 from adaptclip.adapters.lora_layers import inject_lora, lora_layers, lora_parameters, merge_lora, read_peft, save_peft
 from adaptclip.adapters.zero_shot import ZeroShotClassifier
 from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import split_attention
+from adaptclip.backbone.attention import share_weights, split_attention
 from adaptclip.backbone.lora_targets import find_targets
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError
 from adaptclip.types import Batch
@@ -307,6 +308,43 @@ def test_gradient_checkpointing_gives_the_same_gradients(clip):
         gradients.append([p.detach().clone() for p in adapter.trainable_parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
     assert len(gradients[0]) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_image_tower_gives_the_same_gradients(clip, monkeypatch):
+    # Its helper processes would each load torch anew, which takes longer than to compile this tower.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    plain, compiled = (LoRA(clip, NAMES, towers="image", dropout=0.0, blocks="1") for _ in range(2))
+    train(plain, pixels(clip), steps=1)
+    compiled.load_adapter_state(plain.adapter_state())
+    compiled.compile_image_tower()
+    losses, gradients = [], []
+    for adapter in (plain, compiled):
+        adapter.train()
+        losses.append(F.cross_entropy(adapter(pixels(clip)), pixels(clip).labels))
+        gradients.append(torch.autograd.grad(losses[-1], adapter.trainable_parameters()))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it was compiled, and not left as it is
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    assert len(gradients[1]) == 6
+    for got, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_compilation_is_refused_where_it_cannot_be(clip, monkeypatch):
+    with pytest.raises(BackboneError, match="no image tower to compile"):
+        LoRA(clip, NAMES, towers="text").compile_image_tower()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BackboneError, match=r"needs a C\+\+ compiler on a CPU, and none was found"):
+        LoRA(clip, NAMES).compile_image_tower()
+
+
+def test_a_tower_without_layers_to_adapt_is_named(clip):
+    bare = share_weights(clip.model)
+    bare.visual = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ConfigError, match="the image tower of this model has no Linear layer or 1x1 convolution"):
+        inject_lora(bare)
 
 
 def test_bf16_autocast_trains_near_to_full_precision(clip):

@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model  # type: ignore[attr-define
 from torch import Tensor, nn
 
 from adaptclip.backbone import low_rank
-from adaptclip.backbone.low_rank import project
+from adaptclip.backbone.low_rank import QuickDropout, project
 
 
 def layers(adapted=(0, 1, 2), dropout=0.0, width=8, dtype=torch.float32, bias=True, **settings) -> nn.ModuleList:
@@ -94,6 +94,27 @@ def test_dropout_is_independent_and_as_often_as_asked(dropout):
     limit = 5 * dropout * (1 - dropout) / elements**0.5
     assert len(others) == 48
     assert all(float(product.mean().abs()) < limit for product in others)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_quick_dropout_is_dropout(share):
+    """On pictures laid out either way: as often as asked, the rest scaled up, the same elements in the gradient."""
+    torch.manual_seed(7)
+    dropout = QuickDropout(share)
+    wide = torch.rand(4, 6, 50, 50) + 1
+    for x in (wide, wide.contiguous(memory_format=torch.channels_last), wide[:, 1:5], wide.flatten(1), wide[:, :, ::2]):
+        x = x.detach().requires_grad_()
+        out = dropout.train()(x)
+        assert out.shape == x.shape
+        gone = out == 0
+        assert torch.allclose(out, torch.where(gone, 0, x / (1 - share)), rtol=1e-4)
+        error = 5 * (share * (1 - share) / x.numel()) ** 0.5
+        assert abs(gone.double().mean() - share) < error
+        assert gone.double().mean((1, *range(2, x.ndim))).sub(share).abs().max() < 2.5 * error
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert torch.allclose(gradient, torch.where(gone, 0.0, 1 / (1 - share)), rtol=1e-4)
+        assert not torch.equal(dropout(x), out)
+        assert dropout.eval()(x) is x
 
 
 def test_the_draws_follow_torchs_seed_and_stop_outside_of_training():
