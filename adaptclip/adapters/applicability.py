@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from adaptclip.adapters import ADAPTERS, ContrastiveTuning
+from adaptclip.adapters import ADAPTERS, ContrastiveTuning, TwoStage
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import AdaptclipError
 
@@ -19,14 +19,16 @@ class Applicability:
         method: a key of ADAPTERS, or "contrastive" (its LoRA form).
         applies: whether it can be built.
         consumes: "features" or "pixels"; None where it does not apply.
-        parameters: numbers it learns or keeps; None where it does not apply.
+        learnt: numbers it learns, of all its stages; 0 for a closed form. None where it does not apply.
+        stored: numbers its artifact holds. None where it does not apply.
         reason: the error in words where it does not apply, else "".
     """
 
     method: str
     applies: bool
     consumes: str | None
-    parameters: int | None
+    learnt: int | None
+    stored: int | None
     reason: str = ""
 
 
@@ -52,7 +54,10 @@ def methods_for(backbone: ClipBackbone, *, num_classes: int = 10) -> list[Applic
 def _try(method: str, make: Callable[[], Any]) -> Applicability:
     try:
         adapter = make()
-        state = adapter.trainable_parameters() or list(adapter.adapter_state().values())
     except AdaptclipError as error:
-        return Applicability(method, False, None, None, str(error))
-    return Applicability(method, True, adapter.consumes, sum(tensor.numel() for tensor in state))
+        return Applicability(method, False, None, None, None, str(error))
+    learnt = adapter.trainable_parameters()
+    if isinstance(adapter, TwoStage):
+        learnt = [*learnt, *adapter.lora.trainable_parameters()]
+    stored = adapter.adapter_state().values()
+    return Applicability(method, True, adapter.consumes, *(sum(t.numel() for t in own) for own in (learnt, stored)))

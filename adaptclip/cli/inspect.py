@@ -69,8 +69,10 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
     )
     for line in lines:
         console.print(escape(line), highlight=False)
-    table = Table("method", "learns from", f"parameters for {classes} classes")
+    table = Table("method", "learns from", f"parameters it learns for {classes} classes", "numbers its artifact holds")
     for method in methods:
-        count = escape(method.reason) if method.parameters is None else f"{method.parameters:,}"
-        table.add_row(method.method, method.consumes or "does not apply", count)
+        if method.learnt is None:
+            table.add_row(method.method, "does not apply", escape(method.reason), "")
+        else:
+            table.add_row(method.method, method.consumes, f"{method.learnt:,}", f"{method.stored:,}")
     console.print(table)

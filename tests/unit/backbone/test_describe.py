@@ -48,10 +48,11 @@ def test_methods_and_their_parameters():
     found = {method.method: method for method in methods_for(backbone, num_classes=7)}
     assert set(found) == {*ADAPTERS, "contrastive"}
     assert all(method.applies and not method.reason for method in found.values())
-    assert found["coop"].parameters == 16 * 32 == CoOp(backbone, ["a"]).context.numel()
+    assert found["coop"].learnt == found["coop"].stored == 16 * 32 == CoOp(backbone, ["a"]).context.numel()
     # Rank 2 on q, k, v of two blocks in each tower, all of width 32.
-    assert found["lora"].parameters == 2 * 2 * 3 * 2 * (32 + 32)
-    assert found["zero_shot"].parameters == 7 * 96
+    assert found["lora"].learnt == 2 * 2 * 3 * 2 * (32 + 32)
+    assert (found["zero_shot"].learnt, found["zero_shot"].stored) == (0, 7 * 96)
+    assert found["two_stage"].learnt == found["lora"].learnt + 7 * 96  # the first stage and the head
     assert found["lora"].consumes == "pixels" == LoRA(backbone, ["a"]).consumes
 
 
@@ -62,7 +63,7 @@ def test_a_method_that_does_not_apply_says_why():
     for name in ("coop", "cocoop", "lora"):
         assert not found[name].applies
         assert "hides the token 4" in found[name].reason
-        assert found[name].parameters is None
+        assert found[name].learnt is found[name].stored is None
     assert found["zero_shot"].applies
     assert "hides the token 4" in describe_backbone(backbone)["text"]["prompts"]
 
