@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from adaptclip.adapters import ADAPTERS, ContrastiveTuning, TwoStage
 from adaptclip.backbone import ClipBackbone
@@ -60,4 +62,8 @@ def _try(method: str, make: Callable[[], Any]) -> Applicability:
     if isinstance(adapter, TwoStage):
         learnt = [*learnt, *adapter.lora.trainable_parameters()]
     stored = adapter.adapter_state().values()
-    return Applicability(method, True, adapter.consumes, *(sum(t.numel() for t in own) for own in (learnt, stored)))
+    return Applicability(method, True, adapter.consumes, _count(learnt), _count(stored))
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
