@@ -8,8 +8,7 @@ import numpy as np
 from scipy.stats import binom
 
 from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.intervals import RateSpread
-from adaptclip.evaluation.smooth import DifferenceSpread
+from adaptclip.evaluation.intervals import DifferenceSpread, RateSpread
 
 
 def sign_test(after: np.ndarray, before: np.ndarray, clusters: Sequence[str] | np.ndarray | None = None) -> float:

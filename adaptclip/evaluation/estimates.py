@@ -129,32 +129,8 @@ def measure(
     return {m: _compare(m, sample, [drawn.get(f"{m}/{i}") for i in range(2)], full_bins) for m in metrics}
 
 
-def share(hits: np.ndarray, clusters: np.ndarray | None = None) -> Measurement:
-    """Measures a plain share without drawing anything: for tables of many of them.
-
-    Args:
-        hits: (N,) bool, what is counted.
-        clusters: (N,) cluster of each image as a number, or None where images are independent. Their variance is the
-            linearised one of a ratio.
-    """
-    if len(hits) == 0:
-        return Measurement(None, 0, note="no images")
-    value, n = float(hits.mean()), len(hits)
-    if clusters is None:
-        return Measurement(value, n, RateSpread(value, n, n, None))
-    unit = np.unique(clusters, return_inverse=True)[1]
-    units = int(unit.max()) + 1
-    if units == n:
-        return Measurement(value, n, RateSpread(value, n, n, None))
-    if units < MIN_CLUSTERS:
-        return Measurement(value, n, note=_few(units))
-    drawn = variance((hits - value) / n, unit)
-    if drawn <= 1e-12:
-        return Measurement(value, n, RateSpread(value, units, n, None))
-    return Measurement(value, n, RateSpread(value, value * (1 - value) / drawn, n, units - 1))
-
-
-def _few(units: int) -> str:
+def few_clusters(units: int) -> str:
+    """Says why a number of so few clusters has no interval."""
     return f"no interval: {units} cluster{'s' * (units != 1)}, and at least {MIN_CLUSTERS} are needed"
 
 
@@ -180,7 +156,7 @@ def _too_few_clusters(sample: _Sample) -> str:
     units = sample.plan.num_units
     if not sample.clustered or units >= MIN_CLUSTERS:
         return ""
-    return _few(units)
+    return few_clusters(units)
 
 
 def _undefined(metric: str, sample: _Sample) -> str:

@@ -12,7 +12,7 @@ What is used where:
 - the calibration error and its change: a bootstrap that allows for the estimate's upward bias (`CalibrationParts`);
 - the Brier score, and changes of it and of the AUC: Student's t on the linearised variance (`ScoreSpread`); an AUC
   itself is bounded like a rate whose effective number of images gives the same variance;
-- a difference between two groups: each group's own bounds put together (`difference_bound`).
+- a difference between two independent sets of images: each one's own bounds put together (`DifferenceSpread`).
 """
 
 from __future__ import annotations
@@ -125,18 +125,20 @@ class RateSpread:
         rate: the estimate, 0 to 1.
         size: effective number of images.
         cap: most images that `size` may stand for.
-        df: degrees of freedom of the bootstrap variance behind `size`; None where none was needed.
+        df: degrees of freedom of the variance behind `size`; None where none was needed.
+        by: how that variance was found, for the report.
     """
 
     rate: float
     size: float
     cap: float
     df: int | None = None
+    by: str = "bootstrap"
 
     @property
     def method(self) -> str:
         """Name of the method, for the report."""
-        return "wilson" if self.df is None else "wilson, effective n by bootstrap"
+        return "wilson" if self.df is None else f"wilson, effective n by {self.by}"
 
     def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
         """Wilson's bound, or Clopper-Pearson's where `exact`."""
@@ -200,25 +202,32 @@ class ScoreSpread:
         return float(np.clip(raw, *self.limits))
 
 
-def difference_bound(
-    one: tuple[float, Spread], other: tuple[float, Spread], side: Side, alpha: float, *, exact: bool = False
-) -> float:
-    """One-sided bound of `one` minus `other`, from the bounds of each (MOVER: Newcombe 1998, Zou & Donner 2008).
+@dataclass(frozen=True)
+class DifferenceSpread:
+    """Uncertainty of a difference, from the bounds of its two sides (MOVER: Newcombe 1998, Zou & Donner 2008).
 
     The two have to be independent, or positively correlated (groups that share patients), which makes the bound wide.
 
-    Args:
-        one: estimate and its uncertainty.
-        other: what is subtracted.
-        side: which bound.
-        alpha: probability that the true difference lies beyond the bound, 0 to 0.5.
-        exact: use the bounds that hold their level for certain.
+    Attributes:
+        first: estimate and its uncertainty.
+        second: what is subtracted.
     """
-    if side == "high":
-        return -difference_bound(other, one, "low", alpha, exact=exact)
-    (a, spread_a), (b, spread_b) = one, other
-    down, up = spread_a.bound("low", alpha, exact=exact), spread_b.bound("high", alpha, exact=exact)
-    return a - b - float(np.hypot(a - down, up - b))
+
+    first: tuple[float, Spread]
+    second: tuple[float, Spread]
+
+    @property
+    def method(self) -> str:
+        """Name of the method, for the report."""
+        return "newcombe, square-and-add"
+
+    def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
+        """Bound of the difference; `exact` takes the sides' bounds that hold their level for certain."""
+        (a, spread_a), (b, spread_b) = self.first, self.second
+        other: Side = "high" if side == "low" else "low"
+        of_a, of_b = spread_a.bound(side, alpha, exact=exact), spread_b.bound(other, alpha, exact=exact)
+        distance = float(np.hypot(a - of_a, b - of_b))
+        return a - b - distance if side == "low" else a - b + distance
 
 
 @dataclass(frozen=True)

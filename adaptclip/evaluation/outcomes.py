@@ -65,13 +65,16 @@ def two_sided(predictions: Predictions, outcome: Outcome) -> Predictions:
 
 
 def _merge(predictions: Predictions, names: tuple[str, ...], index: np.ndarray) -> Predictions:
-    """Sums the probabilities of the classes with the same index."""
-    table = np.zeros((len(index), len(names)), np.float32)
-    table[np.arange(len(index)), index] = 1
-    # Of a ranking only the head is known, but what is spread below it adds up to the right rest.
+    """Sums the probabilities of the classes with the same index; every name has a class."""
+    order = np.argsort(index, kind="stable")
+    starts = np.searchsorted(index[order], np.arange(len(names)))
+    # Summed in float64: rounding must not decide between sides that are equally probable.
+    summed = np.add.reduceat(predictions.probs[:, order], starts, axis=1, dtype=np.float64)
+    # Below the head of a ranking the rest is spread evenly, which says nothing of how it divides among the names.
+    whole = predictions.confident and predictions.ranked is None
     return replace(
-        predictions, labels=index[predictions.labels], probs=predictions.probs @ table, class_names=names, levels={},
-        outcomes=(), ranked=None if predictions.confident else 1,
+        predictions, labels=index[predictions.labels], probs=summed.astype(np.float32), class_names=names, levels={},
+        outcomes=(), ranked=None if whole else 1,
     )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import MIN_CLUSTERS, Measurement
-from adaptclip.evaluation.intervals import RateSpread, Side, Spread, difference_bound
+from adaptclip.evaluation.estimates import MIN_CLUSTERS, Measurement, few_clusters
+from adaptclip.evaluation.influence import variance
+from adaptclip.evaluation.intervals import RateSpread, Side, Spread
 
 
 @dataclass(frozen=True)
@@ -42,40 +43,6 @@ class ScaledSpread:
         return self.low + (self.high - self.low) * self.spread.bound(side, alpha, exact=exact)
 
 
-@dataclass(frozen=True)
-class LinearisedSpread(RateSpread):
-    """A RateSpread whose effective number comes from influences instead of the bootstrap."""
-
-    @property
-    def method(self) -> str:
-        """Name of the method, for the report."""
-        return "wilson, effective n by linearisation"
-
-
-@dataclass(frozen=True)
-class DifferenceSpread:
-    """Uncertainty of a difference of two numbers of independent sets of images.
-
-    Newcombe's (1998, method 10) square-and-add interval, from the bounds of the two numbers (`difference_bound`).
-
-    Attributes:
-        first: value and spread of the first.
-        second: value and spread of the second.
-    """
-
-    first: tuple[float, Spread]
-    second: tuple[float, Spread]
-
-    @property
-    def method(self) -> str:
-        """Name of the method, for the report."""
-        return "newcombe, square-and-add"
-
-    def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
-        """Bound of the difference; `exact` changes nothing."""
-        return difference_bound(self.first, self.second, side, alpha)
-
-
 def linearised(
     value: float,
     influence: np.ndarray,
@@ -84,6 +51,7 @@ def linearised(
     low: float = 0.0,
     high: float = 1.0,
     n: int | None = None,
+    cap: float = float("inf"),
     note: str = "",
 ) -> Measurement:
     """A number with its uncertainty from the influences of the images behind it.
@@ -91,10 +59,11 @@ def linearised(
     Args:
         value: the estimate, within low..high.
         influence: (N,) how much it moves with each image's weight, so that mean-like numbers have (x - mean) / n.
-        clusters: N unit ids, where images are not independent.
+        clusters: N unit ids (text or numbers), where images are not independent.
         low: low end of the number's scale.
         high: high end of it.
         n: images behind the number where other than N.
+        cap: most images that the effective number may reach: those there are, for a share.
         note: what to know when reading it.
 
     Raises:
@@ -103,27 +72,23 @@ def linearised(
     count = len(influence) if n is None else n
     if not (low < high and low - 1e-9 <= value <= high + 1e-9):
         raise DataError(f"a number on the scale {low:g} to {high:g} was expected, got {value:g}")
-    if clusters is not None:
-        unit = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
-        influence = np.bincount(unit, influence)
-    units = len(influence)
-    few = (
-        f"no interval: {units} cluster{'s' * (units != 1)}, and at least {MIN_CLUSTERS} are needed"
-        if clusters is not None and units < MIN_CLUSTERS
-        else "no interval: a single image says nothing of others"
-        if units < 2
-        else ""
-    )
+    unit = np.arange(len(influence)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    units = int(unit.max()) + 1
+    # Clusters of one image are independent images.
+    if units < MIN_CLUSTERS and units < len(influence):
+        few = few_clusters(units)
+    else:
+        few = "no interval: a single image says nothing of others" if units < 2 else ""
     if few:
         return Measurement(float(value), count, None, "; ".join(filter(None, (note, few))))
-    variance = float(((influence - influence.mean()) ** 2).sum()) * units / (units - 1) / (high - low) ** 2
+    drawn = variance(influence - influence.mean(), unit) / (high - low) ** 2
     rate = float(np.clip((value - low) / (high - low), 0, 1))
     bernoulli = rate * (1 - rate)
-    if variance > 1e-15 and bernoulli > 1e-12:
-        spread: Spread = LinearisedSpread(rate, bernoulli / variance, float("inf"), units - 1)
+    if drawn > 1e-15 and bernoulli > 1e-12:
+        spread: Spread = RateSpread(rate, bernoulli / drawn, cap, units - 1, by="linearisation")
     else:
         # Nothing varies: each unit is one draw that could have come out otherwise.
-        spread = LinearisedSpread(rate, float(min(units, count)), float(units), None)
+        spread = RateSpread(rate, float(min(units, count)), float(units), None)
     return Measurement(
         float(value), count, spread if (low, high) == (0.0, 1.0) else ScaledSpread(spread, low, high), note
     )
@@ -139,15 +104,24 @@ def mean_of(
 ) -> Measurement:
     """The mean of one number per image, each within low..high; None where there are no images.
 
-    Of (N,) bool values it is a share, and where images are independent its interval is Wilson's own.
+    Of (N,) bool values it is a share, and where images are independent its interval is Wilson's own. Nothing is drawn,
+    so that tables may hold many of them.
+
+    Args:
+        values: (N,) numbers, or bool for what is counted.
+        clusters: N unit ids (text or numbers), where images are not independent.
+        low: low end of the numbers' scale.
+        high: high end of it.
+        note: what to know when reading the mean.
     """
     n = len(values)
     if n == 0:
         return Measurement(None, 0, note="no images")
-    mean = float(np.mean(values, dtype=np.float64))
-    if values.dtype == bool and (clusters is None or len(set(clusters)) == n > MIN_CLUSTERS):
+    mean, share = float(np.mean(values, dtype=np.float64)), values.dtype == bool
+    if share and (clusters is None or len(np.unique(np.asarray(clusters))) == n):
         return Measurement(mean, n, RateSpread(mean, float(n), float(n)), note)
-    return linearised(mean, (values - mean) / len(values), clusters, low=low, high=high, note=note)
+    cap = float(n) if share else float("inf")
+    return linearised(mean, (values - mean) / n, clusters, low=low, high=high, cap=cap, note=note)
 
 
 def macro_f1_parts(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A taxonomy above the classes: accuracy on its levels, and how bad a mistake is.
+"""A taxonomy above the classes: how bad a mistake is.
 
 A node is its path from the root, so that two departments that both have a "red" have two nodes of that name. Heights
 count from the classes upwards: a class has height 0, the finest level 1, the coarsest K, and the root K + 1.
@@ -7,12 +7,8 @@ count from the classes upwards: a class has height 0, the finest level 1, the co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
-
-from adaptclip.errors import DataError, did_you_mean
-from adaptclip.types import Predictions
 
 
 def _paths(levels: Mapping[str, Sequence[str]], num_classes: int) -> np.ndarray:
@@ -41,33 +37,6 @@ def ancestor_heights(levels: Mapping[str, Sequence[str]], num_classes: int) -> n
         heights -= ids[:, None] == ids[None, :]
     np.fill_diagonal(heights, 0)
     return heights
-
-
-def at_level(predictions: Predictions, level: str) -> Predictions:
-    """Predictions of a coarse level: a node's probability is the sum of its classes'.
-
-    Args:
-        predictions: of C classes.
-        level: a name in `predictions.levels`.
-
-    Returns:
-        One class per name of the level, in the order of the names; groups and clusters are kept.
-
-    Raises:
-        DataError: the predictions have no such level.
-    """
-    if level not in predictions.levels:
-        has = did_you_mean(level, predictions.levels) if predictions.levels else "They have no taxonomy at all."
-        raise DataError(f"these predictions have no taxonomy level {level!r}. {has}")
-    names, node = np.unique(np.asarray(predictions.levels[level], dtype=str), return_inverse=True)
-    probs = np.zeros((len(predictions), len(names)), dtype=np.float32)
-    for i in range(len(names)):
-        probs[:, i] = predictions.probs[:, node == i].sum(axis=1, dtype=np.float64)
-    # Outcomes speak of the classes and levels that are gone.
-    return replace(
-        predictions, labels=node[predictions.labels], probs=probs, class_names=tuple(map(str, names)), levels={},
-        outcomes=(),
-    )  # fmt: skip
 
 
 def least_severe(probs: np.ndarray, heights: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from adaptclip.evaluation.estimates import Comparison, Measurement
-from adaptclip.evaluation.intervals import Side, difference_bound
+from adaptclip.evaluation.intervals import DifferenceSpread, Side
 from adaptclip.gate_rules import LOWER_IS_BETTER, GateRule
 from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
 from adaptclip.gates.verdicts import Conclusion, Verdict
@@ -172,8 +172,8 @@ def _against(group: Comparison, reference: Comparison, side: Side, alpha: float)
         return -np.inf if side == "low" else np.inf
     assert group.model.value is not None
     assert group.model.spread is not None
-    pair = (group.model.value, group.model.spread), (before.value, before.spread)
-    return difference_bound(*pair, side, alpha, exact=True)
+    difference = DifferenceSpread((group.model.value, group.model.spread), (before.value, before.spread))
+    return difference.bound(side, alpha, exact=True)
 
 
 def _keeps(name: str, usable: Mapping[str, Comparison], sign: int, slack: float, alpha: float) -> bool:

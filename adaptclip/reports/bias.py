@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.estimates import measure, share
+from adaptclip.evaluation.comparisons import difference
+from adaptclip.evaluation.estimates import measure
 from adaptclip.evaluation.gaps import GapTest, holm
 from adaptclip.evaluation.grouping import encode, group_rows, group_values
-from adaptclip.evaluation.intervals import difference_bound
 from adaptclip.evaluation.metrics import absent_classes, correct
+from adaptclip.evaluation.smooth import mean_of
 from adaptclip.gate_rules import BETWEEN
 from adaptclip.reports.numbers import MIN_GROUP, comparison, gap_of_means
 from adaptclip.reports.numbers import number as number
@@ -150,15 +151,12 @@ def _add_against_rest(
     for k, row in enumerate(tested):
         own = code == place[row["group"]]
         other = among & ~own
-        one, rest = (share(right[part], None if clusters is None else clusters[part]) for part in (own, other))
-        bounds: tuple[float | None, float | None] = (None, None)
-        if one.spread and rest.spread and one.value is not None and rest.value is not None:
-            pair, alpha = ((one.value, one.spread), (rest.value, rest.spread)), (1 - confidence) / 2
-            bounds = difference_bound(*pair, "low", alpha), difference_bound(*pair, "high", alpha)
+        one, rest = (mean_of(right[part], None if clusters is None else clusters[part]) for part in (own, other))
+        low, high = difference(one, rest).interval(confidence) or (None, None)
         row["against_rest"] = {
             "difference": float(test.rest[k]),
-            "low": bounds[0],
-            "high": bounds[1],
+            "low": low,
+            "high": high,
             "p_value": float(test.rest_p[k]),
             "p_holm": float(corrected[k]),
             "differs": bool(corrected[k] <= 1 - confidence),

@@ -11,8 +11,9 @@ import numpy as np
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.evaluation.estimates import Comparison, Measurement, measure
 from adaptclip.evaluation.metrics import topk_correct
+from adaptclip.evaluation.outcomes import coarsen
 from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
-from adaptclip.evaluation.taxonomy import ancestor_heights, at_level, least_severe
+from adaptclip.evaluation.taxonomy import ancestor_heights, least_severe
 from adaptclip.reports.numbers import comparison, number
 from adaptclip.seeding import numpy_generator
 from adaptclip.types import Predictions
@@ -234,8 +235,8 @@ def _only(predictions: Predictions, rows: np.ndarray, classes: list[int]) -> Pre
 def _level(
     predictions: Predictions, baseline: Predictions | None, level: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    coarse = at_level(predictions, level)
-    base = None if baseline is None else at_level(replace(baseline, levels=predictions.levels), level)
+    coarse = coarsen(predictions, level)
+    base = None if baseline is None else coarsen(replace(baseline, levels=predictions.levels), level)
     metrics = ("accuracy", "mean_per_class_accuracy")
     measured = measure(coarse, base, metrics=metrics, draws=settings["draws"], seed=settings["seed"])
     return {

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.estimates import share
 from adaptclip.evaluation.gaps import gap_test, holm
+from adaptclip.evaluation.smooth import mean_of
 from adaptclip.reports.numbers import MIN_GROUP, number
 from adaptclip.types import Predictions
 
@@ -158,5 +158,5 @@ def _rates(
             ("fpr", inside & (labels != c)),
         ):
             units = None if clusters is None else clusters[rows]
-            found[metric][names[g]] = number(share(pred[rows] == c, units), confidence)
+            found[metric][names[g]] = number(mean_of(pred[rows] == c, units), confidence)
     return found

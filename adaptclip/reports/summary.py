@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import measure, share
+from adaptclip.evaluation.estimates import measure
 from adaptclip.evaluation.grouping import align, encode
 from adaptclip.evaluation.metrics import absent_classes
+from adaptclip.evaluation.smooth import mean_of
 from adaptclip.gate_rules import BETWEEN, GENERAL_METRICS
 from adaptclip.reports.bias import group_table
 from adaptclip.reports.numbers import comparison, number
@@ -93,7 +94,7 @@ def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, A
     clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
     rows = []
     for name, positions in zip(predictions.class_names, np.split(order, np.cumsum(sizes)[:-1]), strict=True):
-        accuracy = share(right[positions], None if clusters is None else clusters[positions])
+        accuracy = mean_of(right[positions], None if clusters is None else clusters[positions])
         enough = len(positions) >= MIN_CLASS_IMAGES
         rows.append(
             {"class": name, "n": len(positions), "accuracy": number(accuracy, confidence), "sufficient": enough}

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from adaptclip.evaluation.estimates import share
+from adaptclip.evaluation.comparisons import difference
 from adaptclip.evaluation.gaps import gap_test, holm
 from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.intervals import difference_bound
+from adaptclip.evaluation.smooth import mean_of
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
 from adaptclip.types import Predictions
@@ -59,13 +59,11 @@ def coverage(rng: np.random.Generator, effect: float, n: int, repeats: int, pati
         right = model.pred == model.labels
         clusters = None if model.clusters is None else np.unique(model.clusters, return_inverse=True)[1]
         one, other = (
-            share(right[rows], None if clusters is None else clusters[rows])
+            mean_of(right[rows], None if clusters is None else clusters[rows])
             for rows in group_rows(model, "site").values()
         )
-        assert one.value is not None and one.spread is not None  # noqa: PT018
-        assert other.value is not None and other.spread is not None  # noqa: PT018
-        pair = (one.value, one.spread), (other.value, other.spread)
-        held += difference_bound(*pair, "low", 0.025) <= effect <= difference_bound(*pair, "high", 0.025)
+        low, high = difference(one, other).interval(0.95) or (1.0, -1.0)
+        held += low <= effect <= high
     return held / repeats
 
 

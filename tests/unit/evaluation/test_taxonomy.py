@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.taxonomy import ancestor_heights, at_level, least_severe
+from adaptclip.evaluation.estimates import measure
+from adaptclip.evaluation.outcomes import coarsen
+from adaptclip.evaluation.taxonomy import ancestor_heights, least_severe
 from adaptclip.gate_rules import Outcome
 from adaptclip.types import Predictions
 
@@ -70,7 +72,7 @@ def predictions(n=200, seed=0):
 def test_a_levels_probability_is_the_sum_of_its_classes():
     p = predictions()
     asked = (Outcome(level="kingdom", positive=("b",)), Outcome(positive=("p",)))
-    coarse = at_level(replace(p, outcomes=asked), "family")
+    coarse = coarsen(replace(p, outcomes=asked), "family")
     assert coarse.class_names == ("x", "y", "z")
     assert coarse.groups == p.groups
     for i in range(len(p)):
@@ -82,10 +84,30 @@ def test_a_levels_probability_is_the_sum_of_its_classes():
 
 def test_unknown_levels_are_named():
     with pytest.raises(DataError, match='Did you mean "family"'):
-        at_level(predictions(), "famly")
+        coarsen(predictions(), "famly")
     bare = Predictions(("a",), np.zeros(1, int), np.ones((1, 1), np.float32), ("c",))
-    with pytest.raises(DataError, match="no taxonomy at all"):
-        at_level(bare, "family")
+    with pytest.raises(DataError, match="no taxonomy levels at all"):
+        coarsen(bare, "family")
+
+
+def test_a_level_of_a_ranking_knows_its_first_name_only():
+    p = predictions(20)
+    assert coarsen(p, "family").ranked is None
+    for part in (replace(p, ranked=3), replace(p, ranked=1, confident=False)):
+        assert coarsen(part, "family").ranked == 1
+    # Probabilities below the head are made up, so no number is made of them.
+    found = measure(coarsen(replace(p, ranked=3), "family"), metrics=("accuracy", "brier", "macro_auc"))
+    assert found["accuracy"].model.value is not None
+    assert [found[m].model.value for m in ("brier", "macro_auc")] == [None, None]
+
+
+def test_a_tie_of_two_names_is_not_broken_by_rounding():
+    # Ten classes of 0.05 and one of 0.5: in float32 the ten add up to a little more, and would win.
+    probs = np.array([[0.5] + [0.05] * 10], np.float32)
+    levels = {"side": ("one",) + ("ten",) * 10}
+    p = Predictions(("i",), np.zeros(1, int), probs, tuple("abcdefghijk"), levels=levels)
+    assert coarsen(p, "side").probs[0].tolist() == [0.5, 0.5]
+    assert coarsen(p, "side").pred[0] == 0
 
 
 def test_least_severe_decisions_by_hand_and_by_loop():
