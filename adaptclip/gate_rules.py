@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from adaptclip.errors import did_you_mean
+from adaptclip.errors import DataError, did_you_mean
 
 GENERAL_METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece", "brier", "macro_auc")
 """Metrics of any classifier: rates 0 to 1, except `brier`, which is 0 to 2 (the sum over the classes, not halved)."""
@@ -63,6 +64,26 @@ class Outcome(BaseModel):
         """The outcome in words, for example "malignancy = malignant"."""
         values = " or ".join(self.positive)
         return f"{self.level} = {values}" if self.level else values
+
+    def check(self, class_names: Sequence[str], levels: Mapping[str, Sequence[str]]) -> None:
+        """Refuses what is not among the classes or levels, and an outcome that every class has.
+
+        Args:
+            class_names: C names.
+            levels: taxonomy level -> C coarse names.
+
+        Raises:
+            DataError: it does not fit; the message holds the nearest name.
+        """
+        if self.level is not None and self.level not in levels:
+            has = did_you_mean(self.level, levels) if levels else "There are no taxonomy levels at all."
+            raise DataError(f"outcome {self.name!r}: no taxonomy level {self.level!r}. {has}")
+        values = class_names if self.level is None else levels[self.level]
+        for value in self.positive:
+            if value not in values:
+                raise DataError(f"outcome {self.name!r}: nothing is {value!r}. {did_you_mean(value, values)}")
+        if set(values) <= set(self.positive):
+            raise DataError(f"outcome {self.name!r}: every class is positive, so there is nothing to tell apart")
 
 
 class GateRule(BaseModel):

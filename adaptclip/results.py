@@ -13,12 +13,12 @@ from accelerate.utils import broadcast_object_list
 from adaptclip.adapters import Adapter
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
-from adaptclip.data.card import Card
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.errors import GateError
 from adaptclip.evaluation.predict import predict
 from adaptclip.features import FeatureCache
-from adaptclip.gates import Verdict, check_gates, exit_code, load_gates
+from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_gates
 from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
 from adaptclip.reports.render import print_report, to_html, to_markdown
@@ -30,13 +30,25 @@ REPORT_ONLY = "report"
 """Value of a recipe's `gates` setting that judges by the card's gates without letting them decide the exit code."""
 
 
-def choose_gates(gates: str, card: Card) -> Sequence[GateRule]:
+def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
     """Returns the rules that a recipe's `gates` setting names: the card's own, or those of a YAML file.
 
+    Args:
+        gates: "card", "report", or the path of a YAML file.
+        data: the images that will be judged. Rules and outcomes that do not fit them are refused here, before anything
+            is encoded or learnt.
+
     Raises:
-        GateError: the file is missing or not valid.
+        StorageError: the file is missing or is not YAML.
+        GateError: a rule is not valid, or names a group, level or class that the data do not have.
     """
-    return card.gates if gates in ("card", REPORT_ONLY) else load_gates(Path(gates))
+    rules = data.card.gates if gates in ("card", REPORT_ONLY) else load_gates(Path(gates))
+    if rules and not data.has_classes:
+        raise GateError(f"card {data.card.name} has captions and no classes: no gate can be judged with it")
+    check_rules(rules, data.test)
+    for outcome in data.card.outcomes:  # classes may have been taken away since the card was checked (base and new)
+        outcome.check(data.class_names, data.test.levels)
+    return rules
 
 
 def predict_held_out(
@@ -74,6 +86,7 @@ def finish_run(
     gates: str,
     accelerator: Accelerator,
     validation: Predictions | None = None,
+    new_classes: tuple[Predictions, Predictions] | None = None,
     names: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> int:
@@ -92,6 +105,7 @@ def finish_run(
         gates: the recipe's setting; REPORT_ONLY judges but does not decide.
         accelerator: the main process writes, all get the exit code.
         validation: of the few-shot validation images (`predict_held_out`); None where there are none.
+        new_classes: (adapted, zero-shot) predictions of classes that were not learnt (`predict_new_classes`), or None.
         names: a name audit (`reports.names`), or None.
         training: what the report says of it, JSON-able: `trainable_parameters`, `seconds`, `schedule`, `chosen`
             (hyper-parameters), `validation_used_for` (in words) and whatever else the method has to tell.
@@ -108,7 +122,7 @@ def finish_run(
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
         used_for = dict(training or {}).get("validation_used_for", "nothing")
         report = full_report(
-            predictions, zero_shot, validation=validation, validation_used_for=used_for,
+            predictions, zero_shot, validation=validation, validation_used_for=used_for, new_classes=new_classes,
             hard_pairs=[pair for pair in data.card.hard_pairs if set(pair) <= set(data.class_names)],
         )  # fmt: skip
         report["method"] = method
@@ -120,9 +134,12 @@ def finish_run(
         }  # fmt: skip
         report["training"] = training and dict(training)
         report["names"] = names and dict(names)
-        for name, made in (("", predictions), ("zero_shot_", zero_shot), ("validation_", validation)):
-            if made is not None:
-                made.save(out / f"{name}predictions.parquet")
+        made = {"": predictions, "zero_shot_": zero_shot, "validation_": validation}
+        if new_classes is not None:
+            made |= {"new_classes_": new_classes[0], "new_classes_zero_shot_": new_classes[1]}
+        for name, judged in made.items():
+            if judged is not None:
+                judged.save(out / f"{name}predictions.parquet")
         write_yaml(out / "gates.yaml", {"gates": [rule.model_dump(exclude_defaults=True) for rule in rules]})
         _write_report(out, report, verdicts, data.test if data.card.show_images else None)
         save_artifact(

@@ -133,17 +133,7 @@ class Predictions:
     def _check_declared(self) -> None:
         """Outcomes and intersections speak of levels, classes and groups that there are."""
         for outcome in self.outcomes:
-            if outcome.level is not None and outcome.level not in self.levels:
-                raise DataError(
-                    f"outcome {outcome.name!r}: no taxonomy level {outcome.level!r}. "
-                    f"{did_you_mean(outcome.level, self.levels)}"
-                )
-            values = self.class_names if outcome.level is None else self.levels[outcome.level]
-            for value in outcome.positive:
-                if value not in values:
-                    raise DataError(f"outcome {outcome.name!r}: nothing is {value!r}. {did_you_mean(value, values)}")
-            if set(values) <= set(outcome.positive):
-                raise DataError(f"outcome {outcome.name!r}: every class is positive, so there is nothing to tell apart")
+            outcome.check(self.class_names, self.levels)
         for crossed in self.intersections:
             for name in crossed:
                 if name not in self.groups:

@@ -90,8 +90,8 @@ def main(cfg: Config) -> int:
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)
-    rules = ac.choose_gates(cfg.gates, card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    rules = ac.choose_gates(cfg.gates, data)
     shots, epochs, batch_size = training_length(cfg)
     split = ac.sample_few_shot(data, shots=shots, seed=cfg.seed)
     images, validation = split.select(data)

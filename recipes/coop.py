@@ -81,8 +81,8 @@ def main(cfg: Config) -> int:
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)
-    rules = ac.choose_gates(cfg.gates, card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
-from adaptclip.evaluation.new_classes import judge_new_classes
+from adaptclip.evaluation.new_classes import predict_new_classes
 from adaptclip.evaluation.scale_curve import check_setting, choose_scale
 from adaptclip.training.tracking import MAY_CHANGE
 
@@ -84,10 +84,10 @@ def main(cfg: Config) -> int:
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)
-    rules = ac.choose_gates(cfg.gates, card)
     data, new = ac.open_data(card, data_root=cfg.data_root), None
     if cfg.base_to_new:
         data, new = base_and_new(data)
+    rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
@@ -153,13 +153,11 @@ def main(cfg: Config) -> int:
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
     held_out = ac.predict_held_out(adapter, validation, cache, accelerator=accelerator)
-    if new is not None:
-        training["base_to_new"] = judge_new_classes(
-            adapter.encoder, backbone, new, predictions, baseline, accelerator=accelerator
-        )
+    new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="lora", predictions=predictions, zero_shot=baseline,
         rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held_out, training=training,
+        new_classes=new_classes,
     )  # fmt: skip
     run.finish()
     return code

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.errors import ConfigError
-from adaptclip.evaluation.new_classes import judge_new_classes
+from adaptclip.evaluation.new_classes import predict_new_classes
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def main(cfg: Config) -> int:
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)
-    rules = ac.choose_gates(cfg.gates, card)
     data, new = ac.open_data(card, data_root=cfg.data_root), None
     if cfg.base_to_new:
         data, new = base_and_new(data)
+    rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, held_out = split.select(data)  # held out for the report
     mitigation, head_mitigation = (
@@ -135,13 +135,11 @@ def main(cfg: Config) -> int:
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
     validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
-    if new is not None:
-        training["base_to_new"] = judge_new_classes(
-            adapter.encoder, backbone, new, predictions, baseline, accelerator=accelerator
-        )
+    new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="two_stage", predictions=predictions, zero_shot=baseline,
         rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
+        new_classes=new_classes,
     )  # fmt: skip
     run.finish()
     return code

@@ -48,9 +48,9 @@ def main(cfg: Config) -> int:
     """Card → cached features → zero-shot classifier → predictions → report, gates, artifact."""
     accelerator = ac.make_accelerator()
     card = ac.load_card(cfg.card)
-    # What is compared with zero-shot would here be compared with itself.
-    rules = [rule for rule in ac.choose_gates(cfg.gates, card) if rule.no_worse_than is None]
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    # What is compared with zero-shot would here be compared with itself.
+    rules = [rule for rule in ac.choose_gates(cfg.gates, data) if rule.no_worse_than is None]
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
     adapter = adapter.to(accelerator.device)

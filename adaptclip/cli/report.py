@@ -51,14 +51,14 @@ def report(
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
     judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
-    held_out = validation
-    if held_out is None and (predictions / "validation_predictions.parquet").is_file():
-        held_out = predictions / "validation_predictions.parquet"
+    held_out = validation or _of_run(predictions, "validation_")
+    new = [_of_run(predictions, f"new_classes_{name}") for name in ("", "zero_shot_")]
     result = full_report(
         judged,
         reference,
-        validation=Predictions.load(held_out, classes=classes or None)
-        if held_out and (validation or held_out.is_file())
+        validation=Predictions.load(held_out, classes=classes or None) if held_out else None,
+        new_classes=(Predictions.load(new[0]), Predictions.load(new[1]))
+        if baseline is None and new[0] and new[1]
         else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,
@@ -71,6 +71,12 @@ def report(
     if out is not None:
         _write(out, result, verdicts, images)
     return 0
+
+
+def _of_run(folder: Path, name: str) -> Path | None:
+    """Further predictions in a run folder; None where there are none, or it is a file."""
+    path = folder / f"{name}predictions.parquet"
+    return path if path.is_file() else None
 
 
 def _known_of_run(path: Path) -> Mapping[str, Any]:

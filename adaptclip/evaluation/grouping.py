@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,15 @@ import pyarrow as pa
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.gate_rules import BETWEEN
 from adaptclip.types import Predictions
+
+
+class Grouped(Protocol):
+    """What has groups, such as `Predictions`."""
+
+    @property
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        """Attribute name -> N values."""
+        ...
 
 
 def align(predictions: Predictions, baseline: Predictions) -> Predictions:
@@ -36,7 +46,7 @@ def align(predictions: Predictions, baseline: Predictions) -> Predictions:
     return replace(predictions, probs=baseline.probs[order], ranked=baseline.ranked, confident=baseline.confident)
 
 
-def group_values(predictions: Predictions, attribute: str) -> tuple[tuple[str, ...], np.ndarray]:
+def group_values(predictions: Grouped, attribute: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Returns the names of an attribute's groups, sorted, and (N,) the position of each image's group among them.
 
     An intersection, "sex × age_group", has groups such as "female, 60+". "unknown" is a group like any other.

@@ -29,13 +29,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from adaptclip.errors import DataError, GateError, did_you_mean
+from adaptclip.errors import GateError
 from adaptclip.evaluation.estimates import Measurement
 from adaptclip.evaluation.gaps import gap_test
 from adaptclip.evaluation.grouping import align, encode, group_rows
 from adaptclip.evaluation.metrics import correct
 from adaptclip.evaluation.outcomes import Question, ask
 from adaptclip.gate_rules import LOWER_IS_BETTER, GateRule
+from adaptclip.gates.fitting import check_rules
 from adaptclip.gates.gap import judge_gap
 from adaptclip.gates.loading import load_gates
 from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
@@ -43,7 +44,7 @@ from adaptclip.gates.verdicts import SEVERITY, Conclusion, Verdict, exit_code, o
 from adaptclip.gates.wording import excluded_words, family_reason, reason_of
 from adaptclip.types import Predictions
 
-__all__ = ["Verdict", "check_gates", "exit_code", "load_gates", "overall_verdict"]
+__all__ = ["Verdict", "check_gates", "check_rules", "exit_code", "load_gates", "overall_verdict"]
 
 
 def check_gates(
@@ -71,49 +72,16 @@ def check_gates(
         GateError: a rule does not fit (no such group, level or class, no baseline, too few classes, no images).
         DataError: the baseline is of other images.
     """
+    check_rules(rules, predictions)
     for rule in rules:
-        _check_rule(rule, predictions, baseline)
+        if rule.no_worse_than and baseline is None:
+            raise GateError(
+                f'gate "{rule.title}" compares with zero-shot, but no zero-shot predictions were given (--baseline)'
+            )
     paired = baseline is not None and any(r.no_worse_than or r.gap_at_most for r in rules)
     base = align(predictions, baseline) if paired and baseline is not None else None
     progress = tqdm(rules, desc="gates", unit="rule", disable=None, leave=False)
     return [_judge_rule(rule, predictions, base, draws, seed) for rule in progress]
-
-
-def _check_rule(rule: GateRule, predictions: Predictions, baseline: Predictions | None) -> None:
-    if len(predictions) == 0:
-        raise GateError("nothing can be judged: the predictions have no rows")
-    where = f'gate "{rule.title}"'
-    for name in (rule.group,) if isinstance(rule.group, str) else rule.group or ():
-        if name not in predictions.groups:
-            has = (
-                did_you_mean(name, predictions.groups)
-                if predictions.groups
-                else "They have no group columns at all; name them in the card (columns: groups) and predict again."
-            )
-            raise GateError(f"{where}: the predictions have no group attribute {name!r}. {has}")
-    if rule.no_worse_than and baseline is None:
-        raise GateError(f"{where} compares with zero-shot, but no zero-shot predictions were given")
-    if rule.level is not None and rule.level not in predictions.levels:
-        has = did_you_mean(rule.level, predictions.levels) if predictions.levels else "They have no levels at all."
-        raise GateError(f"{where}: the predictions have no taxonomy level {rule.level!r}. {has}")
-    try:
-        question = ask(rule.metric, predictions, None, rule.level, rule.outcome)
-    except DataError as error:
-        raise GateError(f"{where}: {error}") from error
-    num_classes = len(question.predictions.class_names)
-    if rule.metric == "top5_accuracy" and num_classes <= 5:
-        raise GateError(f"{where}: with {num_classes} classes every model has a top-5 accuracy of 1; use accuracy")
-    if rule.attribute is not None and rule.exclude:
-        _check_excluded(rule, list(group_rows(predictions, rule.attribute)), where)
-
-
-def _check_excluded(rule: GateRule, names: list[str], where: str) -> None:
-    for name in rule.exclude:
-        # "unknown" may well have no images in one split of several.
-        if name not in names and name != "unknown":
-            raise GateError(f"{where} excludes {name!r}, which is no group here. {did_you_mean(name, names)}")
-    if set(names) <= set(rule.exclude):
-        raise GateError(f"{where} excludes all groups of {rule.attribute}, so that nothing is left to judge")
 
 
 def _judge_rule(

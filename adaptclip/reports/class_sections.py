@@ -125,7 +125,13 @@ def _shift_blocks(shift: Mapping[str, Any], confidence: float) -> Iterator[Block
                 caution=bool(worse),
             )
     if found := shift.get("base_new"):
-        yield _three("Base classes, new classes and their harmonic mean", found, ("base", "new", "harmonic_mean"))
+        yield _base_new_rows(found)
+        yield Paragraph(
+            "Base classes were learnt, new ones are known by their names only; either half is judged among its own "
+            f"classes. Their harmonic mean stands high only where both do. Of its change: "
+            f"{sentence(found['harmonic_mean']['change']['note'])}",
+            "muted",
+        )
     if found := shift.get("domains"):
         rows = [
             [text(metric.replace("_", " ")), rate(c["source"]), rate(c["target"]), points(c["change"])]
@@ -136,14 +142,14 @@ def _shift_blocks(shift: Mapping[str, Any], confidence: float) -> Iterator[Block
         yield Rows("Source and target domain", header, rows, scales, {3: 0.0})
 
 
-def _three(title: str, found: Mapping[str, Any], keys: Sequence[str]) -> Rows:
+def _base_new_rows(found: Mapping[str, Any]) -> Rows:
     rows = []
-    for key in keys:
+    for key, name in (("base", "base classes"), ("new", "new classes"), ("harmonic_mean", "harmonic mean")):
         c = found[key]
-        name = text(key.replace("_", " "))
-        rows.append([name, rate(c["zero_shot"]), rate(c["model"]), points(c["change"]), count(c["model"]["n"])])
+        rows.append([text(name), rate(c["zero_shot"]), rate(c["model"]), points(c["change"]), count(c["model"]["n"])])
     header = ["", "zero-shot", "adapted", "change in points", "n"]
-    return Rows(title, header, rows, {1: (0.0, 1.0), 2: (0.0, 1.0), 3: change_scale(rows, 3)}, {3: 0.0})
+    scales = {1: (0.0, 1.0), 2: (0.0, 1.0), 3: change_scale(rows, 3)}
+    return Rows("Accuracy on base and new classes", header, rows, scales, {3: 0.0})
 
 
 def confusion_section(

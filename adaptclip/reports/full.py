@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from adaptclip.errors import DataError
 from adaptclip.evaluation.grouping import align
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import fine_grained_report
-from adaptclip.reports.shift import class_changes, domain_shift
+from adaptclip.reports.shift import base_new, class_changes, domain_shift
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
 
@@ -20,6 +21,7 @@ def full_report(
     validation: Predictions | None = None,
     validation_used_for: str = "nothing",
     source: Predictions | None = None,
+    new_classes: tuple[Predictions, Predictions] | None = None,
     hard_pairs: Sequence[tuple[str, str]] = (),
     groups: Sequence[str] | None = None,
     confidence: float = 0.95,
@@ -35,6 +37,8 @@ def full_report(
             are fitted on them.
         validation_used_for: what else these images chose, in words.
         source: the judged model on the domain it was adapted to, where `predictions` are of another.
+        new_classes: (adapted, zero-shot) predictions of classes that were not learnt, judged among themselves; a
+            baseline is needed with them.
         hard_pairs: pairs of class names that are known to be hard.
         groups: attributes to report; None reports all there are.
         confidence: level of all two-sided intervals, between 0.5 and 1.
@@ -60,6 +64,10 @@ def full_report(
         else None
     )
     shift: dict[str, Any] = {} if base is None else class_changes(predictions, base, **options)
+    if new_classes is not None:
+        if base is None:
+            raise DataError("base and new classes are compared with zero-shot, and no baseline was given")
+        shift["base_new"] = base_new((predictions, base), new_classes, **options)
     if source is not None:
         shift["domains"] = domain_shift(predictions, source, **options)
     report["shift"] = shift or None

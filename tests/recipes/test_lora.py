@@ -21,6 +21,7 @@ from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.adapters import LoRA
+from adaptclip.cli.report import report as report_command
 from adaptclip.errors import AdaptclipError
 from adaptclip.evaluation.predict import predict
 from adaptclip.storage import read_tensors, read_yaml
@@ -228,14 +229,21 @@ def test_base_to_new(cfg):
     training = report(cfg.out)["training"]
     assert "(5 images and 5 of new classes)" in training["validation_used_for"]
     assert {row["new_n"] for row in training["scale_curve"]} == {5}
-    told = training["base_to_new"]
-    assert told["adapted"]["base"] == pytest.approx((live.pred == live.labels).mean())
+    told = report(cfg.out)["shift"]["base_new"]
     zero_shot = judged(cfg.out, "zero_shot_predictions")
-    assert told["zero_shot"]["base"] == pytest.approx((zero_shot.pred == zero_shot.labels).mean())
-    for row in told.values():
-        assert row["base_n"] == len(live)
-        assert row["base_n"] + row["new_n"] == TEST_IMAGES
-        assert row["new_interval"][0] <= row["new"] <= row["new_interval"][1]
+    for key, base, new in (("model", live, ""), ("zero_shot", zero_shot, "zero_shot_")):
+        of_new = judged(cfg.out, f"new_classes_{new}predictions")
+        assert of_new.class_names == ("five", "six", "seven", "eight", "nine")
+        assert len(base) + len(of_new) == TEST_IMAGES
+        a, b = ((p.pred == p.labels).mean() for p in (base, of_new))
+        assert told["base"][key]["value"] == pytest.approx(a)
+        assert told["new"][key]["value"] == pytest.approx(b)
+        assert told["harmonic_mean"][key]["value"] == pytest.approx(2 * a * b / (a + b) if a + b else 0)
+    # The page shows it among what adaptation changed, and `adaptclip report` finds it in the run folder.
+    shift = (cfg.out / "report.md").read_text().partition("## What adaptation changed")[2].partition("\n## ")[0]
+    assert "| new classes |" in shift
+    assert report_command(cfg.out, out=cfg.out / "again.json") == 0
+    assert json.loads((cfg.out / "again.json").read_text())["shift"]["base_new"] == told
 
 
 def test_the_text_tower_alone_trains_on_cached_features(cfg, tmp_path, monkeypatch):

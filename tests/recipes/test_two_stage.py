@@ -172,9 +172,9 @@ def test_base_to_new(cfg, base):
     assert main(replace(cfg, base_to_new=True, towers="text", mixed_precision="bf16")) == 0
     live = judged(cfg.out)
     assert live.class_names == ("zero", "one", "two", "three", "four")
-    told = training(cfg.out)["base_to_new"]
-    assert told["adapted"]["base"] == pytest.approx((live.pred == live.labels).mean())
-    assert told["adapted"]["base_n"] + told["adapted"]["new_n"] == TEST_IMAGES
+    told = json.loads((cfg.out / "report.json").read_text())["shift"]["base_new"]
+    assert told["base"]["model"]["value"] == pytest.approx((live.pred == live.labels).mean())
+    assert told["base"]["model"]["n"] + told["new"]["model"]["n"] == TEST_IMAGES
     # The new classes are judged by the adapted text tower, not by the head: here by the loaded artifact's.
     model = ac.load(cfg.out).adapter
     assert isinstance(model, ac.TwoStage)
@@ -185,7 +185,7 @@ def test_base_to_new(cfg, base):
         pixels = torch.stack([model.backbone.transform(data.test.image(i)) for i in rows.tolist()])
         values = model.encoder.encode_image(pixels)
     pred = (values @ model.class_weights_of(data.prompt_names[5:]).T).argmax(dim=1).numpy() + 5
-    assert told["adapted"]["new"] == pytest.approx((pred == data.test.labels[rows]).mean(), abs=1e-9)
+    assert told["new"]["model"]["value"] == pytest.approx((pred == data.test.labels[rows]).mean(), abs=1e-9)
 
 
 def test_the_starter(cfg):
