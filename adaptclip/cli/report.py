@@ -52,14 +52,13 @@ def report(
     judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
     held_out = validation or _of_run(predictions, "validation_")
-    new = [_of_run(predictions, f"new_classes_{name}") for name in ("", "zero_shot_")]
+    # The new classes were predicted by zero-shot too, which another baseline is not.
+    new = [None if baseline else _of_run(predictions, f"new_classes_{name}") for name in ("", "zero_shot_")]
     result = full_report(
         judged,
         reference,
         validation=Predictions.load(held_out, classes=classes or None) if held_out else None,
-        new_classes=(Predictions.load(new[0]), Predictions.load(new[1]))
-        if baseline is None and new[0] and new[1]
-        else None,
+        new_classes=(Predictions.load(new[0]), Predictions.load(new[1])) if new[0] and new[1] else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],

@@ -133,7 +133,7 @@ def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion
         lost = [sign * ((c.model.bound(bad, alpha / num, exact=True) or 0.0) - floor) < 0 for c in usable.values()]
         asked = f"the limit of {shown(rule, floor, 'g')} for every group"
         if any(lost):
-            return "fail", f"{_named(usable, lost)} certainly missed {asked}."
+            return "fail", f"With the confidence asked for, {_named(usable, lost)} misses {asked}."
         if all(kept):
             return "pass", f"Every group keeps {asked}."
         return "inconclusive", f"It is not certain that {_named(usable, [not k for k in kept])} keeps {asked}."
@@ -149,7 +149,8 @@ def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion
     margin = f"by more than {shown(rule, rule.slack, 'g').replace(' %', ' points')}"
     if any(lost):
         return "fail", (
-            f"Levelled down: {_named(usable, lost)} certainly lies below the zero-shot model's worst group {margin}."
+            f"Levelled down: with the confidence asked for, {_named(usable, lost)} lies below the zero-shot model's "
+            f"worst group {margin}."
         )
     if all(kept):
         return "pass", f"No group lies below the zero-shot model's worst group {margin}."
@@ -158,7 +159,8 @@ def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion
 
 
 def _named(usable: Mapping[str, Comparison], which: Sequence[bool]) -> str:
-    return ", ".join(name for name, chosen in zip(usable, which, strict=True) if chosen)
+    named = [name for name, chosen in zip(usable, which, strict=True) if chosen]
+    return f"each of {', '.join(named)}" if len(named) > 1 else named[0]
 
 
 def _against(group: Comparison, reference: Comparison, side: Side, alpha: float) -> float:

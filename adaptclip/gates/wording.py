@@ -108,7 +108,8 @@ def family_reason(rule: GateRule, ordered: Sequence[Verdict]) -> str:
     worst = ordered[0]
     alike = [v for v in ordered[1:] if v.verdict == worst.verdict]
     if worst.verdict == "pass":
-        return f"All {len(ordered)} groups pass; the worst: {worst.reason}" if len(ordered) > 1 else worst.reason
+        every = "Both" if len(ordered) == 2 else f"All {len(ordered)}"
+        return f"{every} groups pass; the worst: {worst.reason}" if len(ordered) > 1 else worst.reason
     if not alike:
         return worst.reason
     named = [f"{v.group} (about {v.more_images:,} more)" if v.more_images is not None else str(v.group) for v in alike]

@@ -107,12 +107,13 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
         scales = {1: (0.0, 1.0), 2: (0.0, 1.0)} if paired else {1: (0.0, 1.0)}
         if paired:
             scales[3] = change_scale(rows, 3)
-        title = f"{outcome['name']}: {outcome['num_positive']} images with it, {outcome['num_negative']} without"
+        title = f"{outcome['name']}: {outcome['num_positive']:,} images with it, {outcome['num_negative']:,} without"
         blocks.append(Rows(title, header, rows, scales, {3: 0.0} if paired else {}))
         blocks.append(
             Paragraph(
                 f"An image counts as {outcome['positive']} when the probabilities of its classes add up to more than "
-                f"{outcome['threshold']:g}: {', '.join(map(one_line, outcome['classes']))}.",
+                f"{outcome['threshold']:g}: {', '.join(map(one_line, outcome['classes']))}. Where one of them is the "
+                "most probable class and they stay below that, the image counts as missed here, but not in the accuracy.",
                 "muted",
             )
         )
@@ -259,13 +260,16 @@ def _one_vs_rest(found: Mapping[str, Any] | None) -> Iterator[Block]:
     if not found or not found["classes"]:
         return
     rows = []
-    for entry in found["classes"][:10]:
+    compared = [entry for entry in found["classes"] if entry["equal_opportunity_difference"] is not None]
+    if not compared:
+        yield Paragraph("No class has enough images in two groups for its rates to be compared.", "muted")
+        return
+    for entry in compared[:10]:
         rates = ", ".join(f"{one_line(group)} {show_rate(number)}" for group, number in entry["tpr"].items())
         gap = entry["equal_opportunity_difference"]
-        rows.append([text(one_line(entry["class"])), count(entry["n"]),
-                     Cell("–" if gap is None else f"{100 * gap:.1f}", numeric=True),
+        rows.append([text(one_line(entry["class"])), count(entry["n"]), Cell(f"{100 * gap:.1f}", numeric=True),
                      _p(entry["p_holm"]), text(rates)])  # fmt: skip
-    header = ["class", "n", "gap of TPR, points", "p (Holm)", "true positive rate by group"]
-    yield Rows("Is each class found at equal rates in all groups? Largest gaps first", header, rows)
+    header = ["class", "n", "gap, points", "p (Holm)", "share that is found (true positive rate), by group"]
+    yield Rows("Is each class found as often in all groups? Largest gaps first", header, rows)
     if found.get("note"):
         yield Paragraph(sentence(found["note"]), "muted")

@@ -48,6 +48,12 @@ def class_section(report: Mapping[str, Any], *, plots: bool) -> Section:
         )
         blocks.append(Figure("Accuracy of every class with its interval", class_spread(report["per_class"]), words))
     blocks.append(_class_rows(report))
+    if (report.get("shift") or {}).get("classes"):
+        words = (
+            "Each bracket is of that class alone; the last column allows for the number of classes, so that it may not "
+            "tell where a bracket leaves out zero."
+        )
+        blocks.append(Paragraph(words, "muted"))
     if not all(row["sufficient"] for row in report["per_class"]):
         words = "Insufficient: fewer than 10 test images; such an accuracy says next to nothing."
         blocks.append(Paragraph(words, "muted"))
@@ -110,16 +116,17 @@ def _shift_blocks(shift: Mapping[str, Any], confidence: float) -> Iterator[Block
         tested, worse, better = shift["tested"], shift["worse"], shift["better"]
         yield Paragraph(
             f"Of {tested} classes, {len(worse)} got worse than zero-shot and {len(better)} better beyond what chance "
-            f"explains (exact test on the images that changed, Holm-corrected over the classes at "
-            f"{100 * confidence:g} %). {shift['num_lower']} have a lower accuracy than before, shown or not."
+            f"explains (exact test on the images that changed, at the {100 * (1 - confidence):.3g} % level, "
+            f"Holm-corrected over the classes). {shift['num_lower']} have a lower accuracy than before, shown or not."
         )
         listed = [row for row in shift["classes"] if row["direction"] == "worse"] or shift["classes"][:3]
         listed = [row for row in listed if row["change"]["value"] < 0]
         if listed:
+            luck = f"with {tested} classes tested, chance can explain it"
             yield Bullets(
                 [
                     f"{one_line(row['class'])}: {show_points(row['change'])} points, n = {row['n']}"
-                    + (f", p = {row['p_holm']:.2g} (Holm): worse." if row["direction"] else ": chance can explain it.")
+                    + (f", p = {row['p_holm']:.2g} (Holm): worse." if row["direction"] else f": {luck}.")
                     for row in listed[:10]
                 ],
                 caution=bool(worse),

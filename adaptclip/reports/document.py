@@ -139,12 +139,12 @@ def _data_section(report: Mapping[str, Any]) -> Section | None:
 
 
 def _training_section(report: Mapping[str, Any]) -> Section | None:
-    parts = {"split": report.get("split"), "training": report.get("training")}
+    # What the validation images were used for stands in both.
+    told = {**(report.get("training") or {}), **(report.get("split") or {})}
+    words = {"num_train": "training images", "num_validation": "validation images"}
     rows = [
-        [text(f"{key}".replace("_", " ")), text(one_line(_worded(value)))]
-        for part in parts.values()
-        if part
-        for key, value in part.items()
+        [text(words.get(key, key.replace("_", " "))), text(one_line(_worded(value)))]
+        for key, value in told.items()
         if value not in (None, "", {}, [])
     ]
     if not rows:

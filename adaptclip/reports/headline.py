@@ -73,13 +73,16 @@ def _first(report: Mapping[str, Any]) -> tuple[str, str, str]:
 def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
     """The lowest group over all attributes, or the worst tenth of the classes."""
     worst = [
-        (table["worst_group"], attribute, len(table["rows"]))
+        (table["worst_group"], attribute)
         for attribute, table in report["groups"].items()
         if table["worst_group"] is not None and len(table["rows"]) > 1 and table["worst_group"]["value"] is not None
     ]
     if worst:
-        group, attribute, total = min(worst, key=lambda w: w[0]["value"])
-        about = f"{one_line(attribute)} = {one_line(group['group'])}, {group['n']:,} images; one of {total} groups"
+        group, attribute = min(worst, key=lambda w: w[0]["value"])
+        total = sum(row["large_enough"] for table in report["groups"].values() for row in table["rows"])
+        about = f"{one_line(attribute)} = {one_line(group['group'])}, {group['n']:,} images"
+        # Of many groups one is the lowest by luck, and its interval does not know that it was picked.
+        about += f"; the lowest of {total} groups, in part by chance" if total > 1 else ""
         return "Lowest accuracy of a group", show_rate(group), about
     decile = (report.get("fine_grained") or {}).get("worst_decile")
     if decile and decile["value"] is not None:
@@ -90,10 +93,20 @@ def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The first declared outcome's sensitivity, else what is known of confidence, else the classes that got worse."""
+    outcomes = [o for o in report.get("outcomes", ()) if o["sensitivity"]["model"]["value"] is not None]
+    if outcomes:
+        name, found = one_line(outcomes[0]["name"]), outcomes[0]["sensitivity"]
+        about = f"{name}: so many of its {outcomes[0]['num_positive']:,} images are found, the others missed"
+        if found["zero_shot"] is not None:
+            about += f"; zero-shot {show_rate(found['zero_shot'])}"
+        return "Sensitivity", show_rate(found["model"]), about
     calibration = report.get("calibration")
     if calibration:
         surplus = calibration["scores"]["surplus"]
-        about = "claims more than it keeps" if surplus["value"] > 0 else "keeps more than it claims"
+        about = "it claims more than it keeps" if surplus["value"] > 0 else "it keeps more than it claims"
+        if surplus["low"] is not None and surplus["low"] <= 0 <= surplus["high"]:
+            about = "no more than noise explains"
         return "Confidence minus accuracy", f"{show_points(surplus)} points", about
     shift = report.get("shift")
     if shift and shift.get("classes"):
@@ -113,11 +126,11 @@ def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) ->
 def _gate_worries(verdicts: Sequence[JudgedGate]) -> Iterator[str]:
     for v in verdicts:
         if v.verdict == "fail":
-            first = v.reason.partition(". ")[0]  # the whole reason stands in the table of gates
-            yield f"Gate failed: {v.title}. {first}"
+            first = one_line(v.reason).partition(". ")[0]  # the rule and its whole reason stand in the table of gates
+            yield f"Gate failed: {first[:1].lower()}{first[1:]}"
     open_ones = [one_line(v.title) for v in verdicts if v.verdict == "inconclusive"]
     if open_ones:
-        yield f"Not decided: {'; '.join(open_ones)}"
+        yield f"Not decided, which is not a pass: {'; '.join(open_ones)}"
 
 
 def _class_worries(report: Mapping[str, Any]) -> Iterator[str]:
@@ -126,7 +139,7 @@ def _class_worries(report: Mapping[str, Any]) -> Iterator[str]:
         lost = {row["class"]: row for row in shift["classes"]}
         named = [f"{one_line(n)} ({show_points(lost[n]['change'])} points)" for n in shift["worse"][:3]]
         more = f" and {len(shift['worse']) - 3} more" if len(shift["worse"]) > 3 else ""
-        yield f"Worse than zero-shot beyond chance: {', '.join(named)}{more}"
+        yield f"Found less often than by zero-shot, beyond chance: {', '.join(named)}{more}"
     domains = (shift or {}).get("domains")
     if domains and (domains["accuracy"]["change"]["high"] or 0) < 0:
         yield f"Accuracy drops on the target domain: {show_points(domains['accuracy']['change'])} points"
@@ -154,8 +167,9 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
             gap = outcome.get("sensitivity_gap")
             if gap and gap["p_value"] is not None and gap["p_value"] <= level:
                 yield (
-                    f"{one_line(outcome['name'])} is missed more often for {name} = {one_line(gap['worst_group'])}: "
-                    f"{100 * gap['value']:.1f} points, more than noise explains"
+                    f"Missed more often for {name} = {one_line(gap['worst_group'])} than for "
+                    f"{one_line(gap['best_group'])}: {one_line(outcome['name'])}, by {100 * gap['value']:.1f} points, "
+                    "more than noise explains"
                 )
 
 
@@ -166,11 +180,11 @@ def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:
         if surplus["low"] is not None and surplus["low"] > MUCH_CONFIDENCE:
             fitted = calibration["temperature"]
             helped = (
-                f"; a temperature of {fitted['value']:.2f} leaves {show_points(fitted['scores']['surplus'])}"
+                f"; with a temperature of {fitted['value']:.2f} {show_points(fitted['scores']['surplus'])}"
                 if fitted["scores"]
                 else ""
             )
-            yield f"Too confident by {show_points(surplus)} points{helped}"
+            yield f"Too confident: mean confidence less accuracy is {show_points(surplus)} points{helped}"
     if not report["groups"]:
         yield "No groups were reported: without group columns, differences between groups cannot be assessed"
     issues = (report.get("data") or {}).get("known_issues", [])

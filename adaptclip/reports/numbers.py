@@ -88,12 +88,17 @@ def gap_of_means(
     }, test
 
 
+def p_words(p_value: float) -> str:
+    """Words a p-value, for example `p = 0.014` or `p < 0.001`."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+
 def _gap_note(test: GapTest, confidence: float, left_out: list[str], min_group: int) -> str:
     noise = f"noise alone gives up to {100 * test.null_quantile:.1f} points in {100 * confidence:g} % of cases"
     far = (
-        f"more than noise explains (p = {test.p_value:.2g})"
+        f"more than noise explains ({p_words(test.p_value)})"
         if test.p_value <= 1 - confidence
-        else f"noise can explain it (p = {test.p_value:.2g})"
+        else f"noise can explain it ({p_words(test.p_value)})"
     )
     small = f"; left out as smaller than {min_group} images: {', '.join(left_out)}" if left_out else ""
     return f"{noise}, so {far}{small}"
