@@ -112,8 +112,8 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
         blocks.append(
             Paragraph(
                 f"An image counts as {outcome['positive']} when the probabilities of its classes add up to more than "
-                f"{outcome['threshold']:g}: {', '.join(map(one_line, outcome['classes']))}. Where one of them is the "
-                "most probable class and they stay below that, the image counts as missed here, but not in the accuracy.",
+                f"{outcome['threshold']:g}: {', '.join(map(one_line, outcome['classes']))}. Where one of "
+                "them is the most probable class and they stay below that, the image is missed here, not in the accuracy.",
                 "muted",
             )
         )
