@@ -34,7 +34,7 @@ def probe(
         words: YAML file, kind -> list of words, instead of the card's.
         top_k: images at the head of a ranking that count for its skew.
         cache: image features of frozen backbones.
-        out: where the numbers are written as JSON.
+        out: where the numbers are written as JSON; `adaptclip report` of a run shows a probe.json in the run folder.
         device: cpu, cuda, cuda:1 ...
         on_bad_image: stop at the first unreadable image, or leave it out.
         allow_failed_gates: probe a model although one of its gates failed.
@@ -47,12 +47,13 @@ def probe(
     from adaptclip.evaluation.probing import is_comparable, probe_scores
     from adaptclip.features import FeatureCache
     from adaptclip.reports.text_probe import probe_report
-    from adaptclip.storage import write_json
+    from adaptclip.storage import digest, write_json
 
     described = load_card(card)
     kinds = _kinds(described, words)
     adapted = load(model, device=device, allow_failed_gates=allow_failed_gates)
-    test = open_data(described, data_root=data_root, on_bad_image=on_bad_image).test
+    data = open_data(described, data_root=data_root, on_bad_image=on_bad_image)
+    test = data.test
     if test.class_names != adapted.class_names:
         raise DataError(f"{model} knows other classes than the card {described.name}; probe it with the card it learnt")
     extra = [word for of_kind in kinds.values() for word in of_kind]
@@ -69,6 +70,9 @@ def probe(
         k=top_k,
         comparable=is_comparable(adapter, own, scores),
     )
+    # By these a report of the run knows that the probe is of its model.
+    made_by = digest((adapted.folder / "manifest.json").read_bytes())
+    report |= {"card": described.name, "data": data.digest, "model": made_by}
     _print(report)
     if out is not None:
         write_json(out, report)
@@ -117,14 +121,14 @@ def _print(report: dict[str, Any]) -> None:
                 table.add_row(Text(kind), Text(f"{attribute} = {row['group']}"), Text(str(row["n"])), *cells)
     console.print(table)
     skews = Table(
-        "query", "favours", "MaxSkew", "noise up to", "p", "zero-shot", "NDKL", box=SIMPLE_HEAD, title_justify="left",
-        title="text queries by the skew of their first images (0: as in the collection)",
+        "query", "favours", "MaxSkew", "noise up to", "p (Holm)", "zero-shot", "NDKL", box=SIMPLE_HEAD,
+        title_justify="left", title="text queries by the skew of their first images (0: as in the collection)",
     )  # fmt: skip
     for attribute, rankings in report["retrieval"].items():
         for row in rankings[:5]:
             before = "–" if row["zero_shot"] is None else f"{row['zero_shot']['max_skew']:.2f}"
             favours = f"{attribute} = {row['max_skew_group']}"
-            cells = (f"{row['max_skew']:.2f}", f"{row['null_95']:.2f}", f"{row['p_value']:.3f}", before)
+            cells = (f"{row['max_skew']:.2f}", f"{row['null_95']:.2f}", f"{row['p_holm']:.3f}", before)
             skews.add_row(Text(f"{row['query']} (first {row['k']})"), Text(favours), *cells, f"{row['ndkl']:.3f}")
     console.print(skews)
     for caution in report["cautions"]:

@@ -64,6 +64,7 @@ def report(
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
+    _add_probe(predictions, result)
     rules = gates or saved_gates
     verdicts = check_gates(judged, reference, load_gates(rules)) if rules else None
     print_report(result, verdicts)
@@ -76,6 +77,25 @@ def _of_run(folder: Path, name: str) -> Path | None:
     """Further predictions in a run folder; None where there are none, or it is a file."""
     path = folder / f"{name}predictions.parquet"
     return path if path.is_file() else None
+
+
+def _add_probe(run: Path, result: dict[str, Any]) -> None:
+    """Adds the text probe that stands in a run folder, where it is one of the run's own model."""
+    from adaptclip.reports.text_probe import FORMAT_VERSION
+    from adaptclip.storage import digest, read_json
+
+    path, manifest = run / "probe.json", run / "artifact" / "manifest.json"
+    if not path.is_file():
+        return
+    probe = read_json(path)
+    of = digest(manifest.read_bytes()) if manifest.is_file() else None
+    if probe.get("format_version") == FORMAT_VERSION and probe.get("model") == of:
+        result["text_probe"] = probe
+        return
+    result["cautions"] = [
+        *result["cautions"],
+        "probe.json in the run folder is of another model or version and is left out; make it again (adaptclip probe)",
+    ]
 
 
 def _known_of_run(path: Path) -> Mapping[str, Any]:

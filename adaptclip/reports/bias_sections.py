@@ -113,7 +113,7 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
             Paragraph(
                 f"An image counts as {outcome['positive']} when the probabilities of its classes add up to more than "
                 f"{outcome['threshold']:g}: {', '.join(map(one_line, outcome['classes']))}. Where one of "
-                "them is the most probable class and they stay below that, the image is missed here, not in the accuracy.",
+                "them is the most probable class but they stay below that, the image is missed here, not by accuracy.",
                 "muted",
             )
         )
@@ -207,13 +207,14 @@ def _rest_rows(table: Mapping[str, Any]) -> Iterator[Block]:
         words = "differs" if rest["differs"] else "noise can explain it"
         tone = "fail" if rest["differs"] and rest["difference"] < 0 else ""
         number = {"value": rest["difference"], "low": rest["low"], "high": rest["high"]}
-        rows.append([text(one_line(row["group"])), points(number), _p(rest["p_value"]), _p(rest["p_holm"]),
+        rows.append([text(one_line(row["group"])), points(number), p_cell(rest["p_value"]), p_cell(rest["p_holm"]),
                      text(words, tone)])  # fmt: skip
     header = ["group", "difference in points", "p", "p (Holm)", ""]
     yield Rows("Each group against all other images", header, rows, {1: change_scale(rows, 1)}, {1: 0.0})
 
 
-def _p(value: float | None) -> Cell:
+def p_cell(value: float | None) -> Cell:
+    """A cell with a p-value."""
     return Cell("–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}", numeric=True)
 
 
@@ -268,7 +269,7 @@ def _one_vs_rest(found: Mapping[str, Any] | None) -> Iterator[Block]:
         rates = ", ".join(f"{one_line(group)} {show_rate(number)}" for group, number in entry["tpr"].items())
         gap = entry["equal_opportunity_difference"]
         rows.append([text(one_line(entry["class"])), count(entry["n"]), Cell(f"{100 * gap:.1f}", numeric=True),
-                     _p(entry["p_holm"]), text(rates)])  # fmt: skip
+                     p_cell(entry["p_holm"]), text(rates)])  # fmt: skip
     header = ["class", "n", "gap, points", "p (Holm)", "share that is found (true positive rate), by group"]
     yield Rows("Is each class found as often in all groups? Largest gaps first", header, rows)
     if found.get("note"):

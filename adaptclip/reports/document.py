@@ -28,6 +28,7 @@ from adaptclip.reports.class_sections import (
 )
 from adaptclip.reports.headline import NO_GATES, JudgedGate, three_numbers, verdict_of, worries
 from adaptclip.reports.plots import confusion_matrix
+from adaptclip.reports.probe_section import probe_section
 
 _SCREEN_METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece")
 
@@ -98,6 +99,7 @@ def _sections(
     yield selective_section(report, plots=plots)
     if report.get("names"):
         yield name_section(report["names"])
+    yield probe_section(report)
     yield _data_section(report)
     yield _training_section(report)
     yield _reading_section(report)

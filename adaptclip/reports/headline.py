@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from adaptclip.reports.bias_sections import sentence
 from adaptclip.reports.blocks import one_line, show_points, show_rate
+from adaptclip.reports.probe_section import probe_worries
 
 NO_GATES = "No gates were declared: nothing was judged, which is not a pass."
 
@@ -185,6 +186,7 @@ def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:
                 else ""
             )
             yield f"Too confident: mean confidence less accuracy is {show_points(surplus)} points{helped}"
+    yield from probe_worries(report)
     if not report["groups"]:
         yield "No groups were reported: without group columns, differences between groups cannot be assessed"
     issues = (report.get("data") or {}).get("known_issues", [])

@@ -17,6 +17,7 @@ import numpy as np
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.estimates import measure
+from adaptclip.evaluation.gaps import holm
 from adaptclip.evaluation.grouping import encode, group_rows, group_values
 from adaptclip.reports.numbers import MIN_GROUP, comparison, gap_of_means
 from adaptclip.seeding import numpy_generator
@@ -62,16 +63,20 @@ def probe_report(
     Returns:
         JSON-able dict: "num_images", "confidence", "kinds", "queries", "association" ("overall": per kind its rate
         compared; "groups": attribute -> kind -> {"rows", "gap"}), "retrieval" (attribute -> list of rankings with
-        "query", "k", "max_skew", "max_skew_group", "null_95", "p_value", "ndkl", "ndkl_null_95", "zero_shot") and
+        "query", "k", "max_skew", "max_skew_group", "null_95", "p_value", "p_holm", "ndkl", "ndkl_null_95",
+        "zero_shot"; "p_holm" is corrected for the number of queries) and
         "cautions".
 
     Raises:
-        DataError: no words, or scores of another shape.
+        DataError: no words, a word that is a class or stands twice, or scores of another shape.
     """
     words = [word for of_kind in kinds.values() for word in of_kind]
     shape = (len(predictions), len(predictions.class_names) + len(words))
     if not words:
         raise DataError("a text probe needs at least one word; name some under `probes:` in the card")
+    repeated = [word for word in words if words.count(word) > 1 or word in predictions.class_names]
+    if repeated:
+        raise DataError(f"a word is asked for once, and is no class; got {repeated[0]!r} again")
     for given in (scores, before):
         if given is not None and given.shape != shape:
             raise DataError(f"scores should be {shape} (images, classes and words), got {given.shape}")
@@ -190,6 +195,9 @@ def _retrieval(
                 "zero_shot": base,
             }
         )
+    # Of many queries some are skewed by luck: corrected for all of them, not for those that are listed.
+    for row, corrected in zip(found, holm([row["p_value"] for row in found]), strict=True):
+        row["p_holm"] = float(corrected)
     return sorted(found, key=lambda row: row["max_skew"], reverse=True)[:MOST_QUERIES]
 
 

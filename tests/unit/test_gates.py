@@ -97,7 +97,7 @@ def test_every_group_is_judged_and_the_worst_is_named():
     assert "The same verdict for b" in found.reason
     passing = one(by_site(a=(190, 200), b=(185, 200)), at_least=0.8, group="site")
     assert (passing.verdict, passing.group) == ("pass", "b")
-    assert passing.reason.startswith("All 2 groups pass; the worst:")
+    assert passing.reason.startswith("Both groups pass; the worst:")
 
 
 def test_one_failing_group_outweighs_a_small_one():
