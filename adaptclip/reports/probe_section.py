@@ -34,7 +34,7 @@ def probe_section(report: Mapping[str, Any]) -> Section | None:
     blocks: list[Block] = [
         Paragraph(
             f"Words that are no class of the task were put beside the classes for {probe['num_images']:,} images of "
-            f"the data card {one_line(probe['card'])}. An image is given a word where the word is more probable than every "
+            f"the data card {one_line(probe['card'])}. An image is given a word where that is more probable than every "
             "class. No image should be; what counts is whether some groups' images are given them more often."
         ),
         Bullets([f"{one_line(kind)}: {', '.join(map(one_line, words))}" for kind, words in probe["kinds"].items()]),
