@@ -47,9 +47,13 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     """
     if path.suffix.lower() in _TEXT_FILES:
         table, metadata = _read_text(path), {}
+    elif path.suffix.lower() in (".json", ".jsonl", ".npz", ".npy", ".xlsx", ".pkl"):
+        raise DataError(f"{path} is no table of predictions; allowed: .parquet, .csv, .tsv")
     else:
         table, metadata = read_parquet(path)
     _check_columns(table, path)
+    if table.num_rows == 0:
+        raise DataError(f"{path} has columns and no rows: there is nothing to judge")
     own = "class_names" in metadata  # written by adaptclip: labels and probability columns carry class ids
     names = _class_names(table, metadata["class_names"] if own else classes, path)
     labels = _class_ids(table["label"], names, "label", path, numbered=own)
@@ -70,7 +74,9 @@ def _read_text(path: Path) -> pa.Table:
     try:
         options = pyarrow.csv.ParseOptions(delimiter=_TEXT_FILES[path.suffix.lower()])
         return pyarrow.csv.read_csv(path, parse_options=options)
-    except (OSError, pa.ArrowException) as error:
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}. It should be UTF-8 text with one header line.") from error
 
 
@@ -151,11 +157,27 @@ def _numbers(table: pa.Table, columns: Sequence[str], path: Path) -> np.ndarray:
     out = np.empty((table.num_rows, len(columns)), np.float32)
     for i, name in enumerate(columns):
         column = table[name]
-        if column.null_count or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-            what = f"{column.null_count} empty cells" if column.null_count else f"values of type {column.type}"
-            raise DataError(f"{path}: column {name!r} should hold numbers, and has {what}")
+        if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            raise DataError(f"{path}: column {name!r} should hold numbers, and has {_no_number(column)}")
+        if column.null_count:
+            first = int(np.argmax(column.is_null().to_numpy()))
+            raise DataError(
+                f"{path}: column {name!r} should hold numbers, and has {column.null_count} empty cells or NaN; the "
+                f"first in row {first + 1}"
+            )
         out[:, i] = column.to_numpy()
     return out
+
+
+def _no_number(column: pa.ChunkedArray) -> str:
+    """Says what stands in a column instead of numbers: its first text that is none, or its type."""
+    if pa.types.is_string(column.type):
+        for row, value in enumerate(column.to_pylist(), start=1):
+            try:
+                float(value or "")
+            except ValueError:
+                return f"{value!r} in row {row}" if value else f"an empty cell in row {row}"
+    return f"values of type {column.type}"
 
 
 def _answers(table: pa.Table, names: Sequence[str], path: Path, *, numbered: bool) -> dict[str, Any]:

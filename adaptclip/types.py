@@ -10,6 +10,7 @@ Legend of shapes, used in every docstring:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,14 +112,17 @@ class Predictions:
                 f"probabilities {self.probs.shape}; expected ({n},) and ({n}, {c})"
             )
         if len(set(self.ids)) != n:
-            raise DataError(f"predictions have {n - len(set(self.ids))} repeated ids; each row needs its own")
+            twice = next(row for row, count in Counter(self.ids).items() if count > 1)
+            raise DataError(
+                f"predictions have {n - len(set(self.ids))} repeated ids, for example {twice!r}; each row needs its own"
+            )
         if n and (self.labels.min() < 0 or self.labels.max() >= c):
             raise DataError(f"predictions have label ids {self.labels.min()}..{self.labels.max()}; allowed 0..{c - 1}")
         if not np.isfinite(self.probs).all():
             raise DataError("predictions have probabilities that are not finite")
         # A weighted sum of half-precision rows may be off by 1e-3; logits or per cent are off by far more.
         if n and (self.probs.min() < 0 or np.abs(self.probs.sum(axis=1, dtype=np.float64) - 1).max() > 5e-3):
-            raise DataError("predictions have rows that are not probabilities: each must be >= 0 and sum to 1")
+            raise DataError(self._no_probabilities())
         if len(set(self.class_names)) != c:
             raise DataError("predictions have repeated class names; each class needs its own")
         columns = self.groups if self.clusters is None else {**self.groups, "cluster": self.clusters}
@@ -129,6 +133,18 @@ class Predictions:
             if len(values) != c:
                 raise DataError(f"taxonomy level {name!r} has {len(values)} names for {c} classes")
         self._check_declared()
+
+    def _no_probabilities(self) -> str:
+        """Names the first row that holds no probabilities, and what it may hold."""
+        sums = self.probs.sum(axis=1, dtype=np.float64)
+        bad = (self.probs < 0).any(axis=1) | (np.abs(sums - 1) > 5e-3)
+        first = int(np.argmax(bad))
+        mends = "; divide per cent by 100" if np.allclose(sums, 100, atol=0.5) else "; logits need a softmax first"
+        return (
+            f"predictions have {int(bad.sum()):,} rows that are not probabilities: each must be >= 0 and sum to 1; "
+            f"{self.ids[first]!r} has {self.probs[first].min():g} to {self.probs[first].max():g} with the sum "
+            f"{sums[first]:g}{mends}"
+        )
 
     def _check_declared(self) -> None:
         """Outcomes and intersections speak of levels, classes and groups that there are."""

@@ -29,7 +29,7 @@ _SIGNS = {"pass": "✓", "fail": "✗", "inconclusive": "?", "none": "–"}
 """A sign and a word beside every colour."""
 
 
-_WIDE = 70
+_WIDE = 50
 """Letters from which a cell holds sentences, which a narrow page sets below each other."""
 
 

@@ -109,6 +109,8 @@ def _cautions(num_absent: int, num_classes: int, attributes: list[str], clusters
             f"{num_absent} of {num_classes} classes have no test images: nothing is known about them, and they are "
             "left out of the mean per class"
         )
+    if num_classes < 2:
+        cautions.append("there is a single class, so that every answer is right: nothing is assessed")
     if not attributes:
         cautions.append("no groups were reported: without group columns, differences between groups cannot be assessed")
     if clusters is not None:
