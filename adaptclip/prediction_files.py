@@ -73,11 +73,18 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
 def _read_text(path: Path) -> pa.Table:
     try:
         options = pyarrow.csv.ParseOptions(delimiter=_TEXT_FILES[path.suffix.lower()])
-        return pyarrow.csv.read_csv(path, parse_options=options)
+        table = pyarrow.csv.read_csv(path, parse_options=options)
+        # What is no UTF-8 comes in as bytes, or shows when a name is asked for.
+        strange = [
+            name for name, kind in zip(table.column_names, table.schema.types, strict=True) if kind == pa.binary()
+        ]
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}. It should be UTF-8 text with one header line.") from error
+    if strange:
+        raise DataError(f"cannot read {path}: column {strange[0]!r} is no UTF-8 text; save the table as UTF-8")
+    return table
 
 
 def _check_columns(table: pa.Table, path: Path) -> None:
@@ -173,11 +180,17 @@ def _no_number(column: pa.ChunkedArray) -> str:
     """Says what stands in a column instead of numbers: its first text that is none, or its type."""
     if pa.types.is_string(column.type):
         for row, value in enumerate(column.to_pylist(), start=1):
-            try:
-                float(value or "")
-            except ValueError:
+            if not _is_number(value or ""):
                 return f"{value!r} in row {row}" if value else f"an empty cell in row {row}"
     return f"values of type {column.type}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _answers(table: pa.Table, names: Sequence[str], path: Path, *, numbered: bool) -> dict[str, Any]:

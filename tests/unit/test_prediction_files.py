@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from adaptclip.errors import DataError
+from adaptclip.errors import DataError, StorageError
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
 
@@ -73,13 +73,22 @@ def test_numbers_count_through_the_classes_and_names_win(tmp_path):
     [
         ("id,lable,pred\n1,a,a\n", r"no column 'label'. Did you mean \"lable\""),
         ("id,label\n1,a\n", "says nothing about what the model answered"),
-        ("label,prob_a,prob_b\na,0.9,0.3\n", "not probabilities"),
-        ("label,prob_a,prob_b\na,nan,0.3\n", "not finite|empty cells"),
-        ("label,prob_a,prob_b\na,,0.3\n", "'prob_a'.*empty|'prob_a' should hold numbers"),
-        ("label,prob_a,prob_b\na,x,0.3\n", "'prob_a' should hold numbers"),
+        (
+            "id,label,prob_a,prob_b\nx,a,0.7,0.3\ny,a,0.9,0.3\n",
+            r"1 rows that are not probabilities.*'y' has 0.3 to 0.9 with the sum 1.2; logits need a softmax",
+        ),
+        ("label,prob_a,prob_b\na,5.5,-2\n", r"'0' has -2 to 5.5 with the sum 3.5"),
+        ("label,prob_a,prob_b\na,70,30\nb,40,60\n", "2 rows that are not probabilities.*divide per cent by 100"),
+        ("label,prob_a,prob_b\na,0.7,0.3\na,nan,0.3\n", "1 empty cells or NaN; the first in row 2"),
+        ("label,prob_a,prob_b\na,inf,0.3\n", "not finite"),
+        ("label,prob_a,prob_b\na,0.5,0.5\na,,0.3\n", "'prob_a' should hold numbers, and has 1 empty cells.*row 2"),
+        ("label,prob_a,prob_b\na,0.5,0.5\na,high,0.3\n", "'prob_a' should hold numbers, and has 'high' in row 2"),
+        ("label,prob_a,prob_b\n", "columns and no rows"),
+        ("", "Empty CSV file. It should be UTF-8 text"),
+        ("label,prob_a\nx\n", "Expected 2 columns, got 1"),
         ("label,prob_ant,prob_bee\nbea,0.7,0.3\n", r"unknown class 'bea'.*Did you mean \"bee\""),
         ("label,prob_a,prob_b,pred\na,0.7,0.3,b\n", "1 of 1 rows `pred` is not the most probable"),
-        ("id,label,pred\n1,a,a\n1,a,b\n", "repeated ids"),
+        ("id,label,pred\n1,a,a\n1,a,b\n", "1 repeated ids, for example '1'"),
         ("id,label,pred\n,a,a\n1,a,b\n", "'id' has"),
         ("label,pred\n,a\nb,b\n", "'label' has empty cells"),
         ("label,pred\n0.5,1\n", "fractions"),
@@ -91,6 +100,22 @@ def test_numbers_count_through_the_classes_and_names_win(tmp_path):
 def test_malformed_files_say_what_is_wrong(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         Predictions.load(write(tmp_path / "p.csv", text))
+
+
+def test_files_that_are_no_tables_are_refused(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("label,prob_a,prob_\u00e9\na,0.5,0.5\n".encode("latin-1"))
+    (tmp_path / "cell.csv").write_bytes("label,pred\n\u00e9,a\n".encode("latin-1"))
+    (tmp_path / "p.json").write_text("{}")
+    (tmp_path / "p.parquet").write_bytes(b"nonsense" * 9)
+    for name, message in (
+        ("latin.csv", "should be UTF-8"),
+        ("cell.csv", "'label' is no UTF-8 text"),
+        ("p.json", "allowed: .parquet, .csv, .tsv"),
+        ("p.parquet", "cannot read"),
+        ("none.csv", "there is no file"),
+    ):
+        with pytest.raises((DataError, StorageError), match=message):
+            Predictions.load(tmp_path / name)
 
 
 def test_columns_of_many_values_are_not_groups(tmp_path):
