@@ -15,7 +15,7 @@ from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import FewShotSplit
-from adaptclip.errors import GateError
+from adaptclip.errors import DataError, GateError
 from adaptclip.evaluation.predict import predict
 from adaptclip.features import FeatureCache
 from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_gates
@@ -41,13 +41,17 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
     Raises:
         StorageError: the file is missing or is not YAML.
         GateError: a rule is not valid, or names a group, level or class that the data do not have.
+        DataError: an outcome of the card is about classes that were left out.
     """
     rules = data.card.gates if gates in ("card", REPORT_ONLY) else load_gates(Path(gates))
     if rules and not data.has_classes:
         raise GateError(f"card {data.card.name} has captions and no classes: no gate can be judged with it")
     check_rules(rules, data.test)
-    for outcome in data.card.outcomes:  # classes may have been taken away since the card was checked (base and new)
-        outcome.check(data.class_names, data.test.levels)
+    try:
+        for outcome in data.card.outcomes:  # classes may have been taken away since the card was checked (base and new)
+            outcome.check(data.class_names, data.test.levels)
+    except DataError as error:
+        raise DataError(f"card {data.card.name}: {error}") from error
     return rules
 
 

@@ -46,12 +46,13 @@ def probe(
     from adaptclip.evaluation.predict import predict
     from adaptclip.evaluation.probing import is_comparable, probe_scores
     from adaptclip.features import FeatureCache
-    from adaptclip.reports.text_probe import probe_report
+    from adaptclip.reports.text_probe import check_words, probe_report
     from adaptclip.storage import digest, write_json
 
     described = load_card(card)
     kinds = _kinds(described, words)
     adapted = load(model, device=device, allow_failed_gates=allow_failed_gates)
+    check_words(kinds, (*adapted.class_names, *adapted.manifest["prompt_names"]))
     data = open_data(described, data_root=data_root, on_bad_image=on_bad_image)
     test = data.test
     if test.class_names != adapted.class_names:

@@ -34,6 +34,20 @@ MOST_QUERIES = 50
 _NDKL_DRAWS = 200
 
 
+def check_words(kinds: Mapping[str, Sequence[str]], class_names: Sequence[str]) -> None:
+    """Refuses a probe without words, a word that stands twice, and one that is a class.
+
+    Raises:
+        DataError: it is one of these.
+    """
+    words = [word for of_kind in kinds.values() for word in of_kind]
+    if not words:
+        raise DataError("a text probe needs at least one word; name some under `probes:` in the card")
+    repeated = [word for word in words if words.count(word) > 1 or word in class_names]
+    if repeated:
+        raise DataError(f"a word is asked for once, and is no class; got {repeated[0]!r} again")
+
+
 def probe_report(
     predictions: Predictions,
     kinds: Mapping[str, Sequence[str]],
@@ -72,11 +86,7 @@ def probe_report(
     """
     words = [word for of_kind in kinds.values() for word in of_kind]
     shape = (len(predictions), len(predictions.class_names) + len(words))
-    if not words:
-        raise DataError("a text probe needs at least one word; name some under `probes:` in the card")
-    repeated = [word for word in words if words.count(word) > 1 or word in predictions.class_names]
-    if repeated:
-        raise DataError(f"a word is asked for once, and is no class; got {repeated[0]!r} again")
+    check_words(kinds, predictions.class_names)
     for given in (scores, before):
         if given is not None and given.shape != shape:
             raise DataError(f"scores should be {shape} (images, classes and words), got {given.shape}")

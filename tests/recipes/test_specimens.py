@@ -14,7 +14,7 @@ from recipe_files import ROOT, load_recipe
 import adaptclip as ac
 from adaptclip.cli.probe import probe
 from adaptclip.cli.report import report as report_command
-from adaptclip.errors import CardError, DataError
+from adaptclip.errors import ArtifactError, CardError, DataError
 from adaptclip.types import Predictions
 
 recipe = load_recipe("linear_probe")
@@ -91,11 +91,13 @@ def test_without_a_planted_effect_none_is_found(folder):
 
 def test_words_are_probed_before_and_after(planted, folder, capsys):
     card = str(folder / "planted.md")
-    code = probe(planted, card=card, cache=folder / "cache", out=planted / "probe.json", top_k=50)
-    assert code == 0
+    options = {"card": card, "cache": folder / "cache", "out": planted / "probe.json", "top_k": 50}
+    with pytest.raises(ArtifactError, match="failed 1 of 4 gates"):
+        probe(planted, **options)
+    assert probe(planted, **options, allow_failed_gates=True) == 0
     assert "images given an extra word instead of a class" in capsys.readouterr().out
     found = json.loads((planted / "probe.json").read_text())
-    assert (found["num_images"], found["kinds"], found["card"]) == (400, KINDS, "specimens")
+    assert (found["num_images"], found["kinds"], found["card"]) == (400, KINDS, "planted")
     # Zero-shot rates by hand, with open_clip alone on the images themselves.
     model = ac.load(planted, allow_failed_gates=True)
     data = ac.open_data(ac.load_card(card), check=False)
@@ -128,7 +130,8 @@ def test_words_are_probed_before_and_after(planted, folder, capsys):
 
 def test_the_report_of_the_run_shows_the_probe_of_its_own_model(planted, folder, tmp_path, capsys):
     if not (planted / "probe.json").is_file():
-        probe(planted, card=str(folder / "planted.md"), cache=folder / "cache", out=planted / "probe.json")
+        options = {"card": str(folder / "planted.md"), "cache": folder / "cache", "out": planted / "probe.json"}
+        probe(planted, **options, allow_failed_gates=True)
     assert report_command(planted, out=tmp_path / "r") == 0
     for suffix in (".md", ".html"):
         text = (tmp_path / "r").with_suffix(suffix).read_text()
@@ -147,7 +150,7 @@ def test_the_report_of_the_run_shows_the_probe_of_its_own_model(planted, folder,
 
 def test_wrong_words_are_named(planted, folder, tmp_path):
     card, words = folder / "planted.md", tmp_path / "words.yaml"
-    options = {"card": str(card), "cache": folder / "cache", "words": words}
+    options = {"card": str(card), "cache": folder / "cache", "words": words, "allow_failed_gates": True}
     for text, message in (
         ("faults: scratch\n", "'faults' should be a list of words"),
         ("faults: []\n", "'faults' should be a list of words"),
@@ -160,8 +163,8 @@ def test_wrong_words_are_named(planted, folder, tmp_path):
         with pytest.raises(DataError, match=message):
             probe(planted, **options)
     with pytest.raises(DataError, match="knows other classes than the card digits"):
-        probe(planted, card="digits", words=words, cache=folder / "cache")
+        probe(planted, **options | {"card": "digits"})
     bare = tmp_path / "bare.md"
     bare.write_text(card.read_text().replace(f"  probes: {json.dumps(KINDS)}\n", ""))
     with pytest.raises(CardError, match="names no words to probe with"):
-        probe(planted, card=str(bare), cache=folder / "cache")
+        probe(planted, **options | {"card": str(bare), "words": None})
