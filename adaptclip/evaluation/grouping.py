@@ -65,7 +65,11 @@ def group_values(predictions: Grouped, attribute: str) -> tuple[tuple[str, ...],
     sizes = [len(names) for names, _ in parts]
     crossed, codes = np.unique(np.ravel_multi_index([code for _, code in parts], sizes), return_inverse=True)
     indices = np.stack(np.unravel_index(crossed, sizes), axis=1)
-    return tuple(", ".join(parts[k][0][i] for k, i in enumerate(row)) for row in indices), codes
+    labels = [tuple(parts[k][0][i] for k, i in enumerate(row)) for row in indices]
+    joined = tuple(map(", ".join, labels))
+    if len(set(joined)) < len(joined):  # values with commas of their own
+        joined = tuple(map(BETWEEN.join, labels))
+    return joined, codes
 
 
 def encode(values: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:

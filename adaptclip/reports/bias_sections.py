@@ -237,7 +237,7 @@ def _outcome_blocks(outcome: Mapping[str, Any]) -> Iterator[Block]:
         f"{METRIC_SHORT.get(metric, metric)}: gap {100 * gap['value']:.1f} points between "
         f"{one_line(gap['best_group'])} and {one_line(gap['worst_group'])}; {sentence(gap['note'])}"
         for metric in ("sensitivity", "specificity")
-        if (gap := outcome.get(f"{metric}_gap"))
+        if (gap := outcome.get(f"{metric}_gap")) and gap["value"] > 0
     ]
     named = ("demographic_parity_difference", "equal_opportunity_difference", "equalized_odds_difference")
     known = [f"{key.replace('_', ' ')} {outcome[key]:.3f}" for key in named if outcome.get(key) is not None]

@@ -299,7 +299,11 @@ def name_section(audit: Mapping[str, Any]) -> Section:
             f"“{one_line(c['variant'])}” (n = {c['n']})"
             for c in audit["classes"]
         ]
-        blocks.append(Paragraph("Classes that other names would serve better, largest difference first:"))
+        blocks.append(
+            Paragraph(
+                "Classes that other names did better for on these images, by chance too, largest difference first:"
+            )
+        )
         blocks.append(Bullets(listed))
     blocks.append(Paragraph(audit["note"], "muted"))
     return Section("Name audit", "names", blocks)

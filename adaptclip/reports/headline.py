@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from adaptclip.evaluation.gaps import holm
 from adaptclip.reports.bias_sections import sentence
 from adaptclip.reports.blocks import one_line, show_points, show_rate
 from adaptclip.reports.probe_section import probe_worries
@@ -48,7 +49,8 @@ def verdict_of(verdicts: Sequence[JudgedGate] | None) -> tuple[str | None, str]:
     counts = {kind: sum(v.verdict == kind for v in verdicts) for kind in ("fail", "inconclusive", "pass")}
     total = len(verdicts)
     if counts["fail"]:
-        return "fail", f"{counts['fail']} of {total} gates failed: not for release."
+        more = f", {counts['inconclusive']} could not be decided" if counts["inconclusive"] else ""
+        return "fail", f"{counts['fail']} of {total} gates failed{more}: not for release."
     if counts["inconclusive"]:
         several = counts["inconclusive"]
         return "inconclusive", f"The data cannot decide {several} of {total} gates, which is not a pass."
@@ -83,7 +85,7 @@ def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
         total = sum(row["large_enough"] for table in report["groups"].values() for row in table["rows"])
         about = f"{one_line(attribute)} = {one_line(group['group'])}, {group['n']:,} images"
         # Of many groups one is the lowest by luck, and its interval does not know that it was picked.
-        about += f"; the lowest of {total} groups, in part by chance" if total > 1 else ""
+        about += f"; the lowest of {total} groups, in which chance may have a part" if total > 1 else ""
         return "Lowest accuracy of a group", show_rate(group), about
     decile = (report.get("fine_grained") or {}).get("worst_decile")
     if decile and decile["value"] is not None:
@@ -150,10 +152,13 @@ def _class_worries(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
-    level = 1 - report["confidence"]
-    for attribute, table in report["groups"].items():
+    """What groups have to fear; p-values are Holm-corrected over the attributes, and over attributes and outcomes."""
+    level, tables = 1 - report["confidence"], report["groups"]
+    differing = _beyond_noise([table["gap"] for table in tables.values()], level)
+    missing = _beyond_noise([o.get("sensitivity_gap") for t in tables.values() for o in t.get("outcomes", [])], level)
+    for attribute, table in tables.items():
         name, gap = one_line(attribute), table["gap"]
-        if gap and (gap.get("p_value") if gap.get("p_value") is not None else 1) <= level:
+        if any(gap is found for found in differing):
             lowest = one_line(gap["worst_group"])
             points = f"{100 * gap['value']:.1f} points"
             yield f"Accuracy differs by {name} more than noise explains: {points}, lowest for {lowest}"
@@ -166,12 +171,18 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"Less accurate than zero-shot for {name}: {', '.join(worse[:3])}"
         for outcome in table.get("outcomes", []):
             gap = outcome.get("sensitivity_gap")
-            if gap and gap["p_value"] is not None and gap["p_value"] <= level:
+            if any(gap is found for found in missing):
                 yield (
                     f"Missed more often for {name} = {one_line(gap['worst_group'])} than for "
                     f"{one_line(gap['best_group'])}: {one_line(outcome['name'])}, by {100 * gap['value']:.1f} points, "
                     "more than noise explains"
                 )
+
+
+def _beyond_noise(gaps: Sequence[Mapping[str, Any] | None], level: float) -> list[Mapping[str, Any]]:
+    """Those gaps that noise does not explain, Holm-corrected for how many there are."""
+    known = [gap for gap in gaps if gap and gap.get("p_value") is not None]
+    return [gap for gap, p in zip(known, holm([gap["p_value"] for gap in known]), strict=True) if p <= level]
 
 
 def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:

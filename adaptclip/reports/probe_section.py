@@ -70,7 +70,7 @@ def probe_worries(report: Mapping[str, Any]) -> Iterator[str]:
 def _gaps(probe: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for attribute, kinds in probe["association"]["groups"].items():
         for kind, part in kinds.items():
-            if part["gap"]:
+            if part["gap"] and part["gap"]["value"] > 0:
                 yield attribute, kind, part["gap"]
 
 

@@ -162,6 +162,7 @@ def test_wrong_words_are_named(planted, folder, tmp_path):
         words.write_text(text)
         with pytest.raises(DataError, match=message):
             probe(planted, **options)
+    words.write_text("faults: [a blank page]\n")
     with pytest.raises(DataError, match="knows other classes than the card digits"):
         probe(planted, **options | {"card": "digits"})
     bare = tmp_path / "bare.md"
