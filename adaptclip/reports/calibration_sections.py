@@ -21,7 +21,6 @@ from adaptclip.reports.blocks import (
     points,
     rate,
     show_plain,
-    show_points,
     show_rate,
     text,
 )
@@ -150,9 +149,3 @@ def _set_blocks(sets: Mapping[str, Any]) -> Iterator[Block]:
     )
     if sets["note"]:
         yield Paragraph(sentence(sets["note"]), "muted")
-
-
-def surplus_words(number: Mapping[str, Any]) -> str:
-    """Words over- or underconfidence, for the summary."""
-    kind = "more" if number["value"] > 0 else "less"
-    return f"it claims {kind} confidence than it keeps: {show_points(number)} points"

@@ -182,3 +182,9 @@ def test_mean_per_class_bound_misses_at_most_as_often_as_stated_with_two_images_
         part = measure(model, metrics=("mean_per_class_accuracy",), draws=1000, seed=seed)["mean_per_class_accuracy"]
         missed += (part.model.bound("low", 0.1) or 0) > truths.mean()
     assert missed <= binom.isf(0.001, 120, 0.1)
+
+
+def test_crossed_groups_whose_names_hold_commas_stay_apart():
+    groups = {"a": ("x, y", "x", "x, y", "x"), "b": ("z", "y, z", "z", "y, z")}
+    found = group_rows(judged(np.zeros(4, int), np.ones(4), groups=groups), "a × b")
+    assert {name: rows.tolist() for name, rows in found.items()} == {"x × y, z": [1, 3], "x, y × z": [0, 2]}

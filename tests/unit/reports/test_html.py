@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from adaptclip.gate_rules import Outcome
 from adaptclip.reports.full import full_report
+from adaptclip.reports.headline import three_numbers, worries
 from adaptclip.reports.plots import confusion_matrix
 from adaptclip.reports.render import to_html, to_markdown
+from adaptclip.reports.text_probe import probe_report
 from adaptclip.reports.thumbnails import SIDE, thumbnail, thumbnails
 from adaptclip.types import Predictions
 
@@ -79,6 +83,9 @@ def hostile():
         "images": {"test": 300}, "known_issues": list(HOSTILE), "allowed": list(HOSTILE), "skipped": [],
     }  # fmt: skip
     report["training"] = {HOSTILE[0]: HOSTILE[1]}
+    scores = np.random.default_rng(0).normal(size=(300, len(HOSTILE) + 2))
+    words = {HOSTILE[1]: [f"{HOSTILE[0]}!"], HOSTILE[2]: [f"{HOSTILE[4]}!"]}
+    report["text_probe"] = probe_report(p, words, scores, -scores) | {"card": HOSTILE[0]}
     verdicts = [Verdict(name, "fail", name) for name in HOSTILE]
     return report, verdicts
 
@@ -95,6 +102,7 @@ def test_nothing_of_a_users_is_markup(hostile):
     for name in HOSTILE[:3]:
         assert name in shown
     assert "{{ 7 * 7 }}" in shown
+    assert f"{HOSTILE[4]}!" in shown  # a word of the probe
     assert text.count("<style>") == text.count("</style>") == 1
 
 
@@ -147,6 +155,29 @@ def test_the_summary_comes_first():
     assert "not judged" in empty
     assert "which is not a pass" in empty
     assert not re.search(r"\bfair|unbiased", empty + to_markdown(report, []), re.IGNORECASE)
+
+
+def test_worries_are_corrected_for_the_number_of_gaps():
+    report = full_report(predictions(("a", "b", "c", "d"), "site"))
+    table = report["groups"]["site"]
+    report["groups"] = {f"group {i}": {**table, "gap": {**table["gap"], "p_value": 0.03}} for i in range(4)}
+    assert not [worry for worry in worries(report, None) if "more than noise" in worry]
+    report["groups"]["group 2"]["gap"]["p_value"] = 0.01
+    (found,) = [worry for worry in worries(report, None) if "more than noise" in worry]
+    assert "Accuracy differs by group 2" in found
+
+
+def test_a_declared_outcome_is_one_of_the_three_numbers():
+    p = predictions(("a", "b", "c", "d"), "site")
+    plain = three_numbers(full_report(p))
+    assert plain[2][0] == "Confidence minus accuracy"
+    report = full_report(replace(p, outcomes=(Outcome(positive=("a", "b")),)))
+    name, value, about = three_numbers(report)[2]
+    of = p.labels < 2
+    sensitivity = 100 * (p.probs[of, :2].sum(axis=1) > 0.5).mean()
+    assert (name, value.partition(" ")[0]) == ("Sensitivity", f"{sensitivity:.1f}")
+    assert "a or b: so many of its 150 images are found" in about
+    assert "the lowest of 3 groups, in which chance may have a part" in plain[1][2]
 
 
 def test_plots_take_any_name():
