@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_without_a_planted_effect_none_is_found(folder):
 
 def test_words_are_probed_before_and_after(planted, folder, capsys):
     card = str(folder / "planted.md")
-    options = {"card": card, "cache": folder / "cache", "out": planted / "probe.json", "top_k": 50}
+    options: dict[str, Any] = {"card": card, "cache": folder / "cache", "out": planted / "probe.json", "top_k": 50}
     with pytest.raises(ArtifactError, match="failed 1 of 4 gates"):
         probe(planted, **options)
     assert probe(planted, **options, allow_failed_gates=True) == 0
@@ -130,7 +131,11 @@ def test_words_are_probed_before_and_after(planted, folder, capsys):
 
 def test_the_report_of_the_run_shows_the_probe_of_its_own_model(planted, folder, tmp_path, capsys):
     if not (planted / "probe.json").is_file():
-        options = {"card": str(folder / "planted.md"), "cache": folder / "cache", "out": planted / "probe.json"}
+        options: dict[str, Any] = {
+            "card": str(folder / "planted.md"),
+            "cache": folder / "cache",
+            "out": planted / "probe.json",
+        }
         probe(planted, **options, allow_failed_gates=True)
     assert report_command(planted, out=tmp_path / "r") == 0
     for suffix in (".md", ".html"):
@@ -150,7 +155,7 @@ def test_the_report_of_the_run_shows_the_probe_of_its_own_model(planted, folder,
 
 def test_wrong_words_are_named(planted, folder, tmp_path):
     card, words = folder / "planted.md", tmp_path / "words.yaml"
-    options = {"card": str(card), "cache": folder / "cache", "words": words, "allow_failed_gates": True}
+    options: dict[str, Any] = {"card": str(card), "cache": folder / "cache", "words": words, "allow_failed_gates": True}
     for text, message in (
         ("faults: scratch\n", "'faults' should be a list of words"),
         ("faults: []\n", "'faults' should be a list of words"),
@@ -164,8 +169,8 @@ def test_wrong_words_are_named(planted, folder, tmp_path):
             probe(planted, **options)
     words.write_text("faults: [a blank page]\n")
     with pytest.raises(DataError, match="knows other classes than the card digits"):
-        probe(planted, **options | {"card": "digits"})
+        probe(planted, **{**options, "card": "digits"})
     bare = tmp_path / "bare.md"
     bare.write_text(card.read_text().replace(f"  probes: {json.dumps(KINDS)}\n", ""))
     with pytest.raises(CardError, match="names no words to probe with"):
-        probe(planted, **options | {"card": str(bare), "words": None})
+        probe(planted, **{**options, "card": str(bare), "words": None})
