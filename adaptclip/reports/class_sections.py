@@ -117,7 +117,7 @@ def _shift_blocks(shift: Mapping[str, Any], confidence: float) -> Iterator[Block
         yield Paragraph(
             f"Of {tested} classes, {len(worse)} got worse than zero-shot and {len(better)} better beyond what chance "
             f"explains (exact test on the images that changed, at the {100 * (1 - confidence):.3g} % level, "
-            f"Holm-corrected over the classes). {shift['num_lower']} have a lower accuracy than before, shown or not."
+            f"Holm-corrected over the classes). Classes with a lower accuracy, shown or not: {shift['num_lower']}."
         )
         listed = [row for row in shift["classes"] if row["direction"] == "worse"] or shift["classes"][:3]
         listed = [row for row in listed if row["change"]["value"] < 0]

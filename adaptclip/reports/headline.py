@@ -192,7 +192,7 @@ def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:
         if surplus["low"] is not None and surplus["low"] > MUCH_CONFIDENCE:
             fitted = calibration["temperature"]
             helped = (
-                f"; with a temperature of {fitted['value']:.2f} {show_points(fitted['scores']['surplus'])}"
+                f"; {show_points(fitted['scores']['surplus'])} with a temperature of {fitted['value']:.2f}"
                 if fitted["scores"]
                 else ""
             )
