@@ -52,6 +52,7 @@ _HOMES = {
     "make_accelerator": "training.tracking",
     "nearest_words": "adapters.prompt_reading",
     "open_data": "data.sources",
+    "parse_objective": "adapters.objective",
     "predict": "evaluation.predict",
     "predict_held_out": "results",
     "read_prompt": "adapters.prompt_reading",
@@ -104,6 +105,7 @@ __all__ = [
     "make_accelerator",
     "nearest_words",
     "open_data",
+    "parse_objective",
     "predict",
     "predict_held_out",
     "read_prompt",
@@ -130,6 +132,7 @@ if TYPE_CHECKING:
         TwoStage,
         ZeroShotClassifier,
     )
+    from adaptclip.adapters.objective import parse_objective
     from adaptclip.adapters.prompt_reading import nearest_words, read_prompt
     from adaptclip.artifact import AdaptedModel, load, save_artifact
     from adaptclip.backbone import load_backbone

@@ -25,12 +25,14 @@ from tqdm import tqdm
 
 import adaptclip
 from adaptclip.adapters import ADAPTERS, Adapter
-from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_sizes
+from adaptclip.adapters.objective import ThresholdRule, objective_of
+from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_objective, check_sizes
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.decode import decode_image
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
+from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
 from adaptclip.gates import Verdict
 from adaptclip.model_card import model_card
 from adaptclip.storage import atomic_folder, digest, read_json, read_tensors, write_json, write_tensors, write_text
@@ -50,13 +52,17 @@ class Prediction:
         source: the path, or the position in the list for images that have none.
         label: the most probable class.
         confidence: its probability, 0 to 1.
-        probabilities: class name -> probability, most probable first.
+        probabilities: class name -> probability, most probable first. They sum to 1, or after the sigmoid objective
+            each is of its class by itself.
+        labels: every class that is named, most probable first: `label`, or after the sigmoid objective all whose
+            probability reaches their threshold, which may be none.
     """
 
     source: str
     label: str
     confidence: float
     probabilities: dict[str, float]
+    labels: tuple[str, ...]
 
 
 def save_artifact(
@@ -69,6 +75,7 @@ def save_artifact(
     method: str,
     report: dict[str, Any],
     verdicts: Sequence[Verdict],
+    thresholds: Thresholds | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes the artifact folder whole or not at all.
@@ -82,17 +89,23 @@ def save_artifact(
         method: a key of ADAPTERS.
         report: the report on the test split (`full_report`, or `build_report`).
         verdicts: the gates' verdicts; an artifact with a failed gate is loaded only on purpose.
+        thresholds: of an adapter of the sigmoid objective; None is 0.5 for every class.
         overwrite: replace an existing folder.
 
     Raises:
         StorageError: the folder exists already or cannot be written.
     """
     card = data.card
+    told = {}
+    if objective_of(adapter) == "sigmoid":
+        used = thresholds or choose_thresholds(None, data.class_names, ThresholdRule("fixed", 0.5))
+        told = {"objective": {"name": "sigmoid", "thresholds": used.to_dict()}}
     with atomic_folder(path, overwrite=overwrite) as folder:
         manifest = {
             "format_version": FORMAT_VERSION,
             "method": method,
             "settings": adapter.settings,
+            **told,
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "digest": backbone.digest},
             "class_names": list(data.class_names),
             "prompt_names": list(data.prompt_names),
@@ -215,6 +228,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} holds the unknown method {manifest['method']!r}. {did_you_mean(manifest['method'], ADAPTERS)}"
         )
+    check_objective(folder, manifest)
     check_files(folder, manifest)
     check_sizes(folder, manifest)
     return manifest
@@ -264,6 +278,7 @@ class AdaptedModel:
 
     Attributes:
         class_names: C names, in the order of the probabilities' columns.
+        thresholds: what a class's probability must reach for it to be named, after the sigmoid objective; else None.
         manifest: what the artifact says of itself.
         folder: the artifact folder it was loaded from.
     """
@@ -273,15 +288,21 @@ class AdaptedModel:
         self.backbone = backbone
         self.manifest = manifest
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        told = manifest.get("objective")
+        self.thresholds = None if told is None else Thresholds.from_dict(told["thresholds"])
 
     @torch.inference_mode()
     def probabilities(self, images: Iterable[Image.Image]) -> torch.Tensor:
-        """Returns the (B, C) float32 class probabilities of RGB images, on the CPU."""
+        """Returns the (B, C) float32 class probabilities of RGB images, on the CPU.
+
+        Rows sum to 1; after the sigmoid objective each probability is of its class by itself.
+        """
         device = next(self.backbone.parameters()).device
         pixels = torch.stack([self.backbone.transform(image) for image in images]).to(device)
         index = torch.arange(len(pixels), device=device)
         batch = Batch(labels=index, index=index, features=self.adapter.encoder.encode_image(pixels))
-        return self.adapter(batch).float().softmax(dim=1).cpu()
+        logits = self.adapter(batch).float()
+        return (logits.softmax(dim=1) if self.thresholds is None else logits.sigmoid()).cpu()
 
     def predict(
         self, images: Sequence[Path | str | bytes | Image.Image], *, batch_size: int = 64, progress: bool = False
@@ -311,7 +332,12 @@ class AdaptedModel:
     def _prediction(self, source: str, row: torch.Tensor) -> Prediction:
         order = row.argsort(descending=True, stable=True).tolist()
         ranked = {self.class_names[i]: float(row[i]) for i in order}
-        return Prediction(source, self.class_names[order[0]], float(row[order[0]]), ranked)
+        label = self.class_names[order[0]]
+        labels = (label,)
+        if self.thresholds is not None:
+            least = self.thresholds.values
+            labels = tuple(self.class_names[i] for i in order if float(row[i]) >= least[i])
+        return Prediction(source, label, float(row[order[0]]), ranked, labels)
 
 
 def _as_rgb(image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None) -> Image.Image:

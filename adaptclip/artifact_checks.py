@@ -67,6 +67,36 @@ def check_kinds(folder: Path, manifest: Any) -> None:
         )
 
 
+def check_objective(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses thresholds that do not fit the classes, or an objective that is not the adapter's.
+
+    Raises:
+        ArtifactError: "objective" is missing where the settings say sigmoid, or the other way round, or its thresholds
+            are not one number from 0 to 1 for each class, with what is told of them.
+    """
+    where, told = f"{folder}/manifest.json", manifest.get("objective")
+    wanted, names = manifest["settings"].get("objective", "softmax"), manifest["class_names"]
+    if told is None and wanted == "softmax":
+        return
+    if not isinstance(told, dict) or told.get("name") != wanted or wanted != "sigmoid":
+        raise ArtifactError(f"{where}: objective should be that of the settings, {wanted!r}, with its thresholds")
+    thresholds = told.get("thresholds")
+    keys = {"rule": str, "values": list, "num_images": int, "positives": list, "fallbacks": list}
+    if not isinstance(thresholds, dict) or set(thresholds) != set(keys):
+        raise ArtifactError(f"{where}: thresholds should have {', '.join(keys)}")
+    for key, kind in keys.items():
+        if not isinstance(thresholds[key], kind) or isinstance(thresholds[key], bool):
+            got = type(thresholds[key]).__name__
+            raise ArtifactError(f"{where}: {key} of the thresholds should be {kind.__name__}, got {got}")
+    for key, kind, most in (("values", int | float, 1), ("positives", int, thresholds["num_images"])):
+        listed = thresholds[key]
+        fine = all(isinstance(v, kind) and not isinstance(v, bool) and 0 <= v <= most for v in listed)
+        if not fine or len(listed) != len(names):
+            raise ArtifactError(f"{where}: {key} of the thresholds should be {len(names)} numbers from 0 to {most}")
+    if not all(name in names for name in thresholds["fallbacks"]):
+        raise ArtifactError(f"{where}: fallbacks of the thresholds should be names of classes")
+
+
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Compares the files that the manifest names with their digests.
 

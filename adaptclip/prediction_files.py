@@ -7,6 +7,7 @@ Columns, by name:
     prob_NAME       probability of the class NAME (or of class number NAME), for every class; rows sum to 1; or
     top_1 … top_k   the most probable classes in order, with their probabilities in top_1_prob … top_k_prob if known; or
     pred            the predicted class alone
+    sigmoid_NAME    probability of the class NAME by itself, for every class, beside any of these; rows have any sum
     group:NAME      value of the group attribute NAME; an empty cell is the group "unknown". Without the prefix, every
                     column that is none of the others is a group attribute too
     cluster         unit of resampling: patient, lesion, place
@@ -30,6 +31,7 @@ from adaptclip.storage import read_parquet
 
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
 _TEXT_FILES = {".csv": ",", ".tsv": "\t"}
+SIGMOID = "sigmoid_"
 MAX_GROUP_VALUES = 200
 """A column with more values than this and without the prefix `group:` is taken for something else than a group."""
 
@@ -61,6 +63,8 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     fields: dict[str, Any] = {"labels": labels, "class_names": names, **answers}
     fields["ids"] = _filled(table, "id", path) or tuple(map(str, range(table.num_rows)))
     fields["clusters"] = _filled(table, "cluster", path)
+    if single := [n for n in table.column_names if n.startswith(SIGMOID)]:
+        fields["sigmoid"] = _numbers(table, _ordered(single, names, path, numbered=own, prefix=SIGMOID), path)
     fields["groups"], fields["notes"] = _groups(table, path)
     fields["notes"] = (*fields["notes"], *fields.pop("answer_notes"))
     levels = {name: tuple(values) for name, values in metadata.get("levels", {}).items()}
@@ -209,18 +213,20 @@ def _answers(table: pa.Table, names: Sequence[str], path: Path, *, numbered: boo
     return _from_ranking(table, ranked, names, path)
 
 
-def _ordered(columns: Sequence[str], names: Sequence[str], path: Path, *, numbered: bool) -> list[str]:
+def _ordered(
+    columns: Sequence[str], names: Sequence[str], path: Path, *, numbered: bool, prefix: str = "prob_"
+) -> list[str]:
     """The probability columns in the order of the classes, whether they carry names or numbers."""
-    by_name, by_number = [f"prob_{name}" for name in names], [f"prob_{i}" for i in range(len(names))]
+    by_name, by_number = [f"{prefix}{name}" for name in names], [f"{prefix}{i}" for i in range(len(names))]
     for wanted in (by_number, by_name) if numbered else (by_name, by_number):
         if set(wanted) == set(columns):
             return wanted
-    absent = [f"prob_{name}" for name in names if f"prob_{name}" not in columns]
-    extra = [c for c in columns if c.removeprefix("prob_") not in names]
+    absent = [name for name in by_name if name not in columns]
+    extra = [c for c in columns if c.removeprefix(prefix) not in names]
     raise DataError(
         f"{path}: {len(columns)} probability columns do not fit the {len(names)} classes"
         + (f"; missing {', '.join(absent[:5])}" if absent else "")
-        + (f"; unknown {', '.join(extra[:5])}. {did_you_mean(extra[0].removeprefix('prob_'), names)}" if extra else "")
+        + (f"; unknown {', '.join(extra[:5])}. {did_you_mean(extra[0].removeprefix(prefix), names)}" if extra else "")
     )
 
 
@@ -285,7 +291,7 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
     groups: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
     for column in table.column_names:
-        used = column in ("id", "label", "pred", "cluster") or column.startswith(("prob_", "level:"))
+        used = column in ("id", "label", "pred", "cluster") or column.startswith(("prob_", SIGMOID, "level:"))
         if used or _RANKED.fullmatch(column):
             continue
         name = column.removeprefix("group:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from adaptclip.adapters import Adapter
+from adaptclip.adapters.objective import Objective
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import DataError, GateError
 from adaptclip.evaluation.predict import predict
+from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
 from adaptclip.features import FeatureCache
 from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_gates
 from adaptclip.reports.fine_grained import example_ids
@@ -93,6 +96,7 @@ def finish_run(
     new_classes: tuple[Predictions, Predictions] | None = None,
     names: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    objective: Objective | None = None,
 ) -> int:
     """Writes predictions, report.json, report.md, report.html, gates.yaml and the artifact, and prints the report.
 
@@ -113,6 +117,8 @@ def finish_run(
         names: a name audit (`reports.names`), or None.
         training: what the report says of it, JSON-able: `trainable_parameters`, `seconds`, `schedule`, `chosen`
             (hyper-parameters), `validation_used_for` (in words) and whatever else the method has to tell.
+        objective: what the adapter learnt to tell; None is softmax. Under sigmoid it says how thresholds are chosen, on
+            the few-shot validation images.
 
     Returns:
         0 all gates passed, none is declared, or REPORT_ONLY; 2 one failed; 3 one is inconclusive.
@@ -123,10 +129,12 @@ def finish_run(
         predictions = replace(predictions, **declared)
         zero_shot = zero_shot and replace(zero_shot, **declared)
         verdicts = check_gates(predictions, zero_shot, rules)
+        thresholds, training = _thresholds(objective, validation, data.class_names, training)
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
         used_for = dict(training or {}).get("validation_used_for", "nothing")
         report = full_report(
             predictions, zero_shot, validation=validation, validation_used_for=used_for, new_classes=new_classes,
+            thresholds=thresholds,
             hard_pairs=[pair for pair in data.card.hard_pairs if set(pair) <= set(data.class_names)],
         )  # fmt: skip
         report["method"] = method
@@ -148,7 +156,7 @@ def finish_run(
         _write_report(out, report, verdicts, data.test if data.card.show_images else None)
         save_artifact(
             out / "artifact", adapter, backbone, data, split, method=method,
-            report=report, verdicts=verdicts, overwrite=True,
+            report=report, verdicts=verdicts, thresholds=thresholds, overwrite=True,
         )  # fmt: skip
         print_report(report, verdicts)
         accelerator.print(
@@ -159,6 +167,31 @@ def finish_run(
     if accelerator.num_processes > 1:
         broadcast_object_list(code)
     return code[0]
+
+
+def _thresholds(
+    objective: Objective | None,
+    validation: Predictions | None,
+    class_names: Sequence[str],
+    training: Mapping[str, Any] | None,
+) -> tuple[Thresholds | None, Mapping[str, Any] | None]:
+    """Chooses the thresholds of the sigmoid objective, and adds to what is told of training that they were chosen."""
+    if objective is None or objective.name == "softmax":
+        return None, training
+    found = choose_thresholds(validation, class_names, objective.thresholds)
+    if objective.thresholds.kind == "fixed":
+        return found, {**(training or {}), "objective": str(objective)}
+    if not found.num_images:
+        warnings.warn(
+            "there are no validation images to choose thresholds on: every class is named from a probability of 0.5. "
+            "Take fewer --shots, so that images are left, or give a number (--objective sigmoid:0.5).",
+            stacklevel=3,
+        )
+        return found, {**(training or {}), "objective": str(objective)}
+    used = dict(training or {}).get("validation_used_for", "nothing")
+    chosen = f"the threshold of each class ({objective.thresholds}, {found.num_images} images)"
+    uses = chosen if used == "nothing" else f"{used}; {chosen}"
+    return found, {**(training or {}), "objective": str(objective), "validation_used_for": uses}
 
 
 def describe_data(data: DomainData) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Predictions:
         ranked: how many of the most probable classes are known, in order; None for all of them.
         confident: whether the probabilities are the model's own; where not, only their order means something.
         notes: what to know of the source of these predictions.
+        sigmoid: (N, C) float32 probability of each class by itself, 0 to 1, rows of any sum; None where the model was
+            not made to answer yes or no for each class.
     """
 
     ids: tuple[str, ...]
@@ -103,6 +105,7 @@ class Predictions:
     ranked: int | None = None
     confident: bool = True
     notes: tuple[str, ...] = ()
+    sigmoid: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.class_names)
@@ -123,6 +126,12 @@ class Predictions:
         # A weighted sum of half-precision rows may be off by 1e-3; logits or per cent are off by far more.
         if n and (self.probs.min() < 0 or np.abs(self.probs.sum(axis=1, dtype=np.float64) - 1).max() > 5e-3):
             raise DataError(self._no_probabilities())
+        own = self.sigmoid
+        if own is not None and (own.shape != (n, c) or not ((own >= 0) & (own <= 1)).all()):
+            raise DataError(
+                f"probabilities of single classes should be ({n}, {c}) numbers from 0 to 1, got shape {own.shape}"
+                + (f" and values from {own.min()} to {own.max()}" if own.size else "")
+            )
         if len(set(self.class_names)) != c:
             raise DataError("predictions have repeated class names; each class needs its own")
         columns = self.groups if self.clusters is None else {**self.groups, "cluster": self.clusters}
@@ -168,11 +177,15 @@ class Predictions:
     def save(self, path: Path | str) -> None:
         """Writes one Parquet file: id, label, pred, prob_<class id>, group:<name>, cluster; names in the metadata.
 
+        Where there are probabilities of single classes they are columns sigmoid_<class id>.
+
         Raises:
             StorageError: the file cannot be written.
         """
         columns: dict[str, object] = {"id": list(self.ids), "label": self.labels, "pred": self.pred}
         columns |= {f"prob_{c}": self.probs[:, c] for c in range(len(self.class_names))}
+        if self.sigmoid is not None:
+            columns |= {f"sigmoid_{c}": self.sigmoid[:, c] for c in range(len(self.class_names))}
         columns |= {f"group:{name}": list(values) for name, values in self.groups.items()}
         if self.clusters is not None:
             columns["cluster"] = list(self.clusters)

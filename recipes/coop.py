@@ -53,6 +53,8 @@ class Config:
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 32
     """Images per process and step; with cached features they cost next to nothing beside the class prompts."""
+    objective: str = "softmax"
+    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -79,20 +81,21 @@ def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → CoOp → predictions → report, gates, artifact."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
+    objective = ac.parse_objective(cfg.objective)
 
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
-    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     epochs, views = training_length(cfg)
     accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.CoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, position=cfg.position.removeprefix("csc-"),
         class_specific=cfg.position.startswith("csc-"), seed=cfg.seed, kg_weight=cfg.kg_weight,
-        templates=card.templates, memory_budget_bytes=int(cfg.memory_gib * 2**30),
+        templates=card.templates, objective=objective.name, memory_budget_bytes=int(cfg.memory_gib * 2**30),
     ).to(accelerator.device)  # fmt: skip
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
@@ -109,6 +112,7 @@ def main(cfg: Config) -> int:
     loader = ac.FeatureLoader(
         features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
     )
+    adapter.begin(features)
     num_steps = epochs * loader.steps_per_epoch
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="sgd", lr=cfg.lr, weight_decay=5e-4)
     scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch)
@@ -150,6 +154,7 @@ def main(cfg: Config) -> int:
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,
         rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
+        objective=objective,
     )  # fmt: skip
     run.finish()
     return code

@@ -53,6 +53,8 @@ class Config:
     """Multiplies the penalties of clap; not given it is 1, as in the paper, and 0 makes it text-init."""
     views: int | None = None
     """Sets of random crops, 0 for the evaluation transform; not given: 20 (text-init, clap), 1 (lp++), 0 (logistic)."""
+    objective: str = "softmax"
+    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     min_scale: float = 0.5
@@ -73,16 +75,20 @@ def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → linear head → predictions → report, gates, artifact."""
     accelerator = ac.make_accelerator()
     ac.seed_everything(cfg.seed)
+    objective = ac.parse_objective(cfg.objective)
 
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, held_out = split.select(data)
-    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train)  # each process fits the whole head
+    # Each process fits the whole head.
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, objective=objective)
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     templates = cfg.templates or card.templates
-    adapter = ac.LinearProbe(backbone, data.prompt_names, head=cfg.head, templates=templates).to(accelerator.device)
+    adapter = ac.LinearProbe(
+        backbone, data.prompt_names, head=cfg.head, templates=templates, objective=objective.name
+    ).to(accelerator.device)
     # 0 stands for "as published"; what the head does not have is refused here, before anything is encoded.
     settings = adapter.fit_settings(
         c=cfg.C or None, lr=cfg.lr or None, epochs=cfg.epochs or None, clap_weight=cfg.clap_weight
@@ -116,6 +122,7 @@ def main(cfg: Config) -> int:
         run.path, adapter, backbone, data, split, method="linear_probe", predictions=predictions, zero_shot=baseline,
         rules=rules, gates=cfg.gates, accelerator=accelerator, validation=judged_held_out,
         training={"trainable_parameters": num_learnt, **fitted, "mitigation": mitigation.describe()},
+        objective=objective,
     )  # fmt: skip
     run.finish()
     return code

@@ -60,6 +60,8 @@ class Config:
     """Peak learning rate of AdamW (weight decay 0.01), cosine to 1e-6."""
     batch_size: int = 32
     """Images per process and step."""
+    objective: str = "softmax"
+    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -82,6 +84,7 @@ def main(cfg: Config) -> int:
     """Card → few-shot split → pixels → LoRA → scale on validation → predictions → report, gates, artifact."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, out=cfg.out)
     ac.seed_everything(cfg.seed)
+    objective = ac.parse_objective(cfg.objective)
 
     card = ac.load_card(cfg.card)
     data, new = ac.open_data(card, data_root=cfg.data_root), None
@@ -90,14 +93,14 @@ def main(cfg: Config) -> int:
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, validation = split.select(data)
-    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     new_validation = new and (ac.sample_few_shot(new, shots=cfg.shots, seed=cfg.seed).select(new)[1], new.prompt_names)
     check_setting(cfg.lora_scale, validation)
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.LoRA(
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout,
         projections=cfg.projections, blocks=cfg.blocks, rslora=cfg.variant != "lora", dora=cfg.variant == "dora",
-        seed=cfg.seed, templates=card.templates, checkpointing=cfg.compute == "checkpointing",
+        seed=cfg.seed, templates=card.templates, objective=objective.name, checkpointing=cfg.compute == "checkpointing",
     )  # fmt: skip
     if cfg.compute == "compile":
         adapter.compile_image_tower()
@@ -112,6 +115,7 @@ def main(cfg: Config) -> int:
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
     )
+    adapter.begin_from(few_shots, cache, accelerator=accelerator)
     loader = ac.training_loader(
         adapter, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,
         strata=mitigation.strata,
@@ -152,11 +156,11 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
-    held_out = ac.predict_held_out(adapter, validation, cache, accelerator=accelerator)
+    held = ac.predict_held(adapter, validation, cache, accelerator=accelerator)
     new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="lora", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held_out, training=training,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held, training=training, objective=objective,
         new_classes=new_classes,
     )  # fmt: skip
     run.finish()

@@ -96,14 +96,15 @@ def check_features(features: Features, encoder: ClipBackbone) -> None:
         )
 
 
-def scaled_logits(features: Tensor, weights: Tensor, logit_scale: Tensor) -> Tensor:
-    """Cosine similarities times the scale: (B, D) and (C, D), both unit norm, to (B, C) float32.
+def scaled_logits(features: Tensor, weights: Tensor, logit_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Cosine similarities times the scale, plus a (C,) bias: (B, D) and (C, D), both unit norm, to (B, C) float32.
 
     A half-precision product would round logits near 100 to steps of 0.06 (fp16) or 0.5 (bf16), hence no autocast. A
-    bias that is the same for every class (SigLIP's) does not change the softmax and is left out.
+    bias that is the same for every class (SigLIP's) does not change the softmax, which goes without.
     """
     with torch.autocast(device_type=features.device.type, enabled=False):
-        return logit_scale.float() * (features.float() @ weights.float().T)
+        logits = logit_scale.float() * (features.float() @ weights.float().T)
+        return logits if bias is None else logits + bias
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from adaptclip.adapters.base import batch_features, check_state, scaled_logits
 from adaptclip.adapters.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
+from adaptclip.adapters.objective import ClassBias, ObjectiveName, check_objective
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.text import TextTower
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
 from adaptclip.seeding import generator
-from adaptclip.types import Batch
+from adaptclip.types import Batch, Features
 
 POSITIONS = ("end", "middle", "front")
 """Where the class name may stand among the context words."""
@@ -57,6 +58,7 @@ class CoOp(nn.Module):
         position: where the class name stands: "end", "middle" or "front".
         templates: prompts of the features that KgCoOp keeps near to.
         kg_weight: weight of KgCoOp's penalty (Yao et al. 2023, eq. 5; the paper uses 8); 0 is plain CoOp.
+        objective: "sigmoid" learns a bias for each class beside the context, see `ClassBias`.
         seed: chooses the initial context.
         memory_budget_bytes: most bytes of activations kept for the backward pass; beyond it, the classes that do not
             fit are computed a second time during the backward pass. The gradients are the same.
@@ -83,6 +85,7 @@ class CoOp(nn.Module):
         position: str = "end",
         templates: Sequence[str] = ("a photo of a {}.",),
         kg_weight: float = 0.0,
+        objective: ObjectiveName = "softmax",
         seed: int = 0,
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         fast: bool = True,
@@ -97,6 +100,7 @@ class CoOp(nn.Module):
             )
         if position not in POSITIONS:
             raise ConfigError(f"unknown position {position!r} of the class name. {did_you_mean(position, POSITIONS)}")
+        check_objective(objective)
         if kg_weight:
             # The features are computed when training starts; that the prompts fit is better known now.
             backbone.tokenize([prompt for prompts in fill(templates, class_names) for prompt in prompts])
@@ -108,6 +112,8 @@ class CoOp(nn.Module):
         copies = len(class_names) if class_specific else None
         self.context = nn.Parameter(initial_context(backbone, n_ctx, ctx_init, seed, copies=copies))
         self.n_ctx = self.context.shape[-2]
+        self.objective: ObjectiveName = objective
+        self.bias = ClassBias(backbone, len(class_names)) if objective == "sigmoid" else None
         self._num_before = {"end": self.n_ctx, "middle": self.n_ctx // 2, "front": 0}[position]
         self._num_shared = 0 if class_specific else self._num_before
         suffixes, self._num_tail = suffix_ids(
@@ -138,19 +144,30 @@ class CoOp(nn.Module):
             "templates": list(self.templates),
             "kg_weight": self.kg_weight,
             "seed": self.seed,
+            **({"objective": self.objective} if self.bias is not None else {}),
         }
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features, and computes what `penalty` returns."""
         features = batch_features(batch, self.backbone.embed_dim)
         self._penalty = None
+        bias = None if self.bias is None else self.bias()
         if not self.training and not torch.is_grad_enabled():
-            return scaled_logits(features, self.class_weights(), self.backbone.logit_scale)
+            return scaled_logits(features, self.class_weights(), self.backbone.logit_scale, bias)
         self._cached = None
         text = self.text_features()
         if self.kg_weight:
             self._penalty = self.kg_weight * (1 - (text * self._template_features()).sum(-1)).mean()
-        return scaled_logits(features, text, self.backbone.logit_scale)
+        return scaled_logits(features, text, self.backbone.logit_scale, bias)
+
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective without gradients; None under softmax."""
+        return None if self.bias is None else self.bias().detach()
+
+    def begin(self, features: Features) -> None:
+        """Sets where the bias of the sigmoid objective starts, from training images; softmax has nothing to set."""
+        if self.bias is not None:
+            self.bias.begin(features, self.class_weights(), self.backbone.logit_scale)
 
     def text_features(self) -> Tensor:
         """Encodes the prompts of all classes with the present context to (C, D) unit-norm float32 features."""
@@ -171,18 +188,20 @@ class CoOp(nn.Module):
         return torch.cat([before, tokens[:, :name_end], after, tokens[:, name_end:]], dim=1)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns the context."""
-        return [self.context]
+        """Returns the context, and under sigmoid the offset of the bias."""
+        return [self.context] if self.bias is None else [self.context, self.bias.offset]
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns the context: (M, T), or (C, M, T) where it is class-specific."""
-        return {"context": self.context.detach()}
+        """Returns the context, (M, T) or (C, M, T) where it is class-specific, and under sigmoid the bias."""
+        return {"context": self.context.detach(), **({} if self.bias is None else self.bias.state())}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over a context. Raises ArtifactError when it does not fit."""
-        check_state(state, {"context": self.context.shape}, "CoOp")
+        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+        check_state(state, {name: value.shape for name, value in self.adapter_state().items()}, "CoOp")
         with torch.no_grad():
             self.context.copy_(state["context"])
+        if self.bias is not None:
+            self.bias.load_state(state)
 
     def penalty(self) -> Tensor:
         """Returns KgCoOp's weighted penalty of the last forward in training; 0 without it."""

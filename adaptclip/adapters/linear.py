@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -21,9 +20,11 @@ from adaptclip.adapters.linear_fits import (
     fit_logistic,
     score_logits,
     search_exponent,
+    warn_of_unseen,
     zero_shot_confidence,
 )
 from adaptclip.adapters.lp_plus_plus import fit_lp_plus_plus, step_sizes
+from adaptclip.adapters.objective import ClassBias, ObjectiveName, check_objective
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError, DataError, TrainingError, did_you_mean
 from adaptclip.prompts import zero_shot_weights
@@ -64,9 +65,10 @@ class LinearProbe(nn.Module):
         class_names: C names in the order of the label ids.
         head: which of the four.
         templates: prompts of the text features; not read by `logistic`.
+        objective: "sigmoid" (text-init and clap) learns a bias for each class beside the weights, see `ClassBias`.
 
     Raises:
-        ConfigError: an unknown head, no class names, or a template without exactly one `{}`.
+        ConfigError: an unknown head or objective, no class names, or a template without exactly one `{}`.
         BackboneError: a prompt is longer than the context.
     """
 
@@ -80,15 +82,22 @@ class LinearProbe(nn.Module):
         *,
         head: Head = "logistic",
         templates: Sequence[str] = ("a photo of a {}.",),
+        objective: ObjectiveName = "softmax",
     ) -> None:
         super().__init__()
         if head not in get_args(Head):
             raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(Head))}")
+        check_objective(objective)
+        if objective == "sigmoid" and head not in ("text-init", "clap"):
+            raise ConfigError(
+                f"the head {head!r} is fitted to the softmax; the objective sigmoid takes text-init or clap"
+            )
         if not class_names:
             raise ConfigError("a linear probe needs at least one class name, got none")
         self.backbone = backbone
         self.class_names = tuple(class_names)
         self.head: Head = head
+        self.objective: ObjectiveName = objective
         self.templates = tuple(templates)
         shape = (len(self.class_names), backbone.embed_dim)
         state = {"weight": torch.zeros(shape, device=backbone.device)}
@@ -101,6 +110,8 @@ class LinearProbe(nn.Module):
             state["alpha"] = backbone.logit_scale.detach().float().expand(shape[0]).clone()
         elif head != "logistic":
             state["weight"] = text.clone()
+        if objective == "sigmoid":
+            state["bias"] = ClassBias(backbone, shape[0]).start
         self.learnt = nn.ParameterDict({name: nn.Parameter(t, requires_grad=False) for name, t in state.items()})
         self.register_buffer("text", text, persistent=False)
 
@@ -112,14 +123,15 @@ class LinearProbe(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        return {"head": self.head, "templates": list(self.templates)}
+        settings = {"head": self.head, "templates": list(self.templates)}
+        return settings | ({} if self.objective == "softmax" else {"objective": self.objective})
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.backbone.embed_dim)
         weight = self._weight()
         if self.head in ("text-init", "clap"):
-            return scaled_logits(features, weight, self.backbone.logit_scale)
+            return scaled_logits(features, weight, self.backbone.logit_scale, self.class_bias())
         with torch.autocast(device_type=features.device.type, enabled=False):
             logits = features.float() @ weight.T
             return logits + self.learnt["bias"] if self.head == "logistic" else logits
@@ -248,6 +260,10 @@ class LinearProbe(nn.Module):
         """Returns the (C, D) unit-norm direction of each class's weights (0 for a class `logistic` has not seen)."""
         return F.normalize(self._weight(), dim=-1)
 
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective; None under softmax."""
+        return self.learnt["bias"].detach() if self.objective == "sigmoid" else None
+
     def _weight(self) -> Tensor:
         """(C, D) weights that multiply the features."""
         weight = self.learnt["weight"]
@@ -286,7 +302,7 @@ class LinearProbe(nn.Module):
             best = 10.0**exponent
             chosen["validation_accuracy"] = tried[exponent][0]
             chosen["tried"] = [{"C": 10.0**e, "accuracy": a, "loss": loss} for e, (a, loss) in tried.items()]
-        self._warn_of_unseen(labels)
+        warn_of_unseen(labels, self.class_names)
         fit = fit_at(c=best)
         self._take(weight=torch.from_numpy(fit.weight), bias=torch.from_numpy(fit.bias))
         return {
@@ -294,16 +310,6 @@ class LinearProbe(nn.Module):
             "chosen": {"C": best, **chosen, "iterations": fit.iterations, "converged": fit.converged},
             "validation_used_for": "choosing C" if chosen else "nothing",
         }
-
-    def _warn_of_unseen(self, labels: np.ndarray) -> None:
-        unseen = [self.class_names[i] for i in sorted({*range(len(self.class_names))} - {*labels.tolist()})]
-        if unseen:
-            listed = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
-            warnings.warn(
-                f"{len(unseen)} of {len(self.class_names)} classes have no training image ({listed}); a logistic head "
-                "can never predict them. The heads text-init, clap and lp++ know every class by its words.",
-                stacklevel=4,
-            )
 
     def _fit_from_text(
         self, features: Features, settings: Mapping[str, Any], seed: int, balance: ImageBalance | None
@@ -318,11 +324,16 @@ class LinearProbe(nn.Module):
             chosen["lambda_mean"], chosen["lambda_min"], chosen["lambda_max"] = (
                 float(v) for v in (confidence.mean(), confidence.min(), confidence.max())
             )
+        learnt: dict[str, Tensor] = {}
+        if self.objective == "sigmoid":
+            start = ClassBias(self.backbone, len(self.class_names))
+            start.begin(features, self.text, self.backbone.logit_scale)
+            learnt["bias"] = start.start
         weight = fit_from_text(
             features.values, labels, self.text, scale, penalty=penalty, lr=settings["lr"], epochs=settings["epochs"],
-            batch_size=BATCH_SIZE, seed=seed, balance=balance,
+            batch_size=BATCH_SIZE, seed=seed, balance=balance, bias=learnt.get("bias"),
         )  # fmt: skip
-        self._take(weight=F.normalize(weight, dim=-1))
+        self._take(weight=F.normalize(weight, dim=-1), **learnt)
         return {
             "schedule": f"SGD (momentum 0.9) in batches of {BATCH_SIZE}, {settings['epochs']} epochs of a cosine from "
             f"{settings['lr']:g}, the first at 1e-5; last step",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm import tqdm
 
+from adaptclip.adapters.objective import sigmoid_losses
 from adaptclip.data.balance import balanced_order
 from adaptclip.errors import DataError
 from adaptclip.seeding import generator
@@ -106,6 +107,18 @@ def fit_logistic(
     weight[model.classes_], bias[model.classes_] = rows, offsets
     iterations = int(model.n_iter_.max())
     return LogisticFit(weight, bias, iterations, iterations < MAX_ITERATIONS)
+
+
+def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Warns of classes that no image of `labels` (N,) belongs to, from within a fit of a logistic head."""
+    unseen = [class_names[i] for i in sorted({*range(len(class_names))} - {*labels.tolist()})]
+    if unseen:
+        listed = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
+        warnings.warn(
+            f"{len(unseen)} of {len(class_names)} classes have no training image ({listed}); a logistic head "
+            "can never predict them. The heads text-init, clap and lp++ know every class by its words.",
+            stacklevel=4,
+        )
 
 
 def search_exponent(score: Callable[[float], tuple[float, float]]) -> tuple[float, dict[float, tuple[float, float]]]:
@@ -202,9 +215,44 @@ def cosine_gradient(
     error[own] -= 1
     if weigh is not None:
         error *= weigh(torch.logsumexp(logits, dim=0) - logits[own])
+    return _across(error, features, weight, norm, scale)
+
+
+def sigmoid_gradient(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the mean of `sigmoid_losses` of the logits scale · cos(f, w_c) + b_c, as `cosine_gradient`.
+
+    Args:
+        features: see `cosine_gradient`, as for the others.
+        labels: (B,).
+        weight: (C, D).
+        bias: (C,).
+        scale: the logit scale.
+        weigh: turns the images' (B,) losses into the (B,) factors of their losses; None for 1.
+
+    Returns:
+        (C, D) of the weights and (C,) of the bias.
+    """
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    logits = (weight * (scale / norm)) @ features.T + bias[:, None]
+    error = torch.sigmoid(logits)
+    error[labels, torch.arange(len(labels), device=labels.device)] -= 1
+    if weigh is not None:
+        error *= weigh(sigmoid_losses(logits.T, labels))
+    return _across(error, features, weight, norm, scale), error.mean(dim=1)
+
+
+def _across(error: Tensor, features: Tensor, weight: Tensor, norm: Tensor, scale: float) -> Tensor:
+    """What is left of the errors' gradient across each class's weights, for a mean over the images."""
     gradient = error @ features
     radial = (gradient * weight).sum(dim=1, keepdim=True) / norm.square()
-    return gradient.addcmul_(weight, radial, value=-1).mul_(scale / len(labels) / norm)
+    return gradient.addcmul_(weight, radial, value=-1).mul_(scale / error.shape[1] / norm)
 
 
 def epoch_rate(epoch: int, *, epochs: int, lr: float, warmup_lr: float = 1e-5) -> float:
@@ -224,6 +272,7 @@ def fit_from_text(
     batch_size: int,
     seed: int,
     balance: ImageBalance | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Gradient descent on the class weights of a cosine classifier that starts as the zero-shot one.
 
@@ -246,11 +295,13 @@ def fit_from_text(
         batch_size: images per step.
         seed: of the order.
         balance: of groups or classes; None for none.
+        bias: (C,) where it starts; given, the loss is `sigmoid_losses` and the bias is learnt in place.
 
     Returns:
         (C, D) weights, not normalised.
     """
     weight, velocity = text.clone(), torch.zeros_like(text)
+    drift = None if bias is None else torch.zeros_like(bias)
     pull = None if penalty is None else (2 / len(text) * penalty)[:, None]
     rows, strata = len(labels), None if balance is None else balance.strata
     used = rows - rows % batch_size if rows >= batch_size else rows
@@ -265,7 +316,11 @@ def fit_from_text(
         for start in range(0, used, batch_size):
             batch = slice(start, start + batch_size)
             weigh = None if balance is None else partial(balance.weigh, index=order[batch])
-            gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale, weigh)
+            if bias is None or drift is None:
+                gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale, weigh)
+            else:
+                gradient, slope = sigmoid_gradient(features[batch], of_epoch[batch], weight, bias, scale, weigh)
+                bias.sub_(drift.mul_(0.9).add_(slope), alpha=rate)
             if pull is not None:
                 gradient.addcmul_(weight - text, pull)
             velocity.mul_(0.9).add_(gradient)

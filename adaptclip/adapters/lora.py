@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import open_clip
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,14 +29,21 @@ from adaptclip.adapters.lora_layers import (
     save_peft,
     set_lora_scale,
 )
+from adaptclip.adapters.objective import ClassBias, ObjectiveName, check_objective
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.attention import share_weights
 from adaptclip.backbone.class_token import encode_image
 from adaptclip.backbone.lora_targets import Towers
 from adaptclip.backbone.text import make_text_tower
+from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import BackboneError, DataError
+from adaptclip.features import FeatureCache
 from adaptclip.prompts import fill, zero_shot_weights
+from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.types import Batch
+
+BIAS_FILE = "class_bias.safetensors"
+"""What the sigmoid objective learns beside PEFT's own files."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class LoRA(nn.Module):
         seed: of the initial A.
         templates: prompts with one `{}` for the class name; their unit-norm features are averaged.
         scale: how much of the trained update is used, from 0 (zero-shot) to 1; below 1 only for evaluation.
+        objective: "sigmoid" learns a bias for each class beside the update, see `ClassBias`.
         memory_budget_bytes: most bytes of the text tower's activations kept for the backward pass.
         checkpointing: computes the image tower's blocks a second time in the backward pass instead of keeping them.
         fast: False encodes whole prompts up to their EOT.
@@ -102,11 +111,13 @@ class LoRA(nn.Module):
         seed: int = 0,
         templates: Sequence[str] = ("a photo of a {}.",),
         scale: float = 1.0,
+        objective: ObjectiveName = "softmax",
         memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
         checkpointing: bool = False,
         fast: bool = True,
     ) -> None:
         super().__init__()
+        check_objective(objective)
         prompts = [prompt for prompts in fill(templates, class_names) for prompt in prompts]
         backbone.tokenize(prompts)  # a prompt that is too long is better known now
         self._layers: dict[str, Any] = {
@@ -116,6 +127,8 @@ class LoRA(nn.Module):
         self.backbone, self.class_names = backbone, tuple(class_names)
         check_scale(scale)
         self.templates, self.scale = tuple(templates), float(scale)
+        self.objective: ObjectiveName = objective
+        self.bias = ClassBias(backbone, len(class_names)) if objective == "sigmoid" else None
         self.model: Any = inject_lora(backbone.model, **self._layers)
         self.adapts_text, self.adapts_image = towers != "image", towers != "text"
         self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
@@ -138,7 +151,8 @@ class LoRA(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        return {**self._layers, "templates": list(self.templates), "scale": self.scale}
+        objective = {} if self.bias is None else {"objective": self.objective}
+        return {**self._layers, "templates": list(self.templates), "scale": self.scale, **objective}
 
     def train(self, mode: bool = True) -> LoRA:
         """Wakes up LoRA's own dropout and magnitudes; the towers stay in evaluation mode, batch statistics included."""
@@ -162,7 +176,7 @@ class LoRA(nn.Module):
                 if batch.images is None
                 else snapshot.encoder.encode_image(batch.images)
             )
-            return scaled_logits(features, snapshot.class_weights, self.backbone.logit_scale)
+            return scaled_logits(features, snapshot.class_weights, self.backbone.logit_scale, self.class_bias())
         if self.adapts_image and batch.images is None:
             raise DataError(
                 "LoRA on the image tower learns from pixels, but the batch has none; take PixelLoader, or adapt the "
@@ -174,7 +188,24 @@ class LoRA(nn.Module):
             features = F.normalize(self._encode_image(self.model, batch.images.to(dtype)).float(), dim=-1)
         else:
             features = batch_features(batch, self.backbone.embed_dim)
-        return scaled_logits(features, self.text_features(), self.backbone.logit_scale)
+        bias = None if self.bias is None else self.bias()
+        return scaled_logits(features, self.text_features(), self.backbone.logit_scale, bias)
+
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective at the present scale; None under softmax."""
+        return None if self.bias is None else self.bias(self.scale).detach()
+
+    def begin_from(self, images: ImageDataset, cache: FeatureCache, *, accelerator: Accelerator | None = None) -> None:
+        """Sets where the bias of the sigmoid objective starts, from training images; encodes them only if needed.
+
+        Args:
+            images: that it will be trained on.
+            cache: of the frozen tower's features.
+            accelerator: divides the encoding.
+        """
+        if self.bias is not None and not self.bias.from_model:
+            features = cache.get(self.backbone, images, accelerator=accelerator)
+            self.bias.begin(features, self.class_weights(), self.backbone.logit_scale)
 
     def text_features(self) -> Tensor:
         """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
@@ -208,28 +239,41 @@ class LoRA(nn.Module):
         return ClassEncoder(tower, [row[common:] for row in ids], prefix_length=common, **self._text)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns A and B of every layer, and with DoRA the magnitudes."""
-        return list(lora_parameters(self.model).values())
+        """Returns A and B of every layer, with DoRA the magnitudes, and under sigmoid the offset of the bias."""
+        return [*lora_parameters(self.model).values(), *([] if self.bias is None else [self.bias.offset])]
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns A and B of every adapted layer, and with DoRA the magnitudes, by name."""
+        """Returns A and B of every adapted layer, with DoRA the magnitudes, by name, and under sigmoid the bias."""
+        return {**self._update(), **({} if self.bias is None else self.bias.state())}
+
+    def _update(self) -> dict[str, Tensor]:
+        """What changes the towers."""
         return {name: parameter.detach() for name, parameter in lora_parameters(self.model).items()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
-        own = lora_parameters(self.model)
-        check_state(state, {name: parameter.shape for name, parameter in own.items()}, "LoRA")
+        check_state(state, {name: value.shape for name, value in self.adapter_state().items()}, "LoRA")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in lora_parameters(self.model).items():
                 parameter.copy_(state[name])
+        if self.bias is not None:
+            self.bias.load_state(state)
 
     def save_adapter(self, folder: Path) -> list[Path]:
-        """Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. Returns the written files."""
-        return save_peft(self.model, folder, base=self.backbone.name)
+        """Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. Returns the written files.
+
+        Under sigmoid the bias is a file beside them, which PEFT does not read.
+        """
+        files = save_peft(self.model, folder, base=self.backbone.name)
+        if self.bias is not None:
+            write_tensors(folder / BIAS_FILE, self.bias.state())
+            files.append(folder / BIAS_FILE)
+        return files
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote. Raises StorageError or ArtifactError when it is damaged or does not fit."""
-        self.load_adapter_state(read_peft(folder, self.model))
+        bias = {} if self.bias is None else read_tensors(folder / BIAS_FILE)
+        self.load_adapter_state({**read_peft(folder, self.model), **bias})
 
     def compile_image_tower(self) -> None:
         """Builds the image tower's forward and backward in training with torch.compile, when it is first called.
@@ -282,7 +326,7 @@ class LoRA(nn.Module):
     @torch.inference_mode(False)
     def _take_snapshot(self) -> _Snapshot:
         """Returns the snapshot of the present parameters, made anew only when one of them changed."""
-        state = self.adapter_state()
+        state = self._update()
         known = self._snapshot
         if known is None or known.encoder.device != self.backbone.device or not _equal(known.state, state):
             state = {name: value.clone() for name, value in state.items()}

@@ -46,6 +46,8 @@ class TwoStage(nn.Module):
         if lora is not None:
             _check_first_stage(lora, backbone, self.class_names, settings)
         self.lora = LoRA(backbone, class_names, **settings) if lora is None else lora
+        if self.lora.objective != "softmax":
+            raise ConfigError(f"two-stage adaptation learns softmax only, got the objective {self.lora.objective!r}")
         self.lora.requires_grad_(False)
         self.head = nn.Parameter(self.lora.class_weights().clone())
 

@@ -42,6 +42,7 @@ def report(
         images: folder in which the row ids are paths of images, for pictures of the mistakes in HTML.
         out: where the report is written: NAME.html, NAME.md or NAME.json, or NAME for all three.
     """
+    from adaptclip.evaluation.thresholds import Thresholds
     from adaptclip.gates import check_gates, load_gates
     from adaptclip.reports.full import full_report
     from adaptclip.reports.render import print_report
@@ -62,6 +63,7 @@ def report(
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
+        thresholds=Thresholds.from_dict(known["multi_label"]["thresholds"]) if known.get("multi_label") else None,
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
     _add_probe(predictions, result)

@@ -43,7 +43,10 @@ def align(predictions: Predictions, baseline: Predictions) -> Predictions:
     different = int((baseline.labels[order] != predictions.labels).sum())
     if different:
         raise DataError(f"{different} images have another label in the baseline; predict both models on the same data")
-    return replace(predictions, probs=baseline.probs[order], ranked=baseline.ranked, confident=baseline.confident)
+    return replace(
+        predictions, probs=baseline.probs[order], ranked=baseline.ranked, confident=baseline.confident,
+        sigmoid=None if baseline.sigmoid is None else baseline.sigmoid[order],
+    )  # fmt: skip
 
 
 def group_values(predictions: Grouped, attribute: str) -> tuple[tuple[str, ...], np.ndarray]:

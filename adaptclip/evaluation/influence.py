@@ -6,6 +6,7 @@ are summed before they are squared. For one class this is DeLong's variance of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,12 +64,27 @@ def macro_auc(probs: np.ndarray, labels: np.ndarray) -> Linearised | None:
         None where no class can be told from others.
     """
     counts = np.bincount(labels, minlength=probs.shape[1])
-    usable = np.flatnonzero((counts > 0) & (counts < len(labels)))
-    if not len(usable):
+    return _mean_auc(probs, counts, lambda c: labels == c)
+
+
+def mean_auc(probs: np.ndarray, positive: np.ndarray) -> Linearised | None:
+    """As `macro_auc`, where an image may be of several classes or of none.
+
+    Args:
+        probs: (N, C) probability of each class, or any score.
+        positive: (N, C) bool.
+    """
+    return _mean_auc(probs, positive.sum(axis=0), lambda c: positive[:, c])
+
+
+def _mean_auc(probs: np.ndarray, counts: np.ndarray, positive_of: Callable[[int], np.ndarray]) -> Linearised | None:
+    """Mean AUC of the classes of which `counts` (C,) images are and others are not."""
+    usable: list[int] = np.flatnonzero((counts > 0) & (counts < len(probs))).tolist()
+    if not usable:
         return None
-    total, least, influence = 0.0, 0.0, np.zeros(len(labels))
+    total, least, influence = 0.0, 0.0, np.zeros(len(probs))
     for c in usable:
-        positive = labels == c
+        positive = positive_of(c)
         area, of_positives, of_negatives = _one_class(probs[positive, c], probs[~positive, c])
         total += area
         least += _hanley_mcneil(area, len(of_positives), len(of_negatives))

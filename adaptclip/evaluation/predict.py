@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from adaptclip.adapters.base import check_features
+from adaptclip.adapters.objective import objective_of
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import DataError
 from adaptclip.types import Batch, Features, Predictions
@@ -39,7 +40,8 @@ def predict(
         accelerator: gathers over processes; None judges everything here.
 
     Returns:
-        N rows in the order of the data set, probabilities in float32.
+        N rows in the order of the data set, probabilities in float32. They are the softmax of the logits; an adapter of
+        the sigmoid objective also has those of the single classes.
 
     Raises:
         DataError: there are no images, the features are of other rows, or probabilities are not finite.
@@ -57,15 +59,16 @@ def predict(
     show = None if rank == 0 else True
     with evaluation_mode(adapter), torch.no_grad():
         batches = tqdm(rows.split(batch_size), desc="predict", unit="batch", disable=show, leave=False)
-        parts = [_probabilities(adapter, features, index, device) for index in batches]
-    probs = torch.cat(parts)
+        logits = torch.cat([_logits(adapter, features, index, device) for index in batches])
     if accelerator is not None:
-        probs = accelerator.gather(probs)
-    assert isinstance(probs, Tensor)
+        logits = accelerator.gather(logits)
+    assert isinstance(logits, Tensor)
+    logits = logits[:num_images]
     return Predictions(
         ids=features.ids,
         labels=np.asarray(dataset.labels, dtype=np.int64),
-        probs=probs[:num_images].cpu().numpy(),
+        probs=logits.softmax(dim=-1).cpu().numpy(),
+        sigmoid=logits.sigmoid().cpu().numpy() if objective_of(adapter) == "sigmoid" else None,
         class_names=tuple(dataset.class_names),
         groups=dict(dataset.groups),
         clusters=dataset.clusters,
@@ -88,10 +91,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def _probabilities(adapter: nn.Module, features: Features, index: Tensor, device: torch.device) -> Tensor:
+def _logits(adapter: nn.Module, features: Features, index: Tensor, device: torch.device) -> Tensor:
     batch = Batch(labels=features.labels[index], index=index, features=features.values[0, index])
     # Half-precision logits lose digits in the softmax: rows would no longer sum to 1.
-    return adapter(batch.to(device)).float().softmax(dim=-1)
+    return adapter(batch.to(device)).float()
 
 
 def _device(adapter: nn.Module) -> torch.device:

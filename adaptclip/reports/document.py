@@ -27,6 +27,7 @@ from adaptclip.reports.class_sections import (
     taxonomy_section,
 )
 from adaptclip.reports.headline import NO_GATES, JudgedGate, three_numbers, verdict_of, worries
+from adaptclip.reports.multi_label import multi_label_section, summary
 from adaptclip.reports.plots import confusion_matrix
 from adaptclip.reports.probe_section import probe_section
 
@@ -86,6 +87,7 @@ def _sections(
         )
     yield overall_section(report)
     yield outcome_section(report)
+    yield multi_label_section(report)
     for attribute, table in report["groups"].items():
         yield group_section(attribute, table)
     yield shift_section(report)
@@ -200,6 +202,8 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
         groups = group_rows({**table, "rows": narrow}, sign="", title=name)
         yield replace(groups, header=[head.replace("change of accuracy", "change") for head in groups.header])
         yield from (Paragraph(f"Caution: {sentence(caution)}", "muted") for caution in table["cautions"])
+    if report.get("multi_label"):
+        yield Paragraph(summary(report["multi_label"]))
     yield from (Paragraph(f"Note: {sentence(caution)}", "muted") for caution in report["cautions"])
     if verdicts is not None:
         yield gate_rows(verdicts) if verdicts else Paragraph(NO_GATES, "inconclusive")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from adaptclip.adapters.objective import ThresholdRule
 from adaptclip.errors import DataError
 from adaptclip.evaluation.grouping import align
+from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import fine_grained_report
+from adaptclip.reports.multi_label import multi_label_report
 from adaptclip.reports.shift import base_new, class_changes, domain_shift
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
@@ -24,6 +27,7 @@ def full_report(
     new_classes: tuple[Predictions, Predictions] | None = None,
     hard_pairs: Sequence[tuple[str, str]] = (),
     groups: Sequence[str] | None = None,
+    thresholds: Thresholds | None = None,
     confidence: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -41,13 +45,14 @@ def full_report(
             baseline is needed with them.
         hard_pairs: pairs of class names that are known to be hard.
         groups: attributes to report; None reports all there are.
+        thresholds: of the single classes, chosen on other images; None takes 0.5 for predictions that need them.
         confidence: level of all two-sided intervals, between 0.5 and 1.
         draws: bootstrap draws, at least 1,000.
         seed: of everything drawn; the same predictions and seed give the same report.
 
     Returns:
-        JSON-able dict: what `build_report` gives, and "fine_grained", "calibration" (None without probabilities) and
-        "shift" (None without a baseline and a source).
+        JSON-able dict: what `build_report` gives, and "fine_grained", "calibration" (None without probabilities),
+        "shift" (None without a baseline and a source) and "multi_label" (None without probabilities of single classes).
 
     Raises:
         DataError: no images, other images in the baseline, images of the test among those of the validation, or an
@@ -71,4 +76,8 @@ def full_report(
     if source is not None:
         shift["domains"] = domain_shift(predictions, source, **options)
     report["shift"] = shift or None
+    report["multi_label"] = None
+    if predictions.sigmoid is not None:
+        used = thresholds or choose_thresholds(None, predictions.class_names, ThresholdRule("fixed", 0.5))
+        report["multi_label"] = multi_label_report(predictions, used, list(report["groups"]), confidence=confidence)
     return report

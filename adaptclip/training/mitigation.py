@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from adaptclip.adapters.objective import Objective, ObjectiveName, sigmoid_losses
 from adaptclip.data.balance import effective_number_weights, inverse_frequency
 from adaptclip.data.dataset import UNKNOWN, ImageDataset
 from adaptclip.errors import ConfigError, did_you_mean
@@ -117,6 +118,7 @@ class Mitigation:
         sizes: name of a group or class -> its images, in the order of the places.
         weights: (N,) float32 weight of each image in the loss, mean 1; None for equal ones.
         dro: group DRO, which holds state; None for another kind.
+        objective: what a single image's loss is: cross-entropy, or under sigmoid the sum of the classes' binary ones.
     """
 
     setting: MitigationSetting | None = None
@@ -124,6 +126,7 @@ class Mitigation:
     sizes: Mapping[str, int] = field(default_factory=dict)
     weights: Tensor | None = None
     dro: GroupDRO | None = None
+    objective: ObjectiveName = "softmax"
 
     @property
     def strata(self) -> Tensor | None:
@@ -131,15 +134,21 @@ class Mitigation:
         return None if self.weights is not None else self.place
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Scalar cross-entropy of a batch; its mean over the processes is the loss of the whole step.
+        """Scalar loss of a batch; its mean over the processes is the loss of the whole step.
 
         Args:
             logits: (B, C).
             batch: labels (B,), and index (B,) into the N images.
         """
-        if self.weights is None and self.dro is None:
+        plain = self.weights is None and self.dro is None
+        if self.objective == "sigmoid":
+            losses = sigmoid_losses(logits, batch.labels)
+            if plain:
+                return losses.mean()
+        elif plain:
             return F.cross_entropy(logits, batch.labels)
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        else:
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
         return (self.weigh(losses.detach(), batch.index) * losses).mean()
 
     def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
@@ -148,7 +157,7 @@ class Mitigation:
         With group DRO this is where the groups' weights move, so call it once per batch, on every process.
 
         Args:
-            losses: (B,) cross-entropies, without gradients.
+            losses: (B,) losses of the images, without gradients.
             index: (B,) positions among the N images.
         """
         if self.dro is not None:
@@ -203,6 +212,7 @@ def build_mitigation(
     *,
     accelerator: Accelerator | None = None,
     pairs: bool = False,
+    objective: Objective | None = None,
 ) -> Mitigation:
     """Applies a setting to the training images, before anything is trained.
 
@@ -212,6 +222,7 @@ def build_mitigation(
         whole: the training part they were drawn from, whose groups must all be among them; None does not look.
         accelerator: whose processes share the batches; None where each process sees the whole batch.
         pairs: whether the loss contrasts pairs, so that there is no loss of a single image to weigh.
+        objective: what a single image's loss is; None is softmax.
 
     Raises:
         ConfigError: the setting is not valid, or does not apply to this loss or these images: an attribute they do not
@@ -220,9 +231,9 @@ def build_mitigation(
     Warns:
         UserWarning: the images of a group or class come very often in an epoch, or nothing is left to balance.
     """
-    setting = parse_mitigation(text)
+    setting, name = parse_mitigation(text), objective.name if objective else "softmax"
     if setting is None:
-        return Mitigation()
+        return Mitigation(objective=name)
     if pairs and setting.kind not in ("group-sampling", "class-sampling"):
         raise ConfigError(
             f"{setting.kind} weighs the loss of single images, and a contrastive loss has none: every pair's loss "
@@ -245,7 +256,7 @@ def build_mitigation(
         dro = GroupDRO(rows, step=setting.step, adjust=setting.adjust, accelerator=accelerator)
     elif counts.min() == counts.max():
         warnings.warn(f"{setting.text} changes nothing: all {len(names)} have {counts.min()} images", stacklevel=2)
-    return Mitigation(setting, rows, sizes, weights, dro)
+    return Mitigation(setting, rows, sizes, weights, dro, name)
 
 
 def _places(setting: MitigationSetting, images: ImageDataset) -> tuple[list[str], np.ndarray]:

@@ -1,0 +1,142 @@
+"""Yes or no for each class: how well the classes of an image are named where it may have several, or none.
+
+Rates of one class are plain shares of images. Means over the classes, and F1, are means of ratios of sums over the
+images; their variance is the linearised one (the sum of the squared influences of the images, or clusters), and their
+interval that of a rate with as many images as would vary as much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import average_precision_score
+
+from adaptclip.evaluation.estimates import MIN_CLUSTERS, Measurement, share
+from adaptclip.evaluation.influence import Linearised, mean_auc, variance
+from adaptclip.evaluation.intervals import RateSpread
+
+RATES = ("sensitivity", "specificity", "precision", "f1")
+"""What thresholds decide."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """Images with what they show and what they were said to show.
+
+    Attributes:
+        probs: (N, C) probability of each class by itself.
+        positive: (N, C) bool, whether the image is one.
+        named: (N, C) bool, whether its probability reaches the class's threshold.
+        unit: (N,) cluster of each image as a number; None where each image is its own.
+    """
+
+    probs: np.ndarray
+    positive: np.ndarray
+    named: np.ndarray
+    unit: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> Named:
+        """Some of the images, by position."""
+        unit = None if self.unit is None else self.unit[rows]
+        return Named(self.probs[rows], self.positive[rows], self.named[rows], unit)
+
+
+def class_rates(images: Named, c: int) -> dict[str, Measurement]:
+    """Returns "auc", "average_precision" and RATES of one class."""
+    positive, named = images.positive[:, c], images.named[:, c]
+
+    def part(hits: np.ndarray, of: np.ndarray) -> Measurement:
+        return share(hits[of], None if images.unit is None else images.unit[of])
+
+    return {
+        "auc": auc(images, c),
+        "average_precision": average_precision(images, c),
+        "sensitivity": part(named, positive),
+        "specificity": part(~named, ~positive),
+        "precision": part(positive, named),
+        "f1": mean_of_classes(images, "f1", c),
+    }
+
+
+def auc(images: Named, c: int | None = None) -> Measurement:
+    """Area under the ROC curve of class c, or its mean over the classes that have images with and without them."""
+    columns = slice(None) if c is None else slice(c, c + 1)
+    positive = images.positive[:, columns]
+    found = mean_auc(images.probs[:, columns], positive)
+    if found is None:
+        return Measurement(None, len(positive), note="needs images of the class and others")
+    counts = positive.sum(axis=0)
+    return _measure(found, _trials(counts[(counts > 0) & (counts < len(positive))]), images.unit)
+
+
+def average_precision(images: Named, c: int | None = None) -> Measurement:
+    """Mean precision over the ranks of the positive images (step-wise area, without interpolation), of a class or mean.
+
+    It has no interval: its error is not a mean over images.
+    """
+    chosen = np.flatnonzero(images.positive.any(axis=0)) if c is None else np.array([c])
+    if not len(chosen) or not images.positive[:, chosen].any():
+        return Measurement(None, len(images.positive), note="no images of the class")
+    values = [average_precision_score(images.positive[:, k], images.probs[:, k]) for k in chosen]
+    return Measurement(float(np.mean(values)), len(images.positive), note="no interval is computed for it")
+
+
+def mean_of_classes(images: Named, rate: str, c: int | None = None) -> Measurement:
+    """One of RATES, mean over the classes for which it is defined (macro), or of class c alone.
+
+    Sensitivity and F1 are of classes that have images here, specificity of those that not all images are of, precision
+    of those that were named at least once.
+    """
+    columns = slice(None) if c is None else slice(c, c + 1)
+    part, whole = _sums(images.positive[:, columns], images.named[:, columns], rate)
+    defined = whole.sum(axis=0) > 0
+    if rate == "f1":
+        defined &= images.positive[:, columns].any(axis=0)
+    return _mean_ratio(part[:, defined], whole[:, defined], images.unit)
+
+
+def pooled(images: Named, rate: str) -> Measurement:
+    """One of RATES over all pairs of image and class alike (micro)."""
+    part, whole = _sums(images.positive, images.named, rate)
+    return _mean_ratio(part.sum(axis=1, keepdims=True), whole.sum(axis=1, keepdims=True), images.unit)
+
+
+def _sums(positive: np.ndarray, named: np.ndarray, rate: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N, C) numbers of which the sums over the images, divided, are the rate of each class."""
+    right = positive & named
+    if rate == "f1":
+        return 2 * right.astype(np.int64), positive.astype(np.int64) + named
+    return {
+        "sensitivity": (right, positive),
+        "specificity": (~positive & ~named, ~positive),
+        "precision": (right, named),
+    }[rate]
+
+
+def _mean_ratio(part: np.ndarray, whole: np.ndarray, unit: np.ndarray | None) -> Measurement:
+    """Mean over the columns of sum(part) / sum(whole), both (N, K), with every sum of `whole` above 0."""
+    sums = whole.sum(axis=0, dtype=np.float64)
+    if not len(sums) or not sums.all():
+        return Measurement(None, len(part), note="no class for which it is defined")
+    ratios = part.sum(axis=0) / sums
+    influence = ((part - ratios * whole) / sums).mean(axis=1)
+    return _measure(Linearised(float(ratios.mean()), influence), _trials(sums), unit)
+
+
+def _trials(counts: np.ndarray) -> float:
+    """Independent trials whose mean varies as that of K rates of `counts` (K,) trials each."""
+    return float(len(counts) ** 2 / (1 / counts).sum())
+
+
+def _measure(found: Linearised, trials: float, unit: np.ndarray | None) -> Measurement:
+    """A rate with the interval of its linearised variance, or of `trials` where nothing varies."""
+    value, n = found.value, len(found.influence)
+    places = np.arange(n) if unit is None else np.unique(unit, return_inverse=True)[1]
+    units = int(places.max()) + 1
+    if units < (2 if units == n else MIN_CLUSTERS):
+        return Measurement(value, n, note=f"no interval: {units} cluster{'s' * (units != 1)} or images")
+    drawn = max(variance(found.influence, places), found.least)
+    varies = drawn > 1e-12 and 0 < value < 1
+    size = value * (1 - value) / drawn if varies else trials * units / n
+    return Measurement(value, n, RateSpread(value, size, float("inf"), None))

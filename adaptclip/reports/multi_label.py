@@ -1,0 +1,157 @@
+"""The report on a model that answers yes or no for each class: at its thresholds, and at any (AUC)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adaptclip.errors import DataError
+from adaptclip.evaluation.estimates import share
+from adaptclip.evaluation.grouping import encode, group_rows
+from adaptclip.evaluation.multi_label import (
+    RATES,
+    Named,
+    auc,
+    average_precision,
+    class_rates,
+    mean_of_classes,
+    pooled,
+)
+from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.reports.blocks import (
+    Block,
+    Cell,
+    Paragraph,
+    Rows,
+    Section,
+    count,
+    one_line,
+    rate,
+    show_rate,
+    text,
+)
+from adaptclip.reports.numbers import number
+from adaptclip.types import Predictions
+
+_HEADS = {"auc": "AUC", "average_precision": "average precision", **{name: name for name in RATES}, "f1": "F1"}
+
+
+def multi_label_report(
+    predictions: Predictions, thresholds: Thresholds, attributes: Sequence[str] = (), *, confidence: float = 0.95
+) -> dict[str, Any]:
+    """Assesses the probabilities of the single classes.
+
+    Args:
+        predictions: with `sigmoid`.
+        thresholds: chosen on other images.
+        attributes: group columns or intersections to report.
+        confidence: level of the intervals.
+
+    Returns:
+        JSON-able dict: "thresholds" (`Thresholds.to_dict`), "labels_per_image" (mean number of classes named),
+        "unnamed" and "exact" (numbers: share of the images without any class named, and with exactly their own),
+        "per_class" (list of "class", "num_positive", "threshold" and the numbers "auc", "average_precision",
+        "sensitivity", "specificity", "precision", "f1"), "macro" (the same numbers as means over the classes), "micro"
+        (of all pairs of image and class alike, without the two areas), "groups" (attribute -> list of "group", "n",
+        "sensitivity", "specificity", means over the classes).
+
+    Raises:
+        DataError: there are no such probabilities, or the thresholds are of other classes.
+    """
+    if predictions.sigmoid is None or len(thresholds.values) != len(predictions.class_names):
+        raise DataError("a multi-label report needs sigmoid probabilities, and a threshold for each of their classes")
+    unit = None if predictions.clusters is None else encode(predictions.clusters)[1]
+    positive = predictions.labels[:, None] == np.arange(len(predictions.class_names))
+    images = Named(predictions.sigmoid, positive, predictions.sigmoid >= thresholds.values, unit)
+    per_class = []
+    for c, name in enumerate(predictions.class_names):
+        told = {"class": name, "num_positive": int(positive[:, c].sum()), "threshold": float(thresholds.values[c])}
+        measured = class_rates(images, c)
+        per_class.append(told | {key: number(value, confidence) for key, value in measured.items()})
+    macro = {"auc": auc(images), "average_precision": average_precision(images)}
+    macro |= {name: mean_of_classes(images, name) for name in RATES}
+    whole = {"unnamed": ~images.named.any(axis=1), "exact": (images.named == positive).all(axis=1)}
+    return {
+        "thresholds": thresholds.to_dict(),
+        "labels_per_image": float(images.named.sum(axis=1).mean()),
+        **{name: number(share(hits, unit), confidence) for name, hits in whole.items()},
+        "per_class": per_class,
+        "macro": {name: number(value, confidence) for name, value in macro.items()},
+        "micro": {name: number(pooled(images, name), confidence) for name in RATES},
+        "groups": {
+            attribute: [_group(name, images.take(rows), confidence) for name, rows in found.items()]
+            for attribute, found in ((a, group_rows(predictions, a)) for a in attributes)
+        },
+    }
+
+
+def _group(name: str, images: Named, confidence: float) -> dict[str, Any]:
+    rates = {key: number(mean_of_classes(images, key), confidence) for key in ("sensitivity", "specificity")}
+    return {"group": name, "n": len(images.positive), **rates}
+
+
+def multi_label_section(report: Mapping[str, Any]) -> Section | None:
+    """Every class at its threshold, their means, and the groups."""
+    told = report.get("multi_label")
+    if not told:
+        return None
+    blocks: list[Block] = [Paragraph(summary(told)), Paragraph(how_chosen(told["thresholds"]), "muted"), _rows(told)]
+    blocks += [_group_rows(attribute, rows) for attribute, rows in told["groups"].items()]
+    words = (
+        "Sensitivity: share of the images of a class that it is named for; specificity: share of the others that it is "
+        "not named for; precision: share of right ones among those named. Macro is the mean over the classes, micro "
+        "counts all pairs of image and class alike. Average precision has no interval."
+    )
+    return Section("Several labels at once", "multi-label", [*blocks, Paragraph(words, "muted")])
+
+
+def summary(told: Mapping[str, Any]) -> str:
+    """The section in a line."""
+    macro = told["macro"]
+    return (
+        f"Each class by itself, mean over the classes: AUC {show_rate(macro['auc'])}, F1 {show_rate(macro['f1'])}, "
+        f"sensitivity {show_rate(macro['sensitivity'])}, specificity {show_rate(macro['specificity'])}; "
+        f"{told['labels_per_image']:.2f} classes named per image, none for {show_rate(told['unnamed'])} of them."
+    )
+
+
+def how_chosen(thresholds: Mapping[str, Any]) -> str:
+    """What the thresholds are and how much stands behind them."""
+    rule, positives = thresholds["rule"], thresholds["positives"]
+    if rule != "f1" and not rule.startswith("sensitivity="):
+        return f"Thresholds: {rule} for every class, fixed."
+    words = {"f1": "best F1"}.get(rule, rule.replace("=", " of at least "))
+    few = [n for n in positives if n]
+    behind = f", {min(few)} to {max(few)} of them of each class" if few else ""
+    told = f"Thresholds: {words} on {thresholds['num_images']:,} validation images{behind}."
+    if thresholds["fallbacks"]:
+        shown = ", ".join(map(one_line, thresholds["fallbacks"][:5])) + ", …" * (len(thresholds["fallbacks"]) > 5)
+        told += f" {len(thresholds['fallbacks'])} classes could not be chosen on them and stay at 0.5: {shown}."
+    return told
+
+
+def _rows(told: Mapping[str, Any]) -> Rows:
+    rows = []
+    for row in sorted(told["per_class"], key=lambda row: (row["f1"]["value"] is None, row["f1"]["value"] or 0)):
+        cells = [text(one_line(row["class"])), count(row["num_positive"]), _threshold(row["threshold"])]
+        rows.append([*cells, *(rate(row[name]) for name in _HEADS)])
+    blank = [Cell("", numeric=True)] * 2
+    rows.append([text("macro"), *blank, *(rate(told["macro"][name]) for name in _HEADS)])
+    rows.append([text("micro"), *blank, *(rate(told["micro"].get(name)) for name in _HEADS)])
+    scales = dict.fromkeys(range(3, 3 + len(_HEADS)), (0.0, 1.0))
+    return Rows("Classes, lowest F1 first", ["class", "n", "threshold", *_HEADS.values()], rows, scales)
+
+
+def _threshold(value: float) -> Cell:
+    return Cell(f"{value:.3g}", numeric=True)
+
+
+def _group_rows(attribute: str, rows: Sequence[Mapping[str, Any]]) -> Rows:
+    cells = [
+        [text(one_line(row["group"])), count(row["n"]), rate(row["sensitivity"]), rate(row["specificity"])]
+        for row in sorted(rows, key=lambda row: row["sensitivity"]["value"] or 0)
+    ]
+    header = ["group", "n", "sensitivity, mean over the classes", "specificity, mean over the classes"]
+    return Rows(f"By {one_line(attribute)}", header, cells, {2: (0.0, 1.0), 3: (0.0, 1.0)})
