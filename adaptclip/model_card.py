@@ -45,7 +45,7 @@ def model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any
         "## Intended use",
         _intended(manifest, card),
         "## Out of scope",
-        _out_of_scope(card),
+        _out_of_scope(manifest, card),
         "## How to load it",
         '```python\nimport adaptclip\n\nmodel = adaptclip.load("path/to/this/folder")\n'
         'print(model.predict(["image.jpg"]))\n```',
@@ -125,10 +125,11 @@ def _intended(manifest: Mapping[str, Any], card: Card) -> str:
     )
 
 
-def _out_of_scope(card: Card) -> str:
+def _out_of_scope(manifest: Mapping[str, Any], card: Card) -> str:
     own = _section(card.prose, "uses to avoid")
+    several = "may name several of them for an image, or none" if manifest.get("objective") else ""
     general = (
-        "- It knows only its own classes and gives each image one of them, whatever the image shows.\n"
+        f"- It knows only its own classes and {several or 'gives each image one of them, whatever the image shows'}.\n"
         "- Images of other devices, places or people than those it was assessed on.\n"
         "- Decisions about people without a person who can overrule it."
     )

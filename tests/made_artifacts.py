@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from adaptclip.adapters import ADAPTERS
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
+from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.gates import check_gates
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Features, GateRule, Predictions
@@ -105,7 +106,16 @@ def train_a_little(adapter: Any, method: str, backbone: ClipBackbone, num_classe
             parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
 
 
-def save(folder: Path, method: str, backbone: ClipBackbone, data: Any, *, max_ece: float = 0.0, **settings: Any) -> Any:
+def save(
+    folder: Path,
+    method: str,
+    backbone: ClipBackbone,
+    data: Any,
+    *,
+    max_ece: float = 0.0,
+    thresholds: Thresholds | None = None,
+    **settings: Any,
+) -> Any:
     """Saves an artifact of a slightly trained adapter and returns the adapter; `max_ece` is its only gate."""
     adapter = ADAPTERS[method](backbone, data.prompt_names, **settings)
     train_a_little(adapter, method, backbone, len(data.class_names))
@@ -117,6 +127,6 @@ def save(folder: Path, method: str, backbone: ClipBackbone, data: Any, *, max_ec
     rules: Sequence[GateRule] = [GateRule(metric="ece", at_most=max_ece)] if max_ece else []
     save_artifact(
         folder, adapter, backbone, data, None, method=method, report=build_report(predictions),
-        verdicts=check_gates(predictions, None, rules),
+        verdicts=check_gates(predictions, None, rules), thresholds=thresholds,
     )  # fmt: skip
     return adapter.eval()

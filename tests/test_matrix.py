@@ -1,4 +1,4 @@
-"""Every method on every kind of model trains, its artifact loads equal and predicts; or it says why it cannot."""
+"""Every method on every kind of model trains, its artifact loads equal, predicts and exports; or says why it cannot."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from torch.nn import functional as F
 
 from adaptclip import artifact
 from adaptclip.adapters import ADAPTERS, ContrastiveTuning, TwoStage
+from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact import load, save_artifact
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.backbone.saving import save_open_clip
 from adaptclip.data.card import load_card
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.sources import open_data
-from adaptclip.errors import BackboneError, ConfigError
+from adaptclip.errors import ArtifactError, BackboneError, ConfigError
+from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.export import export_artifact
 from adaptclip.reports.summary import build_report
+from adaptclip.training.mitigation import Mitigation
 from adaptclip.types import Batch, Features, Predictions
 
 METHODS = (*ADAPTERS, "contrastive")
@@ -31,13 +35,21 @@ PAIRS = [(kind, method) for kind in KINDS for method in METHODS]
 NUM_PAIRS = 120
 """12 kinds times 10 methods; nothing is left out."""
 
+SIGMOID_PAIRS = [
+    (kind, method)
+    for kind in ("ViT-B-16-SigLIP", "ViT-B-16-SigLIP2-256", "ViT-B-16", "BiomedCLIP")
+    for method in ("linear_probe", "coop", "lora")
+]
+"""Kinds with a bias of their own and without, times the methods that have the sigmoid objective."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "coop": {"n_ctx": 3},
     "cocoop": {"n_ctx": 2, "ctx_init": ""},
     "lora": {"dropout": 0.1},
     "tip_adapter": {"learn_keys": True},
+    "gda": {"alpha": 1e-4},
 }
-"""Settings of a method that differ from its defaults."""
+"""Settings of a method that differ from its defaults; a Gaussian of ten images alone has logits of millions."""
 
 IMPOSSIBLE = [
     ("BiomedCLIP", "lora", {"projections": ["q"]}, r"blocks\.0\.attn\.qkv computes k, q, v in one layer"),
@@ -49,7 +61,17 @@ IMPOSSIBLE = [
 ]
 """Kind, method, settings and the error that says at once, before any training, why they do not go together."""
 
+EXPORTS: dict[str, tuple[str, ...]] = {"lora": ("classifier", "open_clip"), "zero_shot": ("classifier", "open_clip")}
+"""Method -> its exports here; the others are exported as a classifier. What contrastive tuning saves is one already."""
+
+IMPOSSIBLE_EXPORTS = {
+    ("cocoop", "classifier"): r"its text features are made anew for every image",
+    ("coop", "open_clip"): r"is a head on image features, not a CLIP",
+}
+"""Method, export and the error that says why there is none, on every kind."""
+
 RAN: set[tuple[str, str]] = set()
+EXPORTED: set[tuple[str, str, str]] = set()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,12 +142,12 @@ def train_two_steps(adapter: Any, batch: Batch, loss_of: Any) -> None:
 
 
 def classification_loss(adapter: Any, batch: Batch) -> Tensor:
-    return F.cross_entropy(adapter(batch), batch.labels) + adapter.penalty()
+    return Mitigation(objective=objective_of(adapter)).loss(adapter(batch), batch) + adapter.penalty()
 
 
-def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images: Batch) -> Any:
+def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images: Batch, **settings: Any) -> Any:
     """An adapter trained the way its recipe does."""
-    adapter: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}))
+    adapter: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
     if isinstance(adapter, TwoStage):
         train_two_steps(adapter.lora.requires_grad_(True), images, classification_loss)
         trained = adapter.lora
@@ -136,7 +158,7 @@ def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images
         assert batch.features is not None
         ids = tuple(map(str, range(len(batch.labels))))
         features = Features(batch.features[None], batch.labels, ids, weights=backbone.image_digest)
-        adapter.fit(features, **({"c": 1.0} if method == "linear_probe" else {}))
+        adapter.fit(features, **({"c": 1.0} if method == "linear_probe" and not settings else {}))
     if any(p.requires_grad for p in adapter.trainable_parameters()):
         train_two_steps(adapter, batch, classification_loss)
     return adapter.eval()
@@ -152,28 +174,73 @@ def test_a_method_on_a_kind(kind, method, models, digits, tmp_path, request):
         adapter = make_and_train(method, backbone, digits, images)
         request.getfixturevalue("known_backbones")
         check_artifact(method, adapter, backbone, digits, images, tmp_path / "artifact")
+        check_exports(kind, method, tmp_path, [digits.test.image(i) for i in range(3)])
     RAN.add((kind, method))
 
 
+@pytest.mark.parametrize(("kind", "method"), SIGMOID_PAIRS, ids=lambda value: value)
+def test_the_sigmoid_objective(kind, method, models, digits, tmp_path, request):
+    backbone = models[kind]
+    images = pixels(backbone, digits)
+    head = {"head": "clap"} if method == "linear_probe" else {}
+    adapter = make_and_train(method, backbone, digits, images, objective="sigmoid", **head)
+    own = backbone.logit_bias
+    assert (own is not None) == ("SigLIP" in kind)
+    if own is not None and method != "linear_probe":
+        assert torch.equal(adapter.bias.start, own.expand(10))
+    assert adapter.class_bias().unique().numel() > 1
+    request.getfixturevalue("known_backbones")
+    check_artifact(method, adapter, backbone, digits, images, tmp_path / "artifact", thresholds=np.linspace(0, 1, 10))
+    check_exports(kind, method, tmp_path, [digits.test.image(i) for i in range(3)])
+
+
+def check_exports(kind: str, method: str, folder: Path, pictures: list[Any]) -> None:
+    """Each way out is the same function, which export itself checks; or says why there is none."""
+    for to in {*EXPORTS.get(method, ("classifier",)), *(to for name, to in IMPOSSIBLE_EXPORTS if name == method)}:
+        message = IMPOSSIBLE_EXPORTS.get((method, to))
+        if message is not None:
+            with pytest.raises(ArtifactError, match=message):
+                export_artifact(folder / "artifact", to, folder / to, pictures=pictures)
+            assert not (folder / to).exists()
+        else:
+            found = export_artifact(folder / "artifact", to, folder / to, pictures=pictures)
+            assert found.probabilities < 1e-5
+            EXPORTED.add((kind, method, to))
+
+
 def check_artifact(
-    method: str, adapter: Any, backbone: ClipBackbone, data: DomainData, images: Batch, folder: Path
+    method: str,
+    adapter: Any,
+    backbone: ClipBackbone,
+    data: DomainData,
+    images: Batch,
+    folder: Path,
+    *,
+    thresholds: np.ndarray | None = None,
 ) -> None:
     """What is saved loads equal and predicts the same from pictures."""
     probs = np.full((20, 10), 0.1, np.float32)
     predictions = Predictions(tuple(map(str, range(20))), np.arange(20) % 10, probs, data.class_names)
     report = build_report(predictions)
-    save_artifact(folder, adapter, backbone, data, None, method=method, report=report, verdicts=[])
+    chosen = None if thresholds is None else Thresholds("f1", thresholds, 20, np.full(10, 2))
+    save_artifact(folder, adapter, backbone, data, None, method=method, report=report, verdicts=[], thresholds=chosen)
     loaded = load(folder)
     state, again = adapter.adapter_state(), loaded.adapter.adapter_state()
     assert state
     assert state.keys() == again.keys()
     assert all(torch.equal(state[name].cpu(), again[name].cpu()) for name in state)
     with torch.no_grad():
-        expected = adapter(with_features(adapter.encoder, images)).softmax(dim=1)
+        logits = adapter(with_features(adapter.encoder, images))
+    expected = logits.softmax(dim=1) if thresholds is None else logits.sigmoid()
     pictures = [data.test.image(i) for i in range(4)]
     torch.testing.assert_close(loaded.probabilities(pictures), expected[:4], atol=1e-5, rtol=0)
     found = loaded.predict(pictures)
     assert [p.label for p in found] == [data.class_names[i] for i in expected[:4].argmax(dim=1).tolist()]
+    if thresholds is None:
+        assert all(p.labels == (p.label,) for p in found)
+    else:
+        named = [{data.class_names[c] for c in np.flatnonzero(row.numpy() >= thresholds)} for row in expected[:4]]
+        assert [set(p.labels) for p in found] == named
 
 
 def check_contrastive(backbone: ClipBackbone, images: Batch, folder: Path) -> None:
@@ -221,5 +288,8 @@ def test_every_pair_ran(request, capsys):
         pytest.skip(f"only {len(chosen)} of {len(PAIRS)} pairs were chosen")
     told = f"matrix: {len(RAN)} pairs of {len(KINDS)} kinds and {len(METHODS)} methods ran"
     with capsys.disabled():
+        told += f"; {len(EXPORTED)} exports of {len({pair[:2] for pair in EXPORTED})} of them were checked"
         sys.stdout.write(f"\n{told}; {len(IMPOSSIBLE)} impossible settings were refused\n")
     assert len(RAN) == len(PAIRS) == NUM_PAIRS
+    # All methods of ADAPTERS but CoCoOp leave as a classifier, two of them as a CLIP too.
+    assert len(EXPORTED) == len(KINDS) * (len(ADAPTERS) - 1 + 2)

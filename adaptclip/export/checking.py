@@ -46,7 +46,7 @@ class Difference:
 
     Attributes:
         features: of unit-norm features.
-        cosines: of logits, divided by the logit scale.
+        cosines: of logits, divided by the logit scale, or by the largest logit where that is larger.
         probabilities: of class probabilities.
         num_pictures: on how many pictures.
         same_label: on how many of them the most probable class is the same.
@@ -95,7 +95,7 @@ def compare(
         model: the loaded artifact.
         read: the export.
         pictures: one or more RGB pictures.
-        tolerance: largest allowed difference of features, of logits divided by the scale, and of probabilities.
+        tolerance: largest allowed difference of features, of logits divided as in Difference, and of probabilities.
         batch_size: pictures per batch after the first few.
 
     Raises:
@@ -108,7 +108,9 @@ def compare(
         chunk = pictures[start : start + (sizes.pop(0) if sizes else batch_size)]
         start += len(chunk)
         live, written = live_outputs(model, chunk), read(chunk)
-        for name, factor in (("features", 1.0), ("logits", 1 / scale), ("probabilities", 1.0)):
+        # Rounding grows with the numbers: a head fitted to a handful of images may have logits of thousands.
+        largest = max(scale, float(live.logits.abs().max()))
+        for name, factor in (("features", 1.0), ("logits", 1 / largest), ("probabilities", 1.0)):
             own, other = getattr(live, name), getattr(written, name)
             if own.shape != other.shape:
                 raise ArtifactError(f"the export gives {name} of shape {tuple(other.shape)}, not {tuple(own.shape)}")

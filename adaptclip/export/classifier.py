@@ -16,8 +16,8 @@ from adaptclip.artifact import AdaptedModel
 from adaptclip.backbone.saving import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.heads import head_of, merged_model
-from adaptclip.export.stock import load_stock, write_classes
-from adaptclip.storage import read_tensors, write_json, write_tensors
+from adaptclip.export.stock import CLASSES_FILE, load_stock, probabilities, write_classes
+from adaptclip.storage import read_json, read_tensors, write_json, write_tensors
 
 HEAD_FILE = "classifier.safetensors"
 
@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 folder = "."
 model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
 head = load_file(f"{folder}/classifier.safetensors")
-names = json.load(open(f"{folder}/classes.json", encoding="utf-8"))["class_names"]
+classes = json.load(open(f"{folder}/classes.json", encoding="utf-8"))
 model.eval()
 with torch.no_grad():
     image = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)
@@ -41,9 +41,23 @@ with torch.no_grad():
     if "keys" in head:  # a cache model adds the votes of its keys
         near = features @ head["keys"].T
         logits += torch.exp(-head["sharpness"] * (1 - near)) @ head["votes"]
-print(names[logits.softmax(dim=-1).argmax().item()])
+print(classes["class_names"][logits.softmax(dim=-1).argmax().item()])
 """
 """How the folder is used without adaptclip."""
+
+EXAMPLE_SIGMOID = (
+    EXAMPLE.partition('    if "keys"')[0]
+    + """\
+rows = zip(classes["class_names"], logits.sigmoid()[0].tolist(), classes["thresholds"])
+print([name for name, probability, threshold in rows if probability >= threshold])
+"""
+)
+"""The same where each class is named by itself."""
+
+
+def example(model: AdaptedModel) -> str:
+    """Returns how the folder of this artifact is used without adaptclip."""
+    return EXAMPLE if model.thresholds is None else EXAMPLE_SIGMOID
 
 
 def write(folder: Path, model: AdaptedModel) -> None:
@@ -78,7 +92,7 @@ def image_only(model_cfg: dict[str, Any]) -> dict[str, Any]:
 def read(folder: Path) -> Reader:
     """Loads the folder with open_clip and safetensors alone."""
     model, transform = load_stock(folder)
-    head = read_tensors(folder / HEAD_FILE)
+    head, classes = read_tensors(folder / HEAD_FILE), read_json(folder / CLASSES_FILE)
 
     @torch.no_grad()
     def classify(pictures: Sequence[Image.Image]) -> Outputs:
@@ -86,6 +100,6 @@ def read(folder: Path) -> Reader:
         logits = features @ head["weight"].T + head["bias"]
         if "keys" in head:
             logits = logits + torch.exp(-head["sharpness"] * (1 - features @ head["keys"].T)) @ head["votes"]
-        return Outputs(features, logits, logits.softmax(dim=-1))
+        return Outputs(features, logits, probabilities(logits, classes))
 
     return classify

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact import AdaptedModel
 from adaptclip.errors import ArtifactError
 
@@ -26,6 +27,7 @@ class Head:
         keys: (K, D) of a cache model, else None.
         votes: (K, C) of a cache model, else None.
         sharpness: beta of a cache model.
+        sigmoid: whether a probability is of its class by itself; otherwise they are of one class, by the softmax.
     """
 
     weight: Tensor
@@ -33,6 +35,7 @@ class Head:
     keys: Tensor | None = None
     votes: Tensor | None = None
     sharpness: float = 0.0
+    sigmoid: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor of all that there are; `sharpness` is one of them where there are keys."""
@@ -59,7 +62,7 @@ class ImageClassifier(nn.Module):
     def __init__(self, visual: nn.Module, head: Head) -> None:
         super().__init__()
         self.visual: Any = visual
-        self.has_keys = head.keys is not None
+        self.has_keys, self.sigmoid = head.keys is not None, head.sigmoid
         for name, tensor in head.tensors().items():
             self.register_buffer(name, tensor)
         self.requires_grad_(False).train(False)
@@ -72,11 +75,13 @@ class ImageClassifier(nn.Module):
         logits = features @ self.weight.T + self.bias
         if self.has_keys:
             logits = logits + torch.exp(-self.sharpness * (1 - features @ self.keys.T)) @ self.votes
-        return features, logits, logits.softmax(dim=-1)
+        return features, logits, logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
 
 
 def _cosines(adapter: Any) -> Head:
     weight = adapter.backbone.logit_scale * adapter.class_weights()
+    if objective_of(adapter) == "sigmoid":
+        return Head(weight, adapter.class_bias(), sigmoid=True)
     return Head(weight, torch.zeros(len(weight)))
 
 

@@ -19,7 +19,7 @@ from adaptclip.artifact import AdaptedModel
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.heads import ImageClassifier, head_of, merged_model
-from adaptclip.export.stock import write_classes
+from adaptclip.export.stock import CLASSES_FILE, write_classes
 from adaptclip.storage import read_json, write_json
 
 GRAPH_FILE, PREPROCESSING_FILE = "model.onnx", "preprocessing.json"
@@ -49,8 +49,21 @@ image = square
 """Resize mode of the evaluation transform -> the same in Pillow, from `image` (RGB) to `side` x `side` pixels."""
 
 
+_ONE, _SEVERAL = (
+    """\
+print(classes["class_names"][probabilities[0].argmax()])
+""",
+    """\
+rows = zip(classes["class_names"], probabilities[0].tolist(), classes["thresholds"])
+print([name for name, probability, threshold in rows if probability >= threshold])
+""",
+)
+"""Last lines of the example: the most probable class, or all that are named by themselves."""
+
+
 def example(folder: Path) -> str:
     """Returns how the graph is used with onnxruntime, Pillow and numpy alone, for the preprocessing of this export."""
+    answer = _SEVERAL if "thresholds" in read_json(folder / CLASSES_FILE) else _ONE
     spec = read_json(folder / PREPROCESSING_FILE)
     resize = _RESIZE[spec["resize_mode"]].format(filter=_filter(spec), fill=spec["fill"])
     return f"""\
@@ -62,9 +75,8 @@ image = Image.open("image.jpg").convert("RGB")
 {resize}pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)
 session = onnxruntime.InferenceSession("{GRAPH_FILE}", providers=["CPUExecutionProvider"])
 probabilities = session.run(["probabilities"], {{"pixels": pixels.transpose(2, 0, 1)[None]}})[0]
-names = json.load(open("classes.json", encoding="utf-8"))["class_names"]
-print(names[probabilities[0].argmax()])
-"""
+classes = json.load(open("classes.json", encoding="utf-8"))
+{answer}"""
 
 
 def _filter(spec: Mapping[str, Any]) -> str:
@@ -134,6 +146,8 @@ def write(folder: Path, model: AdaptedModel) -> None:
     spec = {**model.backbone.transform_spec, "layout": "float32 (batch, 3, height, width), RGB, 0 to 1 normalised"}
     graph = onnx.load(folder / GRAPH_FILE, load_external_data=False)
     told = {"class_names": list(model.class_names), "preprocessing": spec, "adaptclip": adaptclip.__version__}
+    if model.thresholds is not None:
+        told |= {"objective": "sigmoid", "thresholds": model.thresholds.values.tolist()}
     for key, value in told.items():
         graph.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.save(graph, folder / GRAPH_FILE)

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaptclip.artifact import AdaptedModel
+from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import classifier, hub_folder, onnx_graph, stock
 from adaptclip.export.checking import Difference
+from adaptclip.reports.multi_label import how_chosen
 from adaptclip.reports.render import escape_markdown
 from adaptclip.storage import write_text
 
 KNOWS_ONLY_ITS_CLASSES = (
     "It knows only its own classes and gives each image one of them, whatever the image shows. Assess it on images of "
     "the place where it is to be used before relying on it."
+)
+
+KNOWS_NOTHING_ELSE = (
+    "It knows only its own classes, and may name several of them for an image, or none. Assess it on images of the "
+    "place where it is to be used before relying on it."
 )
 
 _ABOUT = {
@@ -38,8 +45,8 @@ def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
     """
     kind = hub_folder.kind(model) if to == "hf" else to
     code = {
-        "open_clip": lambda: stock.EXAMPLE,
-        "classifier": lambda: classifier.EXAMPLE,
+        "open_clip": lambda: stock.example(model),
+        "classifier": lambda: classifier.example(model),
         "onnx": lambda: onnx_graph.example(folder),
     }[kind]()
     about = _ABOUT[kind].format(
@@ -52,7 +59,15 @@ def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
             "From a hub, write `hf-hub:ORGANISATION/NAME` for `local-dir:` and download the other files. With "
             "adaptclip, which also checks the gates: `adaptclip.load(FOLDER).predict(images)` on the downloaded folder."
         )
-    paragraphs.append(KNOWS_ONLY_ITS_CLASSES)
+    if kind == "open_clip" and (encoder := stock.text_encoder(folder)):
+        paragraphs.append(
+            f"open_clip asks for the configuration of the text encoder `{encoder}` by that name. It lies in the folder "
+            "of this name here and is found by a program that was started in this folder, as the example is; started "
+            "elsewhere, open_clip asks the hub for it, which needs a network and a name that the hub has."
+        )
+    if model.thresholds is not None:
+        paragraphs.append(_named_by_themselves(kind, model.thresholds))
+    paragraphs.append(KNOWS_ONLY_ITS_CLASSES if model.thresholds is None else KNOWS_NOTHING_ELSE)
     if model.manifest.get("window"):
         black, white = model.manifest["window"]
         paragraphs.append(
@@ -62,6 +77,17 @@ def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
         "Turn images upright by their EXIF orientation and lay transparent ones over white before they become RGB."
     )
     return paragraphs
+
+
+def _named_by_themselves(kind: str, thresholds: Thresholds) -> str:
+    has = (
+        "the thresholds, and the biases, which are not in the model itself" if kind == "open_clip" else "the thresholds"
+    )
+    return (
+        "Each probability is the sigmoid of a logit and says whether the image is of that class, whatever the others "
+        "are: they do not sum to 1. A class is named where its probability reaches its threshold. "
+        f"`{stock.CLASSES_FILE}` has {has}. {how_chosen(thresholds.to_dict())}"
+    )
 
 
 def write_readme(folder: Path, to: str, model: AdaptedModel, use: Sequence[str], found: Difference) -> None:

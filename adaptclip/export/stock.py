@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from adaptclip.artifact import AdaptedModel
 from adaptclip.backbone.loading import LOCAL_PREFIX
-from adaptclip.backbone.saving import save_open_clip
+from adaptclip.backbone.saving import CONFIG_FILE, save_open_clip
 from adaptclip.errors import ArtifactError
 from adaptclip.export.checking import Outputs, Reader
-from adaptclip.export.heads import merged_model
+from adaptclip.export.heads import head_of, merged_model
 from adaptclip.prompts import clean_class_name
 from adaptclip.storage import read_json, write_json
 
@@ -48,6 +51,21 @@ print(classes["class_names"][label])
 """
 """How the folder is used without adaptclip."""
 
+EXAMPLE_SIGMOID = (
+    EXAMPLE.partition("    label = ")[0]
+    + """\
+    probabilities = (logits + torch.tensor(classes["bias"])).sigmoid()[0].tolist()
+rows = zip(classes["class_names"], probabilities, classes["thresholds"])
+print([name for name, probability, threshold in rows if probability >= threshold])
+"""
+)
+"""The same where each class is named by itself."""
+
+
+def example(model: AdaptedModel) -> str:
+    """Returns how the folder of this artifact is used without adaptclip."""
+    return EXAMPLE if model.thresholds is None else EXAMPLE_SIGMOID
+
 
 def write(folder: Path, model: AdaptedModel) -> None:
     """Writes open_clip_config.json, open_clip_model.safetensors and the names of the classes.
@@ -65,24 +83,63 @@ def write(folder: Path, model: AdaptedModel) -> None:
         )
     # The folder is a temporary one that is there already.
     save_open_clip(folder, merged_model(model).state_dict(), model.backbone, overwrite=True)
-    write_classes(folder, model)
+    # An open_clip model has one bias for all texts at most, and here each class has its own.
+    bias = {} if model.thresholds is None else {"bias": head_of(model).bias.tolist()}
+    write_classes(folder, model, **bias)
 
 
-def write_classes(folder: Path, model: AdaptedModel) -> None:
-    """Writes what the columns of the probabilities mean."""
+def write_classes(folder: Path, model: AdaptedModel, **more: Any) -> None:
+    """Writes what the columns of the probabilities mean, and from which probability on a class is named by itself."""
     names = [clean_class_name(name) for name in model.manifest["prompt_names"]]
     templates = model.manifest["settings"].get("templates")
     known: dict[str, Any] = {"class_names": list(model.class_names), "prompt_names": names}
-    write_json(folder / CLASSES_FILE, known | ({"templates": templates} if templates else {}))
+    if model.thresholds is not None:
+        known |= {"objective": "sigmoid", "thresholds": model.thresholds.values.tolist()}
+    write_json(folder / CLASSES_FILE, known | ({"templates": templates} if templates else {}) | more)
+
+
+def probabilities(logits: Tensor, classes: Mapping[str, Any]) -> Tensor:
+    """What logits mean by the classes.json beside them: (B, C) probabilities of one class, or of each by itself."""
+    return logits.sigmoid() if classes.get("objective") == "sigmoid" else logits.softmax(dim=-1)
 
 
 def load_stock(folder: Path) -> tuple[Any, Any]:
-    """Returns model and evaluation transform of a stock folder, loaded by open_clip alone."""
-    # The arguments of the documented call; quiet about what it reads.
-    model, _, transform = open_clip.create_model_and_transforms(
-        f"{LOCAL_PREFIX}{folder}", require_pretrained=True, weights_only=True
-    )
+    """Returns model and evaluation transform of a stock folder, loaded by open_clip alone.
+
+    Raises:
+        ArtifactError: open_clip cannot build its Hugging Face text encoder.
+    """
+    encoder = text_encoder(folder)
+    # open_clip asks transformers for the encoder by its name, which is that of a folder here first.
+    with _working_in(folder) if encoder else contextlib.nullcontext():
+        try:
+            # The arguments of the documented call; quiet about what it reads.
+            model, _, transform = open_clip.create_model_and_transforms(
+                f"{LOCAL_PREFIX}{folder.resolve()}", require_pretrained=True, weights_only=True
+            )
+        except (OSError, ValueError) as error:
+            if not encoder:
+                raise
+            raise ArtifactError(
+                f"stock open_clip cannot build the text encoder {encoder!r} of this model ({error}), so the export "
+                "could not be checked. `--to classifier` and `--to onnx` need no text tower."
+            ) from error
     return model.eval(), transform
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def text_encoder(folder: Path) -> str | None:
+    """Returns the name of the Hugging Face text encoder that a stock folder names, or None where it has none."""
+    return read_json(folder / CONFIG_FILE)["model_cfg"]["text_cfg"].get("hf_model_name")
 
 
 @torch.no_grad()
@@ -100,7 +157,7 @@ def read(folder: Path) -> Reader:
     @torch.no_grad()
     def classify(pictures: Sequence[Image.Image]) -> Outputs:
         features = F.normalize(model.encode_image(torch.stack([transform(p) for p in pictures])), dim=-1)
-        logits = model.logit_scale.exp() * features @ weights.T
-        return Outputs(features, logits, logits.softmax(dim=-1))
+        logits = model.logit_scale.exp() * features @ weights.T + torch.tensor(classes.get("bias", 0.0))
+        return Outputs(features, logits, probabilities(logits, classes))
 
     return classify

@@ -35,6 +35,9 @@ from adaptclip.reports.blocks import (
 from adaptclip.reports.numbers import number
 from adaptclip.types import Predictions
 
+ROUGH = 10
+"""Fewer validation images of a class than this place its threshold roughly, which is said."""
+
 _HEADS = {"auc": "AUC", "average_precision": "average precision", **{name: name for name in RATES}, "f1": "F1"}
 
 
@@ -124,7 +127,8 @@ def how_chosen(thresholds: Mapping[str, Any]) -> str:
         return f"Thresholds: {rule} for every class, fixed."
     words = {"f1": "best F1"}.get(rule, rule.replace("=", " of at least "))
     few = [n for n in positives if n]
-    behind = f", {min(few)} to {max(few)} of them of each class" if few else ""
+    between = str(min(few)) if few and min(few) == max(few) else f"{min(few, default=0)} to {max(few, default=0)}"
+    behind = f", {between} of each class{'; so few place a threshold roughly' * (min(few) < ROUGH)}" if few else ""
     told = f"Thresholds: {words} on {thresholds['num_images']:,} validation images{behind}."
     if thresholds["fallbacks"]:
         shown = ", ".join(map(one_line, thresholds["fallbacks"][:5])) + ", …" * (len(thresholds["fallbacks"]) > 5)

@@ -62,6 +62,7 @@ def main(out):
         "kg": (*both(backbone, kg_weight=8.0), whole),
         "chunked": (*both(backbone, memory_budget_bytes=1), whole),
         "one_class": (*both(backbone, NAMES[:1], kg_weight=8.0), one),
+        "sigmoid": (*both(backbone, objective="sigmoid"), whole),
         "class_specific": (*both(backbone, class_specific=True, position="middle"), whole),
         "cocoop": (CoCoOp(backbone, NAMES), CoCoOp(backbone, NAMES), whole),
     }

@@ -391,7 +391,7 @@ def test_two_processes_are_one(tmp_path):
     assert [report["num_processes"] for report in reports] == [2, 2]
     assert [report["classes_encoded"] for report in reports] == [4, 3], "each process encodes its share"
     for report in reports:
-        names = {"plain", "kg", "chunked", "one_class", "class_specific", "cocoop"}
+        names = {"plain", "kg", "chunked", "one_class", "class_specific", "sigmoid", "cocoop"}
         assert set(report["logits"]) == set(report["gradient"]) == names
         assert max(report["logits"].values()) < 1e-5, report
         assert max(report["gradient"].values()) < 1e-5, report

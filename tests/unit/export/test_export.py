@@ -14,6 +14,7 @@ import pytest
 import torch
 from made_artifacts import IMAGE_TOWERS, save, write_checkpoint
 from PIL import Image
+from tiny_kinds import KINDS, write_kind
 
 from adaptclip.adapters import ADAPTERS
 from adaptclip.artifact import load
@@ -21,6 +22,7 @@ from adaptclip.backbone import load_backbone
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, ConfigError, StorageError
+from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import FORMATS, classifier, export_artifact, onnx_graph, stock
 from adaptclip.export.checking import check_pictures
 from adaptclip.export.heads import HEADS, WITHOUT_HEAD
@@ -66,6 +68,80 @@ def artifact(tmp_path_factory, digits):
         return root / case
 
     return make
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, digits):
+    """`several(method)` is a folder with that method's artifact of the sigmoid objective, and thresholds."""
+    root = tmp_path_factory.mktemp("several")
+    backbone = load_backbone(f"local-dir:{write_checkpoint(root / 'vit', 'vit')}")
+    chosen = Thresholds("f1", np.linspace(0, 0.1, 10), 40, np.full(10, 4))
+
+    def make(method: str) -> Path:
+        if not (root / method).exists():
+            head = {"head": "clap"} if method == "linear_probe" else {}
+            save(root / method, method, backbone, digits, thresholds=chosen, objective="sigmoid", **head)
+        return root / method
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("method", "to"),
+    [
+        ("linear_probe", "classifier"),
+        ("coop", "classifier"),
+        ("coop", "hf"),
+        ("coop", "onnx"),
+        ("lora", "onnx"),
+        ("lora", "open_clip"),
+        ("lora", "hf"),
+    ],
+)
+def test_classes_named_by_themselves_leave_with_bias_and_thresholds(several, tmp_path, pictures, method, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    found = export_artifact(several(method), to, tmp_path / "out", pictures=pictures)
+    assert found.probabilities < FORMATS[to].tolerance
+    model = load(several(method))
+    assert model.adapter.class_bias().unique().numel() > 1  # pyright: ignore[reportAttributeAccessIssue]
+    told = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert told["thresholds"] == np.linspace(0, 0.1, 10).tolist()
+    assert told["objective"] == "sigmoid"
+    named = set()
+    for picture in (pictures[0], pictures[14]):
+        answer = run_example(tmp_path / "out", picture)
+        expected = model.predict([picture])[0]
+        assert set(eval(answer["printed"])) == set(expected.labels)
+        named.add(len(expected.labels))
+        assert sum(expected.probabilities.values()) != pytest.approx(1, abs=0.01)
+    assert max(named) > 1 or method == "linear_probe"
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "best F1 on 40 validation images, 4 of each class" in text
+    assert "gives each image one of them" not in text
+    if to == "onnx":
+        onnx = pytest.importorskip("onnx")
+        graph = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+        assert json.loads(graph["thresholds"]) == told["thresholds"]
+
+
+def test_a_text_encoder_of_hugging_face_is_found_beside_the_weights(tmp_path, digits, pictures):
+    backbone = load_backbone(f"local-dir:{write_kind(tmp_path / 'model', KINDS['BiomedCLIP'])}")
+    save(tmp_path / "artifact", "lora", backbone, digits)
+    here = Path.cwd()
+    found = export_artifact(tmp_path / "artifact", "open_clip", tmp_path / "out", pictures=pictures[:3])
+    assert found.probabilities < 1e-5
+    assert Path.cwd() == here
+    assert (
+        "asks for the configuration of the text encoder `text_encoder` by that name"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
+    expected = load(tmp_path / "artifact").predict([pictures[0]])[0].label
+    assert run_example(tmp_path / "out", pictures[0])["printed"] == expected
+    (tmp_path / "out" / "text_encoder" / "config.json").unlink()
+    with pytest.raises(ArtifactError, match=r"cannot build the text encoder 'text_encoder'(.|\n)*--to classifier"):
+        stock.read(tmp_path / "out")
+    assert Path.cwd() == here
 
 
 def test_every_method_is_either_exported_or_says_why_not():

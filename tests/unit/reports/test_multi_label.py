@@ -1,0 +1,185 @@
+"""The report on single classes against scikit-learn and resampling, and its way through files and renderings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+
+from adaptclip.errors import DataError
+from adaptclip.evaluation.grouping import align
+from adaptclip.evaluation.multi_label import RATES, Named, auc, mean_of_classes, pooled
+from adaptclip.evaluation.outcomes import coarsen
+from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.reports.full import full_report
+from adaptclip.reports.multi_label import how_chosen, multi_label_report, summary
+from adaptclip.reports.render import to_html, to_markdown
+from adaptclip.types import Predictions
+
+NAMES = ("ant", "bee", "cod", "doe")
+
+
+def predictions(n: int = 240, seed: int = 0, **fields: Any) -> Predictions:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, n)
+    logits = rng.normal(size=(n, 4)) - 1
+    logits[np.arange(n), labels] += 2
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    given: dict[str, Any] = {
+        "ids": tuple(map(str, range(n))), "labels": labels, "probs": probs.astype(np.float32), "class_names": NAMES,
+        "groups": {"site": tuple(np.where(rng.random(n) < 0.4, "north", "south").tolist())},
+        "levels": {"kind": ("insect", "insect", "fish", "mammal")},
+        "sigmoid": (1 / (1 + np.exp(-logits))).astype(np.float32),
+    }  # fmt: skip
+    return Predictions(**(given | fields))
+
+
+def thresholds(values: tuple[float, ...] = (0.4, 0.5, 0.6, 0.3), **fields: Any) -> Thresholds:
+    given: dict[str, Any] = {"rule": "f1", "num_images": 16, "positives": np.full(len(values), 4)}
+    return Thresholds(values=np.array(values), **(given | fields))
+
+
+def named(p: Predictions, t: Thresholds) -> Named:
+    assert p.sigmoid is not None
+    return Named(p.sigmoid, p.labels[:, None] == np.arange(4), p.sigmoid >= t.values)
+
+
+def test_the_numbers_are_scikit_learns():
+    p, t = predictions(), thresholds()
+    report = multi_label_report(p, t, ["site"])
+    assert p.sigmoid is not None
+    positive, said = p.labels[:, None] == np.arange(4), p.sigmoid >= t.values
+    for average, part in (("macro", report["macro"]), ("micro", report["micro"])):
+        precision, recall, f1, _ = precision_recall_fscore_support(positive, said, average=average)
+        expected = {"precision": precision, "sensitivity": recall, "f1": f1}
+        assert {key: part[key]["value"] for key in expected} == pytest.approx(expected)
+    assert report["micro"]["specificity"]["value"] == pytest.approx((~said[~positive]).mean())
+    assert report["macro"]["auc"]["value"] == pytest.approx(roc_auc_score(positive, p.sigmoid, average="macro"))
+    by_class = precision_recall_fscore_support(positive, said, average=None)
+    for c, row in enumerate(report["per_class"]):
+        found = [row[key]["value"] for key in ("precision", "sensitivity", "f1")]
+        assert found == pytest.approx([float(values[c]) for values in by_class[:3]])
+        assert (row["class"], row["num_positive"], row["threshold"]) == (NAMES[c], positive[:, c].sum(), t.values[c])
+        assert row["auc"]["value"] == pytest.approx(roc_auc_score(positive[:, c], p.sigmoid[:, c]))
+        area = average_precision_score(positive[:, c], p.sigmoid[:, c])
+        assert row["average_precision"]["value"] == pytest.approx(area)
+        assert row["average_precision"]["low"] is None
+        assert "no interval" in row["average_precision"]["note"]
+        assert (row["sensitivity"]["n"], row["specificity"]["n"]) == (positive[:, c].sum(), (~positive[:, c]).sum())
+        for key in ("auc", *RATES):
+            assert row[key]["low"] < row[key]["value"] < row[key]["high"]
+    assert report["exact"]["value"] == pytest.approx((positive == said).all(1).mean())
+    assert report["unnamed"]["value"] == pytest.approx((~said.any(1)).mean())
+    assert report["labels_per_image"] == pytest.approx(said.sum(1).mean())
+    for row in report["groups"]["site"]:
+        own = np.array(p.groups["site"]) == row["group"]
+        _, recall, _, _ = precision_recall_fscore_support(positive[own], said[own], average="macro")
+        assert row["sensitivity"]["value"] == pytest.approx(recall)
+        of_others = [(~said[own & ~positive[:, c], c]).mean() for c in range(4)]
+        assert row["specificity"]["value"] == pytest.approx(np.mean(of_others))
+    assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_intervals_are_as_wide_as_resampling_says(clustered):
+    p, t = predictions(400, seed=1), thresholds()
+    unit = np.arange(400) // 5 if clustered else None
+    images = replace(named(p, t), unit=unit)
+    blocks = np.arange(400).reshape(-1, 5 if clustered else 1)
+    rng = np.random.default_rng(0)
+    rates: dict[str, Any] = {rate: lambda i, rate=rate: mean_of_classes(i, rate) for rate in RATES}
+    rates |= {"micro f1": lambda i: pooled(i, "f1"), "auc": auc}
+    plain = replace(images, unit=None)
+    for name, measure in rates.items():
+        drawn = [
+            measure(plain.take(blocks[rng.integers(0, len(blocks), len(blocks))].ravel())).value for _ in range(400)
+        ]
+        low, high = measure(images).interval(0.95)
+        ratio = (high - low) / (2 * 1.96 * np.std(drawn))
+        # A mean AUC is never surer than by Hanley and McNeil, as elsewhere in a report.
+        assert 0.85 < ratio < (1.5 if name == "auc" else 1.15), name
+
+
+def test_classes_without_images_or_names_are_left_out_of_the_means():
+    p, t = predictions(), thresholds((0.4, 0.5, 1.0, 0.3))
+    kept = np.flatnonzero(p.labels != 3)
+    assert p.sigmoid is not None
+    p = replace(
+        p, ids=tuple(map(str, kept)), labels=p.labels[kept], probs=p.probs[kept], sigmoid=p.sigmoid[kept],
+        groups={"site": tuple(np.array(p.groups["site"])[kept])},
+    )  # fmt: skip
+    report = multi_label_report(p, t)
+    absent, silent = report["per_class"][3], report["per_class"][2]
+    assert [absent[key]["value"] for key in ("auc", "average_precision", "sensitivity", "f1")] == [None] * 4
+    assert absent["specificity"]["value"] is not None
+    assert silent["precision"]["value"] is None
+    assert (silent["sensitivity"]["value"], silent["f1"]["value"]) == (0.0, 0.0)
+    rows = report["per_class"]
+    expected = np.mean([row["sensitivity"]["value"] for row in rows[:3]])
+    assert report["macro"]["sensitivity"]["value"] == pytest.approx(expected)
+    expected = np.mean([row["precision"]["value"] for row in (rows[0], rows[1], rows[3])])
+    assert report["macro"]["precision"]["value"] == pytest.approx(expected)
+
+
+def test_few_clusters_give_no_interval():
+    p = predictions(clusters=tuple(str(i % 3) for i in range(240)))
+    report = multi_label_report(p, thresholds())
+    assert report["macro"]["f1"]["low"] is None
+    assert "3 clusters" in report["macro"]["f1"]["note"]
+
+
+def test_the_section_is_in_every_rendering():
+    p = predictions()
+    report = full_report(p, thresholds=thresholds(fallbacks=("doe",)))
+    for text in (to_markdown(report), to_html(report)):
+        assert "Several labels at once" in text
+        assert "By site" in text
+        assert "stay at 0.5: doe" in text
+    assert summary(report["multi_label"]) in to_markdown(report)
+    assert "so few place a threshold roughly" in how_chosen(report["multi_label"]["thresholds"])
+    assert how_chosen(thresholds(rule="0.5").to_dict()) == "Thresholds: 0.5 for every class, fixed."
+    assert "sensitivity of at least 0.9 on 16" in how_chosen(thresholds(rule="sensitivity=0.9").to_dict())
+    without = full_report(replace(p, sigmoid=None))
+    assert without["multi_label"] is None
+    assert "Several labels" not in to_markdown(without)
+    assert full_report(p)["multi_label"]["thresholds"]["rule"] == "0.5"
+
+
+def test_what_does_not_fit_is_refused():
+    p = predictions()
+    with pytest.raises(DataError, match="needs sigmoid probabilities"):
+        multi_label_report(replace(p, sigmoid=None), thresholds())
+    with pytest.raises(DataError, match="a threshold for each"):
+        multi_label_report(p, thresholds((0.5,)))
+    assert p.sigmoid is not None
+    for wrong in (p.sigmoid[:, :2], p.sigmoid + 1, np.full_like(p.sigmoid, np.nan)):
+        with pytest.raises(DataError, match="single classes should be"):
+            replace(p, sigmoid=wrong)
+
+
+def test_files_keep_the_probabilities_of_single_classes(tmp_path):
+    p = predictions()
+    p.save(tmp_path / "p.parquet")
+    again = Predictions.load(tmp_path / "p.parquet")
+    assert np.array_equal(again.sigmoid, p.sigmoid)
+    assert again.groups == p.groups
+    order = np.arange(len(p))[::-1]
+    assert p.sigmoid is not None
+    turned = replace(
+        p, ids=p.ids[::-1], labels=p.labels[order], probs=p.probs[order], sigmoid=p.sigmoid[order], groups={}
+    )
+    assert np.array_equal(align(p, turned).sigmoid, p.sigmoid)
+    assert align(p, replace(turned, sigmoid=None)).sigmoid is None
+    assert coarsen(p, "kind").sigmoid is None
+    header = "id,label," + ",".join(f"{what}_{name}" for what in ("prob", "sigmoid") for name in ("a", "b"))
+    (tmp_path / "p.csv").write_text(f"{header}\n1,a,0.9,0.1,0.8,0.7\n2,b,0.2,0.8,0.1,0.0\n")
+    read = Predictions.load(tmp_path / "p.csv")
+    np.testing.assert_allclose(read.sigmoid, [[0.8, 0.7], [0.1, 0.0]])  # pyright: ignore[reportArgumentType]
+    assert read.groups == {}
+    (tmp_path / "p.csv").write_text(f"{header.replace('sigmoid_b', 'sigmoid_c')}\n1,a,0.9,0.1,0.8,0.7\n")
+    with pytest.raises(DataError, match="missing sigmoid_b; unknown sigmoid_c"):
+        Predictions.load(tmp_path / "p.csv")
