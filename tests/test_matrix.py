@@ -25,7 +25,7 @@ from adaptclip.data.dataset import DomainData
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError
 from adaptclip.evaluation.thresholds import Thresholds
-from adaptclip.export import export_artifact
+from adaptclip.export import Kind, export_artifact
 from adaptclip.reports.summary import build_report
 from adaptclip.training.mitigation import Mitigation
 from adaptclip.types import Batch, Features, Predictions
@@ -61,10 +61,10 @@ IMPOSSIBLE = [
 ]
 """Kind, method, settings and the error that says at once, before any training, why they do not go together."""
 
-EXPORTS: dict[str, tuple[str, ...]] = {"lora": ("classifier", "open_clip"), "zero_shot": ("classifier", "open_clip")}
+EXPORTS: dict[str, tuple[Kind, ...]] = {"lora": ("classifier", "open_clip"), "zero_shot": ("classifier", "open_clip")}
 """Method -> its exports here; the others are exported as a classifier. What contrastive tuning saves is one already."""
 
-IMPOSSIBLE_EXPORTS = {
+IMPOSSIBLE_EXPORTS: dict[tuple[str, Kind], str] = {
     ("cocoop", "classifier"): r"its text features are made anew for every image",
     ("coop", "open_clip"): r"is a head on image features, not a CLIP",
 }

@@ -79,7 +79,7 @@ def several(tmp_path_factory, digits):
 
     def make(method: str) -> Path:
         if not (root / method).exists():
-            head = {"head": "clap"} if method == "linear_probe" else {}
+            head: dict[str, Any] = {"head": "clap"} if method == "linear_probe" else {}
             save(root / method, method, backbone, digits, thresholds=chosen, objective="sigmoid", **head)
         return root / method
 
