@@ -196,8 +196,9 @@ def test_the_sigmoid_objective(kind, method, models, digits, tmp_path, request):
 
 def check_exports(kind: str, method: str, folder: Path, pictures: list[Any]) -> None:
     """Each way out is the same function, which export itself checks; or says why there is none."""
-    ways: tuple[Kind, ...] = EXPORTS.get(method, ("classifier",))
-    ways += tuple(to for name, to in IMPOSSIBLE_EXPORTS if name == method and to not in ways)
+    plain: tuple[Kind, ...] = ("classifier",)
+    refused: list[Kind] = [to for name, to in IMPOSSIBLE_EXPORTS if name == method]
+    ways: set[Kind] = {*EXPORTS.get(method, plain), *refused}
     for to in ways:
         message = IMPOSSIBLE_EXPORTS.get((method, to))
         if message is not None:

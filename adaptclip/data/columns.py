@@ -13,6 +13,14 @@ from adaptclip.data.card_block import GroupBins, normalise_text
 from adaptclip.data.dataset import UNKNOWN
 from adaptclip.errors import DataError, did_you_mean
 
+ONE_LABEL = (
+    "A card's images have one label each, also for --objective sigmoid, which learns each class by itself but from "
+    "such images. Leave one label per row, or make a card with two classes (it, and not it) of each finding."
+)
+
+SEPARATORS = "|;"
+"""What stands between the labels of a cell that has several."""
+
 
 def is_missing(value: Any) -> bool:
     """Whether a cell is empty: None, NaN or blank text."""
@@ -54,6 +62,7 @@ def resolve_labels(
     if all(isinstance(value, str) for value in values):
         names = card_names or source_names
         texts = [as_text(value) for value in values]
+        _refuse_joined(texts, names or (), where)
         if names is not None and not (_all_whole(texts) and not set(texts) & set(names)):
             return _ids_of_names(texts, names, where), names
         if names is None and not _all_whole(texts):
@@ -74,6 +83,11 @@ def resolve_labels(
 
 
 def _refuse_bad_cells(values: Sequence[Any], where: Callable[[int], str]) -> None:
+    several = [row for row, value in enumerate(values) if isinstance(value, list | tuple | np.ndarray | set)]
+    if several:
+        raise DataError(
+            f"{len(several)} rows have a list of labels, first {where(several[0])}: {values[several[0]]!r}. {ONE_LABEL}"
+        )
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
         raise DataError(
@@ -91,6 +105,16 @@ def _refuse_bad_cells(values: Sequence[Any], where: Callable[[int], str]) -> Non
 
 def _all_whole(texts: Sequence[str]) -> bool:
     return all(text.lstrip("-").isdecimal() for text in texts)
+
+
+def _refuse_joined(texts: Sequence[str], names: Sequence[str], where: Callable[[int], str]) -> None:
+    """Raises DataError where a label is several others in one cell, as "Effusion|Mass" is."""
+    for separator in SEPARATORS:
+        known = {*names, *(text for text in texts if separator not in text)}
+        for row, text in enumerate(texts):
+            parts = [part.strip() for part in text.split(separator)]
+            if len(parts) > 1 and known.issuperset(parts):
+                raise DataError(f"{where(row)}: the label {text!r} is {len(parts)} labels in one cell. {ONE_LABEL}")
 
 
 def _ids_of_names(texts: Sequence[str], names: tuple[str, ...], where: Callable[[int], str]) -> np.ndarray:

@@ -24,6 +24,22 @@ def test_texts_are_sorted_into_classes():
     assert labels_of(["dog", "cat", "dog "]) == ([1, 0, 1], ("cat", "dog"))
 
 
+@pytest.mark.parametrize(
+    ("values", "names", "message"),
+    [
+        ([["Mass"], ["Effusion", "Mass"], []], None, r"3 rows have a list of labels, first row 0: \['Mass'\]"),
+        ([np.array([0, 1]), 1], None, "1 rows have a list of labels, first row 0"),
+        (["Mass", "Effusion|Mass", "Effusion"], None, r"row 1: the label 'Effusion\|Mass' is 2 labels in one cell"),
+        (["Effusion; Mass"], ("Effusion", "Mass"), "row 0: the label 'Effusion; Mass' is 2 labels in one cell"),
+    ],
+)
+def test_several_labels_in_a_cell_are_not_one_class(values, names, message):
+    with pytest.raises(DataError, match=f"{message}.*one label each, also for --objective sigmoid"):
+        labels_of(values, names)
+    # A name that has such a sign in it is a name.
+    assert labels_of(["a|b", "c", "a"])[1] == ("a", "a|b", "c")
+
+
 def test_the_order_of_the_card_wins():
     assert labels_of(["dog", "cat"], ("dog", "cat")) == ([0, 1], ("dog", "cat"))
     assert labels_of([0, 1, 1], ("dog", "cat"), ("cat", "dog")) == ([1, 0, 0], ("dog", "cat"))
@@ -68,7 +84,7 @@ def test_missing_labels_are_counted(value):
         labels_of(["a", value])
 
 
-@pytest.mark.parametrize("value", [0.5, [1], 3])
+@pytest.mark.parametrize("value", [0.5, {1: 2}, 3])
 def test_labels_of_mixed_kinds_are_refused(value):
     with pytest.raises(DataError, match="labels must be all whole numbers or all texts"):
         labels_of(["a", value], ("a", "b"))
