@@ -1,8 +1,7 @@
 """Yes or no for each class: how well the classes of an image are named where it may have several, or none.
 
 Rates of one class are plain shares of images. Means over the classes, and F1, are means of ratios of sums over the
-images; their variance is the linearised one (the sum of the squared influences of the images, or clusters), and their
-interval that of a rate with as many images as would vary as much.
+images, with the interval of their linearised variance (`smooth.linearised`).
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from adaptclip.evaluation.estimates import MIN_CLUSTERS, Measurement, share
-from adaptclip.evaluation.influence import Linearised, mean_auc, variance
-from adaptclip.evaluation.intervals import RateSpread
+from adaptclip.evaluation.estimates import Measurement
+from adaptclip.evaluation.influence import Linearised, mean_auc
+from adaptclip.evaluation.smooth import linearised, mean_of
 
 RATES = ("sensitivity", "specificity", "precision", "f1")
 """What thresholds decide."""
@@ -47,7 +46,7 @@ def class_rates(images: Named, c: int) -> dict[str, Measurement]:
     positive, named = images.positive[:, c], images.named[:, c]
 
     def part(hits: np.ndarray, of: np.ndarray) -> Measurement:
-        return share(hits[of], None if images.unit is None else images.unit[of])
+        return mean_of(hits[of], None if images.unit is None else images.unit[of])
 
     return {
         "auc": auc(images, c),
@@ -131,12 +130,6 @@ def _trials(counts: np.ndarray) -> float:
 
 def _measure(found: Linearised, trials: float, unit: np.ndarray | None) -> Measurement:
     """A rate with the interval of its linearised variance, or of `trials` where nothing varies."""
-    value, n = found.value, len(found.influence)
-    places = np.arange(n) if unit is None else np.unique(unit, return_inverse=True)[1]
-    units = int(places.max()) + 1
-    if units < (2 if units == n else MIN_CLUSTERS):
-        return Measurement(value, n, note=f"no interval: {units} cluster{'s' * (units != 1)} or images")
-    drawn = max(variance(found.influence, places), found.least)
-    varies = drawn > 1e-12 and 0 < value < 1
-    size = value * (1 - value) / drawn if varies else trials * units / n
-    return Measurement(value, n, RateSpread(value, size, float("inf"), None))
+    value = found.value
+    cap = value * (1 - value) / found.least if found.least and 0 < value < 1 else float("inf")
+    return linearised(value, found.influence, unit, n=max(1, round(trials)), cap=cap)

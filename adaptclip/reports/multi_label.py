@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import share
 from adaptclip.evaluation.grouping import encode, group_rows
 from adaptclip.evaluation.multi_label import (
     RATES,
@@ -19,6 +18,7 @@ from adaptclip.evaluation.multi_label import (
     mean_of_classes,
     pooled,
 )
+from adaptclip.evaluation.smooth import mean_of
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.reports.blocks import (
     Block,
@@ -79,7 +79,7 @@ def multi_label_report(
     return {
         "thresholds": thresholds.to_dict(),
         "labels_per_image": float(images.named.sum(axis=1).mean()),
-        **{name: number(share(hits, unit), confidence) for name, hits in whole.items()},
+        **{name: number(mean_of(hits, unit), confidence) for name, hits in whole.items()},
         "per_class": per_class,
         "macro": {name: number(value, confidence) for name, value in macro.items()},
         "micro": {name: number(pooled(images, name), confidence) for name in RATES},
