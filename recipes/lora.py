@@ -156,7 +156,7 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
-    held = ac.predict_held(adapter, validation, cache, accelerator=accelerator)
+    held = ac.predict_held_out(adapter, validation, cache, accelerator=accelerator)
     new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="lora", predictions=predictions, zero_shot=baseline,
