@@ -87,7 +87,8 @@ def speed(console: Console, model: object, graph: Path, threads: int, repeats: i
         def by_onnx(own: np.ndarray = pixels.numpy()) -> object:  # noqa: B008
             return session.run(["probabilities"], {"pixels": own})
 
-        by_torch(), by_onnx()
+        for warm_up in (by_torch, by_onnx):
+            warm_up()
         for _ in range(repeats * (8 if batch == 1 else 1)):
             times["torch"].append(timed(by_torch))
             times["onnx"].append(timed(by_onnx))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,36 +13,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from recipe_files import ROOT, load_recipe
+from recipe_files import CPU, ROOT, load_recipe
 from safetensors.torch import load_file
-from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.errors import AdaptclipError
 from adaptclip.types import Predictions
 
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
 contrastive = load_recipe("contrastive")
 coop = load_recipe("coop")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,41 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
-from recipe_files import ROOT, load_recipe
+from recipe_files import CPU, ROOT, load_recipe
 from safetensors.torch import load_file
-from tiny_clip import write_tiny_checkpoint
 
 from adaptclip.cli import main
 from adaptclip.entrypoint import run_and_exit
 from adaptclip.errors import AdaptclipError
 from adaptclip.types import Predictions
 
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 coop = load_recipe("coop")
 cocoop = load_recipe("cocoop")
 zero_shot = load_recipe("zero_shot")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

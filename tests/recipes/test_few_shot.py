@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,24 +15,17 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from recipe_files import ROOT, load_recipe
-from tiny_clip import write_tiny_checkpoint
+from recipe_files import CPU, ROOT, load_recipe
 
 from adaptclip.errors import AdaptclipError
 from adaptclip.experiments.methods import METHODS, Method
 from adaptclip.experiments.summary import TIMES
 from adaptclip.storage import read_parquet
 
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 METHODS_HERE = ("zero-shot", "ss-text", "gda", "tip-f", "coop")
 SHORT = ("coop.epochs=20", "coop.views=2", "gda.views=2", "tip-f.views=2", "tip-f.epochs=5")
 
 recipe = load_recipe("few_shot")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +39,6 @@ def images(tmp_path_factory) -> Path:
             noise = Image.effect_noise((40, 36), 30 + 5 * i + number).convert("RGB")
             Image.blend(noise, Image.new("RGB", noise.size, colour), 0.4).save(folder / name / f"{i}.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from recipe_files import ROOT, load_recipe
+from recipe_files import CPU, ROOT, load_recipe
 from safetensors.torch import load_file
-from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.errors import AdaptclipError
 from adaptclip.types import Predictions
 
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SETTINGS = {
     "logistic": {"C": 5.0},
     "text-init": {"epochs": 30, "views": 2},
@@ -29,24 +25,6 @@ SETTINGS = {
 }
 
 recipe = load_recipe("linear_probe")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from recipe_files import ROOT, load_recipe
+from recipe_files import CPU, ROOT, load_recipe
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
@@ -28,7 +27,6 @@ from adaptclip.storage import read_tensors, read_yaml
 from adaptclip.training.pixels import PixelLoader
 from adaptclip.types import Predictions
 
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TEST_IMAGES = 60
 
 lora = load_recipe("lora")

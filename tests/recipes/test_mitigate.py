@@ -12,7 +12,6 @@ import torch
 from accelerate.state import AcceleratorState
 from recipe_files import load_recipe
 from safetensors.torch import load_file
-from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.data.dataset import DomainData
@@ -50,16 +49,6 @@ CASES = [
     ("tip_adapter", "group-dro:stroke_weight"),
     *(("linear_probe", text) for text in IMAGES),
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

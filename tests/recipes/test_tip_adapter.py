@@ -12,31 +12,12 @@ import torch
 from accelerate.state import AcceleratorState
 from recipe_files import load_recipe
 from safetensors.torch import load_file
-from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.errors import AdaptclipError, ConfigError
 from adaptclip.types import Predictions
 
 recipe = load_recipe("tip_adapter")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from recipe_files import ROOT, load_recipe
+from recipe_files import CPU, ROOT, load_recipe
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
@@ -27,7 +26,6 @@ from adaptclip.training.pixels import PixelLoader
 from adaptclip.training.steps import FeatureLoader
 from adaptclip.types import Predictions
 
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TEST_IMAGES = 60
 
 two_stage = load_recipe("two_stage")

@@ -1,0 +1,29 @@
+"""Fixtures of the recipes' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from tiny_clip import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """Name of a random-weights CLIP of 32 px."""
+    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A feature cache that the tests of one file share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate remembers its settings for as long as a process lives; a user's process runs one recipe."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
