@@ -144,7 +144,7 @@ def main(cfg: Config) -> int:
     validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     training = {
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
-        "seconds": round(seconds, 1),  # of this process: after --resume, without the steps taken before
+        "seconds": seconds,  # of this process: after --resume, without the steps taken before
         "schedule": f"{num_steps} steps ({epochs} epochs) of SGD, learning rate {cfg.lr:g}, cosine per epoch",
         "chosen": {},
         "validation_used_for": "nothing",
