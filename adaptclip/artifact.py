@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 import adaptclip
 from adaptclip.adapters import ADAPTERS, Adapter
-from adaptclip.adapters.objective import ThresholdRule, objective_of
+from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_objective, check_sizes
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.decode import decode_image
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
-from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
+from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
 from adaptclip.gates import Verdict
 from adaptclip.model_card import model_card
 from adaptclip.storage import atomic_folder, digest, read_json, read_tensors, write_json, write_tensors, write_text
@@ -98,7 +98,7 @@ def save_artifact(
     card = data.card
     told = {}
     if objective_of(adapter) == "sigmoid":
-        used = thresholds or choose_thresholds(None, data.class_names, ThresholdRule("fixed", 0.5))
+        used = thresholds or even_thresholds(data.class_names)
         told = {"objective": {"name": "sigmoid", "thresholds": used.to_dict()}}
     with atomic_folder(path, overwrite=overwrite) as folder:
         manifest = {

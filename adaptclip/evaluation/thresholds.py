@@ -49,6 +49,11 @@ class Thresholds:
         return cls(**{**told, **arrays, "fallbacks": tuple(told["fallbacks"])})
 
 
+def even_thresholds(class_names: Sequence[str]) -> Thresholds:
+    """Returns FALLBACK for every class, chosen on no image."""
+    return choose_thresholds(None, class_names, ThresholdRule("fixed", FALLBACK))
+
+
 def choose_thresholds(validation: Predictions | None, class_names: Sequence[str], rule: ThresholdRule) -> Thresholds:
     """Chooses a threshold for each class on the validation images.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adaptclip.adapters.objective import ThresholdRule
 from adaptclip.errors import DataError
 from adaptclip.evaluation.grouping import align
-from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
+from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import fine_grained_report
 from adaptclip.reports.multi_label import multi_label_report
@@ -78,6 +77,6 @@ def full_report(
     report["shift"] = shift or None
     report["multi_label"] = None
     if predictions.sigmoid is not None:
-        used = thresholds or choose_thresholds(None, predictions.class_names, ThresholdRule("fixed", 0.5))
+        used = thresholds or even_thresholds(predictions.class_names)
         report["multi_label"] = multi_label_report(predictions, used, list(report["groups"]), confidence=confidence)
     return report

@@ -143,13 +143,11 @@ class Mitigation:
         plain = self.weights is None and self.dro is None
         if self.objective == "sigmoid":
             losses = sigmoid_losses(logits, batch.labels)
-            if plain:
-                return losses.mean()
         elif plain:
-            return F.cross_entropy(logits, batch.labels)
+            return F.cross_entropy(logits, batch.labels)  # torch's own mean differs in the last bits
         else:
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        return (self.weigh(losses.detach(), batch.index) * losses).mean()
+        return losses.mean() if plain else (self.weigh(losses.detach(), batch.index) * losses).mean()
 
     def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
         """Returns (B,) weights for the images of a batch; the loss is the mean of weight times loss.
