@@ -34,6 +34,14 @@ def shared_data():
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """Name of a random-weights CLIP of 32 px in a folder, as a user would give it."""
+    from tiny_clip import write_tiny_checkpoint
+
+    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+@pytest.fixture(scope="session")
 def tiny_backbone():
     """A random-weights CLIP of 32 px with the usual vocabulary, loaded through load_backbone."""
     from tiny_clip import make_tiny_backbone

@@ -6,13 +6,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny_clip import write_tiny_checkpoint
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
-    """Name of a random-weights CLIP of 32 px."""
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
 
 
 @pytest.fixture(scope="module")

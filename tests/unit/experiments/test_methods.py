@@ -11,7 +11,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from recipe_files import load_recipe
-from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
@@ -36,11 +35,6 @@ def fresh_accelerate():
 @pytest.fixture(scope="module")
 def data() -> DomainData:
     return ac.open_data(ac.load_card("digits"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
 
 
 @pytest.fixture(scope="module")
