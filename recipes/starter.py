@@ -107,6 +107,10 @@ class Draw:
     pictures: Tensor
     directions: Tensor
 
+    def to(self, device: torch.device) -> Draw:
+        """Returns the draw on another device."""
+        return Draw(*(value.to(device) for value in vars(self).values()))
+
 
 class Student(nn.Module):
     """The text tower that learns, behind the one forward that the loss needs."""
@@ -232,7 +236,8 @@ def main(cfg: Config) -> int:
     backbone = ClipBackbone(clip, open_clip.get_tokenizer(f"local-dir:{FOLDER}"), name="starter")
     student = Student(clip, backbone.text)
     corpus = Corpus(cfg, backbone)
-    weight, bias = image_classifier()
+    device = accelerator.device
+    captioned, weight, bias = (value.to(device) for value in (corpus.captioned, *image_classifier()))
     centred = F.normalize(weight - weight.mean(dim=0), dim=-1)
     run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite)
     learnt = [p for p in student.parameters() if p.requires_grad]
@@ -245,12 +250,13 @@ def main(cfg: Config) -> int:
 
     for step, draw in ac.train_steps(corpus, cfg.steps, accelerator, start=start):
         with accelerator.accumulate(model):
+            draw = draw.to(device)
             names, captions, scale = model(draw)
             teacher = (FEATURE_NORM * draw.images @ weight[draw.classes].T + bias[draw.classes]).softmax(dim=1)
             names_loss = F.kl_div((scale * draw.images @ names.T).log_softmax(dim=1), teacher, reduction="batchmean")
             shape_loss = 1 - F.cosine_similarity(names - names.mean(dim=0), centred[draw.classes]).mean()
             # The pictures never change, so every caption is told from all of them and not only from its batch's.
-            pairs, own = scale * corpus.captioned @ captions.T, torch.arange(len(captions))
+            pairs, own = scale * captioned @ captions.T, torch.arange(len(captions), device=device)
             caption_loss = (F.cross_entropy(pairs.T, draw.pictures) + F.cross_entropy(pairs[draw.pictures], own)) / 2
             sentence_loss = 1 - F.cosine_similarity(captions - captions.mean(dim=0), draw.directions).mean()
             loss = names_loss + cfg.classifier_weight * shape_loss
