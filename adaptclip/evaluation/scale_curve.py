@@ -84,22 +84,6 @@ def best_scale(curve: Sequence[dict[str, Any]]) -> float:
     return max(curve, key=lambda row: (value(row), -row["scale"]))["scale"]
 
 
-def curve_table(curve: Sequence[dict[str, Any]]) -> str:
-    """Renders a curve as a Markdown table, rates in per cent."""
-
-    def rate(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}"
-
-    lines = ["| scale | accuracy | worst group | new classes | ECE |", "|---|---|---|---|---|"]
-    for row in curve:
-        worst = rate(row["worst_group"])
-        if row["worst_group"] is not None:
-            worst += f" ({row['worst_group_name']}, n = {row['worst_group_n']})"
-        cells = [f"{row['scale']:g}", rate(row["accuracy"]), worst, rate(row["new_accuracy"]), rate(row["ece"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def _worst_group(judged: Predictions) -> dict[str, Any]:
     right = judged.pred == judged.labels
     found: list[tuple[float, str, int]] = []

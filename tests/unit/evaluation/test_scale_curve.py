@@ -15,7 +15,7 @@ from adaptclip.data.base_new import base_and_new
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ConfigError
-from adaptclip.evaluation.scale_curve import SCALES, best_scale, check_setting, choose_scale, curve_table, scale_curve
+from adaptclip.evaluation.scale_curve import SCALES, best_scale, check_setting, choose_scale, scale_curve
 from adaptclip.types import Batch
 
 TEMPLATES = ("a photo of the digit {}.", "the number {}.")
@@ -217,18 +217,3 @@ def test_without_validation_images_nothing_can_be_chosen(adapter, halves):
     with pytest.raises(ConfigError, match="there are none; give it as a number"):
         scale_curve(adapter, nothing)
     check_setting(0.5, nothing)
-
-
-def test_the_table():
-    known = {"worst_group": 0.25, "worst_group_name": "site = north", "worst_group_n": 4, "ece": 0.0349}
-    unknown = {"worst_group": None, "worst_group_name": None, "worst_group_n": 0, "ece": 0.5}
-    curve = [
-        {"scale": 0.1, "accuracy": 0.5, "new_accuracy": 0.333, **known},
-        {"scale": 1.0, "accuracy": 1.0, "new_accuracy": None, **unknown},
-    ]
-    assert curve_table(curve).splitlines() == [
-        "| scale | accuracy | worst group | new classes | ECE |",
-        "|---|---|---|---|---|",
-        "| 0.1 | 50.0 | 25.0 (site = north, n = 4) | 33.3 | 3.5 |",
-        "| 1 | 100.0 | – | – | 50.0 |",
-    ]
