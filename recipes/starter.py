@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import adaptclip as ac
+from adaptclip.adapters.contrastive import caption_tokens
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.caption_teacher import caption_directions, sentence_embeddings
 from adaptclip.backbone.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
@@ -35,8 +36,9 @@ from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.errors import DataError
 from adaptclip.evaluation.estimates import measure
 from adaptclip.evaluation.intervals import wilson
-from adaptclip.evaluation.retrieval import encode_captions, retrieval
+from adaptclip.evaluation.wise_ft import Yardstick
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.reports.numbers import number
 from adaptclip.seeding import numpy_generator
 from adaptclip.storage import digest, write_json
 
@@ -168,12 +170,6 @@ class PictureSet:
         """Returns the rows whose column "split" says `name`."""
         return np.flatnonzero(np.array(self.table["split"].to_pylist()) == name)
 
-    def captions(self, part: str) -> tuple[list[str], Tensor]:
-        """Returns all captions of a part, and for each the number of its picture within the part."""
-        own = [self.table["captions"][int(row)].as_py() for row in self.part(part)]
-        counts = torch.tensor([len(captions) for captions in own])
-        return [caption for captions in own for caption in captions], torch.arange(len(own)).repeat_interleave(counts)
-
     def by_class(self, column: str) -> list[str]:
         """Returns the column's value for each class id in turn."""
         values = dict(zip(self.table["label"].to_pylist(), self.table[column].to_pylist(), strict=True))
@@ -188,19 +184,17 @@ class Corpus:
 
     def __init__(self, cfg: Config, backbone: ClipBackbone) -> None:
         self.cfg = cfg
-        tiny, flickr, imagenet = (
-            PictureSet(cfg.data_root, name) for name in ("tiny_imagenet", "flickr8k", "imagenet1k_one_each")
-        )
+        tiny, imagenet = (PictureSet(cfg.data_root, name) for name in ("tiny_imagenet", "imagenet1k_one_each"))
+        flickr = ac.open_data(ac.load_card("flickr8k"), data_root=cfg.data_root).train
         names = zip(imagenet.by_class("label_name"), imagenet.by_class("synonyms"), strict=True)
         spellings = [list(dict.fromkeys([name, *(s.strip() for s in more.split(","))])) for name, more in names]
         self.names = [[backbone.tokenize([t.format(n) for t in TEMPLATES]) for n in own] for own in spellings]
         cache = ac.FeatureCache(cfg.cache)
-        train = flickr.part("train")
-        self.captioned = cache.get(backbone, flickr.images.select(train)).values[0]
-        captions, self.owner = flickr.captions("train")
-        # Captions longer than the context are cut, as is usual; a prompt never is (`backbone.tokenize`).
-        self.captions = backbone.tokenizer(captions)
-        embeddings = sentence_embeddings(captions, cfg.cache / "sentences")
+        self.captioned = cache.get(backbone, flickr).values[0]
+        texts = flickr.captions or ()
+        captions, _ = caption_tokens(backbone, texts)
+        self.captions, self.owner = captions.tokens, captions.owner
+        embeddings = sentence_embeddings([text for own in texts for text in own], cfg.cache / "sentences")
         self.directions = caption_directions(embeddings, self.captioned, self.owner, seed=cfg.seed)
         self.pictures = cache.get(backbone, tiny.images.select(tiny.part("train"))).values[0]
 
@@ -256,8 +250,10 @@ def main(cfg: Config) -> int:
             names_loss = F.kl_div((scale * draw.images @ names.T).log_softmax(dim=1), teacher, reduction="batchmean")
             shape_loss = 1 - F.cosine_similarity(names - names.mean(dim=0), centred[draw.classes]).mean()
             # The pictures never change, so every caption is told from all of them and not only from its batch's.
-            pairs, own = scale * captioned @ captions.T, torch.arange(len(captions), device=device)
-            caption_loss = (F.cross_entropy(pairs.T, draw.pictures) + F.cross_entropy(pairs[draw.pictures], own)) / 2
+            # A second product, because rows picked out of the first have a gradient that adds up in no fixed order.
+            texts, own = scale * captions, torch.arange(len(captions), device=device)
+            to_picture = F.cross_entropy(texts @ captioned.T, draw.pictures)
+            caption_loss = (to_picture + F.cross_entropy(captioned[draw.pictures] @ texts.T, own)) / 2
             sentence_loss = 1 - F.cosine_similarity(captions - captions.mean(dim=0), draw.directions).mean()
             loss = names_loss + cfg.classifier_weight * shape_loss
             loss = loss + cfg.caption_weight * caption_loss + cfg.sentence_weight * sentence_loss
@@ -278,26 +274,24 @@ def main(cfg: Config) -> int:
     return show(results)
 
 
-def evaluate_names(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, float]]:
+def evaluate_names(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, Any]]:
     """Returns the top-1 accuracy of ImageNet's names on one picture of each class."""
     imagenet = PictureSet(cfg.data_root, "imagenet1k_one_each")
     weights = zero_shot_weights(backbone, imagenet.by_class("label_name"), EVALUATION_TEMPLATES)
     answers = (ac.FeatureCache(cfg.cache).get(backbone, imagenet.images).values[0] @ weights.T).argmax(dim=1)
-    right = int((answers == torch.tensor(imagenet.table["label"].to_pylist())).sum())
-    return {"ImageNet names, top-1": row(right / len(answers), *wilson(right, len(answers)), len(answers))}
+    right, n = int((answers == torch.tensor(imagenet.table["label"].to_pylist())).sum()), len(answers)
+    low, high = wilson(right, n)
+    return {"ImageNet names, top-1": {"value": right / n, "low": low, "high": high, "n": n}}
 
 
-def recall_at_10(backbone: ClipBackbone, cfg: Config, part: str) -> dict[str, dict[str, float]]:
+def recall_at_10(backbone: ClipBackbone, cfg: Config, part: Literal["validation", "test"]) -> dict[str, dict[str, Any]]:
     """Searches the captions of one part of Flickr8k by its pictures, and the other way round."""
-    flickr = PictureSet(cfg.data_root, "flickr8k")
-    pictures = ac.FeatureCache(cfg.cache).get(backbone, flickr.images.select(flickr.part(part))).values[0]
-    captions, owner = flickr.captions(part)
-    found = retrieval(pictures, encode_captions(backbone, backbone.tokenizer(captions)), owner, ks=(10,))
-    recalls = {way: result.recall[0] for way, result in found.items()}
-    return {f"Flickr8k {part}, {way}, R@10": row(r.value, r.low, r.high, r.n) for way, r in recalls.items()}
+    flickr = ac.open_data(ac.load_card("flickr8k"), data_root=cfg.data_root)
+    found = Yardstick(backbone, getattr(flickr, part), flickr, cache=ac.FeatureCache(cfg.cache))(backbone)
+    return {f"Flickr8k {part}, {way}, R@10": recalls["R@10"] for way, recalls in found.items()}
 
 
-def evaluate_unseen(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, float]]:
+def evaluate_unseen(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, Any]]:
     """Returns the zero-shot accuracy on the cards that nothing was trained on."""
     results = {}
     for name in UNSEEN:
@@ -306,17 +300,11 @@ def evaluate_unseen(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, 
         adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates)
         predictions = ac.predict(adapter, ac.FeatureCache(cfg.cache).get(backbone, data.test), data.test)
         for metric, found in measure(predictions, metrics=("accuracy", "mean_per_class_accuracy")).items():
-            bounds = found.model.interval(0.95) or (math.nan, math.nan)
-            results[f"{name} zero-shot, {metric}"] = row(found.model.value or 0.0, *bounds, found.model.n)
+            results[f"{name} zero-shot, {metric}"] = number(found.model, 0.95)
     return results
 
 
-def row(value: float, low: float, high: float, n: int) -> dict[str, float]:
-    """Returns one result with its 95 % interval."""
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
-def show(results: dict[str, dict[str, float]]) -> int:
+def show(results: dict[str, dict[str, Any]]) -> int:
     """Prints the results."""
     for name, found in results.items():
         print(f"{name:<42} {found['value']:6.1%}  [{found['low']:.1%}, {found['high']:.1%}]  n = {found['n']}")

