@@ -35,7 +35,8 @@ from adaptclip.errors import ArtifactError, StorageError, did_you_mean
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
 from adaptclip.gates import Verdict
 from adaptclip.model_card import model_card
-from adaptclip.storage import atomic_folder, digest, read_json, read_tensors, write_json, write_tensors, write_text
+from adaptclip.outputs import atomic_folder
+from adaptclip.storage import digest, read_json, read_tensors, write_json, write_tensors, write_text
 from adaptclip.types import Batch
 
 FORMAT_VERSION = 1

@@ -35,7 +35,7 @@ from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import BackboneError, ConfigError, StorageError
 from adaptclip.seeding import derive_seed
-from adaptclip.storage import digest, write_bytes, write_json
+from adaptclip.storage import digest, parse_json, write_bytes, write_json
 from adaptclip.types import Features
 
 SHARD_ROWS = 256
@@ -284,14 +284,14 @@ def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]
     """Returns which of the wanted images a shard holds, and their features; none when it is damaged."""
     try:
         with safetensors.safe_open(path, "pt") as shard:
-            contents: list[str] = json.loads(shard.metadata()["contents"])
+            contents: list[str] = parse_json(shard.metadata()["contents"], where=f"the contents of {path}")
             rows = [i for i, content in enumerate(contents) if content in wanted]
             if rows:  # the file is memory-mapped: without wanted rows no feature is read
                 _check_digest(path)
                 return [contents[i] for i in rows], shard.get_tensor("values")[rows]
     except FileNotFoundError:
         pass  # another program found it damaged
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StorageError, safetensors.SafetensorError) as error:
         warnings.warn(f"the feature cache file {path} is damaged ({error}); its images are encoded again", stacklevel=4)
         with contextlib.suppress(OSError):
             path.unlink()

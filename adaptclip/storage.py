@@ -1,14 +1,15 @@
-"""Files and folders written whole or not at all, and digests of what they hold."""
+"""Files written whole or not at all, one reader for YAML and JSON, and digests."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import math
 import os
-import shutil
+import re
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ import yaml
 from torch import Tensor
 
 from adaptclip.errors import StorageError
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_YAML_BYTES = 4 * 2**20
+MAX_DEPTH = 64
+"""Lists and mappings in each other, in YAML and JSON."""
+
+MAX_YAML_VALUES = 100_000
+"""Keys, values, lists and mappings of a YAML text, those that aliases repeat counted as if they were written out."""
 
 
 def digest(*parts: bytes | str | Iterable[str]) -> str:
@@ -84,28 +93,233 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises StorageError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
-
-
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a mapping as YAML in its own order, atomically."""
     write_text(path, yaml.safe_dump(_jsonable(value), sort_keys=False, allow_unicode=True))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping. Raises StorageError when the file is missing, damaged or holds something else."""
+def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """Reads a UTF-8 text file; a byte order mark is dropped.
+
+    Raises:
+        StorageError: the file is missing, no plain file, larger than `max_bytes`, or not UTF-8.
+    """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise StorageError(f"cannot read {path}: it is {what}, no file")
+        _check_length(status.st_size, max_bytes, str(path))
+        return _decoded(path.read_bytes(), str(path))
+    except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise StorageError(f"{path} should hold a YAML mapping (name: value lines), got {type(value).__name__}")
+
+
+def _check_length(length: int, max_bytes: int, where: str) -> None:
+    if length > max_bytes:
+        raise StorageError(f"{where} is too large to be read: {length:,} bytes, allowed are {max_bytes:,}")
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        kind = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte 0x{raw[error.start]:02x} on line {line}"
+        raise StorageError(f"{where} is not UTF-8 text ({kind}); save it as UTF-8") from error
+
+
+def read_json(path: Path, *, nan: bool = False, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Reads a JSON file as `parse_json` does. Raises StorageError when it is missing or damaged too."""
+    return parse_json(read_text(path, max_bytes=max_bytes), where=str(path), nan=nan, max_bytes=max_bytes)
+
+
+def parse_json(text: str | bytes, *, where: str, nan: bool = False, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Parses JSON from a file that may be anyone's.
+
+    Args:
+        text: text, or UTF-8 bytes.
+        where: what is read, the subject of messages ("runs/a/run.json", "line 3 of images.jsonl").
+        nan: NaN and infinities are meant here; they are no JSON and refused otherwise.
+        max_bytes: the longest text that is read.
+
+    Raises:
+        StorageError: it is not JSON, too long, nested deeper than MAX_DEPTH, or has a key twice in one object; the
+            message names the key and the line.
+    """
+    _check_length(len(text), max_bytes, where)
+    text = (_decoded(text, where) if isinstance(text, bytes) else text).removeprefix("\ufeff")
+
+    def constant(name: str) -> float:
+        if nan:
+            return float(name)
+        raise StorageError(f"{where} holds {name}, which is no JSON; write null or a number")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return constant(digits) if math.isinf(value) else value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            raise StorageError(f"{where}: {_json_key_twice(text)}")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=number)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could be written nowhere
+    except json.JSONDecodeError as error:
+        place = f"at line {error.lineno}, column {error.colno}"
+        raise StorageError(f"cannot read {where}: it is not valid JSON {place}: {error.msg}") from error
+    except RecursionError as error:
+        raise _too_deep(where) from error
+    except ValueError as error:
+        raise StorageError(f"cannot read {where}: it is not valid JSON: {error}") from error
+    level, depth = [value], 0
+    while level := [item for held in level for item in _items(held) if isinstance(item, dict | list)]:
+        depth += 1
+        if depth >= MAX_DEPTH:
+            raise _too_deep(where)
     return value
+
+
+def _items(held: Any) -> Iterable[Any]:
+    return held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
+
+
+def _too_deep(where: str) -> StorageError:
+    return StorageError(f"{where} is nested too deeply: lists and mappings may lie in each other {MAX_DEPTH} times")
+
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?P<key>\s*:)?|[{}]')
+
+
+def _json_key_twice(text: str) -> str:
+    """Words the first key that stands twice in one object of valid JSON, with its lines."""
+    objects: list[dict[str, int]] = []
+    for token in _JSON_TOKEN.finditer(text):
+        if token[0] == "{":
+            objects.append({})
+        elif token[0] == "}":
+            objects.pop()
+        elif token["key"]:
+            key, line = json.loads(token[0].removesuffix(token["key"])), text.count("\n", 0, token.start()) + 1
+            if key in objects[-1]:
+                return f"the key {key!r} is given twice, on line {objects[-1][key]} and on line {line}"
+            objects[-1][key] = line
+    return "a key is given twice"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping as `parse_yaml` does. Raises StorageError when the file is missing or damaged too."""
+    return parse_yaml(read_text(path, max_bytes=MAX_YAML_BYTES), where=str(path))
+
+
+def parse_yaml(text: str | bytes, *, where: str, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
+    """Parses a YAML mapping from a file that may be anyone's.
+
+    Args:
+        text: text, or UTF-8 bytes.
+        where: what is read, the subject of messages.
+        max_bytes: the longest text that is read.
+
+    Raises:
+        StorageError: it is no YAML, no mapping, too long, nested deeper than MAX_DEPTH, has more than MAX_YAML_VALUES
+            values, or has a key twice in one mapping (through `<<` too); the message names the key and the line.
+    """
+    _check_length(len(text), max_bytes, where)
+    text = _decoded(text, where) if isinstance(text, bytes) else text
+    try:
+        _check_events(text, where)
+        value = yaml.load(text, Loader=_YamlLoader)
+    except yaml.MarkedYAMLError as error:
+        if "nesting depth" in str(error.problem):  # libyaml's own limit, met before ours where it reads ahead
+            raise _too_deep(where) from error
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        own = isinstance(error, yaml.constructor.ConstructorError)
+        hint = "" if own else ". Text with a colon, bracket, star or quote needs quotes; indent with blanks, not tabs."
+        raise StorageError(f"cannot read {where}: it is not valid YAML{place}: {error.problem}{hint}") from error
+    except StorageError:
+        raise
+    except Exception as error:  # a value that does not fit its explicit tag fails in many ways inside PyYAML
+        raise StorageError(f"cannot read {where}: it is not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        got = "nothing" if value is None else type(value).__name__
+        raise StorageError(f"{where} is no YAML mapping: it should be `key: value` lines, got {got}")
+    return value
+
+
+def parse_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
+    """Splits the text of a Hugging Face card into its YAML head, parsed as `parse_yaml` does, and the prose below.
+
+    Raises:
+        StorageError: there is no head between two lines of `---` at the top, or it is not valid.
+    """
+    lines = text.splitlines()
+    ends = [i for i, line in enumerate(lines) if line.rstrip() == "---"]
+    if len(ends) < 2 or any(line.strip() for line in lines[: ends[0]]):
+        raise StorageError(f"{where}: needs YAML front matter between two lines of `---` at its top")
+    # Blank lines stand in for what precedes the YAML, so that its errors count lines as an editor does.
+    head = "\n" * (ends[0] + 1) + "\n".join(lines[ends[0] + 1 : ends[1]])
+    return parse_yaml(head, where=f"{where}: the front matter"), "\n".join(lines[ends[1] + 1 :]).strip()
+
+
+def _check_events(text: str, where: str) -> None:
+    """Refuses YAML that is nested too deeply or grows by its aliases, before anything is made of it."""
+    sizes: dict[str, int] = {}  # anchor -> values below it
+    open_ones: list[tuple[str | None, int]] = []  # anchor and where the count stood
+    count = 0
+    for event in yaml.parse(text, Loader=_YamlLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_ones]:
+                raise StorageError(f"{where}: *{event.anchor} on line {event.start_mark.line + 1} holds itself")
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_ones.pop()
+            sizes |= {anchor: count - before} if anchor else {}
+        elif isinstance(event, yaml.NodeEvent):
+            count += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_ones.append((event.anchor, count - 1))
+            elif event.anchor:
+                sizes[event.anchor] = 1
+        if len(open_ones) > MAX_DEPTH:
+            raise _too_deep(where)
+        if count > MAX_YAML_VALUES:
+            raise StorageError(
+                f"{where} holds more than {MAX_YAML_VALUES:,} values by line {event.start_mark.line + 1}, counting "
+                "what its aliases (*name) repeat"
+            )
+
+
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _YamlLoader(_SafeLoader):
+    """SafeLoader, in C where there is one, that refuses a key given twice, which YAML parsers else drop silently."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        self._refuse_twice(node)
+        super().flatten_mapping(node)
+        self._refuse_twice(node)
+
+    def _refuse_twice(self, node: yaml.MappingNode) -> None:
+        lines: dict[Hashable, int] = {}
+        for key_node, value_node in node.value:
+            plain = key_node.tag in ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
+            key = key_node.value if plain else self.construct_object(key_node, deep=True)
+            problem = None
+            if not isinstance(key, Hashable):
+                problem = f"a key must be text or a number, got a {type(key).__name__}"
+            elif plain and key == "<<" and not isinstance(value_node, yaml.MappingNode):
+                problem = "`<<` takes one mapping"  # which of several wins, releases of PyYAML disagree
+            elif key in lines:
+                problem = f"the key {key!r} is given twice (first on line {lines[key]})"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            lines[key] = key_node.start_mark.line + 1
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -139,35 +353,7 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {path}: {error}") from error
-    return table, json.loads((table.schema.metadata or {}).get(b"adaptclip", b"{}"))
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling folder that becomes `path` when the block ends without an error.
-
-    Raises:
-        StorageError: `path` exists and `overwrite` is false, or the folder cannot be written.
-    """
-    if path.exists() and not overwrite:
-        raise StorageError(f"{path} exists already; choose another folder or overwrite it on purpose")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            # Two renames instead of a removal: a kill in between leaves the old folder whole beside it.
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    metadata = parse_json((table.schema.metadata or {}).get(b"adaptclip", b"{}"), where=f"the metadata of {path}")
+    if not isinstance(metadata, dict):
+        raise StorageError(f"the metadata of {path} should be a mapping, got {type(metadata).__name__}")
+    return table, metadata

@@ -52,14 +52,12 @@ def read_config(file: Path) -> Any:
     Raises:
         BackboneError: it is missing, damaged or too large.
     """
-    if file.is_file() and file.stat().st_size > MAX_CONFIG_BYTES:
-        raise BackboneError(
-            f"{file} has {file.stat().st_size:,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}"
-        )
     try:
-        return read_json(file)
-    except (StorageError, RecursionError) as error:
-        raise BackboneError(f"{error}. It should be a JSON configuration.") from error
+        return read_json(file, nan=True, max_bytes=MAX_CONFIG_BYTES)  # check_config names what is not finite
+    except StorageError as error:
+        raise BackboneError(
+            f"{error}. It should be a JSON configuration; a configuration has at most {MAX_CONFIG_BYTES:,} bytes."
+        ) from error
 
 
 def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | None = None) -> None:

@@ -16,7 +16,8 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER
 from adaptclip.backbone.starter import FOLDER
 from adaptclip.errors import BackboneError
-from adaptclip.storage import atomic_folder, read_json, write_json, write_tensors, write_text
+from adaptclip.outputs import atomic_folder
+from adaptclip.storage import read_json, write_json, write_tensors, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 """What a stock open_clip folder holds; open_clip finds both by these names."""

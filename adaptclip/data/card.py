@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from adaptclip.data.card_block import PARTS, SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
-from adaptclip.errors import CardError, did_you_mean
+from adaptclip.errors import CardError, StorageError, did_you_mean
 from adaptclip.gate_rules import GateRule, Outcome
-from adaptclip.storage import digest
+from adaptclip.storage import digest, parse_front_matter, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -90,17 +88,14 @@ def load_card(name_or_path: str | Path) -> Card:
             f"no data card {text!r}: neither a card's name, nor a card's file, nor a folder of images. "
             f"{did_you_mean(text, list_cards())}"
         )
-    card = parse_card(_read_text(found), name=found.stem, path=found)
+    try:
+        content = read_text(found)
+    except StorageError as error:
+        raise CardError(f"{error}; a card is a UTF-8 text file") from error
+    card = parse_card(content, name=found.stem, path=found)
     for issue in card.known_issues:
         _log.warning("card %s, known issue: %s", card.name, issue)
     return card
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CardError(f"cannot read the card {path}: {error}; a card is a UTF-8 text file") from error
 
 
 def parse_card(text: str, *, name: str, path: Path | None = None) -> Card:
@@ -115,8 +110,10 @@ def parse_card(text: str, *, name: str, path: Path | None = None) -> Card:
         CardError: the front matter is missing, is no YAML, or its `adaptclip:` block is not valid.
     """
     where = f"card {name}" + (f" ({path})" if path else "")
-    head, prose = _split_front_matter(text, where)
-    front_matter = _parse_yaml(head, where)
+    try:
+        front_matter, prose = parse_front_matter(text, where=where)
+    except StorageError as error:
+        raise CardError(str(error)) from error
     if not isinstance(front_matter.get("adaptclip"), dict):
         raise CardError(
             f"{where}: the front matter has no `adaptclip:` block; its keys are "
@@ -133,48 +130,6 @@ def _make_card(block: dict[str, Any], where: str, **about: Any) -> Card:
         raise CardError(f"{where} is not valid:\n  {lines}") from error
     dumped = json.dumps(valid.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
     return Card(**dict(valid), **about, digest=digest(dumped))
-
-
-def _split_front_matter(text: str, where: str) -> tuple[str, str]:
-    lines = text.splitlines()
-    ends = [i for i, line in enumerate(lines) if line.rstrip() == "---"]
-    if len(ends) < 2 or any(line.strip() for line in lines[: ends[0]]):
-        raise CardError(f"{where}: needs YAML front matter between two lines of `---` at its top")
-    # Blank lines stand in for what precedes the YAML, so that its errors count lines as an editor does.
-    return "\n" * (ends[0] + 1) + "\n".join(lines[ends[0] + 1 : ends[1]]), "\n".join(lines[ends[1] + 1 :]).strip()
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML parsers otherwise drop without a word."""
-
-
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # pyright: ignore[reportArgumentType]
-        if isinstance(key, Hashable) and key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-
-
-def _parse_yaml(head: str, where: str) -> dict[Any, Any]:
-    try:
-        value = yaml.load(head, Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        own = isinstance(error, yaml.constructor.ConstructorError)
-        hint = "" if own else ". Text with a colon, bracket, star or quote needs quotes; indent with blanks, not tabs."
-        raise CardError(f"{where}: the front matter is not valid YAML{place}: {error.problem}{hint}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise CardError(f"{where}: the front matter is not valid YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise CardError(f"{where}: the front matter should be `key: value` lines, got {type(value).__name__}")
-    return value
 
 
 _MODELS: dict[str, type[BaseModel]] = {

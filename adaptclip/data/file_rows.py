@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import inspect
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from adaptclip.data.dataset import FileStore, MemoryStore, inside
 from adaptclip.data.embedded import EMBEDDED
 from adaptclip.data.fingerprints import content_digest, file_stamp
 from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
-from adaptclip.errors import DataError, did_you_mean
+from adaptclip.errors import DataError, StorageError, did_you_mean
+from adaptclip.storage import parse_json
 
 IMAGE_SUFFIXES = frozenset((
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
@@ -92,8 +92,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except ValueError as error:
+                row = parse_json(text, where="this line", nan=True)  # pandas' NaN is an empty cell
+            except StorageError as error:
                 raise DataError(f"{path}, line {line}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {line}: expected an object {{...}}, got {type(row).__name__}")

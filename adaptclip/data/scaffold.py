@@ -15,8 +15,8 @@ from adaptclip.data.card import FOLDER_NAMES, Card, folder_splits, parse_card
 from adaptclip.data.card_block import PARTS
 from adaptclip.data.columns import as_text, is_missing
 from adaptclip.data.file_rows import IMAGE_SUFFIXES, read_image_folder, read_manifest
-from adaptclip.errors import CardError, did_you_mean
-from adaptclip.storage import write_text
+from adaptclip.errors import CardError, StorageError, did_you_mean
+from adaptclip.storage import parse_json, write_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 """Endings of files that are taken for a manifest; a folder with one of them is read through it."""
@@ -180,8 +180,8 @@ def _header(table: Path) -> list[str]:
         delimiter = max(",;\t", key=first.count)
         return [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
     try:
-        return list(json.loads(first))
-    except (ValueError, TypeError) as error:
+        return list(parse_json(first, where=f"the first line of {table}", nan=True))
+    except (StorageError, TypeError) as error:
         raise CardError(f"the first line of {table} is no JSON object: {error}") from error
 
 

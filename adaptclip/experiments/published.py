@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from adaptclip.experiments.summary import ALL_CARDS, Estimate, Row, estimate, values_by_cell
+from adaptclip.storage import read_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Comparison:
 @cache
 def published_tables() -> dict[str, Any]:
     """Returns the packaged tables: `cards`, `backbones`, and `tables` with protocol, source and values in per cent."""
-    return json.loads((files("adaptclip.experiments") / "published.json").read_text(encoding="utf-8"))
+    return read_json(Path(__file__).with_name("published.json"))
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:

@@ -14,7 +14,8 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.export import classifier, hub_folder, onnx_graph, stock
 from adaptclip.export.checking import Difference, Reader, check_pictures, compare
 from adaptclip.export.readme import how_to_use, write_readme
-from adaptclip.storage import atomic_folder, write_json
+from adaptclip.outputs import atomic_folder
+from adaptclip.storage import write_json
 
 Kind = Literal["open_clip", "classifier", "onnx", "hf"]
 

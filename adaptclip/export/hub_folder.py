@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
 
 from adaptclip.artifact import AdaptedModel
 from adaptclip.export import classifier, stock
 from adaptclip.export.checking import Reader
-from adaptclip.storage import write_text
+from adaptclip.storage import parse_front_matter, read_text, write_text
 
 _LOADING, _WITHOUT = "## How to load it", "## How to use it without adaptclip"
 """Heading of the artifact's model card, and the one that is put before it."""
@@ -48,13 +47,13 @@ def write_card(folder: Path, model: AdaptedModel, use: Sequence[str], licence: s
         use: paragraphs of Markdown.
         licence: for the front matter; None leaves what the artifact's card says.
     """
-    card: Any = ModelCard.load(model.folder / "README.md")
-    card.data["library_name"] = "open_clip"
+    about, prose = parse_front_matter(read_text(model.folder / "README.md"), where=str(model.folder / "README.md"))
+    about["library_name"] = "open_clip"
     if licence is not None:
-        card.data["license"] = licence
-    before, heading, after = card.text.strip().partition(f"\n{_LOADING}\n")
+        about["license"] = licence
+    before, heading, after = prose.strip().partition(f"\n{_LOADING}\n")
     text = "\n\n".join([before.rstrip(), _WITHOUT, *use]) + (f"\n\n{_LOADING}\n{after}" if heading else "")
-    write_text(folder / "README.md", f"---\n{card.data.to_yaml()}\n---\n\n{text.strip()}\n")
+    write_text(folder / "README.md", f"---\n{ModelCardData(**about).to_yaml()}\n---\n\n{text.strip()}\n")
 
 
 def read(folder: Path) -> Reader:

@@ -20,8 +20,9 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import DataError, StorageError
 from adaptclip.features import FeatureCache
+from adaptclip.outputs import atomic_folder
 from adaptclip.search.nearest import Engine, nearest
-from adaptclip.storage import atomic_folder, digest, read_json, write_json, write_tensors
+from adaptclip.storage import digest, read_json, write_json, write_tensors
 
 FORMAT_VERSION = 1
 """Raised when an older adaptclip could no longer read what a newer one writes."""

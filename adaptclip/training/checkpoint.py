@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adaptclip.errors import ArtifactError, TrainingError
-from adaptclip.storage import digest, write_bytes
+from adaptclip.storage import digest, parse_json, write_bytes
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 
@@ -163,7 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     with safetensors.safe_open(path, "pt") as file:
         text = file.metadata()["state"]
-    return _unpack(json.loads(text), safetensors.torch.load(content))
+    return _unpack(parse_json(text, where=f"the state in {path}", nan=True), safetensors.torch.load(content))
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adaptclip import __version__
 from adaptclip.errors import ConfigError, StorageError, TrainingError, did_you_mean
-from adaptclip.storage import read_json, write_json, write_text, write_yaml
+from adaptclip.storage import parse_json, read_json, write_json, write_text, write_yaml
 from adaptclip.training.checkpoint import newest_checkpoint, step_of
 
 MAY_CHANGE = ("resume", "overwrite", "out", "trackers", "workers", "cache", "gates")
@@ -209,7 +209,7 @@ def start_run(
     record = {
         "adaptclip": __version__,
         "num_processes": accelerator.num_processes,
-        "config": json.loads(json.dumps(config, default=str)),
+        "config": parse_json(json.dumps(config, default=str), where="the settings", nan=True),
     }
     _check_folder(path, record, resume=resume, overwrite=overwrite, may_change=may_change)
     accelerator.wait_for_everyone()  # every process has looked before one of them writes
@@ -298,4 +298,4 @@ def _cut_metrics(path: Path, last_step: int) -> None:
     """Keeps the whole lines up to `last_step`: a killed run may have logged more, the last line only in part."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= last_step))
+    write_text(path, "".join(line for line in whole if parse_json(line, where=str(path))["step"] <= last_step))

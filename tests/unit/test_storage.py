@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptclip import storage
+from adaptclip import outputs, storage
 from adaptclip.errors import StorageError
 
 
@@ -87,7 +87,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
 
     def fill(*, fail: bool, overwrite: bool = False) -> None:
-        with storage.atomic_folder(target, overwrite=overwrite) as folder:
+        with outputs.atomic_folder(target, overwrite=overwrite) as folder:
             (folder / "a").write_text("1")
             if fail:
                 raise KeyboardInterrupt
