@@ -62,3 +62,16 @@ def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20) -> str:
     near = difflib.get_close_matches(got.lower(), list(by_lower), n=1, cutoff=0.5)
     listed = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
     return (f'Did you mean "{by_lower[near[0]]}"? ' if near else "") + f"Allowed: {listed or 'none'}."
+
+
+def shown(text: object) -> str:
+    """Returns text that can be printed anywhere: control characters and bytes that are no UTF-8 as escapes.
+
+    A file name may be any bytes on disk: one that was written in Latin-1 is shown with the number of its "é".
+    """
+    raw = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in raw)
+
+
+_HARMLESS = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+"""What names of some languages are written with, although Python counts it as not printable."""

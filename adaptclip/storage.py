@@ -35,7 +35,7 @@ def digest(*parts: bytes | str | Iterable[str]) -> str:
     sha = hashlib.sha256()
     for part in parts:
         for piece in [part] if isinstance(part, bytes | str) else part:
-            raw = piece.encode() if isinstance(piece, str) else piece
+            raw = piece.encode("utf-8", "surrogateescape") if isinstance(piece, str) else piece  # any file name
             sha.update(len(raw).to_bytes(8, "big") + raw)
     return sha.hexdigest()
 

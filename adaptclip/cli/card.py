@@ -31,20 +31,23 @@ def check(
         on_bad_image: stop at the first unreadable image, or list what was skipped.
     """
     from adaptclip.data.card import load_card
+    from adaptclip.data.scaffold import understood
     from adaptclip.data.sources import open_data
+    from adaptclip.errors import shown
 
     data = open_data(load_card(card), data_root=data_root, on_bad_image=on_bad_image)
     write = sys.stdout.write
-    write(f"{data.card.name}: {len(data.class_names)} classes\n")
-    for part in ("train", "validation", "test"):
-        split = getattr(data, part)
+    counts = sum(part.class_counts() for part in data.parts.values())
+    words = understood(dict(zip(data.class_names, counts.tolist(), strict=True))) if data.has_classes else "no classes"
+    write(f"{shown(data.card.name)}: {words}\n")
+    for part, split in data.parts.items():
         write(f"  {part:<11}{len(split):>8} images\n")
     for name in data.test.groups:
         values = sorted(set(data.test.groups[name]))
         counts = ", ".join(f"{v} {data.test.groups[name].count(v)}" for v in values)
         write(f"  test by {name}: {counts}\n")
     for row in data.skipped:
-        write(f"  skipped unreadable image {row}\n")
+        write(f"  not used: {row}\n")
     for note in data.notes:
         write(f"  allowed by the card: {note}\n")
     for issue in data.card.known_issues:
@@ -53,15 +56,16 @@ def check(
     return 0
 
 
-def new(folder: Path, /, *, out: Path = Path("card.md")) -> int:
+def new(folder: Path, /, *, out: Path = Path("card.md"), classes: Literal["auto", "folders"] = "auto") -> int:
     """Write a data card for a folder of images or a table of image paths, to be filled in.
 
     Args:
         folder: class folders, train/test folders of class folders, or a folder with a CSV or JSONL table.
         out: the card to write; an existing file is never overwritten.
+        classes: "folders" takes the folders for classes even where they look like splits or hold only folders.
     """
     from adaptclip.data.scaffold import new_card
 
-    path = new_card(folder, out)
+    path = new_card(folder, out, classes=classes, say=lambda sentence: sys.stdout.write(f"  {sentence}\n"))
     sys.stdout.write(f"wrote {path}. Fill in what it asks for, then: adaptclip card check {path}\n")
     return 0

@@ -13,22 +13,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from adaptclip.data.card_block import PARTS, SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
-from adaptclip.errors import CardError, StorageError, did_you_mean
+from adaptclip.data.card_block import SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
+from adaptclip.data.layouts import read_layout, require_text
+from adaptclip.errors import CardError, StorageError, did_you_mean, shown
 from adaptclip.gate_rules import GateRule, Outcome
 from adaptclip.storage import digest, parse_front_matter, read_text
 
 _log = logging.getLogger(__name__)
-
-FOLDER_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-"""Sub-folder names (lower case) that mean a part when an image folder is split already."""
-
-MADE_UP_FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
-"""Shares of the images in the split that is made for a folder without one."""
 
 
 class Card(CardBlock):
@@ -75,7 +66,9 @@ def load_card(name_or_path: str | Path) -> Card:
     Logs a warning for each known issue of the card, and when a card is made up.
 
     Raises:
-        CardError: there is no such card, or it is not valid; the message names the key and what is allowed.
+        CardError: there is no such card, or it is not valid; the message names the key and what is allowed. Or it
+            cannot be told which folders are classes.
+        DataError: a folder has no class folders, or one whose name cannot be used.
     """
     text = str(name_or_path)
     path = Path(text).expanduser()
@@ -169,40 +162,20 @@ def _explain(detail: Any) -> str:
             return f"{key}: {message}{shown}"
 
 
-def folder_splits(folder: Path) -> Splits:
-    """Returns how an image folder is split: by its own train/val/test folders, or else by MADE_UP_FRACTIONS.
-
-    Raises:
-        CardError: the folder has a training folder but no test folder, or two folders for one part.
-    """
-    below = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {part: [n for n in below if n.lower() in FOLDER_NAMES[part]] for part in PARTS}
-    for part, names in found.items():
-        if len(names) > 1:
-            raise CardError(f"{folder} has several {part} folders: {', '.join(names)}; keep one")
-    if not found["train"]:
-        return Splits(fractions=dict(MADE_UP_FRACTIONS))  # pyright: ignore[reportArgumentType]
-    if not found["test"]:
-        raise CardError(
-            f"{folder} has a folder {found['train'][0]!r} but none for the test images "
-            f"(one of {', '.join(FOLDER_NAMES['test'])}). Add one, or put the class folders directly under {folder} "
-            "and a split is made."
-        )
-    return Splits(**{part: names[0] for part, names in found.items() if names})  # pyright: ignore[reportArgumentType]
-
-
 def _card_for_folder(folder: Path) -> Card:
-    folder = folder.resolve()
-    splits = folder_splits(folder)
+    require_text(folder)
+    layout = read_layout(folder.resolve())
+    splits, named = layout.rule, dict.fromkeys(name for _, name, _ in layout.classes)
     how = (
         "by its own folders " + ", ".join(splits.names.values())
         if splits.fractions is None
         else f"made here from {splits.fractions}, stratified by class"
     )
-    _log.warning("made up a card for the image folder %s: classes are its folders, split %s", folder, how)
+    classes = f"classes are its folders {', '.join(list(named)[:5])}" + f" and {len(named) - 5} more" * (len(named) > 5)
+    _log.warning("made up a card for the image folder %s: %s, split %s", shown(layout.folder), classes, how)
     block = {
-        "source": {"kind": "image_folder", "path": str(folder)},
+        "source": {"kind": "image_folder", "path": str(layout.folder)},
         "splits": splits.model_dump(exclude_none=True),
     }
     front_matter = {"pretty_name": folder.name, "adaptclip": block}
-    return _make_card(block, f"card for {folder}", name=folder.name, front_matter=front_matter)
+    return _make_card(block, f"card for {shown(folder)}", name=folder.resolve().name, front_matter=front_matter)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from adaptclip.data.card import Card
 from adaptclip.data.decode import decode_image
-from adaptclip.errors import DataError
+from adaptclip.errors import DataError, shown
 from adaptclip.storage import digest
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {shown(path)}: {error.strerror or error}") from error
 
 
 class ImageStore(Protocol):
@@ -85,8 +85,8 @@ class FileStore:
         return read_file(self.paths[row])
 
     def where(self, row: int) -> str:
-        """Returns the path."""
-        return str(self.paths[row])
+        """Returns the path, as it can be printed."""
+        return shown(self.paths[row])
 
 
 @dataclass(frozen=True)

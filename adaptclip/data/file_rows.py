@@ -8,20 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adaptclip.data.card import Card, folder_splits
-from adaptclip.data.card_block import Columns, EmbeddedSource, ImageFolderSource, ManifestSource, normalise_text
+from adaptclip.data.card import Card
+from adaptclip.data.card_block import Columns, EmbeddedSource, ImageFolderSource, ManifestSource
 from adaptclip.data.dataset import FileStore, MemoryStore, inside
 from adaptclip.data.embedded import EMBEDDED
 from adaptclip.data.fingerprints import content_digest, file_stamp
+from adaptclip.data.layouts import images_below, read_layout
 from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
 from adaptclip.errors import DataError, StorageError, did_you_mean
 from adaptclip.storage import parse_json
-
-IMAGE_SUFFIXES = frozenset((
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
-    *(".avif", ".tga", ".heic", ".heif"),
-))  # fmt: skip
-"""Endings (lower case) of what counts as an image in a folder; those that cannot be read are reported."""
 
 
 def read_manifest(card: Card, data_root: Path | None) -> RawRows:
@@ -101,28 +96,23 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
-    """Reads class folders, or split folders of class folders; hidden files and other kinds of file are passed over.
+    """Reads class folders, or split folders of class folders, as `read_layout` understands them.
 
     Raises:
+        CardError: it cannot be told which folders are splits and which are classes.
         DataError: there is no such folder, or no class folder in it.
     """
     assert isinstance(card.source, ImageFolderSource)
     folder = base_folder(card, data_root) / card.source.path
     if not folder.is_dir():
         raise DataError(f"card {card.name}: {folder} is not a folder. Point `--data-root` at the folder that holds it")
-    rule = card.splits or folder_splits(folder)
-    starts = {"": folder} if rule.fractions else {name: folder / name for name in rule.names.values()}
-    if card.splits is None or rule.validation is None:
-        starts = {name: start for name, start in starts.items() if start.is_dir()}
+    layout = read_layout(folder, card.splits, card.class_names)
     paths, labels, splits = [], [], []
-    classes: set[str] = set()
-    for split, start in starts.items():
-        for name, class_folder in _class_folders(start).items():
-            classes.add(name)
-            files = _images_below(class_folder)
-            paths += files
-            labels += [name] * len(files)
-            splits += [split] * len(files)
+    for split, name, class_folder in layout.classes:
+        files = images_below(class_folder)
+        paths += files
+        labels += [name] * len(files)
+        splits += [split] * len(files)
     columns = Columns(image="image", label="label")
     if card.columns != columns:
         raise DataError(
@@ -135,33 +125,11 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         values={"label": labels},
         columns=columns,
         origin=str(folder.resolve()),
-        class_names=tuple(sorted(classes)),
-        splits=None if rule.fractions else splits,
-        split_rule=rule,
+        class_names=tuple(sorted({name for _, name, _ in layout.classes})),
+        splits=None if layout.rule.fractions else splits,
+        split_rule=layout.rule,
+        passed_over=layout.unused,
     )
-
-
-def _class_folders(folder: Path) -> dict[str, Path]:
-    """Returns class name (Unicode form NFC) -> folder."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; the card takes it for a split of class folders")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir() or path.name.startswith((".", "__MACOSX")):
-            continue
-        name = normalise_text(path.name)
-        if name in found:
-            raise DataError(f"{folder} has two folders that read {name!r} in different Unicode forms; merge them")
-        found[name] = path
-    if not found:
-        raise DataError(f"{folder} has no class folders: put the images of each class into a folder with its name")
-    return found
-
-
-def _images_below(folder: Path) -> list[Path]:
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    return sorted(shown, key=lambda p: normalise_text(p.relative_to(folder).as_posix()))
 
 
 def read_embedded(card: Card, data_root: Path | None) -> RawRows:

@@ -27,6 +27,7 @@ class RawRows:
         splits: N names of source splits, or None.
         split_rule: how parts are made of them, where the source itself can tell; else the card's.
         class_levels: taxonomy levels that the source gives per class.
+        passed_over: sentences about what lies at the source and was not taken.
     """
 
     store: ImageStore
@@ -38,6 +39,7 @@ class RawRows:
     splits: Sequence[str] | None = None
     split_rule: Splits | None = None
     class_levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.stamps)

@@ -6,16 +6,18 @@ import csv
 import glob
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from adaptclip.data.card import FOLDER_NAMES, Card, folder_splits, parse_card
-from adaptclip.data.card_block import PARTS
+from adaptclip.data.card import Card, parse_card
+from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.columns import as_text, is_missing
-from adaptclip.data.file_rows import IMAGE_SUFFIXES, read_image_folder, read_manifest
-from adaptclip.errors import CardError, StorageError, did_you_mean
+from adaptclip.data.file_rows import read_image_folder, read_manifest
+from adaptclip.data.layouts import MADE_UP_FRACTIONS, images_below, read_layout, require_text
+from adaptclip.data.words import is_junk, split_part
+from adaptclip.errors import CardError, StorageError, did_you_mean, shown
 from adaptclip.storage import parse_json, write_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -33,6 +35,9 @@ COLUMN_NAMES = {
 MAX_GROUPS = 12
 """A column with more different values than this is not proposed as a reported group."""
 
+
+MAX_LISTED = 30
+"""Classes that are listed by name where the understood ones are printed."""
 
 _SECTIONS = """## Motivation
 
@@ -68,9 +73,17 @@ class _Findings:
     splits: list[str]
     columns: list[str]
     labels: Sequence[Any]
+    class_names: Sequence[str] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def new_card(folder: Path, out: Path) -> Path:
+def new_card(
+    folder: Path,
+    out: Path,
+    *,
+    classes: Literal["auto", "folders"] = "auto",
+    say: Callable[[str], object] = lambda sentence: None,
+) -> Path:
     """Writes a commented card for a folder, with what can be found out filled in.
 
     A folder with a CSV, TSV or JSONL table at its top is read through the table; any other by its class folders.
@@ -78,6 +91,8 @@ def new_card(folder: Path, out: Path) -> Path:
     Args:
         folder: class folders, split folders of class folders, or images with a table of their paths.
         out: the card to write; its paths are made relative to its own folder.
+        classes: "folders" takes the folders for classes whatever they look like; "auto" asks where there is a doubt.
+        say: gets each sentence about what was understood and what was left aside.
 
     Returns:
         `out`.
@@ -97,11 +112,23 @@ def new_card(folder: Path, out: Path) -> Path:
         raise CardError(f"{out} exists already and may hold your work; choose another name, or remove it yourself")
     tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
     base = out.resolve().parent
-    found = _of_tables(folder, tables, base) if tables else _of_folder(folder, base)
+    for path in (folder, out):
+        require_text(path)
+    by_table = bool(tables) and classes == "auto"
+    found = _of_tables(folder, tables, base) if by_table else _of_folder(folder, base, asked=classes == "folders")
     text = _card_text(folder.resolve().name, found)
     parse_card(text, name=out.stem, path=out)  # a card that adaptclip itself refuses must never be written
     write_text(out, text)
+    for sentence in (understood(Counter(as_text(label) for label in found.labels)), *found.notes):
+        say(sentence)
     return out
+
+
+def understood(counts: Mapping[str, int]) -> str:
+    """Words what was taken for the classes, with numbers of images, so that a wrong guess is seen at once."""
+    listed = ", ".join(f"{shown(name)} {count:,}" for name, count in list(counts.items())[:MAX_LISTED])
+    more = f" and {len(counts) - MAX_LISTED:,} more" if len(counts) > MAX_LISTED else ""
+    return f"{len(counts):,} classes with their images: {listed}{more}"
 
 
 def _relative(path: Path, base: Path) -> str:
@@ -114,22 +141,26 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _of_folder(folder: Path, base: Path) -> _Findings:
-    if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.rglob("*") if p.is_file()):
+def _of_folder(folder: Path, base: Path, *, asked: bool) -> _Findings:
+    if not images_below(folder):
         raise CardError(
-            f"{folder} holds no image and no table of image paths. Put the images of each class into a folder with the "
-            f"class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and one of classes"
+            f"{shown(folder)} holds no image and no table of image paths. Put the images of each class into a folder "
+            f"with the class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and one of "
+            "classes"
         )
-    splits = folder_splits(folder)
-    source = {"kind": "image_folder", "path": str(folder.resolve())}
-    rows = read_image_folder(_provisional({"source": source, "splits": splits.model_dump(exclude_none=True)}), None)
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_junk(p.name)) if asked else None
+    layout = read_layout(folder, Splits(fractions=dict(MADE_UP_FRACTIONS)) if asked else None, names)  # pyright: ignore[reportArgumentType]
+    splits, source = layout.rule, {"kind": "image_folder", "path": str(layout.folder.resolve())}
+    block = {"source": source, "splits": splits.model_dump(exclude_none=True), "class_names": names}
+    rows = read_image_folder(_provisional(block), None)
+    lines = [f"{part}: {_quoted(name)}" for part, name in splits.names.items()]
     return _Findings(
-        source=["kind: image_folder", f"path: {_quoted(_relative(folder, base))}"],
-        splits=_drawn_lines(splits.fractions)
-        if splits.fractions
-        else [f"{part}: {_quoted(name)}" for part, name in splits.names.items()],
+        source=["kind: image_folder", f"path: {_quoted(_relative(layout.folder, base))}"],
+        splits=_drawn_lines(splits.fractions) if splits.fractions else lines,
         columns=[],
         labels=rows.values["label"],
+        class_names=names,
+        notes=list(rows.passed_over),
     )
 
 
@@ -147,7 +178,7 @@ def _drawn_lines(shares: Mapping[Any, float]) -> list[str]:
 
 
 def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
-    by_part = {part: [t for t in tables if t.stem.lower() in FOLDER_NAMES[part]] for part in PARTS}
+    by_part = {part: [t for t in tables if split_part(t.stem)[0] == part] for part in PARTS}
     named = {part: found[0] for part, found in by_part.items() if len(found) == 1}
     if not {"train", "test"} <= set(named):
         named = {}
@@ -218,9 +249,9 @@ def _values(files: Any, roles: Mapping[str, str], header: list[str], base: Path)
 
 def _table_splits(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
     found = Counter(as_text(v) for v in values[roles["split"]] if not is_missing(v)) if "split" in roles else Counter()
-    parts = {part: name for name in sorted(found) for part in PARTS if name.lower() in FOLDER_NAMES[part]}
+    parts = {part: name for name in sorted(found) for part in PARTS if split_part(name) == (part, "")}
     if not {"train", "test"} <= set(parts):
-        return _drawn_lines({"train": 0.6, "validation": 0.1, "test": 0.3})
+        return _drawn_lines(MADE_UP_FRACTIONS)
     lines = [f"column: {_quoted(roles['split'])}"]
     return lines + [f"{part}: {_quoted(parts[part])}  # {found[parts[part]]} images" for part in PARTS if part in parts]
 
@@ -266,7 +297,7 @@ def _card_text(name: str, found: _Findings) -> str:
     aliases = "\n".join(f"  #   {_quoted(label)}: {_quoted(_words(label))}" for label in classes[:20])
     more = "" if len(classes) <= 20 else f"\n  #   # and {len(classes) - 20} more"
     columns = f"  columns:\n    {indent(found.columns)}\n" if found.columns else ""
-    names = ""
+    names = f"  class_names: [{', '.join(map(_quoted, found.class_names))}]\n" if found.class_names else ""
     if found.columns and all(label.isdecimal() for label in classes):
         numbers = ", ".join(_quoted(f"class {i}") for i in range(max(map(int, classes)) + 1))
         names = (

@@ -89,6 +89,7 @@ def open_data(
         _split_names(raw, rule)[row] for row, part in zip(images.rows, parts, strict=True) if part == UNUSED
     )
     skipped += [f"{count} images of the split {name!r} are not used" for name, count in unused.items()]
+    skipped += raw.passed_over
     for sentence in skipped:
         _log.warning("card %s: %s", card.name, sentence)
     train, validation, test = (images.select([i for i, p in enumerate(parts) if p == part]) for part in PARTS)

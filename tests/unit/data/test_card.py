@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from adaptclip.data import card as card_module
-from adaptclip.data.card import MADE_UP_FRACTIONS, list_cards, load_card, parse_card
+from adaptclip.data.card import list_cards, load_card, parse_card
 from adaptclip.data.card_block import ALLOWABLE, GroupBins, Splits
+from adaptclip.data.layouts import MADE_UP_FRACTIONS
 from adaptclip.errors import CardError
 
 MINIMAL = "  source: {kind: parquet, files: 'a/*.parquet'}\n"

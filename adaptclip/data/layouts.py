@@ -1,0 +1,273 @@
+"""How a folder of images is laid out: which of its folders are splits, which are classes, and which are neither.
+
+Folders are taken for classes where they hold images. Those that hold only folders, look like splits or files' kinds, or
+all have the same folders in them are never classes without being asked: they are splits where their names leave no
+doubt, and otherwise refused with the lines to write into a card.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptclip.data.card_block import PARTS, Splits, normalise_text
+from adaptclip.data.words import CONTAINERS, is_fold, is_junk, share_of, split_part, words_of
+from adaptclip.errors import CardError, DataError, shown
+
+MADE_UP_FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
+"""Shares of the images in the split that is made for a folder without one."""
+
+IMAGE_SUFFIXES = frozenset((
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
+    *(".avif", ".tga", ".heic", ".heif"),
+))  # fmt: skip
+"""Endings (lower case) of what counts as an image in a folder; those that cannot be read are reported."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the folders of a folder are.
+
+    Attributes:
+        folder: what holds the folders of classes or splits; below the given one where that only wraps it.
+        rule: how the images are divided: by `folder`'s own split folders, or drawn.
+        classes: (split name, class name, folder of its images), class names in Unicode form NFC; the split's name is ""
+            where one is drawn.
+        unused: sentences about what was left aside.
+    """
+
+    folder: Path
+    rule: Splits
+    classes: tuple[tuple[str, str, Path], ...]
+    unused: tuple[str, ...] = ()
+
+
+def read_layout(folder: Path, rule: Splits | None = None, class_names: Sequence[str] | None = None) -> Layout:
+    """Finds out which folders are splits and which are classes.
+
+    Args:
+        folder: to look into.
+        rule: what the card says of the splits; None finds out.
+        class_names: classes that the card names; folders with these names are classes whatever they look like.
+
+    Raises:
+        CardError: that cannot be told, or the folders contradict each other; the message says what to write.
+        DataError: there are no class folders, or a name cannot be used.
+    """
+    asked = frozenset(class_names or ())
+    if rule is not None and rule.fractions is None:
+        base = folder if any((folder / name).is_dir() for name in rule.names.values()) else _unwrapped(folder)
+        return _named(base, rule, asked)
+    base = _unwrapped(folder)
+    top = _folders(base)
+    if rule is None or not _are_asked(top, asked):
+        found = _split_folders(base, top, asked)
+        if found and rule is None:
+            return _named(base, Splits(**found), asked)  # pyright: ignore[reportArgumentType]
+        if found:  # a split is drawn anew from the images of all split folders
+            inner = _named(base, Splits(**found), asked)  # pyright: ignore[reportArgumentType]
+            together = tuple(("", name, path) for _, name, path in inner.classes)
+            words = f"the images of the folders {', '.join(found.values())} are put together, and divided anew"
+            return Layout(base, rule, together, (*inner.unused, words))  # pyright: ignore[reportArgumentType]
+    rule = rule or Splits(fractions=dict(MADE_UP_FRACTIONS))  # pyright: ignore[reportArgumentType]
+    classes = tuple(("", name, path) for name, path in _class_folders(base, asked).items())
+    return Layout(base, rule, classes, tuple(_loose(base)))
+
+
+def is_text(name: str) -> bool:
+    """Whether a name from a file system can be written as UTF-8; on disk it may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_text(path: Path) -> None:
+    """Raises CardError where a path cannot stand in a card, because it is not UTF-8 text."""
+    if not is_text(str(path.resolve())):
+        raise CardError(
+            f"the path {shown(path.resolve())} is not UTF-8 text, so no card can name it; rename the folder"
+        )
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p.name))
+    except OSError as error:
+        raise DataError(f"cannot look into {shown(folder)}: {error.strerror or error}") from error
+
+
+def _images(folder: Path) -> int:
+    """Number of images directly in a folder."""
+    return sum(p.suffix.lower() in IMAGE_SUFFIXES and not is_junk(p.name) for p in folder.iterdir() if p.is_file())
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Returns the images in a folder and in the folders below it, without what programs left there."""
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    kept = [p for p in files if not any(map(is_junk, p.relative_to(folder).parts))]
+    return sorted(kept, key=lambda p: normalise_text(p.relative_to(folder).as_posix()))
+
+
+def _holds_only_folders(folder: Path) -> bool:
+    return bool(_folders(folder)) and not _images(folder)
+
+
+def _unwrapped(folder: Path) -> Path:
+    """Goes down through folders that hold a single folder of folders, as archives unpack."""
+    below = _folders(folder)
+    if len(below) != 1 or _images(folder) or split_part(below[0].name)[0] or not _holds_only_folders(below[0]):
+        return folder
+    return _unwrapped(below[0])
+
+
+def _are_asked(folders: Sequence[Path], asked: frozenset[str]) -> bool:
+    return bool(asked) and all(normalise_text(path.name) in asked for path in folders)
+
+
+def _split_folders(base: Path, top: Sequence[Path], asked: frozenset[str]) -> dict[str, str]:
+    """Returns part -> folder name where folders are splits without doubt; {} where none looks like one."""
+    if _are_asked(top, asked):
+        return {}
+    part_of = {path: split_part(path.name) for path in top if not _images(path) or _folders(path)}
+    part_of = {path: found for path, found in part_of.items() if found[0] is not None}
+    # "steam_train" is a kind of train; "chest_xray_train" is none beside "chest_xray_test".
+    rests = Counter(rest for _, rest in part_of.values())
+    plain = {path: part for path, (part, rest) in part_of.items() if not rest or rests[rest] > 1}
+    by_part = {part: [path.name for path, own in plain.items() if own == part] for part in PARTS}
+    by_part = {part: names for part, names in by_part.items() if names}
+    for part, names in by_part.items():
+        if len(names) > 1:
+            raise CardError(
+                f"{shown(base)} has several {part} folders: {', '.join(map(shown, names))}; keep one, or name one for "
+                f"each part in the card: {_splits_line(by_part)}"
+            )
+    if not by_part:
+        return {}
+    if not {"train", "test"} <= by_part.keys():
+        _refuse_half(base, top, {part: names[0] for part, names in by_part.items()})
+    return {part: by_part[part][0] for part in PARTS if part in by_part}
+
+
+def _refuse_half(base: Path, top: Sequence[Path], found: dict[str, str]) -> None:
+    """Raises CardError about a division without training or test images; returns where the folder is a class."""
+    if len(top) > len(found) and not any(_holds_only_folders(base / name) for name in found.values()):
+        return
+    loose = [path.name for path in top if split_part(path.name)[0] and path.name not in found.values()]
+    if loose:
+        has = f"; {shown(loose[0])} holds images without class folders, so nothing says what they show"
+    elif "train" in found:
+        has = ""
+    else:
+        has = "; to judge models on them alone, write a card with `splits: {test: " + next(iter(found.values())) + "}`"
+    lacks = "test" if "train" in found else "training"
+    names = ", ".join(repr(shown(name)) for name in found.values())
+    raise CardError(
+        f"{shown(base)} has a folder {names} but none for the {lacks} images{has}. Add one; or say in a card which "
+        "folder plays which part, `splits: {train: ..., test: ...}`, or let the images of all of them be divided anew, "
+        "`splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
+    )
+
+
+def _splits_line(by_part: dict[str, list[str]]) -> str:
+    return "`splits: {" + ", ".join(f"{part}: {shown(names[0])}" for part, names in by_part.items()) + "}`"
+
+
+def _named(base: Path, rule: Splits, asked: frozenset[str]) -> Layout:
+    """The layout of split folders by name."""
+    starts = {name: base / name for name in rule.names.values()}
+    if rule == Splits() or rule.validation is None:
+        starts = {name: start for name, start in starts.items() if start.is_dir()}
+    for start in starts.values():
+        if not start.is_dir():
+            raise DataError(f"{shown(start)} is not a folder; the card takes it for a split of class folders")
+    used = {Path(name).parts[0] for name in starts}
+    unused = [
+        f"{len(files)} images in the folder {shown(path.name)} are not used: it is no split and no class"
+        for path in _folders(base)
+        if path.name not in used and (files := images_below(path))
+    ]
+    tops = {name: {p.name for p in _folders(start)} for name, start in starts.items()}
+    classes: list[tuple[str, str, Path]] = []
+    for name, start in starts.items():
+        # A split with a single folder of folders wraps its classes, unless it is one of several in another split.
+        is_class = any(tops[name] < other for other in tops.values())
+        inner = start if is_class else _unwrapped_split(start)
+        classes += [(name, label, path) for label, path in _class_folders(inner, asked).items()]
+        unused += _loose(inner)
+    return Layout(base, rule, tuple(classes), (*_loose(base), *unused))
+
+
+def _unwrapped_split(start: Path) -> Path:
+    below = _folders(start)
+    if len(below) == 1 and not _images(start) and _holds_only_folders(below[0]):
+        return _unwrapped_split(below[0])
+    return start
+
+
+def _loose(folder: Path) -> list[str]:
+    number = _images(folder)
+    return [f"{number} images directly in {shown(folder)} are not used: they lie in no class folder"] if number else []
+
+
+def _class_folders(folder: Path, asked: frozenset[str]) -> dict[str, Path]:
+    """Returns class name (Unicode form NFC) -> folder."""
+    found: dict[str, Path] = {}
+    for path in _folders(folder):
+        name = normalise_text(path.name)
+        if not is_text(name):
+            raise DataError(f"the class folder {shown(path)} has a name that is not UTF-8 text; rename it")
+        if name in found:
+            raise DataError(f"{folder} has two folders that read {name!r} in different Unicode forms; merge them")
+        found[name] = path
+    if not found:
+        raise DataError(
+            f"{shown(folder)} has no class folders: put the images of each class into a folder with its name"
+        )
+    if not _are_asked(list(found.values()), asked):
+        _refuse_doubtful(folder, found)
+    return found
+
+
+def _refuse_doubtful(folder: Path, found: dict[str, Path]) -> None:
+    """Raises CardError where folders may be something else than classes."""
+    with_images = {name: path for name, path in found.items() if _images(path)}
+    only_folders = {
+        name: path for name, path in found.items() if name not in with_images and images_below(path)
+    }  # those without any image are classes without images, of which the checks speak
+    inner = {name: {p.name for p in _folders(path) if images_below(p)} for name, path in found.items()}
+    same = next(iter(inner.values())) if len(inner) > 1 and len(set(map(frozenset, inner.values()))) == 1 else set()
+    parts = {split_part(name)[0] for name in with_images if not split_part(name)[1]} - {None}
+    shares = [share_of(name) for name in found]
+    names = list(found)
+    if len(names) > 1 and all(map(is_fold, names)):
+        why = "look like the folds of a cross-validation"
+    elif len(names) > 1 and None not in shares and abs(sum(s or 0 for s in shares) - 100) < 1:
+        why = "look like shares of one set"
+    elif len(parts) > 1:
+        why = "look like splits, and hold images without class folders"
+    elif same:
+        why = f"all have the same folders in them ({_some(sorted(same))})"
+    elif only_folders:
+        names = list(only_folders)
+        below = sorted(inner[names[0]])
+        why = f"hold only folders ({_some(below)})"
+    elif len(names) > 1 and all(set(words_of(name)) <= CONTAINERS for name in names):
+        why = "have names of kinds of files"
+    else:
+        return
+    few = [shown(name) for name in found][:8]
+    listed = ", ".join(few) + (", ..." if len(found) > len(few) else "")
+    raise CardError(
+        f"{shown(folder)}: {_some(names)} {why}, so they are not taken for classes without being asked. "
+        "If they are splits, say which in a card: `splits: {train: FOLDER, test: FOLDER}`. If they are the classes, "
+        f"name them there: `class_names: [{listed}]` (`adaptclip card new FOLDER --classes folders` writes such a "
+        "card). If they are neither, list the images in a table"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(shown(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
