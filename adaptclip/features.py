@@ -35,7 +35,7 @@ from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import BackboneError, ConfigError, StorageError
 from adaptclip.seeding import derive_seed
-from adaptclip.storage import digest, parse_json, write_bytes, write_json
+from adaptclip.storage import check_is_file, digest, parse_json, write_bytes, write_json
 from adaptclip.types import Features
 
 SHARD_ROWS = 256
@@ -257,7 +257,9 @@ def _write_shard(folder: Path, key: dict[str, Any], contents: Sequence[str], val
     """Writes one shard under the digest of its bytes: one rename makes it exist, and every later damage is seen."""
     if not (folder / "key.json").exists():
         write_json(folder / "key.json", key)
-    shard = safetensors.torch.save({"values": values.contiguous()}, {"contents": json.dumps(list(contents))})
+    # With the key's digest in it, a shard that is moved to another folder is not taken for one of that folder's.
+    told = {"contents": json.dumps(list(contents)), "key": folder.name}
+    shard = safetensors.torch.save({"values": values.contiguous()}, told)
     write_bytes(folder / f"{digest(shard)[:32]}.safetensors", shard)
 
 
@@ -283,8 +285,13 @@ def _read_shards(folder: Path, wanted: dict[str, int], out: Tensor) -> dict[str,
 def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]:
     """Returns which of the wanted images a shard holds, and their features; none when it is damaged."""
     try:
+        if os.path.lexists(path):
+            check_is_file(path)
         with safetensors.safe_open(path, "pt") as shard:
-            contents: list[str] = parse_json(shard.metadata()["contents"], where=f"the contents of {path}")
+            told = shard.metadata() or {}
+            if told.get("key", path.parent.name) != path.parent.name:
+                raise ValueError("it holds features of other weights or another transform")
+            contents: list[str] = parse_json(told["contents"], where=f"the contents of {path}")
             rows = [i for i, content in enumerate(contents) if content in wanted]
             if rows:  # the file is memory-mapped: without wanted rows no feature is read
                 _check_digest(path)

@@ -104,15 +104,28 @@ def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
     Raises:
         StorageError: the file is missing, no plain file, larger than `max_bytes`, or not UTF-8.
     """
+    check_is_file(path, max_bytes=max_bytes)
+    try:
+        return _decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error}") from error
+
+
+def check_is_file(path: Path, *, max_bytes: int | None = None) -> None:
+    """Refuses what is no plain file before it is opened: whoever opens a pipe waits for its writer, maybe for ever.
+
+    Raises:
+        StorageError: the file is missing, is a folder, pipe or device, or is larger than `max_bytes`.
+    """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-            raise StorageError(f"cannot read {path}: it is {what}, no file")
-        _check_length(status.st_size, max_bytes, str(path))
-        return _decoded(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {path}: {error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+        raise StorageError(f"cannot read {path}: it is {what}, no file")
+    if max_bytes is not None:
+        _check_length(status.st_size, max_bytes, str(path))
 
 
 def _check_length(length: int, max_bytes: int, where: str) -> None:
@@ -331,6 +344,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads safetensors. Raises StorageError when the file is missing, truncated or not safetensors."""
+    check_is_file(path)
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError, ValueError) as error:
@@ -349,6 +363,7 @@ def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     Raises:
         StorageError: the file is missing or damaged.
     """
+    check_is_file(path)
     try:
         table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:

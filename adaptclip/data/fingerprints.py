@@ -182,16 +182,20 @@ def _load(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        table, _ = read_parquet(path)
-        return dict(zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True))
-    except (StorageError, KeyError, ValueError) as error:
+        table, told = read_parquet(path)
+        keys, values = table["key"].to_pylist(), table["value"].to_pylist()
+        if told.get("digest") != digest(keys, values):
+            raise ValueError(f"{path} does not hold what was written")
+        return dict(zip(keys, values, strict=True))
+    except (StorageError, KeyError, ValueError, TypeError, AttributeError) as error:
         _log.warning("the cached image digests are damaged and are computed again: %s", error)
         return {}
 
 
 def _save(path: Path, values: Mapping[str, str]) -> None:
     try:
-        write_parquet(path, pa.table({"key": list(values), "value": list(values.values())}), {})
+        told = {"digest": digest(values.keys(), values.values())}
+        write_parquet(path, pa.table({"key": list(values), "value": list(values.values())}), told)
     except StorageError as error:
         _log.warning("image digests are not kept for the next run: %s", error)
 

@@ -241,6 +241,28 @@ def test_damaged_shard_is_encoded_again_with_a_warning(tmp_path, small_shards, d
     assert _get(FeatureCache(tmp_path), dataset, backbone).values.equal(expected.values)
 
 
+def test_shard_that_was_moved_to_another_folder_is_not_taken_for_one_of_its(tmp_path):
+    dataset, other = _dataset(range(5)), FakeBackbone(seed=1)
+    _get(FeatureCache(tmp_path / "one"), dataset)
+    expected = _get(FeatureCache(tmp_path / "two"), dataset, other)
+    (foreign,), (own,) = ((tmp_path / name).glob("*/*.safetensors") for name in ("one", "two"))
+    own.unlink()
+    foreign.rename(own.with_name(foreign.name))  # whole, with the digest of its bytes in its name
+    with pytest.warns(UserWarning, match=r"of other weights or another transform\); its images are encoded again"):
+        features = _get(FeatureCache(tmp_path / "two"), dataset, other)
+    assert torch.equal(features.values, expected.values)
+
+
+def test_pipe_among_the_shards_is_not_waited_for(tmp_path):
+    dataset = _dataset(range(5))
+    expected = _get(FeatureCache(tmp_path), dataset)
+    (shard,) = tmp_path.glob("*/*.safetensors")
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.warns(UserWarning, match="a pipe or device, no file"):
+        assert _get(FeatureCache(tmp_path), dataset).values.equal(expected.values)
+
+
 def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, small_shards):
     dataset = _dataset(range(20))
     num_written = []

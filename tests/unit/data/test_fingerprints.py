@@ -22,6 +22,7 @@ from adaptclip.data.fingerprints import (
     similar_pairs,
 )
 from adaptclip.errors import DataError
+from adaptclip.storage import read_parquet, write_parquet
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,16 @@ def test_a_damaged_cache_is_computed_again(cache, caplog):
     (path,) = (cache / "fingerprints").iterdir()
     path.write_bytes(path.read_bytes()[:40])
     assert content_digests(lambda row: b"x", ["1"], store="s") == expected
+    assert "damaged and are computed again" in caplog.text
+
+
+def test_kept_digests_that_were_changed_are_computed_again(cache, caplog):
+    """Whole as a file, and wrong: nothing but a digest of all rows can tell."""
+    expected = content_digests(lambda row: b"xy"[row : row + 1], ["1", "2"], store="s")
+    (path,) = (cache / "fingerprints").iterdir()
+    table, told = read_parquet(path)
+    write_parquet(path, table.set_column(1, "value", table["value"].take([1, 0])), told)
+    assert content_digests(lambda row: b"xy"[row : row + 1], ["1", "2"], store="s") == expected
     assert "damaged and are computed again" in caplog.text
 
 
