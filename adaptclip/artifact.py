@@ -11,25 +11,21 @@ Nothing in it is a pickle, and nothing of the base model is copied.
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import platform
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-from PIL import Image
-from tqdm import tqdm
-
 import adaptclip
+from adaptclip.adapted_model import AdaptedModel as AdaptedModel
+from adaptclip.adapted_model import Prediction as Prediction
+from adaptclip.adapted_model import Unreadable as Unreadable
 from adaptclip.adapters import ADAPTERS, Adapter
 from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_objective, check_sizes
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.dataset import DomainData
-from adaptclip.data.decode import decode_image
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
@@ -37,33 +33,11 @@ from adaptclip.gates import Verdict
 from adaptclip.model_card import model_card
 from adaptclip.outputs import atomic_folder
 from adaptclip.storage import digest, read_json, read_tensors, write_json, write_tensors, write_text
-from adaptclip.types import Batch
 
 FORMAT_VERSION = 1
 """Raised when an older adaptclip could no longer read what a newer one writes."""
 
 _LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvision")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one image.
-
-    Attributes:
-        source: the path, or the position in the list for images that have none.
-        label: the most probable class.
-        confidence: its probability, 0 to 1.
-        probabilities: class name -> probability, most probable first. They sum to 1, or after the sigmoid objective
-            each is of its class by itself.
-        labels: every class that is named, most probable first: `label`, or after the sigmoid objective all whose
-            probability reaches their threshold, which may be none.
-    """
-
-    source: str
-    label: str
-    confidence: float
-    probabilities: dict[str, float]
-    labels: tuple[str, ...]
 
 
 def save_artifact(
@@ -272,79 +246,3 @@ def _check_verdicts(folder: Path, manifest: Mapping[str, Any], allow_failed_gate
             + "; ".join(by_verdict["inconclusive"]),
             stacklevel=3,
         )
-
-
-class AdaptedModel:
-    """An adapted CLIP ready to predict.
-
-    Attributes:
-        class_names: C names, in the order of the probabilities' columns.
-        thresholds: what a class's probability must reach for it to be named, after the sigmoid objective; else None.
-        manifest: what the artifact says of itself.
-        folder: the artifact folder it was loaded from.
-    """
-
-    def __init__(self, adapter: Adapter, backbone: ClipBackbone, manifest: Mapping[str, Any], *, folder: Path) -> None:
-        self.adapter, self.folder = adapter, folder
-        self.backbone = backbone
-        self.manifest = manifest
-        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
-        told = manifest.get("objective")
-        self.thresholds = None if told is None else Thresholds.from_dict(told["thresholds"])
-
-    @torch.inference_mode()
-    def probabilities(self, images: Iterable[Image.Image]) -> torch.Tensor:
-        """Returns the (B, C) float32 class probabilities of RGB images, on the CPU.
-
-        Rows sum to 1; after the sigmoid objective each probability is of its class by itself.
-        """
-        device = next(self.backbone.parameters()).device
-        pixels = torch.stack([self.backbone.transform(image) for image in images]).to(device)
-        index = torch.arange(len(pixels), device=device)
-        batch = Batch(labels=index, index=index, features=self.adapter.encoder.encode_image(pixels))
-        logits = self.adapter(batch).float()
-        return (logits.softmax(dim=1) if self.thresholds is None else logits.sigmoid()).cpu()
-
-    def predict(
-        self, images: Sequence[Path | str | bytes | Image.Image], *, batch_size: int = 64, progress: bool = False
-    ) -> list[Prediction]:
-        """Predicts images: the checkpoint's own transform, the decoding used in training.
-
-        Args:
-            images: paths, encoded bytes or PIL images.
-            batch_size: images per forward pass.
-            progress: show a progress bar (never where standard error is not a terminal).
-
-        Raises:
-            DataError: naming the first image that cannot be read.
-        """
-        window = self.manifest.get("window")
-        names = [str(i) if isinstance(image, bytes | Image.Image) else str(image) for i, image in enumerate(images)]
-        predictions: list[Prediction] = []
-        with tqdm(total=len(images), unit="image", disable=None if progress else True, leave=False) as bar:
-            for start in range(0, len(images), batch_size):
-                chunk = range(start, min(start + batch_size, len(images)))
-                decoded = [_as_rgb(images[i], names[i], tuple(window) if window else None) for i in chunk]
-                for i, row in zip(chunk, self.probabilities(decoded), strict=True):
-                    predictions.append(self._prediction(names[i], row))
-                bar.update(len(chunk))
-        return predictions
-
-    def _prediction(self, source: str, row: torch.Tensor) -> Prediction:
-        order = row.argsort(descending=True, stable=True).tolist()
-        ranked = {self.class_names[i]: float(row[i]) for i in order}
-        label = self.class_names[order[0]]
-        labels = (label,)
-        if self.thresholds is not None:
-            least = self.thresholds.values
-            labels = tuple(self.class_names[i] for i in order if float(row[i]) >= least[i])
-        return Prediction(source, label, float(row[order[0]]), ranked, labels)
-
-
-def _as_rgb(image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None) -> Image.Image:
-    if isinstance(image, Image.Image):
-        # A picture in memory takes the same way as a file, so that serving and training cannot differ.
-        buffer = io.BytesIO()
-        image.save(buffer, format="TIFF" if image.mode in ("F", "I", "CMYK") else "PNG", exif=image.getexif())
-        image = buffer.getvalue()
-    return decode_image(image if isinstance(image, bytes) else Path(image), row=name, window=window)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from adaptclip.config import parse
 from adaptclip.errors import AdaptclipError
+from adaptclip.terminal import guard_messages, say
 
 T = TypeVar("T")
 
@@ -29,19 +30,22 @@ def launch(main: Callable[[T], int], config_type: type[T], argv: Sequence[str] |
 
 def run_and_exit(call: Callable[[], int | None]) -> None:
     """Leaves with the code that `call` returns; deliberate errors become one message on stderr and code 1."""
+    guard_messages()
     try:
         code = call() or 0
     except AdaptclipError as error:
         # Every process of a distributed run fails alike; one of them tells.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\nerror: {error}", file=sys.stderr)  # noqa: T201 - this is where errors are printed
+            say(to=sys.stderr)
+            say(f"error: {error}", to=sys.stderr, several_lines=True)
         code = 1
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(  # noqa: T201
-                "\nstopped by Ctrl-C. What was finished is kept; the same command with --resume goes on "
+            say(to=sys.stderr)
+            say(
+                "stopped by Ctrl-C. What was finished is kept; the same command with --resume goes on "
                 "from the newest checkpoint.",
-                file=sys.stderr,
+                to=sys.stderr,
             )
         code = 130
     finally:

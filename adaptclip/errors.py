@@ -22,6 +22,10 @@ class DataError(AdaptclipError):
     """Images, labels or other columns are missing, unreadable or out of range."""
 
 
+class ResourceError(AdaptclipError):
+    """Memory, open files, a disk or a decoder gave out; the data may be fine, and another try may succeed."""
+
+
 class SplitError(AdaptclipError):
     """A split leaks, lacks a class, or cannot be drawn as asked."""
 
@@ -64,13 +68,21 @@ def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20) -> str:
     return (f'Did you mean "{by_lower[near[0]]}"? ' if near else "") + f"Allowed: {listed or 'none'}."
 
 
-def shown(text: object) -> str:
+def shown(text: object, *, keep: str = "") -> str:
     """Returns text that can be printed anywhere: control characters and bytes that are no UTF-8 as escapes.
 
     A file name may be any bytes on disk: one that was written in Latin-1 is shown with the number of its "é".
     """
-    raw = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in raw)
+    raw = str(text)
+    if raw.isprintable():
+        return raw
+    return "".join(c if c.isprintable() or c in _HARMLESS or c in keep else _escaped(c) for c in raw)
+
+
+def _escaped(c: str) -> str:
+    if "\udc80" <= c <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return c.encode("unicode_escape").decode()
 
 
 _HARMLESS = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"

@@ -28,6 +28,7 @@ import pyarrow.csv
 
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.storage import read_parquet
+from adaptclip.terminal import QUOTED
 
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
 _TEXT_FILES = {".csv": ",", ".tsv": "\t"}
@@ -88,6 +89,10 @@ def _read_text(path: Path) -> pa.Table:
         raise DataError(f"cannot read {path}: {error}. It should be UTF-8 text with one header line.") from error
     if strange:
         raise DataError(f"cannot read {path}: column {strange[0]!r} is no UTF-8 text; save the table as UTF-8")
+    # What we and others write before text that a spreadsheet would run is no part of the text.
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            table = table.set_column(i, field.name, pc.replace_substring_regex(table[i], QUOTED, r"\1"))
     return table
 
 

@@ -29,6 +29,7 @@ from adaptclip.experiments.runner import run_jobs, take_place
 from adaptclip.experiments.search import Budget
 from adaptclip.experiments.store import FeatureStore
 from adaptclip.storage import write_yaml
+from adaptclip.terminal import say
 
 SHORT = (
     "coop.epochs=50", "coop.views=5", "kgcoop.epochs=50", "kgcoop.views=5", "lora.steps=60", "lora.lr=1e-2",
@@ -132,9 +133,9 @@ def main(cfg: Config) -> int:
     results = [result for job in grid.jobs if (result := board.result(job.key))]
     said = write_output(cfg.out, results, failures, asked)
     for sentence in said:
-        print(f"- {sentence}")
+        say(f"- {sentence}")
     for failure in failures:
-        print(f"failed: {failure['job']}: {failure['error']}: {failure['message']}")
+        say(f"failed: {failure['job']}: {failure['error']}: {failure['message']}", several_lines=True)
     print(f"{len(results)} of {len(grid.jobs)} jobs: {cfg.out}/index.html, tables.md, tables.tex, results.csv, curves")
     if stopped:
         print("stopped by Ctrl-C: the same command goes on with the jobs that are left")

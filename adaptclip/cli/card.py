@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
+
+from adaptclip.terminal import say
 
 
 def list_names() -> int:
@@ -12,7 +13,7 @@ def list_names() -> int:
     from adaptclip.data.card import list_cards
 
     for name in list_cards():
-        sys.stdout.write(name + "\n")
+        say(name)
     return 0
 
 
@@ -33,26 +34,24 @@ def check(
     from adaptclip.data.card import load_card
     from adaptclip.data.scaffold import understood
     from adaptclip.data.sources import open_data
-    from adaptclip.errors import shown
 
     data = open_data(load_card(card), data_root=data_root, on_bad_image=on_bad_image)
-    write = sys.stdout.write
     counts = sum(part.class_counts() for part in data.parts.values())
     words = understood(dict(zip(data.class_names, counts.tolist(), strict=True))) if data.has_classes else "no classes"
-    write(f"{shown(data.card.name)}: {words}\n")
+    say(f"{data.card.name}: {words}")
     for part, split in data.parts.items():
-        write(f"  {part:<11}{len(split):>8} images\n")
+        say(f"  {part:<11}{len(split):>8} images")
     for name in data.test.groups:
         values = sorted(set(data.test.groups[name]))
         counts = ", ".join(f"{v} {data.test.groups[name].count(v)}" for v in values)
-        write(f"  test by {name}: {counts}\n")
+        say(f"  test by {name}: {counts}")
     for row in data.skipped:
-        write(f"  not used: {row}\n")
+        say(f"  not used: {row}")
     for note in data.notes:
-        write(f"  allowed by the card: {note}\n")
+        say(f"  allowed by the card: {note}")
     for issue in data.card.known_issues:
-        write(f"  known issue: {issue}\n")
-    write("no problem found that the card does not allow\n")
+        say(f"  known issue: {issue}")
+    say("no problem found that the card does not allow")
     return 0
 
 
@@ -66,6 +65,6 @@ def new(folder: Path, /, *, out: Path = Path("card.md"), classes: Literal["auto"
     """
     from adaptclip.data.scaffold import new_card
 
-    path = new_card(folder, out, classes=classes, say=lambda sentence: sys.stdout.write(f"  {sentence}\n"))
-    sys.stdout.write(f"wrote {path}. Fill in what it asks for, then: adaptclip card check {path}\n")
+    path = new_card(folder, out, classes=classes, say=lambda sentence: say(f"  {sentence}"))
+    say(f"wrote {path}. Fill in what it asks for, then: adaptclip card check {path}")
     return 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from adaptclip.cli.judged import load_predictions
+from adaptclip.terminal import say
 
 
 def compare(
@@ -36,7 +36,8 @@ def compare(
     first, second = (load_predictions(path, None)[0] for path in (before, after))
     result = compare_groups(first, second, group, metric=metric, margin=margin, min_n=min_n)
     text = levelling_markdown(result)
-    sys.stdout.write(text)
+    for line in text.rstrip("\n").split("\n"):
+        say(line)
     if out is not None:
         write_text(out.with_suffix(".md"), text)
         write_json(out.with_suffix(".json"), result)

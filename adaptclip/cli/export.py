@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
-from adaptclip.cli.images import find_images
+from adaptclip.terminal import say
 
 
 def export(
@@ -31,15 +30,16 @@ def export(
         allow_failed_gates: export a model although one of its gates failed.
         overwrite: replace an existing folder.
     """
-    from adaptclip.data.decode import decode_image
+    from adaptclip.data.image_files import find_images
     from adaptclip.export import export_artifact
 
-    pictures = [decode_image(path, row=str(path)) for path in find_images([images])] if images else None
+    pictures = find_images([images])[0] if images else None
     found = export_artifact(
         artifact, to, out, pictures=pictures, licence=license, allow_failed_gates=allow_failed_gates,
         overwrite=overwrite,
     )  # fmt: skip
-    sys.stdout.write(f"{found}\nwrote {out}; its README.md says how it is used\n")
+    say(str(found))
+    say(f"wrote {out}; its README.md says how it is used")
     if to == "hf" and license is None:
-        sys.stdout.write("the model card names no licence: give --license, or fill it in before the upload\n")
+        say("the model card names no licence: give --license, or fill it in before the upload")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adaptclip.cli.judged import load_predictions
 from adaptclip.errors import GateError
+from adaptclip.terminal import console
 
 
 def gate(
@@ -26,9 +27,6 @@ def gate(
         classes: class names in the order of their ids, for a file that has numbers only.
         junit: where the verdicts are also written as JUnit XML.
     """
-    from rich.console import Console
-    from rich.text import Text
-
     from adaptclip.gates import check_gates, exit_code, load_gates
     from adaptclip.gates.junit import to_junit
     from adaptclip.reports.render import print_report
@@ -45,7 +43,7 @@ def gate(
             raise GateError(f"{path} names no gates; give a YAML file: --gates gates.yaml")
         judged[str(path)] = verdicts = check_gates(model, reference, load_gates(source))
         if len(predictions) > 1:
-            Console().print(Text(f"{path}: {_summary(verdicts)}", style="bold"))
+            console().print(f"{path}: {_summary(verdicts)}", style="bold")
         print_report(build_report(model, reference), verdicts)
     if junit is not None:
         write_text(junit, to_junit(judged))

@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptclip.errors import shown
+from adaptclip.terminal import console
+
 if TYPE_CHECKING:
     from adaptclip.adapters.applicability import Applicability
 
@@ -43,14 +46,13 @@ def inspect(
 
 
 def _print(about: dict[str, Any], methods: list[Applicability], classes: int) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    screen = console()
     weights = f", weights {about['pretrained']}" if about["pretrained"] else ""
-    console.print(f"[bold]{escape(about['name'])}[/bold]{escape(weights)}, {about['precision']}, "
-                  f"digest {about['digest'][:12]}", highlight=False)  # fmt: skip
+    told = f"{weights}, {about['precision']}, digest {about['digest'][:12]}"
+    screen.print(Text.assemble((shown(about["name"]), "bold"), shown(told)))
     towers = Table("tower", "kind", "blocks", "width", "parameters", "input")
     image, text, transform = about["image"], about["text"], about["transform"]
     for name, tower, takes in (
@@ -58,8 +60,8 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
         ("text", text, f"{text['context_length']} tokens"),
     ):
         width = "varies" if tower["width"] is None else str(tower["width"])
-        towers.add_row(name, escape(tower["kind"]), str(tower["blocks"]), width, f"{tower['parameters']:,}", takes)
-    console.print(towers)
+        towers.add_row(name, tower["kind"], str(tower["blocks"]), width, f"{tower['parameters']:,}", takes)
+    screen.print(towers)
     bias = "" if about["logit_bias"] is None else f", bias {about['logit_bias']:.3g}"
     lines = (
         f"joint space {about['embed_dim']}, logit scale {about['logit_scale']:.4g}{bias} ({about['objective']})",
@@ -68,11 +70,11 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
         f"learnt prompts: {text['prompts']}",
     )
     for line in lines:
-        console.print(escape(line), highlight=False)
+        screen.print(line)
     table = Table("method", "learns from", f"parameters it learns for {classes} classes", "numbers its artifact holds")
     for method in methods:
         if method.learnt is None:
-            table.add_row(method.method, "does not apply", escape(method.reason), "")
+            table.add_row(method.method, "does not apply", method.reason, "")
         else:
             table.add_row(method.method, method.consumes, f"{method.learnt:,}", f"{method.stored:,}")
-    console.print(table)
+    screen.print(table)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from adaptclip.cli.images import find_images
+from adaptclip.cli.answers import Answers, Format
+from adaptclip.data.image_files import find_images
+from adaptclip.errors import DataError
+from adaptclip.terminal import json_line, say
 
 if TYPE_CHECKING:
     from adaptclip.artifact import Prediction
@@ -20,10 +20,13 @@ def predict(
     images: list[Path],
     /,
     *,
-    format: Literal["table", "csv", "jsonl"] = "table",
+    format: Format | None = None,
+    out: Path | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
     top_k: int = 3,
     batch_size: int = 64,
     device: str = "cpu",
+    raw_csv: bool = False,
     allow_failed_gates: bool = False,
 ) -> int:
     """Predict images with an adapted model.
@@ -31,49 +34,64 @@ def predict(
     Args:
         artifact: the artifact folder, or a run folder that holds one.
         images: images, or folders that are searched for them.
-        format: how the predictions are printed.
+        format: table, csv or jsonl; without, a table, or what the ending of --out says.
+        out: a new file for the predictions, called NAME.partial until it is complete.
+        on_bad_image: stop at an unreadable image with exit code 1 (the rows before it are written), or name it on
+            standard error and go on.
         top_k: classes per image.
         batch_size: images per forward pass.
         device: cpu, cuda, cuda:1 ...
+        raw_csv: leave text in CSV as it is; without, what a spreadsheet would run gets a ' before it.
         allow_failed_gates: use a model although one of its gates failed.
     """
-    from adaptclip.artifact import load
+    from tqdm import tqdm
 
-    paths = find_images(images)
+    from adaptclip.artifact import Unreadable, load
+
+    paths, passed = find_images(images)
+    if passed:
+        say(f"passed over: {passed}", to=sys.stderr)
     model = load(artifact, device=device, allow_failed_gates=allow_failed_gates)
-    predictions = model.predict(paths, batch_size=batch_size, progress=True)
-    several = model.thresholds is not None
-    _print_predictions(predictions, format, min(top_k, len(model.class_names)), several=several)
+    top_k, several = min(top_k, len(model.class_names)), model.thresholds is not None
+    columns = [f"{what}_{k}" for k in range(1, top_k + 1) for what in ("label", "probability")]
+    answers = Answers(
+        ["image", *["labels"] * several, *columns],
+        ["image", *["labels"] * several, *(f"top {k}" for k in range(1, top_k + 1))],
+        form=format, out=out, raw_csv=raw_csv,
+    )  # fmt: skip
+    skipped = 0
+    with answers, tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar:
+        for found in model.stream(paths, batch_size=batch_size):
+            bar.update()
+            if not isinstance(found, Unreadable):
+                answers.add(*_row(found, top_k, several=several))
+            elif on_bad_image == "skip":
+                skipped += 1
+                say(f"skipped: {found.reason}", to=sys.stderr)
+            else:
+                raise DataError(_stopped_at(found.reason, answers.count, len(paths)))
+        if skipped == len(paths):
+            raise DataError(f"none of {len(paths)} images could be predicted; each is named above")
+    if skipped:
+        say(f"{answers.count} of {len(paths)} images were predicted, {skipped} skipped", to=sys.stderr)
     return 0
 
 
-def _print_predictions(predictions: Sequence[Prediction], form: str, top_k: int, *, several: bool) -> None:
-    """Prints predictions to standard output, where another program can read them; `several`: with all that are named.
+def _stopped_at(reason: str, done: int, number: int) -> str:
+    more = "" if "--on-bad-image" in reason else " Leave such images out with `--on-bad-image skip`."
+    return f"{reason}{more}\n{done} of {number} images were predicted before it, and their rows are written."
+
+
+def _row(p: Prediction, top_k: int, *, several: bool) -> tuple[dict[str, Any], list[str], list[str]]:
+    """A prediction for JSON, for CSV and for the table; `several`: with all labels that are named.
 
     In CSV these are a JSON list, because a class may have any character in its name.
     """
-    if form == "jsonl":
-        for p in predictions:
-            ranked = [{"label": k, "probability": round(v, 6)} for k, v in list(p.probabilities.items())[:top_k]]
-            row = {"image": p.source, "label": p.label, "confidence": round(p.confidence, 6), "top": ranked}
-            row |= {"labels": list(p.labels)} if several else {}
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
-    elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        columns = [f"{what}_{k}" for k in range(1, top_k + 1) for what in ("label", "probability")]
-        writer.writerow(["image", *["labels"] * several, *columns])
-        for p in predictions:
-            ranked = list(p.probabilities.items())[:top_k]
-            named = [json.dumps(p.labels, ensure_ascii=False)] if several else []
-            writer.writerow([p.source, *named, *(cell for name, value in ranked for cell in (name, f"{value:.6f}"))])
-    else:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table("image", *["labels"] * several, *(f"top {k}" for k in range(1, top_k + 1)))
-        for p in predictions:
-            ranked = list(p.probabilities.items())[:top_k]
-            named = [escape(", ".join(p.labels)) or "–"] if several else []
-            table.add_row(escape(p.source), *named, *(f"{escape(name)} {value:.1%}" for name, value in ranked))
-        Console().print(table)
+    ranked = list(p.probabilities.items())[:top_k]
+    values: dict[str, Any] = {"image": p.source, "label": p.label, "confidence": round(p.confidence, 6)}
+    values["top"] = [{"label": name, "probability": round(value, 6)} for name, value in ranked]
+    values |= {"labels": list(p.labels)} if several else {}
+    named = [json_line(p.labels)] if several else []
+    cells = [p.source, *named, *(cell for name, value in ranked for cell in (name, f"{value:.6f}"))]
+    named = [", ".join(p.labels) or "–"] if several else []
+    return values, cells, [p.source, *named, *(f"{name} {value:.1%}" for name, value in ranked)]

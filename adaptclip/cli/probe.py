@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adaptclip.errors import CardError, DataError
+from adaptclip.terminal import console
 
 if TYPE_CHECKING:
     from adaptclip.data.card import Card
@@ -97,7 +98,6 @@ def _kinds(card: Card, words: Path | None) -> dict[str, tuple[str, ...]]:
 def _print(report: dict[str, Any]) -> None:
     """One screen: rates of extra words by group, and the rankings that favour a group most."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -107,20 +107,20 @@ def _print(report: dict[str, Any]) -> None:
         ends = "" if number["low"] is None else f" [{100 * number['low']:.1f}, {100 * number['high']:.1f}]"
         return Text(f"{100 * number['value']:.1f}{ends}")
 
-    console = Console()
+    screen = console()
     table = Table(
         "kind", "group", "n", "zero-shot", "adapted", "change", box=SIMPLE_HEAD, title_justify="left",
         title="images given an extra word instead of a class, per cent",
     )  # fmt: skip
     for row in report["association"]["overall"]:
-        n = Text(str(row["model"]["n"]))
-        table.add_row(Text(row["kind"]), Text("all"), n, *(rate(row[p]) for p in ("zero_shot", "model", "change")))
+        n = str(row["model"]["n"])
+        table.add_row(row["kind"], "all", n, *(rate(row[p]) for p in ("zero_shot", "model", "change")))
     for attribute, kinds in report["association"]["groups"].items():
         for kind, part in kinds.items():
             for row in part["rows"]:
                 cells = (rate(row[p]) for p in ("zero_shot", "model", "change"))
-                table.add_row(Text(kind), Text(f"{attribute} = {row['group']}"), Text(str(row["n"])), *cells)
-    console.print(table)
+                table.add_row(kind, f"{attribute} = {row['group']}", str(row["n"]), *cells)
+    screen.print(table)
     skews = Table(
         "query", "favours", "MaxSkew", "noise up to", "p (Holm)", "zero-shot", "NDKL", box=SIMPLE_HEAD,
         title_justify="left", title="text queries by the skew of their first images (0: as in the collection)",
@@ -130,7 +130,7 @@ def _print(report: dict[str, Any]) -> None:
             before = "–" if row["zero_shot"] is None else f"{row['zero_shot']['max_skew']:.2f}"
             favours = f"{attribute} = {row['max_skew_group']}"
             cells = (f"{row['max_skew']:.2f}", f"{row['null_95']:.2f}", f"{row['p_holm']:.3f}", before)
-            skews.add_row(Text(f"{row['query']} (first {row['k']})"), Text(favours), *cells, f"{row['ndkl']:.3f}")
-    console.print(skews)
+            skews.add_row(f"{row['query']} (first {row['k']})", favours, *cells, f"{row['ndkl']:.3f}")
+    screen.print(skews)
     for caution in report["cautions"]:
-        console.print(Text(f"Note: {caution}.", style="dim"))
+        screen.print(Text(f"Note: {caution}.", style="dim"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.storage import write_text
+from adaptclip.terminal import say
 
 
 def folder() -> Path:
@@ -29,7 +29,7 @@ def list_names() -> int:
     width = max(len(file.stem) for file in files)
     for file in files:
         about = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()[:1]
-        sys.stdout.write(f"{file.stem:<{width}}  {''.join(about)}\n")
+        say(f"{file.stem:<{width}}  {''.join(about)}")
     return 0
 
 
@@ -55,5 +55,5 @@ def copy(names: list[str], /, *, out: Path = Path("recipes"), overwrite: bool = 
         )
     for path, text in texts.items():
         write_text(path, text)
-    sys.stdout.write(f"copied {len(chosen)} recipes to {out}; run: accelerate launch {out / chosen[0].name}\n")
+    say(f"copied {len(chosen)} recipes to {out}; run: accelerate launch {out / chosen[0].name}")
     return 0

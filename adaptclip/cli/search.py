@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from adaptclip.cli.images import IMAGE_SUFFIXES, find_images
+from adaptclip.cli.answers import Answers, Format
+from adaptclip.data.image_files import IMAGE_SUFFIXES, find_images
 from adaptclip.errors import DataError
-
-if TYPE_CHECKING:
-    from adaptclip.search import Hit
+from adaptclip.terminal import say
 
 
 def embed(
@@ -56,8 +52,9 @@ def embed(
     if out.exists() and not overwrite:
         raise DataError(f"{out} exists already; choose another folder, or --overwrite it")
     if Path(images).exists() and Path(images).suffix.lower() != ".md":
-        found, skipped = files_as_images(find_images([Path(images)]), skip_bad=on_bad_image == "skip")
-        parts = [found]
+        paths, passed = find_images([Path(images)])
+        found, skipped = files_as_images(paths, skip_bad=on_bad_image == "skip")
+        parts, skipped = [found], [*skipped, *([f"passed over: {passed}"] if passed else [])]
     else:
         parts, skipped = card_as_images(images, data_root=data_root, part=part, on_bad_image=on_bad_image)
     encoder, named = load_encoder(model, backbone, pretrained, device=device, allow_failed_gates=allow_failed_gates)
@@ -65,8 +62,8 @@ def embed(
         out, encoder, named, parts, cache=FeatureCache(cache), batch_size=batch_size, overwrite=overwrite
     )
     for sentence in skipped:
-        sys.stdout.write(f"skipped: {sentence}\n")
-    sys.stdout.write(f'{out}: {count} images. Search: adaptclip search {out} "some words"\n')
+        say(sentence if sentence.startswith("passed over") else f"skipped: {sentence}")
+    say(f'{out}: {count} images. Search: adaptclip search {out} "some words"')
     return 0
 
 
@@ -76,7 +73,9 @@ def search(
     /,
     *,
     top_k: int = 10,
-    format: Literal["table", "csv", "jsonl"] = "table",
+    format: Format | None = None,
+    out: Path | None = None,
+    raw_csv: bool = False,
     model: Path | None = None,
     backbone: str | None = None,
     pretrained: str | None = None,
@@ -90,7 +89,9 @@ def search(
         index: folder that `adaptclip embed` wrote.
         query: some words, or the path of an image.
         top_k: how many images.
-        format: how they are printed.
+        format: table, csv or jsonl; without, a table, or what the ending of --out says.
+        out: a new file for the answers.
+        raw_csv: leave text in CSV as it is; without, what a spreadsheet would run gets a ' before it.
         model: where the artifact that made the index is now, if it was moved.
         backbone: the same for a pretrained model.
         pretrained: its weights.
@@ -114,26 +115,10 @@ def search(
     else:
         vector, cut = encode_texts(encoder, [query])
     if cut:
-        sys.stderr.write(f"the query is longer than the {encoder.context_length} tokens the model reads; it was cut\n")
-    _print_hits(opened.search(encoder, vector, k=top_k, engine=engine)[0], format)
+        say(f"the query is longer than the {encoder.context_length} tokens the model reads; it was cut", to=sys.stderr)
+    hits = opened.search(encoder, vector, k=top_k, engine=engine)[0]
+    with Answers(["image", "score"], ["image", "score"], form=format, out=out, raw_csv=raw_csv) as answers:
+        for hit in hits:
+            values = {"image": hit.name, "score": round(hit.score, 6)}
+            answers.add(values, [hit.name, f"{hit.score:.6f}"], [hit.name, f"{hit.score:.3f}"])
     return 0
-
-
-def _print_hits(hits: Sequence[Hit], form: str) -> None:
-    """Prints answers to standard output, where another program can read them."""
-    if form == "jsonl":
-        for hit in hits:
-            sys.stdout.write(json.dumps({"image": hit.name, "score": round(hit.score, 6)}, ensure_ascii=False) + "\n")
-    elif form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["image", "score"])
-        writer.writerows([hit.name, f"{hit.score:.6f}"] for hit in hits)
-    else:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table("image", "score")
-        for hit in hits:
-            table.add_row(escape(hit.name), f"{hit.score:.3f}")
-        Console().print(table)

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from adaptclip.data.card import Card
-from adaptclip.data.decode import decode_image
-from adaptclip.errors import DataError, shown
+from adaptclip.data.decode import decode_image, read_file
+from adaptclip.errors import DataError, ResourceError, shown
 from adaptclip.storage import digest
 
 if TYPE_CHECKING:
@@ -36,14 +36,6 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_relative_to(folder.resolve()):
         raise DataError(f"the image path {name!r} leaves {folder}; a table may only name files below its own folder")
     return path
-
-
-def read_file(path: Path) -> bytes:
-    """Returns a file's bytes; raises DataError when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {shown(path)}: {error.strerror or error}") from error
 
 
 class ImageStore(Protocol):
@@ -164,12 +156,13 @@ class ImageDataset:
 
         Raises:
             DataError: it cannot be read or decoded; the message names the row.
+            ResourceError: the machine could not read or decode it now.
         """
         where = self.where(index)
         try:
             data = self.read(index)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
+        except (DataError, ResourceError) as error:
+            raise type(error)(f"{where}: {error}") from error
         return decode_image(data, row=where, window=self.window)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:

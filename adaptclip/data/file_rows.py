@@ -13,7 +13,8 @@ from adaptclip.data.card_block import Columns, EmbeddedSource, ImageFolderSource
 from adaptclip.data.dataset import FileStore, MemoryStore, inside
 from adaptclip.data.embedded import EMBEDDED
 from adaptclip.data.fingerprints import content_digest, file_stamp
-from adaptclip.data.layouts import images_below, read_layout
+from adaptclip.data.image_files import list_images, passed_over_in_words
+from adaptclip.data.layouts import read_layout
 from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
 from adaptclip.errors import DataError, StorageError, did_you_mean
 from adaptclip.storage import parse_json
@@ -107,12 +108,14 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
     if not folder.is_dir():
         raise DataError(f"card {card.name}: {folder} is not a folder. Point `--data-root` at the folder that holds it")
     layout = read_layout(folder, card.splits, card.class_names)
-    paths, labels, splits = [], [], []
+    paths, labels, splits, listings = [], [], [], []
     for split, name, class_folder in layout.classes:
-        files = images_below(class_folder)
+        listings.append(list_images(class_folder))
+        files = listings[-1].images
         paths += files
         labels += [name] * len(files)
         splits += [split] * len(files)
+    passed = passed_over_in_words(listings)
     columns = Columns(image="image", label="label")
     if card.columns != columns:
         raise DataError(
@@ -128,7 +131,7 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         class_names=tuple(sorted({name for _, name, _ in layout.classes})),
         splits=None if layout.rule.fractions else splits,
         split_rule=layout.rule,
-        passed_over=layout.unused,
+        passed_over=(*layout.unused, *([f"no images: {passed}"] if passed else [])),
     )
 
 

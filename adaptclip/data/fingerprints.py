@@ -37,8 +37,11 @@ MIN_CONTRAST = 4.0
 """Standard deviation of the grey values (0 to 255) of a 32 x 32 thumbnail below which a picture counts as flat: the
 hashes of a flat picture describe its noise, and two different ones would seem equal."""
 
-_HASH_VERSION = "phash+dhash 1"
+_HASH_VERSION = "phash+dhash 2"
 _NAMELESS = "the image"
+_NOT_KEPT = "!"
+"""Begins what is computed again next time. No failure is ever kept: a permission, a decoder that was not installed or a
+hiccup of a network is no property of the bytes, and nothing tells these from damage for certain."""
 _BLOCK = 256
 _CHUNK = 4_000_000
 """Pairs compared at a time; as 64-bit words they take 32 MB."""
@@ -72,10 +75,11 @@ def cache_root() -> Path:
 
 
 def file_stamp(path: Path) -> str:
-    """Returns a key that changes with a file's place, size or time of change; also for a file that is not there."""
+    """Returns a key that changes with a file's place, size or times of change; also for a file that is not there."""
     try:
         stat = path.stat()
-        return digest([str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])[:32]
+        times = (str(stat.st_mtime_ns), str(stat.st_ctime_ns))  # the first can be set back, the second cannot
+        return digest([str(path.resolve()), str(stat.st_size), *times])[:32]
     except OSError:
         return digest([str(path), "missing"])[:32]
 
@@ -89,7 +93,8 @@ def content_digests(read: Callable[[int], bytes], stamps: Sequence[str], *, stor
     """Returns the SHA-256 of each image's encoded bytes; what was hashed before is not read again.
 
     Args:
-        read: row -> encoded bytes. A row that cannot be read gets a digest of its own; `pictures` says why.
+        read: row -> encoded bytes. A row that cannot be read gets a digest of its own, which is not kept; `pictures`
+            says why.
         stamps: N keys that change with the bytes.
         store: name of the file under `cache_root()` in which they are kept.
     """
@@ -98,9 +103,10 @@ def content_digests(read: Callable[[int], bytes], stamps: Sequence[str], *, stor
         try:
             return content_digest(read(row))
         except DataError:
-            return digest("unreadable", stamps[row])
+            return _NOT_KEPT + digest("unreadable", stamps[row])
 
-    return tuple(_remembered(compute, stamps, store=f"contents-{store}", title="reading images"))
+    found = _remembered(compute, stamps, store=f"bytes-{store}", title="reading images")
+    return tuple(value.removeprefix(_NOT_KEPT) for value in found)
 
 
 def pictures(
@@ -112,6 +118,8 @@ def pictures(
     store: str | None,
 ) -> list[Picture]:
     """Decodes every image once and returns what was found; what was decoded before is not decoded again.
+
+    What could not be decoded is tried again every time.
 
     Args:
         read: row -> encoded bytes.
@@ -125,8 +133,7 @@ def pictures(
         try:
             return _pack(picture_of(decode_image(read(row), row=_NAMELESS, window=window)))
         except DataError as error:
-            # Kept without the row's name, which may change while the bytes stay.
-            return "!" + str(error).removeprefix(f"{_NAMELESS}: ")
+            return _NOT_KEPT + str(error).removeprefix(f"{_NAMELESS}: ")
 
     keys = [f"{content}|{window}|{_HASH_VERSION}" for content in contents]
     found = _remembered(compute, keys, store=f"pictures-{store}" if store else None, title="checking images")
@@ -151,7 +158,7 @@ def _pack(picture: Picture) -> str:
 
 
 def _unpack(text: str, name: str) -> Picture:
-    if text.startswith("!"):
+    if text.startswith(_NOT_KEPT):
         return Picture(problem=f"{name}: {text[1:]}")
     return Picture(int(text[:16], 16), int(text[16:32], 16), text[32] == "1")
 
@@ -173,7 +180,8 @@ def _remembered(compute: Callable[[int], str], keys: Sequence[str], *, store: st
     finally:
         if path and fresh:
             wanted = set(keys)
-            _save(path, {key: value for key, value in (known | fresh).items() if key in wanted})
+            good = {key: value for key, value in (known | fresh).items() if not value.startswith(_NOT_KEPT)}
+            _save(path, {key: value for key, value in good.items() if key in wanted})
     result = known | fresh
     return [result[key] for key in keys]
 
@@ -186,7 +194,7 @@ def _load(path: Path) -> dict[str, str]:
         keys, values = table["key"].to_pylist(), table["value"].to_pylist()
         if told.get("digest") != digest(keys, values):
             raise ValueError(f"{path} does not hold what was written")
-        return dict(zip(keys, values, strict=True))
+        return {key: value for key, value in zip(keys, values, strict=True) if not value.startswith(_NOT_KEPT)}
     except (StorageError, KeyError, ValueError, TypeError, AttributeError) as error:
         _log.warning("the cached image digests are damaged and are computed again: %s", error)
         return {}

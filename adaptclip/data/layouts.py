@@ -13,17 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptclip.data.card_block import PARTS, Splits, normalise_text
+from adaptclip.data.image_files import is_image_file, list_images
 from adaptclip.data.words import CONTAINERS, is_fold, is_junk, share_of, split_part, words_of
 from adaptclip.errors import CardError, DataError, shown
 
 MADE_UP_FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
 """Shares of the images in the split that is made for a folder without one."""
-
-IMAGE_SUFFIXES = frozenset((
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"),
-    *(".avif", ".tga", ".heic", ".heif"),
-))  # fmt: skip
-"""Endings (lower case) of what counts as an image in a folder; those that cannot be read are reported."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +97,12 @@ def _folders(folder: Path) -> list[Path]:
 
 def _images(folder: Path) -> int:
     """Number of images directly in a folder."""
-    return sum(p.suffix.lower() in IMAGE_SUFFIXES and not is_junk(p.name) for p in folder.iterdir() if p.is_file())
+    return sum(is_image_file(path) for path in folder.iterdir())
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Returns the images in a folder and in the folders below it, without what programs left there."""
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    kept = [p for p in files if not any(map(is_junk, p.relative_to(folder).parts))]
-    return sorted(kept, key=lambda p: normalise_text(p.relative_to(folder).as_posix()))
+def images_below(folder: Path) -> tuple[Path, ...]:
+    """Returns the images in a folder and in the folders below it, as `list_images` finds them."""
+    return list_images(folder).images
 
 
 def _holds_only_folders(folder: Path) -> bool:

@@ -15,7 +15,8 @@ from adaptclip.data.card import Card, parse_card
 from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.columns import as_text, is_missing
 from adaptclip.data.file_rows import read_image_folder, read_manifest
-from adaptclip.data.layouts import MADE_UP_FRACTIONS, images_below, read_layout, require_text
+from adaptclip.data.image_files import list_images
+from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
 from adaptclip.data.words import is_junk, split_part
 from adaptclip.errors import CardError, StorageError, did_you_mean, shown
 from adaptclip.storage import parse_json, write_text
@@ -142,9 +143,11 @@ def _quoted(text: str) -> str:
 
 
 def _of_folder(folder: Path, base: Path, *, asked: bool) -> _Findings:
-    if not images_below(folder):
+    listing = list_images(folder)
+    if not listing.images:
+        passed = f" (passed over: {listing.words()})" if listing.passed_over else ""
         raise CardError(
-            f"{shown(folder)} holds no image and no table of image paths. Put the images of each class into a folder "
+            f"{shown(folder)} holds no image and no table of image paths{passed}. Put the images of each class into a folder "
             f"with the class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and one of "
             "classes"
         )

@@ -66,7 +66,10 @@ def open_data(
     """
     raw = READERS[card.source.kind](card, Path(data_root) if data_root is not None else None)
     if not len(raw):
-        raise DataError(f"card {card.name}: there is not a single image at its source; see `source:` in the card")
+        passed = f" Passed over: {'; '.join(raw.passed_over)}." if raw.passed_over else ""
+        raise DataError(
+            f"card {card.name}: there is not a single image at its source; see `source:` in the card.{passed}"
+        )
     kept = digest(card.source.model_dump_json(), raw.origin)[:24]
     contents = content_digests(raw.store.read, raw.stamps, store=kept)
     rule = card.splits or raw.split_rule

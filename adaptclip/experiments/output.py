@@ -21,6 +21,7 @@ from adaptclip.experiments.published import compare, comparison_markdown
 from adaptclip.experiments.summary import Row, clear_falls, tidy_rows
 from adaptclip.experiments.tables import cost_table, result_tables, to_latex, to_markdown
 from adaptclip.storage import write_bytes, write_parquet, write_text
+from adaptclip.terminal import safe_cell
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def write_rows(out: Path, rows: Sequence[Row]) -> None:
         out / "results.parquet", table, {"rows": "one per job and judged set; rates 0 to 1, times in seconds"}
     )
     buffer = io.BytesIO()
-    csv.write_csv(table, buffer)
+    csv.write_csv(pa.Table.from_pylist([{k: safe_cell(v) for k, v in row.items()} for row in rows]), buffer)
     write_bytes(out / "results.csv", buffer.getvalue())
 
 

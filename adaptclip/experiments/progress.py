@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from adaptclip.experiments.board import Board
 from adaptclip.experiments.jobs import Job
+from adaptclip.terminal import console
 
 
 class Progress:
@@ -36,7 +37,7 @@ class Progress:
         self._known: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, dict[str, Any]] = {}
         self._current: Job | None = None
-        self._console = Console()
+        self._console = console()
         self._live: Live | None = None
         self._told = 0
 
@@ -163,7 +164,7 @@ class Progress:
         return text + (f" {failed} failed" if failed else "")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

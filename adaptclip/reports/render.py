@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from adaptclip import terminal
 from adaptclip.reports.blocks import Block, Bullets, Cell, Figure, Gallery, Paragraph, Rows, one_line
 from adaptclip.reports.document import document, screen
 from adaptclip.reports.headline import JudgedGate as JudgedGate
@@ -151,7 +152,7 @@ def print_report(
         console: where to; None is standard output.
     """
     parts = [part for block in screen(report, verdicts) for part in _terminal(block)]
-    (console or Console()).print(Group(*parts))
+    (console or terminal.console()).print(Group(*parts))
 
 
 def _terminal(block: Block) -> Iterator[Table | Text]:

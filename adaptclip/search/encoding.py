@@ -14,8 +14,8 @@ from adaptclip.adapters.contrastive import caption_tokens
 from adaptclip.artifact import load
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.card import load_card
-from adaptclip.data.dataset import FileStore, ImageDataset, read_file
-from adaptclip.data.decode import decode_image
+from adaptclip.data.dataset import FileStore, ImageDataset
+from adaptclip.data.decode import decode_image, read_file
 from adaptclip.data.fingerprints import content_digest
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ConfigError, DataError, did_you_mean

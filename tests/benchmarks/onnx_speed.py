@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptclip.artifact import load
-from adaptclip.cli.images import find_images
 from adaptclip.data.decode import decode_image
+from adaptclip.data.image_files import find_images
 from adaptclip.export import FORMATS, export_artifact
 from adaptclip.export.heads import ImageClassifier, head_of, merged_model
 from adaptclip.export.onnx_graph import GRAPH_FILE, require
@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if Path(args.images).is_dir():
-        pictures = [decode_image(path, row=str(path)) for path in find_images([Path(args.images)])[: args.count]]
+        pictures = [decode_image(path, row=str(path)) for path in find_images([Path(args.images)])[0][: args.count]]
     else:
         parts, _ = card_as_images(args.images, data_root=args.data_root, part="test")
         chosen = itertools.islice(((part, i) for part in parts for i in range(len(part))), args.count)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adaptclip.data import decode
+from adaptclip.data import read_image
 from adaptclip.data.decode import decode_image
 from adaptclip.errors import DataError
 
@@ -156,5 +156,5 @@ def test_a_strip_is_refused():
 
 
 def test_every_allowed_format_is_known_to_pil():
-    assert set(decode._formats()) <= set(decode.FORMATS)
-    assert {"JPEG", "PNG", "WEBP", "TIFF"} <= set(decode._formats())
+    assert set(read_image._formats()) <= set(read_image.FORMATS)
+    assert {"JPEG", "PNG", "WEBP", "TIFF"} <= set(read_image._formats())

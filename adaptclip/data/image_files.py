@@ -1,0 +1,174 @@
+"""Which files of a folder are images: the one list of endings, and the one way to list a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptclip.data.words import is_junk
+from adaptclip.errors import DataError, shown
+
+IMAGE_SUFFIXES = frozenset((
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".ppm"),
+    *(".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".heic", ".heif"),
+))  # fmt: skip
+"""Endings (lower case) of what counts as an image in a folder; those that cannot be read are reported."""
+
+_NEEDS = {
+    ".dcm": "DICOM is not read: convert to PNG or TIFF of 16 bits first",
+    ".dicom": "DICOM is not read: convert to PNG or TIFF of 16 bits first",
+    ".nii": "volumes are not read: save slices as images",
+    ".svs": "slides are not read: cut tiles first",
+    ".ndpi": "slides are not read: cut tiles first",
+    ".mp4": "videos are not read: save frames as images",
+    ".zip": "archives are not read: unpack them",
+    ".tar": "archives are not read: unpack them",
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw"), "raw photographs are not read: develop them"),
+    **dict.fromkeys((".psd", ".eps", ".pdf", ".svg", ".jxl"), "not read: convert to PNG"),
+}
+"""Ending -> why such a file is passed over, where it may well hold an image."""
+
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        images: the image files, sorted by their path below the folder (Unicode form NFC).
+        passed_over: kind of what was not taken -> the files.
+    """
+
+    images: tuple[Path, ...]
+    passed_over: dict[str, tuple[Path, ...]]
+
+    def words(self) -> str:
+        """What was passed over in words, by kind, with how many; empty where nothing was."""
+        return passed_over_in_words([self])
+
+
+def passed_over_in_words(listings: Sequence[Listing]) -> str:
+    """Returns what several listings passed over: `.dcm x 12 (DICOM is not read: ...), no ending x 3 (...)`."""
+    files: defaultdict[str, list[Path]] = defaultdict(list)
+    for listing in listings:
+        for kind, paths in listing.passed_over.items():
+            files[kind] += paths
+    told = []
+    for kind, paths in sorted(files.items(), key=lambda item: (-len(item[1]), item[0])):
+        names = [name for name, _ in Counter(path.name for path in paths).most_common(_NAMED)]
+        shown = ", ".join(names) + (", ..." if len(names) < len({path.name for path in paths}) else "")
+        told.append(f"{kind} x {len(paths)} ({_NEEDS.get(kind) or shown})")
+    return ", ".join(told)
+
+
+def list_images(folder: Path) -> Listing:
+    """Lists the images below a folder, and what is passed over; nothing else decides what a folder's images are.
+
+    Files are taken by their ending, and those without one by their first bytes. Hidden files and folders (`._x.png`,
+    `.ipynb_checkpoints`), `__MACOSX`, what viewers leave behind (`Thumbs.db`), links to folders and other kinds of
+    file are passed over and counted.
+
+    Raises:
+        DataError: a folder cannot be looked into.
+    """
+    taken: list[Path] = []
+    passed: defaultdict[str, list[Path]] = defaultdict(list)
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"cannot look into {shown(error.filename)}: {error.strerror or error}") from error
+
+    for place, folders, names in os.walk(folder, onerror=stop):
+        here = Path(place)
+        for name in sorted(folders):
+            path = here / name
+            if is_junk(name):
+                passed["hidden or left by a program"].append(path)
+            elif path.is_symlink():
+                passed["link to a folder"].append(path)
+        folders[:] = sorted(n for n in folders if not is_junk(n))
+        for name in names:
+            path = here / name
+            kind = _passed_over_as(path)
+            if kind is None:
+                taken.append(path)
+            else:
+                passed[kind].append(path)
+    taken.sort(key=lambda path: unicodedata.normalize("NFC", path.relative_to(folder).as_posix()))
+    return Listing(tuple(taken), {kind: tuple(sorted(paths)) for kind, paths in sorted(passed.items())})
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file is taken for an image."""
+    return not path.is_dir() and _passed_over_as(path) is None
+
+
+def _passed_over_as(path: Path) -> str | None:
+    """Returns as what a file is passed over, or None where it is taken for an image."""
+    if is_junk(path.name):
+        return "hidden or left by a program"
+    if not path.is_file():
+        return "link to nothing" if path.is_symlink() else "no ordinary file"
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return None
+    # Names such as 1.2.840.10008.1 are those of DICOM files, which go without an ending.
+    if suffix and not re.fullmatch(r"\.\d*", suffix):
+        return suffix
+    kind = kind_by_bytes(path)
+    return None if kind == "image" else kind
+
+
+def kind_by_bytes(path: Path) -> str:
+    """Returns what a file without an ending is by its first bytes: "image", ".dcm", or "no ending".
+
+    A file that cannot be opened counts as an image: reading it then says why.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:
+        return "image"
+    if start[128:132] == b"DICM":
+        return ".dcm"
+    known = (
+        start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
+        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+        or (start[:2] == b"BM" and int.from_bytes(start[2:6], "little") == path.stat().st_size)
+        or re.match(rb"P[1-6][\s#]", start) is not None
+        or start.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
+        or (start[4:8] == b"ftyp" and start[8:12] in {b"avif", b"avis", b"heic", b"heix", b"mif1"})
+    )
+    return "image" if known else "no ending"
+
+
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], str]:
+    """Returns the image files among `paths` and, sorted, below the folders among them; and what was passed over.
+
+    A file that is named itself is taken whatever its ending.
+
+    Raises:
+        DataError: a path does not exist, a folder cannot be looked into, or there is no image at all.
+    """
+    found: list[Path] = []
+    listings: list[Listing] = []
+    for path in paths:
+        if path.is_dir():
+            listings.append(list_images(path))
+            found += listings[-1].images
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"there is no image or folder {shown(path)}")
+    passed = passed_over_in_words(listings)
+    if not found:
+        more = f"; passed over: {passed}" if passed else ""
+        raise DataError(
+            f"no images below {', '.join(map(shown, paths))}{more}. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return found, passed

@@ -1,0 +1,118 @@
+"""The one place where text goes to a terminal or into a table for a spreadsheet.
+
+Names of files and classes, words of cards and messages of other libraries come from strangers. On a terminal a control
+character in them could hide or forge what is said; in a spreadsheet a cell that begins with `=` would be run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any, TextIO
+
+from adaptclip.errors import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNWRAPPED = 100_000
+"""Columns of what is no terminal: programs and files get lines as long as they are."""
+
+
+def say(text: str = "", *, to: TextIO | None = None, several_lines: bool = False) -> None:
+    """Writes one line, without harmful characters, to standard output or `to`.
+
+    Args:
+        text: what is said.
+        to: another stream.
+        several_lines: line ends in the text stay, and the lines after the first are set in by two blanks, so that a
+            line end in a name can never begin a line that looks like one of ours.
+    """
+    stream = to or sys.stdout
+    said = shown(text, keep="\n" if several_lines else "")
+    if several_lines:
+        said = re.sub(r"\n(?!  |\n|$)", "\n  ", said)
+    stream.write(encodable(said, stream) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """Returns JSON on one line that reads back as it is, and in which every harmful character is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if shown(c) == c else json.dumps(c)[1:-1] for c in text)
+
+
+def encodable(text: str, stream: Any) -> str:
+    """Returns text with what the stream's encoding does not have as escapes, so that printing never ends a run."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def guard_messages() -> None:
+    """Makes warnings of this process (`warnings` and `logging`) printable, as they name files and classes too."""
+    own = warnings.formatwarning
+
+    def format_warning(*told: Any, **more: Any) -> str:
+        return shown(own(*told, **more), keep="\n")
+
+    class Plain(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return shown(super().format(record), keep="" if record.exc_info is None else "\n")
+
+    warnings.formatwarning = format_warning
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Plain())
+
+
+def console(file: TextIO | None = None) -> Console:
+    """Returns a rich console: no markup is read from text, and where no terminal is, no line is wrapped."""
+    import rich.console
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class PlainConsole(rich.console.Console):
+        """Shows no harmful character, whoever gives it: plain text is measured and rendered with escapes."""
+
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(shown(text), **how)
+
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            if isinstance(renderable, Text) and shown(renderable.plain, keep="\n\t") != renderable.plain:
+                renderable = Text(shown(renderable.plain, keep="\n"), renderable.style)
+            for segment in super().render(renderable, options):
+                if segment.control:
+                    yield segment
+                else:
+                    yield Segment(encodable(shown(segment.text, keep="\n"), self.file), segment.style)
+
+    made = PlainConsole(file=file, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal:
+        made = PlainConsole(file=file, markup=False, emoji=False, highlight=False, width=UNWRAPPED)
+    return made
+
+
+_RUN_BY_SPREADSHEETS = re.compile("'*[=+\\-@\t\r＝＋－＠]")
+
+QUOTED = "^'('*[=+\\-@\t\r＝＋－＠])"
+"""What `plain_cell` replaces by its group, as a regular expression for whole columns."""
+
+
+def safe_cell(value: Any) -> Any:
+    """Returns a cell for CSV that no spreadsheet runs: text that begins with = + - @, a tab or CR gets a ' before it.
+
+    Numbers stay as they are, be they text or not. `plain_cell` undoes it exactly.
+    """
+    if not isinstance(value, str) or not _RUN_BY_SPREADSHEETS.match(value) or _is_number(value):
+        return value
+    return "'" + value
+
+
+def plain_cell(value: Any) -> Any:
+    """Returns what `safe_cell` was given."""
+    return re.sub(QUOTED, r"\1", value) if isinstance(value, str) else value
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) is not None

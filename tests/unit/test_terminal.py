@@ -1,0 +1,158 @@
+"""What strangers named reaches a terminal readable, and a spreadsheet as text; line lengths depend on no terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import sys
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.table import Table
+from rich.text import Text
+
+from adaptclip.entrypoint import run_and_exit
+from adaptclip.errors import DataError, shown
+from adaptclip.prediction_files import read_predictions
+from adaptclip.terminal import console, encodable, json_line, plain_cell, safe_cell, say
+
+HARMFUL = {
+    "\x1b[31mred\x1b[0m": r"\x1b[31mred\x1b[0m",
+    "a\rpass": r"a\rpass",
+    "a\x00b\x07": r"a\x00b\x07",
+    "two\nlines": r"two\nlines",
+    "csi\x9b31m": r"csi\x9b31m",
+    "gpj.‮exe": r"gpj.\u202eexe",
+    "⁦isolated⁩": r"\u2066isolated\u2069",
+    "zero​width": r"zero\u200bwidth",
+    "tag\U000e0041": r"tag\U000e0041",
+    "caf\udce9.png": r"caf\xe9.png",  # a Latin-1 byte in a file name
+}
+HARMLESS = ["Größe 3 µm", "naïve 犬 🐕", "[red]class[/red]", "100 %", ":smile:", ""]
+
+
+@pytest.mark.parametrize(("text", "shown"), HARMFUL.items())
+def test_harmful_characters_become_escapes_everywhere(text, shown, capsys):
+    assert shown(text) == shown
+    say(text)
+    table = Table("name")
+    table.add_row(text)
+    console().print(table)
+    console().print(Text(f"as Text {text}"))
+    console().print(f"a line with {text}")
+    logging.getLogger("a").warning("about %s", text)
+    out = capsys.readouterr().out
+    assert out.startswith(shown + "\n")
+    assert all(shown(line) == line for line in out.split("\n"))
+    assert out.count(shown) >= 3  # of Text, rich itself leaves some characters out
+    assert json.loads(json_line({text: text})) == {text: text}
+    assert shown(json_line({text: text})) == json_line({text: text})
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_other_text_is_left_alone(text, capsys):
+    assert shown(text) == text
+    table = Table("name")
+    table.add_row(text)
+    console().print(table)
+    assert text in capsys.readouterr().out
+    assert json_line(text) == json.dumps(text, ensure_ascii=False)
+
+
+def test_errors_and_warnings_of_a_command_are_shown(capsys):
+    def fail() -> int:
+        sys.stderr.write(warnings.formatwarning("about \x1b[2J", UserWarning, "a.py", 1, "x"))
+        logging.getLogger("somewhere").warning("left out %s", "a\nerror: b\x1b[2J")
+        raise DataError("cannot read x\x1b[31m.png\nerror: all gates passed\n  - a point\n‮")
+
+    before, formatter = warnings.formatwarning, logging.lastResort and logging.lastResort.formatter
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_and_exit(fail)
+    finally:
+        warnings.formatwarning = before
+        if logging.lastResort is not None:
+            logging.lastResort.setFormatter(formatter)
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    # What is no line of ours cannot look like one.
+    assert err.endswith("\nerror: cannot read x\\x1b[31m.png\n  error: all gates passed\n  - a point\n  \\u202e\n")
+
+
+def test_markup_in_names_is_text(capsys):
+    table = Table("class")
+    table.add_row("[red]warbler[/red]")
+    console().print(table)
+    console().print("[bold]x[/bold] :dog:")
+    out = capsys.readouterr().out
+    assert "[red]warbler[/red]" in out
+    assert "[bold]x[/bold] :dog:" in out
+
+
+@pytest.mark.parametrize("columns", ["20", "80", "300"])
+def test_what_is_no_terminal_gets_whole_lines(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    table = Table("name", "value", title="a title that is longer than the table")
+    table.add_row("n" * 500, "1")
+    console().print(table)
+    console().print(Text("word " * 200))
+    lines = capsys.readouterr().out.split("\n")
+    assert any("n" * 500 in line and "1" in line for line in lines)
+    assert ("word " * 200).rstrip() in [line.rstrip() for line in lines]
+
+
+def test_an_encoding_that_lacks_letters_ends_nothing():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    say("Größe 犬", to=stream)
+    table = Table("name")
+    table.add_row("é")
+    console(stream).print(table)
+    shown = stream.buffer.getvalue().decode("ascii")  # pyright: ignore[reportAttributeAccessIssue]
+    assert shown.startswith("Gr\\xf6\\xdfe \\u72ac\n")
+    assert "\\xe9" in shown
+    assert encodable("é", stream) == "\\xe9"
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"),
+        ("-2+3", "'-2+3"),
+        ("@SUM(1)", "'@SUM(1)"),
+        ("\t=1", "'\t=1"),
+        ("\r=1", "'\r=1"),
+        ("＝1", "'＝1"),
+        ("-0.5", "-0.5"),
+        ("+1e-3", "+1e-3"),
+        ("a=b", "a=b"),
+        ("'quoted", "'quoted"),
+        ("'=1", "''=1"),
+        ("", ""),
+        (-0.5, -0.5),
+        (None, None),
+    ],
+)
+def test_a_spreadsheet_runs_no_cell(cell, written):
+    assert safe_cell(cell) == written
+    assert plain_cell(written) == cell
+
+
+@given(st.text(alphabet="'=+-@\t\ra1.", max_size=6))
+def test_cells_come_back_exactly(text):
+    assert plain_cell(safe_cell(text)) == text
+    assert safe_cell(text)[:1] not in tuple("=@\t\r") or not text
+
+
+def test_labels_from_our_own_tables_are_those_of_the_classes(tmp_path):
+    rows = [["label", "pred", "site"], *(["=x", "=x", "-1"], ["@y", "=x", "+a"])]
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([safe_cell(cell) for cell in row] for row in rows)
+    found = read_predictions(tmp_path / "p.csv")
+    assert found["class_names"] == ("=x", "@y")
+    assert found["labels"].tolist() == [0, 1]
