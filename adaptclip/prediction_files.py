@@ -92,7 +92,8 @@ def _read_text(path: Path) -> pa.Table:
     # What we and others write before text that a spreadsheet would run is no part of the text.
     for i, field in enumerate(table.schema):
         if pa.types.is_string(field.type):
-            table = table.set_column(i, field.name, pc.replace_substring_regex(table[i], QUOTED, r"\1"))
+            plain = pc.replace_substring_regex(table[i], QUOTED, r"\1")  # pyright: ignore[reportAttributeAccessIssue]
+            table = table.set_column(i, field.name, plain)
     return table
 
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -229,7 +230,7 @@ def _colour_values(image: Image.Image, content: bytes, bits: int) -> tuple[np.nd
 
     quiet = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        read = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        read: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     finally:
         cv2.utils.logging.setLogLevel(quiet)
     if read is None or read.dtype != np.uint16 or read.ndim != 3 or read.shape[:2] != (image.height, image.width):
