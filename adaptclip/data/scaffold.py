@@ -147,9 +147,9 @@ def _of_folder(folder: Path, base: Path, *, asked: bool) -> _Findings:
     if not listing.images:
         passed = f" (passed over: {listing.words()})" if listing.passed_over else ""
         raise CardError(
-            f"{shown(folder)} holds no image and no table of image paths{passed}. Put the images of each class into a folder "
-            f"with the class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and one of "
-            "classes"
+            f"{shown(folder)} holds no image and no table of image paths{passed}. Put the images of each class into a "
+            f"folder with the class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and "
+            "one of classes"
         )
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_junk(p.name)) if asked else None
     layout = read_layout(folder, Splits(fractions=dict(MADE_UP_FRACTIONS)) if asked else None, names)  # pyright: ignore[reportArgumentType]
