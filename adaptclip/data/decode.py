@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 from pathlib import Path
 
 from PIL import Image
@@ -25,6 +26,8 @@ def read_file(path: Path) -> bytes:
         ResourceError: the machine could not read it now.
     """
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # whoever opens a pipe waits for its writer, maybe for ever
+            raise DataError(f"cannot read {shown(path)}: it is a pipe, no file")
         return path.read_bytes()
     except OSError as error:
         said = f"cannot read {shown(path)}: {error.strerror or error}"
