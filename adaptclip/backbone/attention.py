@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from open_clip.modified_resnet import AttentionPool2d
+from open_clip.transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,9 @@ from adaptclip.errors import BackboneError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
+_OWN_PARTS = ("ln_q", "ln_k", "ln_inner", "out_drop", "logit_scale", "head_scale")
+"""What open_clip's `Attention` has beside its projections; identities and None where it is plain."""
+
 _CALLS_QKV = "called"
 """Counts as true for timm, and can be told from its own True when the attention is put together again."""
 
@@ -26,7 +30,9 @@ _CALLS_QKV = "called"
 class SplitAttention(nn.Module):
     """Multi-head attention whose four projections are Linear layers; the same function as the fused module.
 
-    It shares its weights with the fused module that it was made from.
+    It shares its weights with the fused module that it was made from, and is called as that one is: as
+    `nn.MultiheadAttention`, or as open_clip's own `Attention`, which open_clip 3 has in its custom blocks and open_clip 4
+    in all.
 
     Args:
         fused: the module to take apart.
@@ -35,46 +41,69 @@ class SplitAttention(nn.Module):
         BackboneError: the module adds learnt or zero keys, which no open_clip model does.
     """
 
-    def __init__(self, fused: nn.MultiheadAttention) -> None:
+    def __init__(self, fused: nn.MultiheadAttention | Attention) -> None:
         super().__init__()
-        if fused.bias_k is not None or fused.add_zero_attn:
+        known: Any = fused
+        self.own = isinstance(fused, Attention)
+        if not self.own and (known.bias_k is not None or known.add_zero_attn):
             raise BackboneError("attention with added keys (bias_k, add_zero_attn) cannot be split into projections")
-        self.embed_dim, self.num_heads = fused.embed_dim, fused.num_heads
-        self.batch_first, self.dropout = fused.batch_first, float(fused.dropout)
-        if fused.in_proj_weight is not None:
-            weights = fused.in_proj_weight.chunk(3)
+        self.embed_dim, self.num_heads = known.out_proj.out_features, known.num_heads
+        self.batch_first = self.own or known.batch_first
+        self.dropout = float(known.attn_drop.p if self.own else known.dropout)
+        if known.in_proj_weight is not None:
+            weights = known.in_proj_weight.chunk(3)
         else:
-            weights = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
-        biases = (None,) * 3 if fused.in_proj_bias is None else fused.in_proj_bias.chunk(3)
+            weights = (known.q_proj_weight, known.k_proj_weight, known.v_proj_weight)
+        biases = (None,) * 3 if known.in_proj_bias is None else known.in_proj_bias.chunk(3)
         self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
-        self.out_proj = _linear(fused.out_proj.weight, fused.out_proj.bias)
+        self.out_proj = _linear(known.out_proj.weight, known.out_proj.bias)
+        self._kept = _OWN_PARTS if self.own else ()
+        for name in self._kept:
+            setattr(self, name, getattr(known, name))
+        self._emptied = (_emptied(fused),)  # in a tuple, so that it is not a part of this module
         self.train(fused.training)
 
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """Attends as `nn.MultiheadAttention` does, without giving the attention weights.
+        *,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, None]:
+        """Attends as the fused module does, without giving the attention weights.
 
         Args:
             query: (B, L, E), or (L, B, E) where the fused module was not batch first.
-            key: (B, S, K).
+            key: (B, S, K); without it the queries attend to themselves.
             value: (B, S, K).
             key_padding_mask: must be None.
             need_weights: must be False.
-            attn_mask: (L, S) or (B heads, L, S), added to the scores; a boolean mask is True where attention is not
-                allowed, as in `nn.MultiheadAttention` (and unlike in scaled_dot_product_attention).
+            attn_mask: (L, S) or (B heads, L, S), added to the scores; for `nn.MultiheadAttention` a boolean mask is
+                True where attention is not allowed (unlike in scaled_dot_product_attention).
+            k_x: what open_clip's `Attention` calls `key`.
+            v_x: what it calls `value`.
+
+        Returns:
+            (B, L, E), and as `nn.MultiheadAttention` does a pair of it and None.
 
         Raises:
-            BackboneError: attention weights or a padding mask are asked for.
+            BackboneError: attention weights or a padding mask are asked for, or open_clip's `Attention` is given a
+                boolean mask, whose meaning open_clip 4 turned round.
         """
         if need_weights or key_padding_mask is not None:
             raise BackboneError("split attention gives no attention weights and takes no key_padding_mask")
+        if self.own and attn_mask is not None and attn_mask.dtype == torch.bool:
+            raise BackboneError(
+                "a boolean mask of open_clip's Attention means one thing in open_clip 3 and the opposite in 4; "
+                "give an additive mask"
+            )
+        key, value = k_x if key is None else key, v_x if value is None else value
+        key, value = query if key is None else key, query if value is None else value
         itself, same = query is key, key is value
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -92,15 +121,36 @@ class SplitAttention(nn.Module):
                 attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
             attn_mask = attn_mask.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
+        if self.own:
+            return self._attend_as_own(q, k, v, attn_mask, dropout)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _attend_as_own(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        """What open_clip's `Attention` does with (B, heads, L, E / heads), its norms and scales included."""
+        parts: Any = self
+        scale = None
+        if parts.logit_scale is not None:
+            factor = parts.logit_scale.clamp(max=self._emptied[0].logit_scale_max).exp()
+            q, k, scale = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), 1.0
+        else:
+            q, k = parts.ln_q(q), parts.ln_k(k)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+        if parts.head_scale is not None:
+            out = out * parts.head_scale
+        return parts.out_drop(self.out_proj(parts.ln_inner(out.transpose(1, 2).flatten(2))))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, L, E) to (B, heads, L, E / heads)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def fuse(self) -> nn.MultiheadAttention:
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is scaled dot-product attention and nothing else: no dropout, norms or scales of its own."""
+        return not self.dropout and _is_plain_own(self) if self.own else not self.dropout
+
+    def fuse(self) -> Any:
         """Returns the fused module with the same weights, bit for bit, under its own names.
 
         Raises:
@@ -109,17 +159,16 @@ class SplitAttention(nn.Module):
         for name in (*PROJECTIONS, "out_proj"):
             _check_plain(self, name)
         q, k, v = self.q_proj, self.k_proj, self.v_proj
-        fused: Any = nn.MultiheadAttention(
-            self.embed_dim, self.num_heads, dropout=self.dropout, bias=q.bias is not None, kdim=k.in_features,
-            vdim=v.in_features, batch_first=self.batch_first, device="meta",
-        )  # fmt: skip
-        if fused.in_proj_weight is not None:
+        fused: Any = _emptied(self._emptied[0])
+        if k.in_features == v.in_features == self.embed_dim:
             fused.in_proj_weight = _joined([q.weight, k.weight, v.weight])
         else:
             fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight = q.weight, k.weight, v.weight
         if q.bias is not None:
             fused.in_proj_bias = _joined([q.bias, k.bias, v.bias])
         fused.out_proj.weight, fused.out_proj.bias = self.out_proj.weight, self.out_proj.bias
+        for name in self._kept:
+            setattr(fused, name, getattr(self, name))
         return fused.train(self.training)
 
 
@@ -174,11 +223,12 @@ def split_attention(model: nn.Module) -> list[str]:
     Returns:
         Dotted names of the replaced modules; none where the model has no fused attention.
     """
-    kinds = {nn.MultiheadAttention: SplitAttention, AttentionPool2d: SplitPooling}
-    names = [name for name, module in model.named_modules() if isinstance(module, tuple(kinds))]
+    kinds = {nn.MultiheadAttention: SplitAttention, Attention: SplitAttention, AttentionPool2d: SplitPooling}
+    # By exact type: a subclass may compute something else, and find_targets refuses it by name.
+    names = [name for name, module in model.named_modules() if type(module) in kinds]
     for name in names:
         module = model.get_submodule(name)
-        _replace(model, name, next(split(module) for fused, split in kinds.items() if isinstance(module, fused)))
+        _replace(model, name, kinds[type(module)](module))
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False:
             vars(module)["qkv_bias_separate"] = _CALLS_QKV
@@ -205,6 +255,18 @@ def fuse_attention(model: nn.Module) -> list[str]:
     return names
 
 
+def is_plain_attention(module: nn.Module) -> bool:
+    """Whether a module, fused or split, is scaled dot-product attention with one in_proj and nothing else."""
+    known: Any = module
+    if type(module) is SplitAttention:
+        return module.is_plain and module.k_proj.in_features == module.v_proj.in_features == module.embed_dim
+    if type(module) is Attention:
+        return known.in_proj_weight is not None and not known.attn_drop.p and _is_plain_own(module)
+    if type(module) is nn.MultiheadAttention:
+        return known.in_proj_weight is not None and known.bias_k is None and not known.dropout and not known.add_zero_attn
+    return False
+
+
 def share_weights(model: nn.Module, *, also_trainable: bool = True) -> nn.Module:
     """Copies the modules of a model but not its tensors, so that layers can be replaced in the copy alone.
 
@@ -226,6 +288,20 @@ def _check_plain(module: nn.Module, name: str) -> None:
     if type(getattr(module, name)) is not nn.Linear:
         kind = type(getattr(module, name)).__name__
         raise BackboneError(f"{name} is a {kind}: merge or remove its adapter before fusing the attention")
+
+
+def _is_plain_own(module: Any) -> bool:
+    """Whether open_clip's `Attention`, fused or split, has neither norms nor scales nor dropout beside its projections."""
+    identities = all(type(getattr(module, name)) is nn.Identity for name in ("ln_q", "ln_k", "ln_inner"))
+    return identities and module.logit_scale is None and module.head_scale is None and not module.out_drop.p
+
+
+def _emptied(module: nn.Module) -> Any:
+    """A copy of a module and of its parts without their tensors."""
+    copied: Any = copy.copy(module)
+    vars(copied)["_parameters"] = dict.fromkeys(module._parameters)
+    vars(copied)["_modules"] = {name: child and _emptied(child) for name, child in module._modules.items()}
+    return copied
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from open_clip import CLIP, CustomTextCLIP
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import Attention, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,9 +47,10 @@ def pools_class_token(visual: nn.Module) -> bool:
         and visual.pool_type == "tok"
         and visual.attn_pool is None
         and not visual.output_tokens
-        and visual.transformer.batch_first
+        # open_clip 4 has it no longer: there, everything is.
+        and getattr(visual.transformer, "batch_first", True)
         and type(visual.transformer.resblocks[-1]) is ResidualAttentionBlock
-        and isinstance(visual.transformer.resblocks[-1].attn, SplitAttention | nn.MultiheadAttention)
+        and isinstance(visual.transformer.resblocks[-1].attn, SplitAttention | nn.MultiheadAttention | Attention)
     )
 
 

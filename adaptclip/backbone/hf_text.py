@@ -89,14 +89,14 @@ class HuggingFaceTextTower:
         As `text_parts.block_bytes`, with the sizes that the encoder's configuration names.
         """
         config = self._text.config
-        layers = _first(config, "num_hidden_layers", "num_layers")
-        hidden = _first(config, "intermediate_size", "d_ff", "encoder_ffn_dim")
-        heads = _first(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
+        layers = first_size(config, "num_hidden_layers", "num_layers")
+        hidden = first_size(config, "intermediate_size", "d_ff", "encoder_ffn_dim")
+        heads = first_size(config, "num_attention_heads", "num_heads", "encoder_attention_heads")
         adapted = sum(m.in_features for m in self._text.transformer.modules() if hasattr(m, "lora_A"))
         floats = 5 * self.width + 2 * hidden + heads * attended
         return int(1.25 * 4 * (floats * layers + 1.25 * adapted)) * tokens
 
 
-def _first(config: Any, *names: str) -> int:
+def first_size(config: Any, *names: str) -> int:
     """The first of several spellings of a size that a configuration has."""
     return next(int(value) for name in names if (value := getattr(config, name, None)) is not None)

@@ -15,11 +15,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import open_clip
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
 
-from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.backbone.hf_text import first_size
+from adaptclip.errors import BackboneError, ConfigError, did_you_mean
 
 Towers = Literal["image", "text", "both"]
 
@@ -36,6 +42,7 @@ _KIND_OF_NAME: tuple[tuple[str, frozenset[str]], ...] = (
     (r"c_fc|mlp\.c_proj|fc[12](?:_[gx])?|w[12i](?:_[01])?|wo|intermediate\.dense|output\.dense", frozenset({"mlp"})),
 )
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layers?|stages|layer\d)\.?[\d.]*(?:blocks\.\d+)?")
+_ATTENTION = re.compile("att(entio)?n", re.IGNORECASE)
 
 
 def find_targets(
@@ -49,6 +56,8 @@ def find_targets(
     """Returns the dotted names of the layers to adapt, those of the image tower first.
 
     A tower without any attention has no q, k, v or out: there, all its 1x1 convolutions and Linear layers are taken.
+    Where it has some, as many of q, k and v must be found as the architecture says (`count_attention`): a library that
+    writes its attention in another way must not be adapted elsewhere without a word.
 
     Args:
         model: an open_clip model whose attention is split (`split_attention`).
@@ -59,6 +68,7 @@ def find_targets(
 
     Raises:
         ConfigError: an unknown name, or nothing in one of the chosen towers matches; with the nearest names.
+        BackboneError: a tower is of an unknown kind, or its attention is, so that an adapter would miss some of it.
     """
     if towers not in ("image", "text", "both"):
         raise ConfigError(f"unknown towers {towers!r}. {did_you_mean(str(towers), ('image', 'text', 'both'))}")
@@ -69,7 +79,7 @@ def find_targets(
     for tower in ("image", "text"):
         if towers in (tower, "both"):
             layers = _layers(model, tower)
-            chosen = _named(layers, targets, tower) if targets else _of_kinds(layers, set(projections), tower)
+            chosen = _named(layers, targets, tower) if targets else _of_kinds(model, layers, set(projections), tower)
             found += _in_blocks(list(layers), chosen, blocks, tower)
     return found
 
@@ -77,6 +87,39 @@ def find_targets(
 def count_blocks(model: nn.Module, tower: str) -> int:
     """Returns how many blocks `blocks` of `find_targets` can name in a tower: "image" or "text"."""
     return len(_block_names(list(_layers(model, tower))))
+
+
+def count_attention(model: Any, tower: str) -> int:
+    """Returns how many attentions a tower must have, by what its architecture states and not by its layers' names.
+
+    Attention pools count. The towers of timm state no number: there, the modules of a class that is called attention
+    count, those inside of which there is no other.
+
+    Args:
+        model: an open_clip model.
+        tower: "image" or "text".
+
+    Raises:
+        BackboneError: the tower is of a kind that is not known.
+    """
+    part = model.visual if tower == "image" else getattr(model, "text", model)
+    if isinstance(part, HFTextEncoder):
+        return first_size(part.config, "num_hidden_layers", "num_layers", "encoder_layers")
+    if isinstance(part, open_clip.CLIP | TextTransformer):
+        return int(part.transformer.layers)
+    if isinstance(part, VisionTransformer):
+        pools = (part.attn_pool, getattr(part, "attn_pool_contrastive", None))
+        return int(part.transformer.layers) + sum(pool is not None for pool in pools)
+    if isinstance(part, ModifiedResNet):
+        return 1
+    # The embedded starter has timm's own module for its image tower.
+    if isinstance(part, TimmModel) or type(part).__module__.startswith("timm."):
+        named = [name for name, module in part.named_modules() if _ATTENTION.search(type(module).__name__)]
+        return sum(not any(other.startswith(f"{name}.") for other in named) for name in named)
+    raise BackboneError(
+        f"the {tower} tower of this model is a {type(part).__name__}, which LoRA does not know; known are open_clip's own "
+        "towers, those of timm and Hugging Face encoders"
+    )
 
 
 def _block_names(layers: Sequence[str]) -> list[str]:
@@ -108,8 +151,8 @@ def _kinds(name: str) -> frozenset[str]:
     return frozenset()
 
 
-def _of_kinds(layers: dict[str, nn.Module], wanted: set[str], tower: str) -> list[str]:
-    has_attention = any(_kinds(name) & set("qkv") for name in layers)
+def _of_kinds(model: nn.Module, layers: dict[str, nn.Module], wanted: set[str], tower: str) -> list[str]:
+    has_attention = _check_attention(model, list(layers), tower) > 0
     if "conv" in wanted or not has_attention:
         convolutional = not has_attention or any(isinstance(module, nn.Conv2d) for module in layers.values())
         if not convolutional:
@@ -131,6 +174,35 @@ def _of_kinds(layers: dict[str, nn.Module], wanted: set[str], tower: str) -> lis
     if not chosen:
         raise ConfigError(f"no layer of the {tower} tower is one of {sorted(wanted)}; {_examples(layers)}")
     return chosen
+
+
+def _check_attention(model: nn.Module, layers: Sequence[str], tower: str) -> int:
+    """Returns the number of attentions of a tower, each of which has its q, k and v among the layers.
+
+    Raises:
+        BackboneError: some have not, or more layers look like projections than there are; with the kinds of module.
+    """
+    wanted = count_attention(model, tower)
+    found = {kind: [name for name in layers if kind in _kinds(name)] for kind in "qkv"}
+    if all(len(names) == wanted for names in found.values()):
+        return wanted
+    prefixes = {name.rpartition(".")[0] for names in found.values() for name in names}
+    start = "visual." if tower == "image" else ("transformer.", "text.")
+    missed = {
+        type(module).__name__
+        for name, module in model.named_modules()
+        if name.startswith(start)
+        and _ATTENTION.search(type(module).__name__)
+        and not any(f"{prefix}.".startswith(f"{name}.") for prefix in prefixes)
+    }
+    unknown = f", and none in its {', '.join(sorted(missed))}" if missed else ""
+    raise BackboneError(
+        f"the {tower} tower has {wanted} attentions by its architecture, but "
+        f"{', '.join(f'{len(names)} {kind}' for kind, names in found.items())} projections were found in it"
+        f"{unknown}. LoRA would adapt something else; "
+        "this version of open_clip or timm writes its attention in a way that is not known. Install the versions that "
+        "adaptclip asks for, or name the layers (`targets`)."
+    )
 
 
 def _named(layers: dict[str, nn.Module], targets: Sequence[str], tower: str) -> list[str]:

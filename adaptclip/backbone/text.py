@@ -18,7 +18,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
-from adaptclip.backbone.attention import SplitAttention
+from adaptclip.backbone.attention import is_plain_attention
 from adaptclip.backbone.hf_text import HuggingFaceTextTower
 from adaptclip.backbone.packed import (
     KeyValue,
@@ -240,14 +240,7 @@ def shares_prefix(tower: TextTower) -> TypeGuard[CausalTextTower]:
 
 def _is_default_block(block: nn.Module) -> bool:
     """Whether a block is open_clip's own with fused projections, so that it can be computed part by part."""
-    if type(block) is not ResidualAttentionBlock:
-        return False
-    if isinstance(block.attn, SplitAttention):
-        return block.attn.dropout == 0
-    if type(block.attn) is not nn.MultiheadAttention:
-        return False
-    attn = block.attn
-    return attn.in_proj_weight is not None and attn.bias_k is None and attn.dropout == 0 and not attn.add_zero_attn
+    return type(block) is ResidualAttentionBlock and is_plain_attention(block.attn)
 
 
 def make_text_tower(model: nn.Module, tokenizer: Callable[..., Tensor]) -> TextTower:
