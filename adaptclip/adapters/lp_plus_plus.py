@@ -26,11 +26,11 @@ def step_sizes(features: Tensor, text: Tensor) -> tuple[float, float]:
     Returns:
         (lr_w, lr_alpha).
     """
-    exact = features.double()
+    exact = features.cpu().double()
     # FᵀF and FFᵀ have the same largest eigenvalue; the smaller matrix is quicker.
     gram = exact @ exact.T if len(exact) < exact.shape[1] else exact.T @ exact
     curvature = torch.linalg.eigvalsh(gram)[-1].item()
-    cosines = (exact @ text.double().T).square().sum(dim=0).max().item()
+    cosines = (exact @ text.cpu().double().T).square().sum(dim=0).max().item()
     return 4 * len(features) / curvature, len(features) / (4 * cosines)
 
 

@@ -162,9 +162,9 @@ class ClassBias(nn.Module):
         values, step = features.values[0], max(1, _MOST_LOGITS // max(1, len(features)))
         for low in range(0, len(class_weights), step):
             weights = class_weights[low : low + step]
-            logits = scaled_logits(values.to(weights.device), weights, logit_scale).double().cpu()
+            logits = scaled_logits(values.to(weights.device), weights, logit_scale).cpu().double()
             positive = features.labels.cpu()[:, None] == torch.arange(low, low + len(weights))
-            self.start[low : low + step] = matching_bias(logits, positive)
+            self.start[low : low + step] = matching_bias(logits, positive).float().to(self.start.device)
 
     def state(self) -> dict[str, Tensor]:
         """Returns "bias_start" and "bias_offset", (C,) each."""

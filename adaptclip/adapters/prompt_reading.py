@@ -64,8 +64,9 @@ def nearest_words(backbone: ClipBackbone, context: Tensor, k: int = 5) -> list[A
     if not 1 <= k <= num_tokens:
         raise ConfigError(f"k must lie between 1 and the {num_tokens} tokens of the vocabulary, got {k}")
     device = next(backbone.parameters()).device
-    table = backbone.text.embed_tokens(torch.arange(num_tokens, device=device)).double()
-    vectors = context.detach().to(device).double().flatten(0, -2)
+    # Apple's GPUs have no float64: the numbers go to the CPU first, here and wherever it is wanted.
+    table = backbone.text.embed_tokens(torch.arange(num_tokens, device=device)).cpu().double()
+    vectors = context.detach().cpu().double().flatten(0, -2)
     distances, ids = _nearest(vectors, table, k)
     read = [
         [NearWord(spell(i), i, d) for i, d in zip(row, near, strict=True)]

@@ -263,7 +263,9 @@ def is_plain_attention(module: nn.Module) -> bool:
     if type(module) is Attention:
         return known.in_proj_weight is not None and not known.attn_drop.p and _is_plain_own(module)
     if type(module) is nn.MultiheadAttention:
-        return known.in_proj_weight is not None and known.bias_k is None and not known.dropout and not known.add_zero_attn
+        return (
+            known.in_proj_weight is not None and known.bias_k is None and not known.dropout and not known.add_zero_attn
+        )
     return False
 
 

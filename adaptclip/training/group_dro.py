@@ -78,4 +78,4 @@ class GroupDRO:
         self.log_weights = torch.log_softmax(self.log_weights + moved, dim=0)
         share = torch.cat([(1 - self._of_none) * self.shares, torch.tensor([self._of_none], dtype=torch.float64)])
         of_image = share / count.clamp(min=1) * (len(losses) * processes)
-        return of_image.to(losses)[place]
+        return of_image.to(losses.dtype).to(losses.device)[place]
