@@ -48,12 +48,12 @@ class Config:
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 1
     """Images per process and micro-step; every image encodes all class prompts anew."""
-    accumulate: int = 1
-    """Micro-steps per optimizer step."""
+    accumulate: int = 0
+    """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of the text tower while training."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Autocast of the text tower while training; auto does what accelerate launch was told."""
     memory_gib: float = 4.0
     """Budget for the text tower's activations; more prompts than fit are taken in chunks, with the same gradients."""
     save_every: int = 100

@@ -64,10 +64,12 @@ class Config:
     """Peak learning rate of AdamW (weight decay 0.1, or 0 for few shots), cosine per step."""
     batch_size: int = 256
     """Pairs per process; all processes' pairs are contrasted. The default takes a short 32."""
+    accumulate: int = 0
+    """Micro-batches per optimizer step, each contrasted by itself; 0 does what accelerate launch was told, or 1."""
     mitigate: str = ""
     """Balance of what an epoch shows, such as group-sampling:sex or class-sampling; empty for none."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of the towers while training."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Autocast of the towers while training; auto does what accelerate launch was told."""
     save_every: int = 100
     """Optimizer steps between checkpoints."""
     gates: str = "card"
@@ -86,7 +88,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → pairs → tuned towers → WiSE-FT → stock open_clip folder → retrieval, predictions, report, gates."""
-    accelerator = ac.make_accelerator(cfg.mixed_precision, trackers=cfg.trackers, out=cfg.out)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)
@@ -112,7 +114,6 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
     if accelerator.is_main_process:
         split.save(run.path / "split.json")
-
     cache = ac.FeatureCache(cfg.cache)
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
@@ -123,7 +124,7 @@ def main(cfg: Config) -> int:
         pictures = ac.FeatureLoader(features, accelerator=accelerator, **how)
     else:
         pictures = ac.PixelLoader(images, backbone, augment=crop, views=cfg.views, accelerator=accelerator, **how)
-    loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed)
+    loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed, accumulate=accelerator.gradient_accumulation_steps)
     num_steps = epochs * loader.steps_per_epoch
     decay, warmup = (0.0, 0) if shots else (0.1, min(500, num_steps // 5))
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=cfg.lr, weight_decay=decay)
@@ -131,7 +132,6 @@ def main(cfg: Config) -> int:
     scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, **per_epoch)
     model, optimizer = accelerator.prepare(adapter, optimizer)
     start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
-
     started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
     model.train()

@@ -53,12 +53,14 @@ class Config:
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 32
     """Images per process and step; with cached features they cost next to nothing beside the class prompts."""
+    accumulate: int = 0
+    """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
     objective: str = "softmax"
     """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of the text tower while training."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Autocast of the text tower while training; auto does what accelerate launch was told."""
     memory_gib: float = 4.0
     """Budget for the text tower's activations; more classes than fit are taken in chunks, with the same gradients."""
     save_every: int = 100
@@ -79,7 +81,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → CoOp → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator(cfg.mixed_precision, trackers=cfg.trackers, out=cfg.out)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
     objective = ac.parse_objective(cfg.objective)
 

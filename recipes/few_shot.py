@@ -78,8 +78,8 @@ class Config:
     """Method that paired differences are taken to."""
     threads: int = 1
     """Torch threads of every process on a CPU; their number decides the last bits of sums."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast while training by steps."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Autocast while training by steps; auto does what accelerate launch was told."""
     cache: Path = Path(".cache/features")
     """Image features, shared by all methods, shots and seeds."""
     out: Path = Path("runs/few_shot")
@@ -98,7 +98,7 @@ def main(cfg: Config) -> int:
     settings = read_settings(changes, methods)
     budget = Budget(cfg.search_trials, cfg.search_seconds) if cfg.search_trials else None
 
-    accelerator = ac.make_accelerator(cfg.mixed_precision)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
     cards = [ac.load_card(name) for name in (*cfg.cards, *cfg.targets)]
     check_names([card.name for card in cards])
     data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]

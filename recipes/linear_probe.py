@@ -73,7 +73,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → linear head → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator()
+    accelerator = ac.make_accelerator("no", 1)
     ac.seed_everything(cfg.seed)
     objective = ac.parse_objective(cfg.objective)
 

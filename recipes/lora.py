@@ -60,12 +60,14 @@ class Config:
     """Peak learning rate of AdamW (weight decay 0.01), cosine to 1e-6."""
     batch_size: int = 32
     """Images per process and step."""
+    accumulate: int = 0
+    """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
     objective: str = "softmax"
     """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of both towers while training."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Autocast of both towers while training; auto does what accelerate launch was told."""
     compute: Literal["plain", "checkpointing", "compile"] = "plain"
     """checkpointing computes image blocks twice to save memory; compile builds the image tower with torch.compile."""
     gates: str = "card"
@@ -82,7 +84,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → pixels → LoRA → scale on validation → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator(cfg.mixed_precision, out=cfg.out)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, out=cfg.out)
     ac.seed_everything(cfg.seed)
     objective = ac.parse_objective(cfg.objective)
 

@@ -219,7 +219,7 @@ class Corpus:
 
 def main(cfg: Config) -> int:
     """Pictures and words → cached features → text tower → evaluation."""
-    accelerator = ac.make_accelerator(cfg.mixed_precision)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
     if cfg.evaluate:
         backbone = ac.load_backbone("starter")
         return show(

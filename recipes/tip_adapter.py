@@ -61,8 +61,8 @@ class Config:
     """Peak learning rate of tip-f's AdamW (eps 1e-4)."""
     batch_size: int = 256
     """Images of tip-f per process and micro-step."""
-    accumulate: int = 1
-    """Micro-steps per optimizer step."""
+    accumulate: int = 0
+    """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
     mitigate: str = ""
     """Balance of groups or classes in tip-f's training, such as group-sampling:sex or class-weights; empty for none."""
     save_every: int = 100

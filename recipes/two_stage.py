@@ -58,10 +58,12 @@ class Config:
     """The same for the head."""
     batch_size: int = 32
     """Images per process and step."""
+    accumulate: int = 0
+    """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
     mitigate: str = ""
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast of both towers while training."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Autocast of both towers while training; auto does what accelerate launch was told."""
     gates: str = "card"
     """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
     cache: Path = Path(".cache/features")
@@ -76,7 +78,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → pixels → LoRA → features → linear head → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator(cfg.mixed_precision, out=cfg.out)
+    accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, out=cfg.out)
     ac.seed_everything(cfg.seed)
 
     card = ac.load_card(cfg.card)

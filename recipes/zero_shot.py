@@ -46,7 +46,7 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → cached features → zero-shot classifier → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator()
+    accelerator = ac.make_accelerator("no", 1)
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     # What is compared with zero-shot would here be compared with itself.

@@ -1,4 +1,4 @@
-"""A pretended accelerator without float64, as Apple's GPUs are: computed on the CPU, strict about dtypes and devices."""
+"""A pretended device without float64, as Apple's GPUs are: computed on the CPU, strict about dtypes and devices."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class SplitAttention(nn.Module):
     """Multi-head attention whose four projections are Linear layers; the same function as the fused module.
 
     It shares its weights with the fused module that it was made from, and is called as that one is: as
-    `nn.MultiheadAttention`, or as open_clip's own `Attention`, which open_clip 3 has in its custom blocks and open_clip 4
-    in all.
+    `nn.MultiheadAttention`, or as open_clip's own `Attention`, which open_clip 3 has in its custom blocks and
+    open_clip 4 in all.
 
     Args:
         fused: the module to take apart.
@@ -293,7 +293,7 @@ def _check_plain(module: nn.Module, name: str) -> None:
 
 
 def _is_plain_own(module: Any) -> bool:
-    """Whether open_clip's `Attention`, fused or split, has neither norms nor scales nor dropout beside its projections."""
+    """Whether open_clip's `Attention`, fused or split, has neither norms nor scales nor dropout of its own."""
     identities = all(type(getattr(module, name)) is nn.Identity for name in ("ln_q", "ln_k", "ln_inner"))
     return identities and module.logit_scale is None and module.head_scale is None and not module.out_drop.p
 

@@ -117,8 +117,8 @@ def count_attention(model: Any, tower: str) -> int:
         named = [name for name, module in part.named_modules() if _ATTENTION.search(type(module).__name__)]
         return sum(not any(other.startswith(f"{name}.") for other in named) for name in named)
     raise BackboneError(
-        f"the {tower} tower of this model is a {type(part).__name__}, which LoRA does not know; known are open_clip's own "
-        "towers, those of timm and Hugging Face encoders"
+        f"the {tower} tower of this model is a {type(part).__name__}, which LoRA does not know; known are open_clip's "
+        "own towers, those of timm and Hugging Face encoders"
     )
 
 

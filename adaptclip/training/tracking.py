@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,13 @@ from adaptclip import __version__
 from adaptclip.errors import ConfigError, StorageError, TrainingError, did_you_mean
 from adaptclip.storage import parse_json, read_json, write_json, write_text, write_yaml
 from adaptclip.training.checkpoint import newest_checkpoint, step_of
+from adaptclip.training.launcher import (
+    MixedPrecision,
+    check_launcher,
+    launched_accumulation,
+    launched_precision,
+    settled,
+)
 
 MAY_CHANGE = ("resume", "overwrite", "out", "trackers", "workers", "cache", "gates")
 """Settings that do not touch the weights, so a resumed run may have others."""
@@ -35,8 +42,8 @@ _HOW_STARTED = ("resume", "overwrite")
 
 
 def make_accelerator(
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
-    accumulate: int = 1,
+    mixed_precision: MixedPrecision = "auto",
+    accumulate: int = 0,
     *,
     trackers: str = "",
     out: Path | str | None = None,
@@ -45,27 +52,25 @@ def make_accelerator(
     """Builds the Accelerator of a recipe and checks that it sees the processes that were started.
 
     Args:
-        mixed_precision: "no", "fp16" (GPU only) or "bf16".
-        accumulate: micro-batches per optimizer step, 1 or more.
+        mixed_precision: "no", "fp16" (GPU only), "bf16", or "auto" for what `accelerate launch` asks for.
+        accumulate: micro-batches per optimizer step, 1 or more, or 0 for what the launcher asks for.
         trackers: names of Accelerate's trackers, separated by commas, for example "tensorboard,wandb".
         out: run folder, where trackers that write files put them.
         cpu: stay on the CPU even where there is a GPU.
 
     Raises:
-        ConfigError: a value out of range, fp16 without a GPU, an unknown tracker or one whose package is missing.
+        ConfigError: a value out of range, fp16 without a GPU, an unknown tracker or one whose package is missing, or
+            the launcher asks for something else or for what the recipes do not do (`launcher`).
         TrainingError: several processes were started and Accelerate sees one.
     """
-    if mixed_precision not in ("no", "fp16", "bf16"):
-        options = ("no", "fp16", "bf16")
-        raise ConfigError(f"unknown mixed_precision {mixed_precision!r}. {did_you_mean(mixed_precision, options)}")
-    if accumulate < 1:
-        raise ConfigError(f"accumulate must be 1 or more, got {accumulate}")
-    if mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
+    check_launcher()
+    precision, num_steps = launched_precision(mixed_precision), launched_accumulation(accumulate)
+    if precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise ConfigError('mixed_precision "fp16" needs a GPU, and none is used here; take "bf16" or "no"')
     names = _tracker_names(trackers)
     accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
         log_with=names or None,
         project_dir=out,
         cpu=cpu,
@@ -209,7 +214,7 @@ def start_run(
     record = {
         "adaptclip": __version__,
         "num_processes": accelerator.num_processes,
-        "config": parse_json(json.dumps(config, default=str), where="the settings", nan=True),
+        "config": parse_json(json.dumps(settled(config, accelerator), default=str), where="the settings", nan=True),
     }
     _check_folder(path, record, resume=resume, overwrite=overwrite, may_change=may_change)
     accelerator.wait_for_everyone()  # every process has looked before one of them writes

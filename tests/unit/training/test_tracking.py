@@ -195,7 +195,7 @@ def test_processes_that_did_not_find_each_other_are_refused(tmp_path, monkeypatc
     [
         ({"mixed_precision": "fp61"}, "unknown mixed_precision 'fp61'. Did you mean \"fp16\""),
         ({"mixed_precision": "fp16", "cpu": True}, '"fp16" needs a GPU.*take "bf16" or "no"'),
-        ({"accumulate": 0}, "accumulate must be 1 or more, got 0"),
+        ({"accumulate": -1}, "accumulate must be 1 or more, or 0 .*; got -1"),
         ({"trackers": "tensorbord"}, "unknown tracker 'tensorbord'. Did you mean \"tensorboard\""),
         ({"trackers": " comet_ml ,"}, "tracker 'comet_ml' needs its package.*pip install comet-ml"),
     ],
