@@ -47,8 +47,11 @@ def check(
         say(f"  test by {name}: {counts}")
     for row in data.skipped:
         say(f"  not used: {row}")
+    if data.unused_columns:
+        listed = ", ".join(f"{name} ({number:,} values)" for name, number in data.unused_columns.items())
+        say(f"  columns that the card does not use: {listed}")
     for note in data.notes:
-        say(f"  allowed by the card: {note}")
+        say(f"  {'to worry about' if note in data.worries else 'note'}: {note}")
     for issue in data.card.known_issues:
         say(f"  known issue: {issue}")
     say("no problem found that the card does not allow")

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import parquet
+
 from adaptclip.data.card import Card
 from adaptclip.data.card_block import HubSource, ParquetSource, normalise_text
 from adaptclip.data.dataset import ArrowStore
 from adaptclip.data.fingerprints import cache_root, file_stamp
 from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
-from adaptclip.errors import DataError
+from adaptclip.data.tables import columns_by_name
+from adaptclip.errors import DataError, shown
 from adaptclip.hub import is_offline, require_hub
 from adaptclip.storage import digest
 
@@ -33,12 +36,21 @@ def read_parquet_files(card: Card, data_root: Path | None) -> RawRows:
     parts: list[tuple[str | None, Dataset]] = []
     for split, paths in find_files(card, card.source.files, data_root).items():
         kind = "arrow" if paths[0].suffix == ".arrow" else "parquet"
+        for path in paths if kind == "parquet" else ():
+            _refuse_equal_columns(path)
         with _loading(f"card {card.name}: {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "")):
             loaded = load_dataset(
                 kind, data_files=[str(p.resolve()) for p in paths], split="train", cache_dir=str(cache_root() / "arrow")
             )
         parts.append((split, loaded))  # pyright: ignore[reportArgumentType]
     return _from_datasets(card, parts, base_folder(card, data_root))
+
+
+def _refuse_equal_columns(path: Path) -> None:
+    """Raises DataError where a Parquet file has two columns of one name, which its readers word badly or not at all."""
+    with _loading(shown(path)):
+        names = parquet.read_schema(path).names
+    columns_by_name(names, shown(path))
 
 
 def read_hub(card: Card, data_root: Path | None) -> RawRows:
@@ -104,19 +116,25 @@ def _from_datasets(card: Card, parts: list[tuple[str | None, Dataset]], root: Pa
 
     wanted, image, label = wanted_columns(card), card.columns.image, card.columns.label
     values: dict[str, list[Any]] = {name: [] for name in wanted}
+    others = set.intersection(*(_plain_columns(part) for _, part in parts)) - {image, *wanted}
+    unused: dict[str, list[Any]] = {name: [] for name in sorted(others)}
     names: list[tuple[str, ...] | None] = []
     images, stamps, splits = [], [], []
     for split, part in parts:
-        check_columns([image, *wanted], part.column_names, f"card {card.name}: " + (split or "the data"))
-        cells = part.select_columns(wanted).with_format("arrow")[:]
-        feature = part.features[label] if label else None
+        where = f"card {card.name}: " + (split or "the data")
+        own = columns_by_name(part.column_names, where)
+        check_columns([image, *wanted], list(own), where)
+        cells = part.select_columns([own[name] for name in (*wanted, *unused)]).with_format("arrow")[:]
+        feature = part.features[own[label]] if label else None
         names.append(tuple(normalise_text(n) for n in feature.names) if isinstance(feature, ClassLabel) else None)
-        for name in wanted:
-            other = part.features[name] if name != label else None
-            column = cells[name].to_pylist()
-            values[name].append(_names_of(column, tuple(other.names)) if isinstance(other, ClassLabel) else column)
+        for name in (*wanted, *unused):
+            other = part.features[own[name]] if name != label else None
+            column = cells[own[name]].to_pylist()
+            column = _names_of(column, tuple(other.names)) if isinstance(other, ClassLabel) else column
+            (values if name in values else unused)[name].append(column)
         with _loading(f"card {card.name}: column {image!r} as encoded images"):
-            images.append(part.select_columns([image]).cast_column(image, Image(decode=False)))
+            encoded = part.select_columns([own[image]]).rename_columns({own[image]: image})
+            images.append(encoded.cast_column(image, Image(decode=False)))
         stamp = digest(*(file_stamp(Path(file["filename"])) for file in part.cache_files))[:16]
         stamps += [f"{stamp}:{row}" for row in range(len(part))]
         splits += [split or ""] * len(part)
@@ -132,7 +150,20 @@ def _from_datasets(card: Card, parts: list[tuple[str | None, Dataset]], root: Pa
         origin=str(root),
         class_names=class_names,
         splits=None if parts[0][0] is None else splits,
+        unused={name: [cell for cells in columns for cell in cells] for name, columns in unused.items()},
     )
+
+
+def _plain_columns(part: Dataset) -> set[str]:
+    """Columns of texts, numbers and dates; images, lists and bytes are too large to look through."""
+    from datasets import ClassLabel, Value
+
+    plain = [
+        name
+        for name, feature in part.features.items()
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "binary" not in feature.dtype)
+    ]
+    return {normalise_text(name) for name in plain}
 
 
 def _names_of(cells: list[Any], names: tuple[str, ...] | None) -> list[Any]:

@@ -22,8 +22,10 @@ ALLOWABLE = (
     "missing_classes",
     "unreadable_images",
     "empty_groups",
+    "shared_values",
 )
-"""Names of the checks that a card may allow to fail; see `adaptclip.data.checks`."""
+"""Names of the checks that a card may allow to fail; see `adaptclip.data.checks`. `shared_values` is allowed column by
+column, as "shared_values.age"."""
 
 
 def normalise_text(value: Any) -> Any:
@@ -301,8 +303,11 @@ class CardBlock(BaseModel):
             if template.count("{}") != 1:
                 raise ValueError(f"templates need exactly one {{}} for the class name; got {template!r}")
         for name in self.allow:
-            if name not in ALLOWABLE:
+            check, _, column = name.partition(".")
+            if check not in ALLOWABLE or (column and check != "shared_values"):
                 raise ValueError(f"allow has no check named {name!r}. {did_you_mean(name, ALLOWABLE)}")
+            if check == "shared_values" and not column:
+                raise ValueError("allow names shared_values without a column; write, for example, shared_values.age")
         if self.window is not None and not self.window[0] < self.window[1]:
             raise ValueError(f"window must be [black, white] with black < white; got {list(self.window)}")
         for name in self.aliases:

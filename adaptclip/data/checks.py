@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from adaptclip.data.dataset import UNKNOWN, DomainData, ImageDataset
 from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
+from adaptclip.data.inseparable import inseparable
+from adaptclip.data.unused import shared_values
 from adaptclip.errors import AdaptclipError, DataError, SplitError, did_you_mean
+
+LEAKS = ("duplicate_pictures", "similar_pictures", "shared_clusters", "shared_values")
+"""Checks whose failing makes results look better than they are."""
 
 _EXAMPLES = 3
 
@@ -33,33 +41,56 @@ class Problem:
     check: str = ""
 
 
-def check_data(data: DomainData, *, found: Mapping[str, Picture] | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Checked:
+    """What was found, and is no reason to stop.
+
+    Attributes:
+        notes: sentences about problems that the card allows and about what else is worth knowing.
+        worries: those of them that put every result in doubt: allowed leaks, and classes that cannot be told from
+            groups.
+    """
+
+    notes: tuple[str, ...] = ()
+    worries: tuple[str, ...] = ()
+
+
+def check_data(
+    data: DomainData,
+    *,
+    found: Mapping[str, Picture] | None = None,
+    unused: Mapping[str, Sequence[Any]] | None = None,
+) -> Checked:
     """Checks classes, labels, groups and leaks between the parts.
 
     Args:
         data: the data set.
         found: content digest -> picture hashes; None computes them.
-
-    Returns:
-        Sentences about problems that the card allows and about what else is worth knowing.
+        unused: column that the card does not name -> cells by row of the source.
 
     Raises:
-        SplitError: parts share pictures or clusters, or lack classes.
+        SplitError: parts share pictures, clusters or values of an unused column, or lack classes.
         DataError: classes, labels or groups are not usable.
     """
     problems = [*_check_names(data), *_check_labels(data)]
     if not problems:
         problems += [*_check_classes(data), *_check_groups(data), *_check_clusters(data), *_check_pictures(data, found)]
+        problems += _check_unused(data, unused or {})
     fatal = [problem for problem in problems if problem.check not in data.card.allow]
     if fatal:
         lines = "\n  ".join(f"{problem.message}. {problem.remedy}.{_how_to_allow(problem)}" for problem in fatal)
         raise fatal[0].error(f"card {data.card.name}: the data did not pass the checks:\n  {lines}")
-    allowed = [f"{problem.message} (allowed by the card: {problem.check})" for problem in problems]
-    return [*allowed, *_remarks(data)]
+    allowed = {f"{problem.message} (allowed by the card: {problem.check})": problem.check for problem in problems}
+    leaks = [note for note, check in allowed.items() if check.partition(".")[0] in LEAKS]
+    mixed = inseparable(data)
+    return Checked((*allowed, *mixed, *_remarks(data)), (*leaks, *mixed))
 
 
 def _how_to_allow(problem: Problem) -> str:
-    return f" If it must be so, the card can say `allow: [{problem.check}]`." if problem.check else ""
+    if not problem.check:
+        return ""
+    quoted = problem.check if re.fullmatch(r"[\w.]+", problem.check) else json.dumps(problem.check, ensure_ascii=False)
+    return f" If it must be so, the card can say `allow: [{quoted}]`."
 
 
 def _check_names(data: DomainData) -> Iterator[Problem]:
@@ -134,6 +165,20 @@ def _check_clusters(data: DomainData) -> Iterator[Problem]:
                 "better than it is: put each into one split (`splits: {fractions: ...}` does)",
                 SplitError,
                 "shared_clusters",
+            )
+
+
+def _check_unused(data: DomainData, unused: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
+    """Columns that the card does not name, and that may say who or what images are of; see `unused`."""
+    for name, cells in unused.items():
+        words = shared_values(data, name, cells)
+        if words:
+            yield Problem(
+                f"the column {name!r}, which the card does not use, {words}",
+                f"If it says who or what an image is of, write `columns: {{cluster: {json.dumps(name)}}}`, so that "
+                "none is in two parts",
+                SplitError,
+                f"shared_values.{name}",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ ONE_LABEL = (
     "such images. Leave one label per row, or make a card with two classes (it, and not it) of each finding."
 )
 
-SEPARATORS = "|;"
+SEPARATORS = "|;,"
 """What stands between the labels of a cell that has several."""
 
 
@@ -58,11 +59,13 @@ def resolve_labels(
     Raises:
         DataError: a label is missing, out of range, of the wrong type or not among the names.
     """
+    refuse_several_labels(values, card_names or source_names or (), where)
     _refuse_bad_cells(values, where)
+    if _are_numbers_as_names(values, card_names):
+        values = [as_text(value) for value in values]
     if all(isinstance(value, str) for value in values):
         names = card_names or source_names
         texts = [as_text(value) for value in values]
-        _refuse_joined(texts, names or (), where)
         if names is not None and not (_all_whole(texts) and not set(texts) & set(names)):
             return _ids_of_names(texts, names, where), names
         if names is None and not _all_whole(texts):
@@ -73,10 +76,14 @@ def resolve_labels(
     own = source_names or card_names
     if own is None:
         raise DataError(
-            f"labels are the numbers {ids.min()} to {ids.max()} and nothing says what they are called: add class_names "
-            "to the card, in the order of the numbers (the names are the words CLIP reads)"
+            f"labels are the numbers {ids.min()} to {ids.max()} and nothing says what they are called: "
+            + (
+                "add class_names to the card, in the order of the numbers (the names are the words CLIP reads)"
+                if ids.min() <= 0
+                else _count_from_one(values)
+            )
         )
-    _check_range(ids, len(own), where)
+    _check_range(ids, values, len(own), where)
     if card_names is None or source_names is None or card_names == source_names:
         return ids, own
     return _to_card_order(ids, source_names, card_names), card_names
@@ -107,14 +114,31 @@ def _all_whole(texts: Sequence[str]) -> bool:
     return all(text.lstrip("-").isdecimal() for text in texts)
 
 
-def _refuse_joined(texts: Sequence[str], names: Sequence[str], where: Callable[[int], str]) -> None:
+def refuse_several_labels(values: Sequence[Any], names: Sequence[str], where: Callable[[int], str]) -> None:
     """Raises DataError where a label is several others in one cell, as "Effusion|Mass" is."""
+    first: dict[str, int] = {}
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            first.setdefault(as_text(value), row)
     for separator in SEPARATORS:
-        known = {*names, *(text for text in texts if separator not in text)}
-        for row, text in enumerate(texts):
+        known = {*names, *(text for text in first if text and separator not in text)}
+        for text, row in first.items():
             parts = [part.strip() for part in text.split(separator)]
             if len(parts) > 1 and known.issuperset(parts):
-                raise DataError(f"{where(row)}: the label {text!r} is {len(parts)} labels in one cell. {ONE_LABEL}")
+                empty = " The empty cells seem to mean none of them." if "" in first else ""
+                raise DataError(
+                    f"{where(row)}: the label {text!r} is {len(parts)} labels in one cell.{empty} {ONE_LABEL}"
+                )
+    lists = [text for text in first if text == "[]" or text.startswith(("['", '["'))]
+    if lists:
+        raise DataError(f"{where(first[lists[0]])}: the label {lists[0]!r} is a list in one cell. {ONE_LABEL}")
+
+
+def _are_numbers_as_names(values: Sequence[Any], card_names: tuple[str, ...] | None) -> bool:
+    """Whether labels are whole numbers and the card's class names are these numbers, as where ids count from 1."""
+    if not card_names or not _all_whole(card_names) or any(isinstance(value, str) for value in values):
+        return False
+    return {as_text(value) for value in values} <= set(card_names)
 
 
 def _ids_of_names(texts: Sequence[str], names: tuple[str, ...], where: Callable[[int], str]) -> np.ndarray:
@@ -130,10 +154,22 @@ def _ids_of_names(texts: Sequence[str], names: tuple[str, ...], where: Callable[
     return np.asarray([ids[text] for text in texts], dtype=np.int64)
 
 
-def _check_range(ids: np.ndarray, num_classes: int, where: Callable[[int], str]) -> None:
+def _count_from_one(values: Sequence[Any]) -> str:
+    """How to say what numbers are called that do not count from 0."""
+    numbers = sorted({as_text(value) for value in values})
+    listed = ", ".join(f'"{number}"' for number in numbers[:3]) + (", ..." if len(numbers) > 3 else "")
+    return (
+        f"they do not count from 0, so take them as names: `class_names: [{listed}]`, with the words that CLIP "
+        f'shall read under `aliases: {{"{numbers[0]}": ...}}`'
+    )
+
+
+def _check_range(ids: np.ndarray, values: Sequence[Any], num_classes: int, where: Callable[[int], str]) -> None:
     wrong = np.flatnonzero((ids < 0) | (ids >= num_classes))
     if len(wrong):
         hint = "; -1 usually marks the hidden labels of a public test set: use another split" if ids.min() == -1 else ""
+        if ids.min() >= 1:
+            hint = f". The numbers here are {ids.min()} to {ids.max()}: {_count_from_one(values)}"
         raise DataError(
             f"{len(wrong)} rows have a label id out of range, for example {ids[wrong[0]]} ({where(int(wrong[0]))}). "
             f"Allowed: 0 to {num_classes - 1}, as there are {num_classes} class names{hint}"
@@ -167,10 +203,12 @@ def group_values(values: Sequence[Any], bins: GroupBins | None, *, name: str) ->
 
 
 def _bin(value: Any, bins: GroupBins, name: str) -> str:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_number(value)
+    if number is None:
+        raise DataError(
+            f"group {name!r} has bins from {bins.bins[0]:g}, but a row holds {value!r}, which is no number; leave "
+            "unknown values empty"
+        )
     place = sum(edge <= number for edge in bins.bins) - 1
     if place < 0:
         raise DataError(
@@ -178,6 +216,21 @@ def _bin(value: Any, bins: GroupBins, name: str) -> str:
             "unknown values empty"
         )
     return bins.names[place]
+
+
+def as_number(value: Any) -> float | None:
+    """Returns a cell as a number, None where it is none.
+
+    A decimal comma is one ("50,0"), unless three digits follow, when it may as well separate thousands.
+    """
+    text = str(value).strip()
+    if re.fullmatch(r"[+-]?\d+,(\d{1,2}|\d{4,})", text):
+        text = text.replace(",", ".")
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def level_values(

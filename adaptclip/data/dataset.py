@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -205,6 +205,8 @@ class DomainData:
         test: images that are judged once, after every choice is made.
         skipped: sentences about rows that were left out.
         notes: sentences about problems that were found and that the card allows.
+        worries: those of them that put every result in doubt, such as an allowed leak.
+        unused_columns: column of the source that the card does not name -> number of its different values.
     """
 
     card: Card
@@ -214,6 +216,8 @@ class DomainData:
     test: ImageDataset
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    worries: tuple[str, ...] = ()
+    unused_columns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def has_classes(self) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from adaptclip.data.card import Card
@@ -13,11 +12,11 @@ from adaptclip.data.card_block import Columns, EmbeddedSource, ImageFolderSource
 from adaptclip.data.dataset import FileStore, MemoryStore, inside
 from adaptclip.data.embedded import EMBEDDED
 from adaptclip.data.fingerprints import content_digest, file_stamp
-from adaptclip.data.image_files import list_images, passed_over_in_words
+from adaptclip.data.image_files import IMAGE_SUFFIXES, list_images, passed_over_in_words
 from adaptclip.data.layouts import read_layout
 from adaptclip.data.rows import RawRows, base_folder, check_columns, find_files, wanted_columns
-from adaptclip.errors import DataError, StorageError, did_you_mean
-from adaptclip.storage import parse_json
+from adaptclip.data.tables import open_table
+from adaptclip.errors import DataError, did_you_mean, shown
 
 
 def read_manifest(card: Card, data_root: Path | None) -> RawRows:
@@ -28,21 +27,26 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
     """
     assert isinstance(card.source, ManifestSource)
     wanted, image = wanted_columns(card), card.columns.image
-    values: dict[str, list[Any]] = {name: [] for name in wanted}
+    columns: dict[str, list[Any]] = {}
     paths: list[Path] = []
     splits: list[str] = []
+    passed_over: list[str] = []
     found = find_files(card, card.source.files, data_root)
-    for split, tables in found.items():
-        for table in tables:
-            for line, row in _read_table(table):
-                check_columns([image, *wanted], list(row), f"{table}, line {line},")
-                name = row[image]
-                if not isinstance(name, str) or not name.strip():
-                    raise DataError(f"{table}, line {line}: the column {image!r} should hold a path, got {name!r}")
-                paths.append(inside(table.parent, name.strip()))
+    for split, files in found.items():
+        for file in files:
+            table, places = open_table(file), ImagePlaces(file)
+            passed_over += table.passed_over
+            for line, row in table.rows:
+                check_columns([image, *wanted], list(row), f"{shown(file)}, line {line},")
+                for name, cell in row.items():
+                    column = columns.setdefault(name, [])
+                    column += [None] * (len(paths) - len(column))  # earlier tables may lack it
+                    column.append(cell)
+                paths.append(places.path(row[image], column=image, line=line))
                 splits.append(split or "")
-                for column in wanted:
-                    values[column].append(row[column])
+    for column in columns.values():
+        column += [None] * (len(paths) - len(column))
+    values: dict[str, Any] = {name: columns.get(name, []) for name in wanted}
     return RawRows(
         store=FileStore(tuple(paths)),
         stamps=[file_stamp(path) for path in paths],
@@ -50,50 +54,67 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
         columns=card.columns,
         origin=str(base_folder(card, data_root).resolve()),
         splits=None if None in found else splits,
+        unused={name: cells for name, cells in columns.items() if name not in (image, *wanted)},
+        passed_over=tuple(passed_over),
     )
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, cells) of a CSV, TSV or JSONL file; CSV cells stay text, so that "007" stays "007"."""
-    kinds = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
-    if path.suffix.lower() not in kinds:
-        raise DataError(f"{path}: a manifest must end in {', '.join(kinds)}")
-    try:
-        yield from kinds[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except (OSError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+class ImagePlaces:
+    """Finds the images that a table names, relative to the table's own folder.
 
+    Args:
+        table: the table's file.
+    """
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        # Spreadsheets of many countries separate by semicolons.
-        reader = csv.DictReader(file, delimiter=max(",;\t", key=head.count), restkey="", strict=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        for row in reader:
-            if "" in row or None in row.values():
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {'more' if '' in row else 'fewer'} cells than the "
-                    f"{len(reader.fieldnames)} columns of the first line; text with the separator in it needs quotes"
-                )
-            yield reader.line_num, row
+    def __init__(self, table: Path) -> None:
+        self._table = table
+        self._without_ending: dict[Path, dict[str, list[Path]]] = {}
 
+    def path(self, name: Any, *, column: str, line: int) -> Path:
+        """Returns the path of an image.
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = parse_json(text, where="this line", nan=True)  # pandas' NaN is an empty cell
-            except StorageError as error:
-                raise DataError(f"{path}, line {line}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {line}: expected an object {{...}}, got {type(row).__name__}")
-            yield line, row
+        Backslashes separate folders where there is no file of that very name, and an ending may be left out where a
+        single image fits.
+
+        Raises:
+            DataError: the cell holds no path, or one that cannot be one below the table's folder.
+        """
+        where = f"{shown(self._table)}, line {line}: the column {column!r}"
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{where} should hold a path, got {name!r}")
+        name = name.strip()
+        if "\0" in name:
+            raise DataError(f"{where} holds a NUL character: {name!r}; the table is damaged")
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
+            raise DataError(f"{where} holds a web address, {name!r}; download the images and name their files")
+        if PureWindowsPath(name).drive or name.startswith("\\"):
+            last = PureWindowsPath(name).name
+            there = f"; {last} is there, so that the last part of each path would do" * (self._folder / last).is_file()
+            raise DataError(
+                f"{where} holds paths of a Windows machine, {name!r}. Paths are relative to the table's own folder, "
+                f"{shown(self._folder)}: put the images there, or in folders below it, and take "
+                f"{name.removesuffix(last)!r} away from each path{there}"
+            )
+        if "\\" in name and not (self._folder / name).exists():
+            name = name.replace("\\", "/")
+        path = inside(self._folder, name)
+        return path if path.suffix or path.exists() else self._with_ending(path, where)
+
+    @property
+    def _folder(self) -> Path:
+        return self._table.parent
+
+    def _with_ending(self, path: Path, where: str) -> Path:
+        if path.parent not in self._without_ending:
+            known = self._without_ending[path.parent] = {}
+            for file in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+                if file.suffix.lower() in IMAGE_SUFFIXES:
+                    known.setdefault(file.stem, []).append(file)
+        fitting = self._without_ending[path.parent].get(path.name, [])
+        if len(fitting) > 1:
+            names = ", ".join(shown(file.name) for file in fitting)
+            raise DataError(f"{where} holds {path.name!r} without an ending, and several images fit: {names}")
+        return fitting[0] if fitting else path
 
 
 def read_image_folder(card: Card, data_root: Path | None) -> RawRows:

@@ -95,6 +95,11 @@ def _folders(folder: Path) -> list[Path]:
         raise DataError(f"cannot look into {shown(folder)}: {error.strerror or error}") from error
 
 
+def class_folder_names(folder: Path) -> list[str]:
+    """Returns the names of the folders directly in a folder, without what programs left there."""
+    return [path.name for path in _folders(folder)]
+
+
 def _images(folder: Path) -> int:
     """Number of images directly in a folder."""
     return sum(is_image_file(path) for path in folder.iterdir())

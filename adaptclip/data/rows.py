@@ -28,6 +28,7 @@ class RawRows:
         split_rule: how parts are made of them, where the source itself can tell; else the card's.
         class_levels: taxonomy levels that the source gives per class.
         passed_over: sentences about what lies at the source and was not taken.
+        unused: column that the card does not name -> N cells, where these are texts, numbers or dates.
     """
 
     store: ImageStore
@@ -40,6 +41,7 @@ class RawRows:
     split_rule: Splits | None = None
     class_levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
+    unused: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.stamps)

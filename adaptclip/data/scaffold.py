@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 from collections import Counter
@@ -13,29 +12,17 @@ from typing import Any, Literal
 
 from adaptclip.data.card import Card, parse_card
 from adaptclip.data.card_block import PARTS, Splits
-from adaptclip.data.columns import as_text, is_missing
+from adaptclip.data.columns import as_text, is_missing, refuse_several_labels
 from adaptclip.data.file_rows import read_image_folder, read_manifest
 from adaptclip.data.image_files import list_images
 from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
+from adaptclip.data.table_roles import column_roles, describing_classes, propose_columns
 from adaptclip.data.words import is_junk, split_part
-from adaptclip.errors import CardError, StorageError, did_you_mean, shown
-from adaptclip.storage import parse_json, write_text
+from adaptclip.errors import CardError, shown
+from adaptclip.storage import write_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 """Endings of files that are taken for a manifest; a folder with one of them is read through it."""
-
-COLUMN_NAMES = {
-    "image": ("image", "file", "filename", "file_name", "path", "image_path", "filepath", "img"),
-    "label": ("label", "class", "class_name", "label_name", "category", "species", "diagnosis", "target", "y"),
-    "split": ("split", "subset", "partition", "fold"),
-    "id": ("id", "image_id", "record", "record_id", "uuid"),
-    "cluster": ("cluster", "patient", "patient_id", "subject", "subject_id", "lesion_id", "group_id", "collector"),
-}
-"""What a column is taken for by its name (lower case), the likeliest name first."""
-
-MAX_GROUPS = 12
-"""A column with more different values than this is not proposed as a reported group."""
-
 
 MAX_LISTED = 30
 """Classes that are listed by name where the understood ones are printed."""
@@ -75,6 +62,7 @@ class _Findings:
     columns: list[str]
     labels: Sequence[Any]
     class_names: Sequence[str] | None = None
+    bins: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -115,12 +103,14 @@ def new_card(
     base = out.resolve().parent
     for path in (folder, out):
         require_text(path)
+    aside = describing_classes(folder, tables)
+    tables = [table for table in tables if table not in aside]
     by_table = bool(tables) and classes == "auto"
     found = _of_tables(folder, tables, base) if by_table else _of_folder(folder, base, asked=classes == "folders")
     text = _card_text(folder.resolve().name, found)
     parse_card(text, name=out.stem, path=out)  # a card that adaptclip itself refuses must never be written
     write_text(out, text)
-    for sentence in (understood(Counter(as_text(label) for label in found.labels)), *found.notes):
+    for sentence in (understood(Counter(as_text(label) for label in found.labels)), *found.notes, *aside.values()):
         say(sentence)
     return out
 
@@ -186,68 +176,31 @@ def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
     if not {"train", "test"} <= set(named):
         named = {}
     if len(tables) > 1 and len(named) < len(tables):
+        listed = ", ".join(shown(table.name) for table in tables[:5])
         raise CardError(
-            f"{folder} holds {len(tables)} tables ({', '.join(t.name for t in tables[:5])}); keep one, or name them "
-            "after their parts (train, validation, test)"
+            f"{shown(folder)} holds {len(tables)} tables ({listed}); keep one, or name them after their parts (train, "
+            "validation, test)"
         )
-    header = _header(tables[0])
-    roles = _roles(header, tables[0])
+    for table in tables:
+        require_text(table)
+    roles = column_roles(tables[0])
     # A card's `files` are patterns, so brackets and stars in a name must not act as such.
     by_name = {part: glob.escape(_relative(table, base)) for part, table in named.items()}
     files = by_name or glob.escape(_relative(tables[0], base))
-    values = _values(files, roles, header, base)
-    if not values:
-        raise CardError(f"{tables[0]} lists no image: it has a header, {', '.join(header)}, but no rows")
-    shown = "{" + ", ".join(f"{part}: {_quoted(name)}" for part, name in by_name.items()) + "}"
+    columns = {"image": roles["image"], "label": roles["label"]}
+    rows = read_manifest(_provisional({"source": {"kind": "manifest", "files": files}, "columns": columns}), base)
+    labels = rows.values[roles["label"]]
+    refuse_several_labels(labels, (), rows.store.where)
+    proposed = propose_columns(roles, labels, rows.unused)
+    listed = "{" + ", ".join(f"{part}: {_quoted(name)}" for part, name in by_name.items()) + "}"
     return _Findings(
-        source=["kind: manifest", f"files: {shown if by_name else _quoted(str(files))}"],
-        splits=[f"{part}: {part}" for part in named] or _table_splits(roles, values),
-        columns=_column_lines(roles, values),
-        labels=values[roles["label"]],
+        source=["kind: manifest", f"files: {listed if by_name else _quoted(str(files))}"],
+        splits=[f"{part}: {part}" for part in named] or _table_splits(roles, rows.unused),
+        columns=proposed.columns,
+        bins=proposed.bins,
+        labels=labels,
+        notes=[*rows.passed_over, *proposed.notes],
     )
-
-
-def _header(table: Path) -> list[str]:
-    with table.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        first = file.readline()
-    if table.suffix.lower() in (".csv", ".tsv"):
-        delimiter = max(",;\t", key=first.count)
-        return [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-    try:
-        return list(parse_json(first, where=f"the first line of {table}", nan=True))
-    except (StorageError, TypeError) as error:
-        raise CardError(f"the first line of {table} is no JSON object: {error}") from error
-
-
-def _roles(header: list[str], table: Path) -> dict[str, str]:
-    """Role -> column, by the columns' names."""
-    by_lower = {name.lower(): name for name in reversed(header)}
-    roles = {
-        role: by_lower[next(name for name in names if name in by_lower)]
-        for role, names in COLUMN_NAMES.items()
-        if any(name in by_lower for name in names)
-    }
-    for role in ("image", "label"):
-        if role not in roles:
-            raise CardError(
-                f"{table} has no column that looks like the {'image paths' if role == 'image' else 'classes'}: its "
-                f"columns are {', '.join(header) or 'none'}. Call it {role!r}. {did_you_mean(role, COLUMN_NAMES[role])}"
-            )
-    return roles
-
-
-def _values(files: Any, roles: Mapping[str, str], header: list[str], base: Path) -> Mapping[str, Sequence[Any]]:
-    """Reads all columns with the reader that will read them later; {} when there are no rows."""
-    block = {
-        "source": {"kind": "manifest", "files": files},
-        "columns": {
-            "image": roles["image"],
-            "label": roles["label"],
-            "groups": {name: name for name in header if name and name not in (roles["image"], roles["label"])},
-        },
-    }
-    rows = read_manifest(_provisional(block), base)
-    return rows.values if len(rows) else {}
 
 
 def _table_splits(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -257,39 +210,6 @@ def _table_splits(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]])
         return _drawn_lines(MADE_UP_FRACTIONS)
     lines = [f"column: {_quoted(roles['split'])}"]
     return lines + [f"{part}: {_quoted(parts[part])}  # {found[parts[part]]} images" for part in PARTS if part in parts]
-
-
-def _column_lines(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
-    lines = [f"image: {_quoted(roles['image'])}", f"label: {_quoted(roles['label'])}"]
-    ids = values.get(roles.get("id", ""), ())
-    if ids and len(set(map(str, ids))) == len(ids) and not any(map(is_missing, ids)):
-        lines.append(f"id: {_quoted(roles['id'])}")
-    if "cluster" in roles:
-        number = len(set(map(str, values[roles["cluster"]])))
-        lines.append(f"cluster: {_quoted(roles['cluster'])}  # {number} of them, none in two parts")
-    else:
-        lines.append("# cluster: patient  # a column of what must never be in two parts, if the table has one")
-    groups, levels = [], []
-    for name, cells in values.items():
-        if name in roles.values():
-            continue
-        counts = Counter("unknown" if is_missing(cell) else as_text(cell) for cell in cells)
-        shown = ", ".join(f"{value}: {count}" for value, count in counts.most_common(MAX_GROUPS))
-        if 2 <= len(counts) <= MAX_GROUPS:
-            groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {shown}")
-        if len(counts) > 1 and _is_function_of(cells, values[roles["label"]]):
-            levels.append(f"#   {_quoted(name)}: {_quoted(name)}  # {len(counts)} names, each class has one")
-    if groups:
-        lines += ["# Uncomment what shall be reported group by group:", "# groups:", *groups]
-    if levels:
-        lines += ["# Uncomment what is a level of a taxonomy, coarse to fine:", "# levels:", *levels]
-    return lines
-
-
-def _is_function_of(cells: Sequence[Any], labels: Sequence[Any]) -> bool:
-    pairs = {(str(label), str(cell)) for cell, label in zip(cells, labels, strict=True)}
-    classes = {label for label, _ in pairs}
-    return len(pairs) == len(classes) and len({cell for _, cell in pairs}) < len(classes)
 
 
 def _card_text(name: str, found: _Findings) -> str:
@@ -307,6 +227,12 @@ def _card_text(name: str, found: _Findings) -> str:
             "  # The labels are numbers: put the words that CLIP shall read here, in the order of the numbers.\n"
             f"  class_names: [{numbers}]\n"
         )
+        if min(map(int, classes)) > 0:
+            names = (
+                "  # The labels are numbers that do not count from 0, and so names; words go under `aliases`.\n"
+                f"  class_names: [{', '.join(map(_quoted, classes))}]\n"
+            )
+    bins = "".join(f"  {line}\n" for line in found.bins)
     return f"""---
 # Written by `adaptclip card new`. Every key is explained in data_cards/README.md of adaptclip.
 license: unknown                  # fill in: an identifier of the Hugging Face hub, such as cc-by-4.0 or other
@@ -318,7 +244,7 @@ adaptclip:
     {indent(found.source)}
   splits:
     {indent(found.splits)}
-{columns}{names}  # Words for the prompt, where a class's name is a code, Latin or an abbreviation:
+{columns}{bins}{names}  # Words for the prompt, where a class's name is a code, Latin or an abbreviation:
   # aliases:
 {aliases}{more}
   # Say what the images are; for example "a photo of a {{}}, a type of flower.", or "an x-ray image of {{}}."

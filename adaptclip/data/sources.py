@@ -96,8 +96,15 @@ def open_data(
     for sentence in skipped:
         _log.warning("card %s: %s", card.name, sentence)
     train, validation, test = (images.select([i for i, p in enumerate(parts) if p == part]) for part in PARTS)
-    data = DomainData(card, images.class_names, train, validation, test, tuple(skipped))
-    return replace(data, notes=tuple(check_data(data, found=found))) if check else data
+    values = {name: {as_text(cell) for cell in cells if not is_missing(cell)} for name, cells in raw.unused.items()}
+    data = DomainData(
+        card, images.class_names, train, validation, test, tuple(skipped),
+        unused_columns={name: len(different) for name, different in values.items()},
+    )  # fmt: skip
+    if not check:
+        return data
+    checked = check_data(data, found=found, unused=raw.unused)
+    return replace(data, notes=checked.notes, worries=checked.worries)
 
 
 def _check_card(card: Card, images: ImageDataset) -> None:

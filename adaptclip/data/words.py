@@ -39,6 +39,24 @@ _JUNK = frozenset({
     "thumbs.db", "desktop.ini",
 })  # fmt: skip
 
+_ROLES = {
+    "id": frozenset({"id", "image id", "record", "record id", "uuid", "uid", "sop instance uid"}),
+    "image": _words(
+        "image file filename filepath path imagepath imagefile img picture photo photograph bild bilddatei datei "
+        "dateiname pfad fichier imagen archivo immagine"
+    )
+    | {"file name", "image path", "image file", "file path", "bild datei", "image file name", "relative path"},
+    "label": _words(
+        "label labels class classes classname category species diagnosis diagnose dx target y finding findings klasse "
+        "kategorie art befund clase classe etiqueta categoria diagnostico diagnostic"
+    )
+    | {"class name", "label name", "haupt diagnose", "main diagnosis", "primary diagnosis", "scientific name"},
+    "split": _words("split subset partition fold dataset aufteilung"),
+}
+"""What a column is taken for by its words; where several columns fit, the first of the table is."""
+
+_OF_ROLE = _words("name names full relative rel the of")
+
 _SUFFIX = r"(?:ids?|s|no|nr|num|number|nummer|code|key|uid|name|hash)?"
 _IDENTITIES = (
     r"clusters?|patient(?:en|in|innen)?|paciente|paziente|mrn",
@@ -98,6 +116,13 @@ def share_of(name: str) -> float | None:
     """Returns the share that a folder's name gives, such as 70 for "70 percent", "70%" and "train_70pct"; else None."""
     found = re.search(r"(\d+(?:[.,]\d+)?)[ _-]*(?:%|pct|percent|per cent|prozent|pourcent|por ciento)", name.lower())
     return float(found[1].replace(",", ".")) if found else None
+
+
+def role_of(name: str) -> str | None:
+    """Returns "image", "label", "split" or "id" where a column's name says that it is that; else None."""
+    words = words_of(name)
+    bare = [w for w in words if w not in _OF_ROLE] or words
+    return next((role for role, known in _ROLES.items() if " ".join(words) in known or " ".join(bare) in known), None)
 
 
 def identity_rank(name: str) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from adaptclip.data.card import parse_card
-from adaptclip.data.checks import check_data
+from adaptclip.data.checks import Checked, check_data
 from adaptclip.data.dataset import DomainData, ImageDataset, MemoryStore
 from adaptclip.data.fingerprints import content_digest
 from adaptclip.errors import DataError, SplitError
@@ -47,7 +47,7 @@ def data_of(block: str = "", *, train=None, validation=None, test=None, class_na
 
 
 def test_sound_data_pass_without_a_word():
-    assert check_data(data_of()) == []
+    assert check_data(data_of()) == Checked()
 
 
 def test_the_same_file_in_train_and_test():
@@ -55,7 +55,7 @@ def test_the_same_file_in_train_and_test():
     message = r"1 of 2 test images are the same file as a train image: image test-1 = image train-0"
     with pytest.raises(SplitError, match=rf"{message}.*allow: \[duplicate_pictures\]"):
         check_data(data)
-    (note, conflict) = check_data(replace(data, card=data_of("  allow: [duplicate_pictures]\n").card))
+    (note, conflict) = check_data(replace(data, card=data_of("  allow: [duplicate_pictures]\n").card)).notes
     assert "allowed by the card: duplicate_pictures" in note
     assert "2 pictures are there under several classes: 'train-0', 'test-1'" in conflict
 
@@ -64,7 +64,7 @@ def test_the_same_picture_saved_anew():
     data = data_of(test=part_of("test", [photo(3), photo(2, quality=60)], [0, 1]))
     with pytest.raises(SplitError, match=r"1 of 2 test images look the same as a train image: image test-1 = image tr"):
         check_data(data)
-    (note,) = check_data(replace(data, card=data_of("  allow: [similar_pictures]\n").card))
+    (note,) = check_data(replace(data, card=data_of("  allow: [similar_pictures]\n").card)).notes
     assert "allowed by the card: similar_pictures" in note
 
 
@@ -81,7 +81,7 @@ def test_a_patient_in_train_and_test():
     test = part_of("test", [photo(3), photo(4), photo(5)], [0, 1, 1], clusters=("p2", "p3", "p2"))
     with pytest.raises(SplitError, match=r"1 values of 'cluster' .*in both train and test, with 2 test images: 'p2'"):
         check_data(data_of(train=train, test=test))
-    (note,) = check_data(data_of("  allow: [shared_clusters]\n", train=train, test=test))
+    (note,) = check_data(data_of("  allow: [shared_clusters]\n", train=train, test=test)).notes
     assert note.startswith("1 values")
 
 
@@ -89,11 +89,11 @@ def test_a_class_without_images():
     data = data_of(test=part_of("test", [photo(3)], [0]))
     with pytest.raises(SplitError, match=r"1 of 2 classes have no test image: 'dog'. Add some.*\[missing_classes\]"):
         check_data(data)
-    assert len(check_data(replace(data, card=data_of("  allow: [missing_classes]\n").card))) == 1
+    assert len(check_data(replace(data, card=data_of("  allow: [missing_classes]\n").card)).notes) == 1
 
 
 def test_a_class_without_validation_images_is_only_remarked():
-    (note,) = check_data(data_of(validation=part_of("validation", [photo(5)], [1])))
+    (note,) = check_data(data_of(validation=part_of("validation", [photo(5)], [1]))).notes
     assert note == "1 classes have no validation image: 'cat'"
 
 
@@ -114,13 +114,13 @@ def test_classes_that_read_the_same(names):
 
 def test_aliases_tell_classes_apart_and_must_name_classes():
     names = ("crane", "Crane")
-    assert check_data(data_of("  aliases: {Crane: lifting crane}\n", class_names=names)) == []
+    assert check_data(data_of("  aliases: {Crane: lifting crane}\n", class_names=names)) == Checked()
     with pytest.raises(DataError, match=r'aliases has no class \'crne\'. Did you mean "crane"'):
         check_data(data_of("  aliases: {crne: bird, Crane: machine}\n", class_names=names))
 
 
 def test_non_ascii_names_are_fine():
-    assert check_data(data_of(class_names=("crème brûlée", "寿司"))) == []
+    assert check_data(data_of(class_names=("crème brûlée", "寿司"))) == Checked()
 
 
 def test_label_ids_out_of_range():
@@ -136,12 +136,12 @@ def test_groups():
         return data_of(block, test=part_of("test", [photo(3), photo(4)], [0, 1], groups={"age": values}))
 
     bins = "  groups: {age: {bins: [0, 60], labels: [young, old]}}\n"
-    assert check_data(data(bins, ("young", "old"))) == []
+    assert check_data(data(bins, ("young", "old"))) == Checked()
     with pytest.raises(DataError, match=r"group 'age' has no test image in 'old'. Merge bins.*\[empty_groups\]"):
         check_data(data(bins, ("young", "young")))
     with pytest.raises(DataError, match="group 'age' is unknown for every test image"):
         check_data(data("", ("unknown", "unknown")))
-    assert check_data(data("", ("a", "unknown"))) == ["group 'age' is unknown for 1 of 2 test images"]
+    assert check_data(data("", ("a", "unknown"))).notes == ("group 'age' is unknown for 1 of 2 test images",)
     with pytest.raises(DataError, match=r'gates of the card has no group \'aeg\'. Did you mean "age"'):
         check_data(data("  gates: [{group: aeg, at_least: 0.5}]\n", ("a", "b")))
 

@@ -258,12 +258,14 @@ def test_manifest_mistakes(tmp_path, text, message):
 def test_manifests_of_other_kinds(tmp_path):
     with pytest.raises(DataError, match=r"a manifest must end in .csv, .tsv, .jsonl, .ndjson"):
         open_data(manifest(tmp_path, CSV, "list.xlsx"), data_root=tmp_path)
-    with pytest.raises(DataError, match=r"list.jsonl, line 1: not JSON"):
+    with pytest.raises(DataError, match=r"list.jsonl, line 1: it is not valid JSON"):
         open_data(manifest(tmp_path, CSV, "list.jsonl"), data_root=tmp_path)
     card = manifest(tmp_path, CSV)
-    (tmp_path / "list.csv").write_bytes(CSV.encode("utf-16"))
+    (tmp_path / "list.csv").write_bytes(CSV.replace("犬", "Hund").encode("cp1252"))
     with pytest.raises(DataError, match="is not UTF-8 text"):
         open_data(card, data_root=tmp_path)
+    (tmp_path / "list.csv").write_bytes(CSV.encode("utf-16"))  # its mark says so
+    assert open_data(card, data_root=tmp_path).class_names == ("Bär", "犬")
 
 
 # Image folders

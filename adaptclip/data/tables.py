@@ -1,0 +1,158 @@
+"""Tables as people have them: CSV, TSV and JSONL, from spreadsheets of any country, pandas or R."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from adaptclip.data.card_block import normalise_text
+from adaptclip.errors import DataError, StorageError, shown
+from adaptclip.storage import parse_json
+
+Row = tuple[int, dict[str, Any]]
+"""Line number, and column -> cell."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is being read.
+
+    Attributes:
+        columns: names in Unicode form NFC without outer blanks, all different; of JSONL those of its first row.
+        rows: of every line that is not blank. CSV cells stay text, so that "007" stays "007".
+        passed_over: sentences about columns that cannot be used.
+    """
+
+    columns: tuple[str, ...]
+    rows: Iterator[Row]
+    passed_over: tuple[str, ...] = ()
+
+
+def open_table(path: Path) -> Table:
+    """Opens a table by its ending.
+
+    A byte order mark of UTF-8 or UTF-16 is understood, and so are commas, semicolons, tabs and bars, Excel's `sep=;`
+    line, quoted line breaks, and blank lines. Columns without a name, such as the index that pandas writes, are left
+    out.
+
+    Raises:
+        DataError: another ending or encoding, two columns of one name, or (while rows are read) a damaged row.
+    """
+    kinds = {".csv": _open_csv, ".tsv": _open_csv, ".jsonl": _open_jsonl, ".ndjson": _open_jsonl}
+    if path.suffix.lower() not in kinds:
+        raise DataError(f"{shown(path)}: a manifest must end in {', '.join(kinds)}")
+    rows = _worded(path, lambda: kinds[path.suffix.lower()](path))
+    head = next(rows)
+    assert isinstance(head, Table)
+    return Table(head.columns, rows, head.passed_over)  # pyright: ignore[reportArgumentType]
+
+
+def _worded(path: Path, read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """Yields what `read` yields, and words what may go wrong."""
+    try:
+        yield from read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown(path)} is not UTF-8 text (byte 0x{error.object[error.start]:02x}, {error.reason}); it may be "
+            "Windows-1252 or Latin-1. Save it as UTF-8: in Excel as `CSV UTF-8`, elsewhere with "
+            "`iconv -f WINDOWS-1252 -t UTF-8`"
+        ) from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"cannot read {shown(path)}: {error}") from error
+
+
+def _open_text(path: Path) -> TextIO:
+    with path.open("rb") as file:
+        start = file.read(512)
+    marked = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if not marked and b"\0" in start:
+        raise DataError(f"{shown(path)} holds NUL bytes: it is damaged, or UTF-16 without its mark; save it as UTF-8")
+    return path.open(encoding="utf-16" if marked else "utf-8-sig", newline="")
+
+
+def _open_csv(path: Path) -> Iterator[Any]:
+    with _open_text(path) as file:
+        before, start, head, told = 0, 0, file.readline(), None
+        while head and (not head.strip() or (told is None and (told := _separator_line(head)))):
+            before, start, head = before + 1, file.tell(), file.readline()
+        file.seek(start)
+        reader = csv.reader(file, delimiter=told[1] if told else _delimiter(head), strict=True)
+        names = [normalise_text(name) for name in next(reader, [])]
+        columns = _unique(names, str(path))
+        unnamed = [str(i + 1) for i, name in enumerate(names) if not name]
+        yield Table(
+            columns,
+            iter(()),
+            (f"column {', '.join(unnamed)} of {shown(path.name)} has no name and is not used",) if unnamed else (),
+        )
+        for cells in reader:
+            if not any(map(str.strip, cells)):
+                continue
+            while len(cells) > len(names) and not cells[-1].strip():
+                cells.pop()
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{shown(path)}, line {reader.line_num + before}: {'more' if len(cells) > len(names) else 'fewer'} "
+                    f"cells than the {len(names)} columns of the first line; text with the separator in it needs quotes"
+                )
+            yield reader.line_num + before, {name: cell for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _separator_line(head: str) -> re.Match[str] | None:
+    """Matches Excel's own first line, which is no header."""
+    return re.fullmatch(r'"?sep=(.)"?', head.strip("\r\n "), re.I)
+
+
+def _delimiter(head: str) -> str:
+    """The separator of a header; spreadsheets of many countries take semicolons."""
+    bare = re.sub(r'"[^"]*"', "", head)
+    return max(",;\t|", key=bare.count)
+
+
+def _open_jsonl(path: Path) -> Iterator[Any]:
+    seen = False
+    with _open_text(path) as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            where = f"{shown(path)}, line {line}"
+            try:
+                row = parse_json(text, where=where, nan=True)  # pandas' NaN is an empty cell
+            except StorageError as error:
+                raise DataError(str(error)) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected an object {{...}}, got {type(row).__name__}")
+            names = _unique([normalise_text(name) for name in row], where)
+            if not seen:
+                yield Table(names, iter(()))
+                seen = True
+            yield line, dict(zip([normalise_text(name) for name in row], row.values(), strict=True))
+    if not seen:
+        yield Table((), iter(()))
+
+
+def _unique(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Returns the names that are given; raises DataError where two columns have the same one."""
+    twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
+    if twice:
+        places = " and ".join(str(i + 1) for i, name in enumerate(names) if name == twice[0])
+        raise DataError(
+            f"{where} has {names.count(twice[0])} columns named {twice[0]!r} (columns {places}), and nothing says "
+            "which is meant; rename or remove one"
+        )
+    return tuple(filter(None, names))
+
+
+def columns_by_name(names: Sequence[str], where: str) -> dict[str, str]:
+    """Returns name as a card writes it (Unicode form NFC, no outer blanks) -> the table's own spelling.
+
+    Raises:
+        DataError: two columns have the same name.
+    """
+    _unique([normalise_text(name) for name in names], where)
+    return {normalise_text(name): name for name in names}
