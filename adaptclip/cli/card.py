@@ -36,8 +36,10 @@ def check(
     from adaptclip.data.sources import open_data
 
     data = open_data(load_card(card), data_root=data_root, on_bad_image=on_bad_image)
-    counts = sum(part.class_counts() for part in data.parts.values())
-    words = understood(dict(zip(data.class_names, counts.tolist(), strict=True))) if data.has_classes else "no classes"
+    counts = [
+        sum(column) for column in zip(*(part.class_counts().tolist() for part in data.parts.values()), strict=True)
+    ]
+    words = understood(dict(zip(data.class_names, counts, strict=True))) if data.has_classes else "no classes"
     say(f"{data.card.name}: {words}")
     for part, split in data.parts.items():
         say(f"  {part:<11}{len(split):>8} images")

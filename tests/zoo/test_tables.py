@@ -249,7 +249,8 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
 def test_a_table_in_doubt_is_refused_by_name(tmp_path, kind):
     name, table, message = REFUSED[kind]
     folder_with(tmp_path / "set", name, table)
-    put(tmp_path / "set", "both.jpg"), put(tmp_path / "set", "both.png")
+    for ending in ("jpg", "png"):
+        put(tmp_path / "set", f"both.{ending}")
     with pytest.raises(AdaptclipError, match=re.compile(message, re.S)):
         new_card(tmp_path / "set", tmp_path / "card.md")
     assert not (tmp_path / "card.md").exists()
@@ -334,7 +335,8 @@ def test_a_table_whose_name_is_not_utf_8_is_refused(tmp_path, capsys):
     [
         ("Patient ID", True), ("PatientID", True), ("patientId", True), ("patient_id", True), ("MRN", True),
         ("Patienten ID", True), ("Patientennummer", True), ("Patient's ID", True), ("paciente", True),
-        ("subject", True), ("SubjectNo", True), ("participant", True), ("individual", True), ("animal id", True), ("case_id", True),
+        ("subject", True), ("SubjectNo", True), ("participant", True), ("individual", True), ("animal id", True),
+        ("case_id", True),
         ("Fallnummer", False), ("StudyInstanceUID", True), ("Accession Number", True), ("lesion_id", True),
         ("lesion", False), ("specimen", False), ("Slide-Nr.", True), ("video", False), ("group_id", True),
         ("collector", False), ("case", False), ("study", False),
