@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import ImageDataset
+from adaptclip.data.read_image import DECODING
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import BackboneError, ConfigError, StorageError
 from adaptclip.seeding import derive_seed
@@ -151,7 +152,8 @@ class _Job:
 def _key(backbone: ClipBackbone, dataset: ImageDataset, view: _View | None) -> dict[str, Any]:
     """Returns all that the features of an image depend on besides its bytes, JSON-able."""
     key: dict[str, Any] = {
-        "weights": backbone.image_digest, "transform": backbone.transform_spec, "window": dataset.window
+        "weights": backbone.image_digest, "transform": backbone.transform_spec, "window": dataset.window,
+        "decoding": DECODING,
     }  # fmt: skip
     return key if view is None else key | {"view": view.number, "augment": view.augment.spec}
 

@@ -30,11 +30,10 @@ def export(
         allow_failed_gates: export a model although one of its gates failed.
         overwrite: replace an existing folder.
     """
-    from adaptclip.data.decode import decode_image
     from adaptclip.data.image_files import find_images
     from adaptclip.export import export_artifact
 
-    pictures = [decode_image(path, row=str(path)) for path in find_images([images])[0]] if images else None
+    pictures = find_images([images])[0] if images else None
     found = export_artifact(
         artifact, to, out, pictures=pictures, licence=license, allow_failed_gates=allow_failed_gates,
         overwrite=overwrite,

@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from adaptclip.data.decode import decode_image
+from adaptclip.data.read_image import DECODING
 from adaptclip.errors import DataError, StorageError
 from adaptclip.storage import digest, read_parquet, write_parquet
 
@@ -37,7 +38,7 @@ MIN_CONTRAST = 4.0
 """Standard deviation of the grey values (0 to 255) of a 32 x 32 thumbnail below which a picture counts as flat: the
 hashes of a flat picture describe its noise, and two different ones would seem equal."""
 
-_HASH_VERSION = "phash+dhash 2"
+_HASH_VERSION = f"phash+dhash 1, decoding {DECODING}"
 _NAMELESS = "the image"
 _NOT_KEPT = "!"
 """Begins what is computed again next time. No failure is ever kept: a permission, a decoder that was not installed or a

@@ -19,6 +19,9 @@ from PIL import Image, ImageOps
 WINDOW: tuple[float, float] | None = None
 """(black, white) values of images of more than 8 bits; an export writes those of its model here."""
 
+DECODING = 2
+"""Raised when some bytes give other pixels than before, as then what is kept of them must be computed again."""
+
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 """What may be decoded. PIL reads more, but some of it starts other programs (EPS) or holds no photographs."""
 

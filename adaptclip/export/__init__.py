@@ -10,9 +10,11 @@ from typing import Literal, get_args
 from PIL import Image
 
 from adaptclip.artifact import AdaptedModel, load
+from adaptclip.data.decode import decode_image
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.export import classifier, hub_folder, onnx_graph, stock
 from adaptclip.export.checking import Difference, Reader, check_pictures, compare
+from adaptclip.export.decoding import check_decoding, window_of
 from adaptclip.export.readme import how_to_use, write_readme
 from adaptclip.outputs import atomic_folder
 from adaptclip.storage import write_json
@@ -52,7 +54,7 @@ def export_artifact(
     to: Kind,
     out: Path | str,
     *,
-    pictures: Sequence[Image.Image] | None = None,
+    pictures: Sequence[Image.Image | Path] | None = None,
     licence: str | None = None,
     allow_failed_gates: bool = False,
     backbone: str | None = None,
@@ -66,7 +68,8 @@ def export_artifact(
         to: `open_clip`, a stock checkpoint with the update merged (methods whose result is a CLIP); `classifier`,
             image tower and head as safetensors; `onnx`, the same as one graph; `hf`, for upload, with the model card.
         out: the new folder.
-        pictures: RGB pictures it is compared on; None takes digits and noise that come with the package.
+        pictures: RGB pictures, or image files, it is compared on; None takes digits, noise, and a picture of each
+            kind that is read (modes, depths, encodings), which must be decoded alike in any case.
         licence: identifier for the model card's front matter (`hf`).
         allow_failed_gates: export although a gate failed.
         backbone: see `adaptclip.load`.
@@ -84,15 +87,20 @@ def export_artifact(
     """
     if to not in FORMATS:
         raise ConfigError(f"unknown export {to!r}. {did_you_mean(str(to), get_args(Kind))}")
-    shown = check_pictures() if pictures is None else list(pictures)
-    if not shown:
+    if pictures is not None and not len(pictures):
         raise ConfigError("an export is compared with the adapter on pictures, got none; give some, or leave them out")
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         model = load(artifact, backbone=backbone, pretrained=pretrained, allow_failed_gates=allow_failed_gates)
         way = FORMATS[to]
         way.write(folder, model)
+        kinds = check_decoding(folder, model)
+        if pictures is None:
+            shown = [*check_pictures(), *kinds.values()]
+        else:
+            window = window_of(model)
+            shown = [p if isinstance(p, Image.Image) else decode_image(p, row=str(p), window=window) for p in pictures]
         found = compare(model, way.read(folder), shown, tolerance=way.tolerance)
-        write_json(folder / CHECK_FILE, {**vars(found), "tolerance": way.tolerance})
+        write_json(folder / CHECK_FILE, {**vars(found), "tolerance": way.tolerance, "kinds_decoded_alike": list(kinds)})
         use = how_to_use(folder, to, model)
         if to == "hf":
             hub_folder.write_card(folder, model, [*use, f"Checked when it was made: {found}."], licence)

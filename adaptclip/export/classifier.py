@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from adaptclip.artifact import AdaptedModel
 from adaptclip.backbone.saving import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
 from adaptclip.export.checking import Outputs, Reader
+from adaptclip.export.decoding import write_decoder
 from adaptclip.export.heads import head_of, merged_model
 from adaptclip.export.stock import CLASSES_FILE, load_stock, probabilities, write_classes
 from adaptclip.storage import read_json, read_tensors, write_json, write_tensors
@@ -26,7 +27,7 @@ PLACEHOLDER = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "la
 
 EXAMPLE = """\
 import json, open_clip, torch
-from PIL import Image
+from read_image import read_image  # the file beside this one
 from safetensors.torch import load_file
 
 folder = "."
@@ -35,7 +36,7 @@ head = load_file(f"{folder}/classifier.safetensors")
 classes = json.load(open(f"{folder}/classes.json", encoding="utf-8"))
 model.eval()
 with torch.no_grad():
-    image = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)
+    image = transform(read_image("image.jpg")).unsqueeze(0)
     features = model.encode_image(image, normalize=True)
     logits = features @ head["weight"].T + head["bias"]
     if "keys" in head:  # a cache model adds the votes of its keys
@@ -78,6 +79,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
     write_tensors(folder / WEIGHTS_FILE, stock.state_dict())
     write_tensors(folder / HEAD_FILE, head.tensors())
     write_classes(folder, model)
+    write_decoder(folder, model)
 
 
 def image_only(model_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import adaptclip
 from adaptclip.artifact import AdaptedModel
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.export.checking import Outputs, Reader
+from adaptclip.export.decoding import window_of, write_decoder
 from adaptclip.export.heads import ImageClassifier, head_of, merged_model
 from adaptclip.export.stock import CLASSES_FILE, write_classes
 from adaptclip.storage import read_json, write_json
@@ -69,9 +70,10 @@ def example(folder: Path) -> str:
     return f"""\
 import json, numpy as np, onnxruntime
 from PIL import Image
+from read_image import read_image  # the file beside this one
 
 side, mean, std = {spec["size"]}, {spec["mean"]}, {spec["std"]}
-image = Image.open("image.jpg").convert("RGB")
+image = read_image("image.jpg")
 {resize}pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)
 session = onnxruntime.InferenceSession("{GRAPH_FILE}", providers=["CPUExecutionProvider"])
 probabilities = session.run(["probabilities"], {{"pixels": pixels.transpose(2, 0, 1)[None]}})[0]
@@ -143,7 +145,11 @@ def write(folder: Path, model: AdaptedModel) -> None:
     finally:
         quiet.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fast)
-    spec = {**model.backbone.transform_spec, "layout": "float32 (batch, 3, height, width), RGB, 0 to 1 normalised"}
+    spec = {
+        **model.backbone.transform_spec,
+        "layout": "float32 (batch, 3, height, width), RGB, 0 to 1 normalised",
+        "window": window_of(model),
+    }
     graph = onnx.load(folder / GRAPH_FILE, load_external_data=False)
     told = {"class_names": list(model.class_names), "preprocessing": spec, "adaptclip": adaptclip.__version__}
     if model.thresholds is not None:
@@ -153,6 +159,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
     onnx.save(graph, folder / GRAPH_FILE)
     write_json(folder / PREPROCESSING_FILE, spec)
     write_classes(folder, model)
+    write_decoder(folder, model)
 
 
 def require(package: str) -> Any:

@@ -9,6 +9,7 @@ from adaptclip.artifact import AdaptedModel
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import classifier, hub_folder, onnx_graph, stock
 from adaptclip.export.checking import Difference
+from adaptclip.export.decoding import DECODER_FILE, window_of
 from adaptclip.reports.multi_label import how_chosen
 from adaptclip.reports.render import escape_markdown
 from adaptclip.storage import write_text
@@ -68,13 +69,16 @@ def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
     if model.thresholds is not None:
         paragraphs.append(_named_by_themselves(kind, model.thresholds))
     paragraphs.append(KNOWS_ONLY_ITS_CLASSES if model.thresholds is None else KNOWS_NOTHING_ELSE)
-    if model.manifest.get("window"):
-        black, white = model.manifest["window"]
-        paragraphs.append(
-            f"Images of more than 8 bits were scaled so that {black:g} is black and {white:g} white; do the same."
-        )
+    window = window_of(model)
+    deep = (
+        "refuses images of more than 8 bits, as no window was declared in training"
+        if window is None
+        else f"scales images of more than 8 bits so that {window[0]:g} is black and {window[1]:g} white"
+    )
     paragraphs.append(
-        "Turn images upright by their EXIF orientation and lay transparent ones over white before they become RGB."
+        f"`{DECODER_FILE}` decodes images as they were decoded in training, with Pillow and numpy (and opencv-python-"
+        "headless for colour of more than 8 bits): it turns them upright by their EXIF orientation, lays transparent "
+        f"ones over white, and {deep}. Another decoder may give other labels."
     )
     return paragraphs
 

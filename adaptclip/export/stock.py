@@ -19,6 +19,7 @@ from adaptclip.backbone.loading import LOCAL_PREFIX
 from adaptclip.backbone.saving import CONFIG_FILE, save_open_clip
 from adaptclip.errors import ArtifactError
 from adaptclip.export.checking import Outputs, Reader
+from adaptclip.export.decoding import write_decoder
 from adaptclip.export.heads import head_of, merged_model
 from adaptclip.prompts import clean_class_name
 from adaptclip.storage import read_json, write_json
@@ -31,7 +32,7 @@ IS_CLIP = ("zero_shot", "lora")
 
 EXAMPLE = """\
 import json, open_clip, torch
-from PIL import Image
+from read_image import read_image  # the file beside this one
 
 folder = "."
 model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -44,7 +45,7 @@ with torch.no_grad():
         prompts = [template.replace("{}", name) for template in classes["templates"]]
         rows.append(model.encode_text(tokenizer(prompts), normalize=True).mean(dim=0))
     weights = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
-    image = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)
+    image = transform(read_image("image.jpg")).unsqueeze(0)
     logits = model.logit_scale.exp() * model.encode_image(image, normalize=True) @ weights.T
     label = logits.softmax(dim=-1).argmax().item()
 print(classes["class_names"][label])
@@ -86,6 +87,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
     # An open_clip model has one bias for all texts at most, and here each class has its own.
     bias = {} if model.thresholds is None else {"bias": head_of(model).bias.tolist()}
     write_classes(folder, model, **bias)
+    write_decoder(folder, model)
 
 
 def write_classes(folder: Path, model: AdaptedModel, **more: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from adaptclip.errors import ArtifactError, ConfigError, StorageError
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import FORMATS, classifier, export_artifact, onnx_graph, stock
 from adaptclip.export.checking import check_pictures
+from adaptclip.export.decoding import image_kinds
 from adaptclip.export.heads import HEADS, WITHOUT_HEAD
 from adaptclip.storage import read_tensors, write_tensors
 
@@ -149,20 +152,26 @@ def test_every_method_is_either_exported_or_says_why_not():
     assert not set(HEADS) & set(WITHOUT_HEAD)
 
 
-def run_example(folder: Path, picture: Image.Image) -> dict[str, Any]:
+def run_example(folder: Path, picture: Image.Image | bytes) -> dict[str, Any]:
     """Runs the Python block of an export's README where it stands, on a picture, and returns its names."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "adaptclip" not in code
     assert len(code.splitlines()) <= 20
-    picture.save(folder / "image.png")
+    if isinstance(picture, bytes):
+        (folder / "image.png").write_bytes(picture)  # every reader goes by the bytes
+    else:
+        picture.save(folder / "image.png")
     names: dict[str, Any] = {}
     here = Path.cwd()
     os.chdir(folder)
+    sys.path.insert(0, str(folder))  # as where a script lies
+    sys.modules.pop("read_image", None)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code.replace("image.jpg", "image.png"), names)
     finally:
         os.chdir(here)
+        sys.path.remove(str(folder))
     return {**names, "printed": printed.getvalue().strip()}
 
 
@@ -272,6 +281,46 @@ def test_what_cannot_leave_is_refused_and_nothing_is_left(artifact, tmp_path, ca
     with pytest.raises(ArtifactError, match=message):
         export_artifact(artifact(case), to, tmp_path / "out" / "deep")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("window", [None, (0, 4095), (100, 3000)])
+@pytest.mark.parametrize("to", ["classifier", "onnx"])
+def test_every_kind_of_image_gets_the_label_that_predict_gives(digits, tmp_path, window, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    folder = tmp_path / "artifact"
+    backbone = load_backbone(f"local-dir:{write_checkpoint(tmp_path / 'vit', 'vit')}")
+    data = dataclasses.replace(digits, card=digits.card.model_copy(update={"window": window}))
+    save(folder, "linear_probe", backbone, data, head="clap")
+    export_artifact(folder, to, tmp_path / "out")
+    model, kinds = load(folder), image_kinds((0, 4095))
+    told = json.loads((tmp_path / "out" / "check.json").read_text())["kinds_decoded_alike"]
+    deep = [kind for kind in kinds if "16-bit" in kind or "12-bit" in kind or kind == "float"]
+    assert len(kinds) >= 15
+    assert len(deep) == 6
+    assert set(kinds) - set(told) == (set(deep) if window is None else set())
+    for kind, content in kinds.items():
+        if kind not in told:
+            with pytest.raises(ValueError, match="nothing says which are black and white"):
+                run_example(tmp_path / "out", content)
+            continue
+        expected = model.predict([content])[0]
+        answer = run_example(tmp_path / "out", content)
+        assert answer["printed"] == expected.label, kind
+        found = answer["probabilities"] if to == "onnx" else answer["logits"].softmax(1)
+        assert float(found.max()) == pytest.approx(expected.confidence, abs=1e-4), kind
+
+
+def test_an_export_that_decodes_otherwise_is_not_kept(artifact, tmp_path, monkeypatch):
+    def plain(folder, model):
+        classifier.write(folder, model)
+        code = "import io\nfrom PIL import Image\n\n\ndef read_image(data):\n"
+        (folder / "read_image.py").write_text(code + "    return Image.open(io.BytesIO(data)).convert('RGB')\n")
+
+    monkeypatch.setitem(FORMATS, "classifier", FORMATS["classifier"].__class__(plain, classifier.read, 1e-5))
+    with pytest.raises(ArtifactError, match=r"decodes an image of the kind .* otherwise"):
+        export_artifact(artifact("clap"), "classifier", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_export_is_not_kept(artifact, tmp_path, pictures, monkeypatch):
