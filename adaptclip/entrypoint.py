@@ -3,54 +3,78 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from adaptclip.config import parse
-from adaptclip.errors import AdaptclipError
+from adaptclip.errors import AdaptclipError, Stopped
 from adaptclip.terminal import guard_messages, say
+from adaptclip.training.interruption import Signals
 
 T = TypeVar("T")
+
+_NOTHING_HALF_WRITTEN = "Nothing was left half-written."
 
 
 def launch(main: Callable[[T], int], config_type: type[T], argv: Sequence[str] | None = None) -> None:
     """Parses the settings, runs `main` and leaves with its exit code; what every recipe ends with.
 
     Exit codes: 0 all gates passed, 2 a gate failed, 3 a gate was inconclusive, 1 a usage or data error,
-    130 stopped by Ctrl-C.
+    130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM; then it says what is kept in the run folder.
 
     Args:
         main: the recipe's function; returns the exit code.
         config_type: the recipe's frozen dataclass.
         argv: the arguments; None takes them from the command line.
     """
-    run_and_exit(lambda: main(parse(config_type, argv)))
+    configs: list[T] = []
+
+    def call() -> int:
+        configs.append(parse(config_type, argv))
+        return main(configs[0])
+
+    run_and_exit(call, kept=lambda: _what_is_kept(configs[0]) if configs else _NOTHING_HALF_WRITTEN)
 
 
-def run_and_exit(call: Callable[[], int | None]) -> None:
-    """Leaves with the code that `call` returns; deliberate errors become one message on stderr and code 1."""
+def run_and_exit(call: Callable[[], int | None], *, kept: Callable[[], str] = lambda: _NOTHING_HALF_WRITTEN) -> None:
+    """Leaves with the code that `call` returns; deliberate errors become one message on stderr and code 1.
+
+    Args:
+        call: what to run.
+        kept: says what is left of it when a signal has stopped it.
+    """
     guard_messages()
+    # Every process of a distributed run fails alike; one of them tells.
+    tells = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        code = call() or 0
+        with Signals([signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []):
+            code = call() or 0
     except AdaptclipError as error:
-        # Every process of a distributed run fails alike; one of them tells.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if tells:
             say(to=sys.stderr)
             say(f"error: {error}", to=sys.stderr, several_lines=True)
         code = 1
-    except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+    except KeyboardInterrupt as stop:
+        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        if tells:
+            by = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
             say(to=sys.stderr)
-            say(
-                "stopped by Ctrl-C. What was finished is kept; the same command with --resume goes on "
-                "from the newest checkpoint.",
-                to=sys.stderr,
-            )
-        code = 130
+            say(f"stopped by {by}. {kept()}", to=sys.stderr)
+        code = 128 + signum
     finally:
         _leave_process_group()
     sys.exit(code)
+
+
+def _what_is_kept(config: object) -> str:
+    if not hasattr(config, "resume") or not hasattr(config, "out"):
+        return _NOTHING_HALF_WRITTEN
+    from adaptclip.training.run_folder import what_is_kept
+
+    return what_is_kept(Path(config.out))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _leave_process_group() -> None:

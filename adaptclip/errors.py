@@ -50,6 +50,18 @@ class ArtifactError(AdaptclipError):
     """An artifact cannot be loaded, or may not be (failed gates, other backbone or templates)."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended the program; no Exception, as Ctrl-C is none, so that nothing takes it for a failure.
+
+    Attributes:
+        signum: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
 def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20) -> str:
     """Words the end of an error about an unknown name: the nearest name and what is allowed.
 

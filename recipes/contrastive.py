@@ -71,7 +71,7 @@ class Config:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Autocast of the towers while training; auto does what accelerate launch was told."""
     save_every: int = 100
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints; one is also written every five minutes."""
     gates: str = "card"
     """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
     trackers: str = ""
@@ -109,11 +109,10 @@ def main(cfg: Config) -> int:
     texts, num_cut = pair_texts(backbone, images, data)
     accelerator.print(f"{len(images)} images with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
     run = ac.start_run(
-        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
+        cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
+        others={other.card.name: other.digest} if other else None, resume=cfg.resume, overwrite=cfg.overwrite,
         save_every=cfg.save_every,
     )  # fmt: skip
-    if accelerator.is_main_process:
-        split.save(run.path / "split.json")
     cache = ac.FeatureCache(cfg.cache)
     crop = ac.train_augment(
         backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
@@ -135,13 +134,13 @@ def main(cfg: Config) -> int:
     started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
     model.train()
-    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
+    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start, run=run):
         with accelerator.accumulate(model):
             loss = model(batch)  # contrasts the pairs of all processes
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step, max_grad_norm=1)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
-        if ac.is_due(step, run.save_every, num_steps):
+        if run.save_is_due(step, num_steps):
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
     training = {

@@ -64,7 +64,7 @@ class Config:
     memory_gib: float = 4.0
     """Budget for the text tower's activations; more classes than fit are taken in chunks, with the same gradients."""
     save_every: int = 100
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints; one is also written every five minutes."""
     gates: str = "card"
     """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
     trackers: str = ""
@@ -100,11 +100,9 @@ def main(cfg: Config) -> int:
         templates=card.templates, objective=objective.name, memory_budget_bytes=int(cfg.memory_gib * 2**30),
     ).to(accelerator.device)  # fmt: skip
     run = ac.start_run(
-        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
-        save_every=cfg.save_every,
+        cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
+        resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,
     )  # fmt: skip
-    if accelerator.is_main_process:
-        split.save(run.path / "split.json")
 
     cache = ac.FeatureCache(cfg.cache)
     crop = ac.train_augment(
@@ -124,14 +122,14 @@ def main(cfg: Config) -> int:
     started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
     model.train()
-    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
+    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start, run=run):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
             loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
-        if ac.is_due(step, run.save_every, num_steps):
+        if run.save_is_due(step, num_steps):
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
     seconds = time.perf_counter() - started

@@ -94,9 +94,10 @@ def main(cfg: Config) -> int:
         c=cfg.C or None, lr=cfg.lr or None, epochs=cfg.epochs or None, clap_weight=cfg.clap_weight
     )
     adapter.check_balance(mitigation)
-    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, overwrite=cfg.overwrite)
-    if accelerator.is_main_process:
-        split.save(run.path / "split.json")
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
+        overwrite=cfg.overwrite,
+    )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
     low, high = card.augmentation.scale

@@ -70,6 +70,8 @@ class Config:
     """Autocast of both towers while training; auto does what accelerate launch was told."""
     compute: Literal["plain", "checkpointing", "compile"] = "plain"
     """checkpointing computes image blocks twice to save memory; compile builds the image tower with torch.compile."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints; one is also written every five minutes."""
     gates: str = "card"
     """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
     cache: Path = Path(".cache/features")
@@ -107,11 +109,10 @@ def main(cfg: Config) -> int:
     if cfg.compute == "compile":
         adapter.compile_image_tower()
     run = ac.start_run(
-        cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite,
-        may_change=(*MAY_CHANGE, "lora_scale"),
+        cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
+        others={"the classes that are not learnt": new.digest} if new else None, resume=cfg.resume,
+        overwrite=cfg.overwrite, save_every=cfg.save_every, may_change=(*MAY_CHANGE, "lora_scale"),
     )  # fmt: skip
-    if accelerator.is_main_process:
-        split.save(run.path / "split.json")
 
     cache = ac.FeatureCache(cfg.cache)
     crop = ac.train_augment(
@@ -133,14 +134,14 @@ def main(cfg: Config) -> int:
 
     # --- loop: the same lines in every recipe ---
     model.train()
-    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
+    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start, run=run):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
             loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
-        if ac.is_due(step, run.save_every, num_steps):
+        if run.save_is_due(step, num_steps):
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
 

@@ -82,6 +82,8 @@ class Config:
     """Autocast of the text tower."""
     seed: int = 0
     """Chooses the initial text tower and every draw."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints; one is also written every five minutes."""
     evaluate: bool = False
     """Measure the shipped starter instead of training one."""
     cache: Path = Path(".cache/features")
@@ -186,6 +188,8 @@ class Corpus:
         self.cfg = cfg
         tiny, imagenet = (PictureSet(cfg.data_root, name) for name in ("tiny_imagenet", "imagenet1k_one_each"))
         flickr = ac.open_data(ac.load_card("flickr8k"), data_root=cfg.data_root).train
+        self.digests = {"tiny_imagenet": tiny.images.digest, "flickr8k": flickr.digest}
+        self.digests["imagenet1k_one_each"] = imagenet.images.digest
         names = zip(imagenet.by_class("label_name"), imagenet.by_class("synonyms"), strict=True)
         spellings = [list(dict.fromkeys([name, *(s.strip() for s in more.split(","))])) for name, more in names]
         self.names = [[backbone.tokenize([t.format(n) for t in TEMPLATES]) for n in own] for own in spellings]
@@ -233,7 +237,10 @@ def main(cfg: Config) -> int:
     device = accelerator.device
     captioned, weight, bias = (value.to(device) for value in (corpus.captioned, *image_classifier()))
     centred = F.normalize(weight - weight.mean(dim=0), dim=-1)
-    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite)
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, backbone=backbone, others=corpus.digests,
+        resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,
+    )  # fmt: skip
     learnt = [p for p in student.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.ndim > 1], "weight_decay": 0.05}]
     groups.append({"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0})
@@ -242,7 +249,7 @@ def main(cfg: Config) -> int:
     model, optimizer = accelerator.prepare(student, optimizer)
     start = ac.load_checkpoint(run.checkpoints, student, optimizer, scheduler, accelerator)
 
-    for step, draw in ac.train_steps(corpus, cfg.steps, accelerator, start=start):
+    for step, draw in ac.train_steps(corpus, cfg.steps, accelerator, start=start, run=run):
         with accelerator.accumulate(model):
             draw = draw.to(device)
             names, captions, scale = model(draw)
@@ -263,7 +270,7 @@ def main(cfg: Config) -> int:
                 step, loss=loss, names_loss=names_loss, shape_loss=shape_loss, caption_loss=caption_loss,
                 sentence_loss=sentence_loss,
             )  # fmt: skip
-        if ac.is_due(step, 100, cfg.steps):
+        if run.save_is_due(step, cfg.steps):
             ac.save_checkpoint(run.checkpoints, step, student, optimizer, scheduler, accelerator)
 
     weights = run.path / "text_tower.safetensors"

@@ -64,6 +64,8 @@ class Config:
     """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Autocast of both towers while training; auto does what accelerate launch was told."""
+    save_every: int = 100
+    """Optimizer steps between checkpoints; one is also written every five minutes."""
     gates: str = "card"
     """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
     cache: Path = Path(".cache/features")
@@ -97,9 +99,11 @@ def main(cfg: Config) -> int:
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, dropout=cfg.dropout,
         projections=cfg.projections, seed=cfg.seed, templates=card.templates,
     )  # fmt: skip
-    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, resume=cfg.resume, overwrite=cfg.overwrite)
-    if accelerator.is_main_process:
-        split.save(run.path / "split.json")
+    how: Any = {"config": asdict(cfg), "accelerator": accelerator, "resume": cfg.resume, "save_every": cfg.save_every}
+    run = ac.start_run(
+        cfg.out, data=data, split=split, backbone=backbone, overwrite=cfg.overwrite, **how,
+        others={"the classes that are not learnt": new.digest} if new else None,
+    )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
     crop = ac.train_augment(
@@ -121,7 +125,7 @@ def main(cfg: Config) -> int:
     head_loader = ac.FeatureLoader(
         features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
     )
-    head_run = ac.start_run(run.path / "head", config=asdict(cfg), accelerator=accelerator, resume=cfg.resume)
+    head_run = ac.start_run(run.path / "head", **how)
     train(adapter, head_loader, head_steps, cfg.head_lr, head_run, accelerator, head_mitigation)
     training = {
         "trainable_parameters": sum(p.numel() for p in (*lora_parameters, *adapter.trainable_parameters())),
@@ -158,14 +162,14 @@ def train(adapter: Any, loader: Any, num_steps: int, lr: float, run: Any, accele
 
     # --- loop: the same lines in every recipe ---
     model.train()
-    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start):
+    for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start, run=run):
         with accelerator.accumulate(model):
             logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
             loss = mitigation.loss(logits, batch) + adapter.penalty()
             grad_norm = ac.backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
         if ac.is_due(step, 10, num_steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
-        if ac.is_due(step, run.save_every, num_steps):
+        if run.save_is_due(step, num_steps):
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()

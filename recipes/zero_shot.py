@@ -54,7 +54,9 @@ def main(cfg: Config) -> int:
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
     adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
     adapter = adapter.to(accelerator.device)
-    run = ac.start_run(cfg.out, config=asdict(cfg), accelerator=accelerator, overwrite=cfg.overwrite)
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, backbone=backbone, overwrite=cfg.overwrite
+    )
 
     test = ac.FeatureCache(cfg.cache).get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)

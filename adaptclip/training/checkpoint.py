@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adaptclip.errors import ArtifactError, TrainingError
+from adaptclip.errors import ArtifactError, StorageError, TrainingError
 from adaptclip.storage import digest, parse_json, write_bytes
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
+_PARTS = {"step", "adapter", "optimizer", "scheduler", "mitigation", "scaler", "random"}
+_WAY_ON = "Put back a good copy, or start the run anew with --overwrite."
 
 
 class Stateful(Protocol):
@@ -158,12 +160,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise TrainingError(f"cannot read the checkpoint {path}: {error}") from error
     if digest(content)[:16] != path.name.removesuffix(".safetensors")[-16:]:
         raise TrainingError(
-            f"the checkpoint {path} is damaged: its bytes do not match the digest in its name. Put back a good copy, "
-            "or start the run anew with --overwrite."
+            f"the checkpoint {path} is damaged: its bytes do not match the digest in its name. {_WAY_ON}"
         )
-    with safetensors.safe_open(path, "pt") as file:
-        text = file.metadata()["state"]
-    return _unpack(parse_json(text, where=f"the state in {path}", nan=True), safetensors.torch.load(content))
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = file.metadata()["state"]
+        state = _unpack(parse_json(text, where="its state", nan=True), safetensors.torch.load(content))
+        fits = state["step"] == step_of(path) and state.keys() >= _PARTS
+    except (safetensors.SafetensorError, StorageError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TrainingError(f"{path} is no checkpoint of adaptclip ({error}). {_WAY_ON}") from error
+    if not fits:
+        raise TrainingError(f"{path} does not hold what its name says. {_WAY_ON}")
+    return state
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -2,17 +2,20 @@
 
 The loop itself stays in the recipe:
 
-    for step, batch in train_steps(loader, cfg.steps, accelerator, start=start):
+    for step, batch in train_steps(loader, cfg.steps, accelerator, start=start, run=run):
         with accelerator.accumulate(adapter):
             loss = mitigation.loss(adapter(batch), batch)
             grad_norm = backward_and_step(accelerator, loss, adapter, optimizer, scheduler, step=step)
         if is_due(step, 50, cfg.steps):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
+        if run.save_is_due(step, cfg.steps):
+            save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
@@ -29,6 +32,8 @@ from tqdm import tqdm
 from adaptclip.data.balance import balanced_order
 from adaptclip.errors import ConfigError, TrainingError
 from adaptclip.seeding import generator
+from adaptclip.training import interruption
+from adaptclip.training.interruption import Pace
 from adaptclip.types import Batch, Features
 
 BatchT = TypeVar("BatchT", covariant=True)
@@ -39,6 +44,15 @@ class Loader(Protocol[BatchT]):
 
     def batch(self, micro_step: int) -> BatchT:
         """Returns this process's batch of a micro-step, counted from 0."""
+        ...
+
+
+class HasPace(Protocol):
+    """A run, as far as a loop is concerned."""
+
+    @property
+    def pace(self) -> Pace:
+        """Says when to stop."""
         ...
 
 
@@ -153,7 +167,7 @@ class FeatureLoader:
 
 
 def train_steps(
-    loader: Loader[BatchT], num_steps: int, accelerator: Accelerator, start: int = 0
+    loader: Loader[BatchT], num_steps: int, accelerator: Accelerator, start: int = 0, run: HasPace | None = None
 ) -> Iterator[tuple[int, BatchT]]:
     """Yields the batches of optimizer steps `start` + 1 to `num_steps`, with a progress bar.
 
@@ -162,19 +176,27 @@ def train_steps(
         num_steps: optimizer steps of the whole training.
         accelerator: tells how many micro-batches make a step.
         start: steps taken before (the answer of `load_checkpoint`).
+        run: with it, SIGTERM and SIGINT wait until the step is finished and saved (`Run.save_is_due`); without, they do
+            what they do elsewhere.
 
     Yields:
         (step, batch); the micro-batches of one optimizer step carry the same number.
+
+    Raises:
+        Stopped: a signal came to this or another process, and the step is finished.
     """
     # A loop that was left in the middle of a step must not shift the steps of the next one.
     accelerator.step = 0
     accumulate = accelerator.gradient_accumulation_steps
     hidden = None if accelerator.is_main_process else True
-    with tqdm(total=num_steps, initial=start, desc="training", unit="step", disable=hidden) as bar:
+    listening = nullcontext() if run is None else run.pace.listening()
+    with listening, tqdm(total=num_steps, initial=start, desc="training", unit="step", disable=hidden) as bar:
         for step in range(start + 1, num_steps + 1):
             for turn in range(accumulate):
                 yield step, loader.batch((step - 1) * accumulate + turn)
             bar.update()
+            if run is not None:
+                run.pace.stop_if_asked()
 
 
 def backward_and_step(
@@ -232,11 +254,15 @@ def backward_and_step(
 
 
 def _stop_unless_finite(accelerator: Accelerator, loss: Tensor, step: int) -> None:
-    """Raises on every process when the loss of any of them is not finite; one that went on alone would wait forever."""
-    bad: Any = (~torch.isfinite(loss.detach())).float()
+    """Raises on every process when the loss of any of them is not finite; one that went on alone would wait forever.
+
+    The same sum tells every process whether another one was asked to stop, or the main one's clock to save.
+    """
+    num_bad: Any = (~torch.isfinite(loss.detach())).long()
     if accelerator.num_processes > 1:
-        bad = accelerator.reduce(bad, reduction="sum")
-    if bad.item() > 0:
+        num_bad = accelerator.reduce(num_bad + interruption.wishes(), reduction="sum")
+        num_bad = interruption.take(num_bad.item())
+    if num_bad > 0:
         raise TrainingError(_not_finite("loss", loss.item(), step))
 
 

@@ -1,32 +1,34 @@
-"""The run folder: what was asked for, and the numbers of every logged step.
-
-run.json         adaptclip's version, number of processes, settings; says that the folder is a run
-config.yaml      the settings it was last gone on with, for `--config`
-metrics.jsonl    one line per logged step; holds no clock times, so that equal runs write equal files
-checkpoints/     the newest checkpoint
-"""
+"""A run: the processes it takes, its folder, the numbers of every logged step, and when to save."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, LoggerType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    LoggerType,
+    broadcast_object_list,
+)
+from filelock import FileLock
 from torch import Tensor
 
 from adaptclip import __version__
-from adaptclip.errors import ConfigError, StorageError, TrainingError, did_you_mean
-from adaptclip.storage import parse_json, read_json, write_json, write_text, write_yaml
-from adaptclip.training.checkpoint import newest_checkpoint, step_of
+from adaptclip.backbone import ClipBackbone
+from adaptclip.data.dataset import DomainData
+from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.errors import AdaptclipError, ConfigError, StorageError, TrainingError, did_you_mean
+from adaptclip.storage import parse_json
+from adaptclip.training.interruption import Pace
 from adaptclip.training.launcher import (
     MixedPrecision,
     check_launcher,
@@ -34,11 +36,17 @@ from adaptclip.training.launcher import (
     launched_precision,
     settled,
 )
+from adaptclip.training.provenance import describe_inputs
+from adaptclip.training.run_folder import check_earlier, check_kind, lock_folder, prepare_folder
+from adaptclip.training.steps import is_due
 
-MAY_CHANGE = ("resume", "overwrite", "out", "trackers", "workers", "cache", "gates")
+T = TypeVar("T")
+
+MAY_CHANGE = ("resume", "overwrite", "out", "trackers", "workers", "cache", "gates", "save_every")
 """Settings that do not touch the weights, so a resumed run may have others."""
 
-_HOW_STARTED = ("resume", "overwrite")
+SAVE_MINUTES = 5.0
+"""Time after which a checkpoint is due whatever the number of steps."""
 
 
 def make_accelerator(
@@ -123,12 +131,16 @@ class Run:
         start: optimizer steps of the checkpoint that is gone on from; 0 for a new run.
         accelerator: the one the run belongs to.
         save_every: optimizer steps between checkpoints.
+        pace: of checkpoints by the clock, and of stopping when a signal asks for it.
+        lock: of the folder; None except on the main process.
     """
 
     path: Path
     start: int
     accelerator: Accelerator
-    save_every: int = 100
+    save_every: int
+    pace: Pace
+    lock: FileLock | None = None
 
     @property
     def metrics(self) -> Path:
@@ -139,6 +151,21 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder for `save_checkpoint` and `load_checkpoint`."""
         return self.path / "checkpoints"
+
+    def save_is_due(self, step: int, total: int) -> bool:
+        """Says whether to save a checkpoint after step `step`; every process calls it, after `backward_and_step`.
+
+        One is due every `save_every` steps, after the last one, when the last one is minutes old, and when the process
+        was asked to end: `train_steps` then stops.
+
+        Args:
+            step: number of the optimizer step, from 1.
+            total: number of the last step.
+        """
+        due = is_due(step, self.save_every, total) or (is_due(step, 1, total) and self.pace.asks_to_save())
+        if due:
+            self.pace.saved()
+        return due
 
     def log(self, step: int, **scalars: float | int | Tensor | None) -> None:
         """Appends one line to metrics.jsonl and tells the trackers. Every process calls it.
@@ -172,9 +199,11 @@ class Run:
         return mean.item()
 
     def finish(self) -> None:
-        """Closes the trackers."""
+        """Closes the trackers and gives back the folder."""
         if self.accelerator.trackers:
             self.accelerator.end_training()
+        if self.lock is not None:
+            self.lock.release(force=True)
 
 
 def start_run(
@@ -182,29 +211,40 @@ def start_run(
     *,
     config: Mapping[str, Any],
     accelerator: Accelerator,
+    data: DomainData | None = None,
+    split: FewShotSplit | None = None,
+    backbone: ClipBackbone | None = None,
+    others: Mapping[str, str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     may_change: Collection[str] = MAY_CHANGE,
     save_every: int = 100,
+    save_minutes: float = SAVE_MINUTES,
 ) -> Run:
-    """Makes the run folder, or opens one to go on. Every process calls it.
+    """Makes the run folder, or opens one to go on, and locks it until `finish`. Every process calls it.
 
-    With `resume`, metrics.jsonl is cut back to the step of the newest checkpoint; where there is no run yet, a new one
-    is started, so that the same command can be given again until the run is done.
+    With `resume`, what the run is made from is compared with what it was started from, before anything is written;
+    metrics.jsonl is cut back to the step of the newest checkpoint; where there is no run yet, a new one is started, so
+    that the same command can be given again until the run is done.
 
     Args:
         out: the run folder.
         config: the settings; values must be JSON-able or paths.
         accelerator: from `make_accelerator`.
+        data: the images; their digests, and those of the next three, are written to run.json.
+        split: the images that are learnt from; written to split.json.
+        backbone: what is adapted.
+        others: name -> digest of whatever else the result depends on.
         resume: go on in an existing run folder.
         overwrite: empty an existing run folder first.
         may_change: settings that may differ from those the run was started with.
-        save_every: optimizer steps between checkpoints; 0 writes one after the last step only.
+        save_every: optimizer steps between checkpoints; 0 writes them by the clock and after the last step only.
+        save_minutes: minutes between checkpoints, whichever comes first; 0 writes none by the clock.
 
     Raises:
         ConfigError: both `resume` and `overwrite`.
-        TrainingError: the folder is occupied, or the run was started with other settings or another number of
-            processes.
+        TrainingError: the folder is occupied or locked by another process, or the run was started with other settings,
+            another number of processes, or from other images, weights or another version of adaptclip.
         StorageError: the folder cannot be written.
     """
     check_processes(accelerator)
@@ -215,92 +255,36 @@ def start_run(
         "adaptclip": __version__,
         "num_processes": accelerator.num_processes,
         "config": parse_json(json.dumps(settled(config, accelerator), default=str), where="the settings", nan=True),
+        "made_from": describe_inputs(data, split, backbone, others or {}),
     }
-    _check_folder(path, record, resume=resume, overwrite=overwrite, may_change=may_change)
-    accelerator.wait_for_everyone()  # every process has looked before one of them writes
-    newest = None if overwrite else newest_checkpoint(path / "checkpoints")
-    run = Run(path, step_of(newest) if newest else 0, accelerator, save_every)
-    if accelerator.is_main_process:
-        _prepare_folder(run, record, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+    locks: list[FileLock] = []
+
+    def open_folder() -> int:
+        check_kind(path)
+        locks.append(lock_folder(path))
+        check_earlier(path, record, split, resume=resume, overwrite=overwrite, may_change=may_change)
+        return prepare_folder(path, record, split, overwrite=overwrite)
+
+    start = _on_main(accelerator, open_folder)
+    pace = Pace(is_main=accelerator.is_main_process, num_processes=accelerator.num_processes, minutes=save_minutes)
+    run = Run(path, start, accelerator, save_every, pace, *locks)
     if accelerator.log_with:
         flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in record["config"].items()}
         accelerator.init_trackers("adaptclip", config=flat)
     return run
 
 
-def _check_folder(
-    path: Path, record: dict[str, Any], *, resume: bool, overwrite: bool, may_change: Collection[str]
-) -> None:
-    """Raises TrainingError unless this run may write into `path`."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise TrainingError(f"the run folder {path} is a file; choose another --out")
-    # A run killed while it wrote its first file leaves only a temporary one.
-    if all(p.name.startswith(".") and p.suffix == ".tmp" for p in path.iterdir()):
-        return
-    marker = path / "run.json"
-    if not marker.exists():
-        raise TrainingError(f"{path} holds files and is not a run folder of adaptclip; choose another --out")
-    if overwrite:
-        return
-    if not resume:
-        raise TrainingError(
-            f"{path} holds an earlier run. Go on with it (--resume), replace it (--overwrite) or choose another --out."
-        )
-    earlier = read_json(marker)
-    if earlier["num_processes"] != record["num_processes"]:
-        raise TrainingError(
-            f"{path} was started with {earlier['num_processes']} processes and there are {record['num_processes']} "
-            "now; resume with the same number, so that each step sees the same images."
-        )
-    before, now = earlier["config"], record["config"]
-    changed = [
-        f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
-        for key in sorted({*before, *now} - set(may_change))
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise TrainingError(
-            f"{path} was started with other settings: {', '.join(changed)}. Resume with the same settings "
-            f"(--config {path / 'config.yaml'}), or choose another --out."
-        )
-
-
-def _prepare_folder(run: Run, record: dict[str, Any], *, overwrite: bool) -> None:
-    """Writes what a run folder needs; called on the main process only."""
-    try:
-        if overwrite and run.path.exists():
-            _empty(run.path)
-        for remains in run.path.glob(".*.tmp"):  # what a killed run was writing
-            _remove(remains)
-    except OSError as error:
-        raise StorageError(f"cannot empty the run folder {run.path}: {error}; choose another --out") from error
-    # The marker comes first: what a killed run leaves must be known as a run folder when it is started again.
-    if not (run.path / "run.json").exists():
-        write_json(run.path / "run.json", record)
-    # What a resumed run may change, for example how it is judged, belongs in the settings; how it was started does not.
-    first = read_json(run.path / "run.json")["config"]
-    write_yaml(run.path / "config.yaml", {**record["config"], **{k: first[k] for k in _HOW_STARTED if k in first}})
-    _cut_metrics(run.metrics, run.start)
-
-
-def _empty(path: Path) -> None:
-    """Removes what a run folder holds; its marker goes last, so that a kill in between leaves a run folder."""
-    for entry in sorted(path.iterdir(), key=lambda p: p.name == "run.json"):
-        _remove(entry)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _cut_metrics(path: Path, last_step: int) -> None:
-    """Keeps the whole lines up to `last_step`: a killed run may have logged more, the last line only in part."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    write_text(path, "".join(line for line in whole if parse_json(line, where=str(path))["step"] <= last_step))
+def _on_main(accelerator: Accelerator, call: Callable[[], T]) -> T:
+    """Calls on the main process and returns its answer, or raises its error, on all of them."""
+    if accelerator.num_processes == 1:
+        return call()
+    told: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            told[0] = call()
+        except AdaptclipError as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]

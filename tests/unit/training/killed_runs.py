@@ -48,7 +48,7 @@ def train(out: Path) -> None:
     """What a recipe does, with all of its pieces."""
     accelerator = make_accelerator(accumulate=2, cpu=True)
     seed_everything(5)
-    run = start_run(out, config={"steps": NUM_STEPS}, accelerator=accelerator, resume=True)
+    run = start_run(out, config={"steps": NUM_STEPS}, accelerator=accelerator, resume=True, save_every=3)
     generator = torch.Generator().manual_seed(0)
     features = Features(
         values=F.normalize(torch.randn(2, 50, 16, generator=generator), dim=-1),
@@ -63,13 +63,13 @@ def train(out: Path) -> None:
     scheduler = build_scheduler(optimizer, total_steps=NUM_STEPS, steps_per_epoch=loader.steps_per_epoch)
     adapter, optimizer = accelerator.prepare(adapter, optimizer)
     start = load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
-    for step, batch in train_steps(loader, NUM_STEPS, accelerator, start=start):
+    for step, batch in train_steps(loader, NUM_STEPS, accelerator, start=start, run=run):
         with accelerator.accumulate(adapter):
             loss = mitigation.loss(adapter(batch), batch)
             grad_norm = backward_and_step(accelerator, loss, adapter, optimizer, scheduler, step=step)
         if is_due(step, 1, NUM_STEPS):
             run.log(step, loss=loss, grad_norm=grad_norm, lr=scheduler.get_last_lr()[0])
-        if is_due(step, 3, NUM_STEPS):
+        if run.save_is_due(step, NUM_STEPS):
             save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
 
 

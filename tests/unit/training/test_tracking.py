@@ -14,6 +14,7 @@ from adaptclip.storage import read_json, read_yaml
 from adaptclip.training import tracking
 from adaptclip.training.tracking import check_processes, make_accelerator, start_run
 
+NEW = ["config.yaml", "metrics.jsonl", "run.json", "run.lock", "run.lock.json"]
 CONFIG = {"lr": 0.1, "card": "digits", "out": Path("somewhere"), "scale": (0.5, 1.0), "resume": False}
 
 
@@ -35,7 +36,7 @@ def test_new_run(tmp_path):
     assert run.start == 0
     assert read_yaml(run.path / "config.yaml") == CONFIG | {"out": "somewhere", "scale": [0.5, 1.0]}
     assert read_json(run.path / "run.json")["adaptclip"] == __version__
-    assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == NEW
 
 
 def test_an_empty_folder_is_a_new_run(tmp_path):
@@ -154,7 +155,7 @@ def test_resume_of_a_run_killed_before_its_files_were_written(tmp_path):
     (run.path / ".artifact.abc.tmp").mkdir()
     (run.path / ".artifact.abc.tmp" / "adapter.safetensors").write_text("half")
     assert _start(tmp_path / "run", resume=True).start == 0
-    assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml", "metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == NEW
 
 
 def test_resume_with_other_settings_names_them(tmp_path):
