@@ -48,12 +48,12 @@ def lock_folder(path: Path) -> FileLock:
         StorageError: the folder cannot be written.
     """
     key = (os.getpid(), path.resolve())
-    lock = _held.get(key)
-    if lock is not None and lock.is_locked:
-        return lock
+    held = _held.get(key)
+    if held is not None and held.is_locked:
+        return held
+    lock = FileLock(path / LOCK, timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
         raise TrainingError(_who_holds(path)) from None
@@ -280,7 +280,7 @@ def _step_of_line(line: str) -> int | None:
         step = parse_json(line, where="a line")["step"]
     except (StorageError, KeyError, TypeError):
         return None
-    return step if isinstance(step, int) else None
+    return step if type(step) is int else None
 
 
 def what_is_kept(out: Path) -> str:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +127,7 @@ def test_a_run_from_card_to_artifact(whole, base):
 @pytest.mark.parametrize(("loader", "stage"), [(PixelLoader, "towers"), (FeatureLoader, "head")])
 def test_interrupted_in_either_stage_and_resumed_equals_undisturbed(cfg, whole, monkeypatch, loader, stage):
     """Bit for bit, dropout included; a checkpoint after every step, interrupted in the third of the stage."""
-    monkeypatch.setattr(ac, "start_run", partial(ac.start_run, save_every=1))
+    cfg = replace(cfg, save_every=1)
     batch, seen = loader.batch, []
 
     def interrupted(self, micro_step):
