@@ -88,7 +88,7 @@ def list_images(folder: Path) -> Listing:
         for name in sorted(folders):
             path = here / name
             if is_junk(name):
-                passed["hidden or left by a program"].append(path)
+                passed[_junk_kind(name)].append(path)
             elif path.is_symlink():
                 passed["link to a folder"].append(path)
         folders[:] = sorted(n for n in folders if not is_junk(n))
@@ -103,6 +103,10 @@ def list_images(folder: Path) -> Listing:
     return Listing(tuple(taken), {kind: tuple(sorted(paths)) for kind, paths in sorted(passed.items())})
 
 
+def _junk_kind(name: str) -> str:
+    return "hidden" if name.startswith(".") else "left by a program"
+
+
 def is_image_file(path: Path) -> bool:
     """Whether a file is taken for an image."""
     return not path.is_dir() and _passed_over_as(path) is None
@@ -111,7 +115,7 @@ def is_image_file(path: Path) -> bool:
 def _passed_over_as(path: Path) -> str | None:
     """Returns as what a file is passed over, or None where it is taken for an image."""
     if is_junk(path.name):
-        return "hidden or left by a program"
+        return _junk_kind(path.name)
     if not path.is_file():
         return "link to nothing" if path.is_symlink() else "no ordinary file"
     suffix = path.suffix.lower()
