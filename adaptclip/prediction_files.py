@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.storage import read_parquet
+from adaptclip.storage import check_is_file, read_parquet
 from adaptclip.terminal import QUOTED
 
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
@@ -76,6 +76,8 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
 
 
 def _read_text(path: Path) -> pa.Table:
+    if path.exists():
+        check_is_file(path)
     try:
         options = pyarrow.csv.ParseOptions(delimiter=_TEXT_FILES[path.suffix.lower()])
         table = pyarrow.csv.read_csv(path, parse_options=options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,7 +100,9 @@ def _open_csv(path: Path) -> Iterator[Any]:
                     f"{shown(path)}, line {reader.line_num + before}: {'more' if len(cells) > len(names) else 'fewer'} "
                     f"cells than the {len(names)} columns of the first line; text with the separator in it needs quotes"
                 )
-            yield reader.line_num + before, {name: cell for name, cell in zip(names, cells, strict=True) if name}
+            row = {name: cell for name, cell in zip(names, cells, strict=True) if name}
+            _refuse_nul(row, f"{shown(path)}, line {reader.line_num + before}")
+            yield reader.line_num + before, row
 
 
 def _separator_line(head: str) -> re.Match[str] | None:
@@ -131,9 +133,17 @@ def _open_jsonl(path: Path) -> Iterator[Any]:
             if not seen:
                 yield Table(names, iter(()))
                 seen = True
+            _refuse_nul(row, where)
             yield line, dict(zip([normalise_text(name) for name in row], row.values(), strict=True))
     if not seen:
         yield Table((), iter(()))
+
+
+def _refuse_nul(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError where a cell holds a NUL: what a bad disk or copy leaves would be a name of its own."""
+    for name, cell in row.items():
+        if isinstance(cell, str) and "\0" in cell:
+            raise DataError(f"{where}: the column {name!r} holds a NUL character, {cell!r}; the table is damaged")
 
 
 def _unique(names: Sequence[str], where: str) -> tuple[str, ...]:

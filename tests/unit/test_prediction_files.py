@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -107,12 +109,14 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
     (tmp_path / "cell.csv").write_bytes("label,pred\n\u00e9,a\n".encode("latin-1"))
     (tmp_path / "p.json").write_text("{}")
     (tmp_path / "p.parquet").write_bytes(b"nonsense" * 9)
+    os.mkfifo(tmp_path / "pipe.csv")
     for name, message in (
         ("latin.csv", "should be UTF-8"),
         ("cell.csv", "'label' is no UTF-8 text"),
         ("p.json", "allowed: .parquet, .csv, .tsv"),
         ("p.parquet", "cannot read"),
         ("none.csv", "there is no file"),
+        ("pipe.csv", "a pipe or device, no file"),
     ):
         with pytest.raises((DataError, StorageError), match=message):
             Predictions.load(tmp_path / name)

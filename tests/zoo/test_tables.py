@@ -206,6 +206,11 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
     ),
     "a path of another machine": ("t.csv", lines("image,label", "/home/me/{i}.png,{c}"), "'/home/me/0.png' leaves"),
     "a NUL character": ("t.jsonl", jsonl("'image': '0\\u0000.png', 'label': 'a'"), "holds a NUL character"),
+    "NUL characters in a late cell": (
+        "t.csv",
+        lines("image,label,note", "{i}.png,{c}," + 200 * "x").replace("7.png,intact", "7.png,in\0tact"),
+        "line 9: the column 'label' holds a NUL character",
+    ),
     "a name without ending that fits two images": (
         "t.csv",
         lines("image,label", "both,{c}"),
