@@ -42,6 +42,8 @@ def launch(main: Callable[[T], int], config_type: type[T], argv: Sequence[str] |
 def run_and_exit(call: Callable[[], int | None], *, kept: Callable[[], str] = lambda: _NOTHING_HALF_WRITTEN) -> None:
     """Leaves with the code that `call` returns; deliberate errors become one message on stderr and code 1.
 
+    So does what the operating system says of a file by its name (too long, not allowed, links in a circle).
+
     Args:
         call: what to run.
         kept: says what is left of it when a signal has stopped it.
@@ -52,10 +54,13 @@ def run_and_exit(call: Callable[[], int | None], *, kept: Callable[[], str] = la
     try:
         with Signals([signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []):
             code = call() or 0
-    except AdaptclipError as error:
+    except (AdaptclipError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        said = f"cannot use {error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         if tells:
             say(to=sys.stderr)
-            say(f"error: {error}", to=sys.stderr, several_lines=True)
+            say(f"error: {said}", to=sys.stderr, several_lines=True)
         code = 1
     except KeyboardInterrupt as stop:
         signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT

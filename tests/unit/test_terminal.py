@@ -84,6 +84,16 @@ def test_errors_and_warnings_of_a_command_are_shown(capsys):
     assert err.endswith("\nerror: cannot read x\\x1b[31m.png\n  error: all gates passed\n  - a point\n  \\u202e\n")
 
 
+def test_what_the_system_says_of_a_name_is_a_message(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_and_exit(lambda: len((tmp_path / ("x" * 300)).read_bytes()))
+    assert stop.value.code == 1
+    assert "error: cannot use " in (err := capsys.readouterr().err)
+    assert "x: File name too long" in err
+    with pytest.raises(BrokenPipeError):  # of no file by name: nothing a user gave
+        run_and_exit(lambda: exec("raise BrokenPipeError(32, 'Broken pipe')"))
+
+
 def test_markup_in_names_is_text(capsys):
     table = Table("class")
     table.add_row("[red]warbler[/red]")
