@@ -177,7 +177,8 @@ def _data(card: Card, report: Mapping[str, Any]) -> str:
 
 
 def _limits(card: Card, report: Mapping[str, Any]) -> str:
-    issues = [f"- {escape_markdown(issue)}" for issue in card.known_issues]
+    worries = (report.get("data") or {}).get("worries", [])
+    issues = [f"- {escape_markdown(issue)}" for issue in (*worries, *card.known_issues)]
     issues = issues or ["- The data card names no known issues, which does not mean that there are none."]
     few = [row["class"] for row in report["per_class"] if not row["sufficient"]]
     if few:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -17,7 +18,7 @@ from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import FewShotSplit
-from adaptclip.errors import DataError, GateError
+from adaptclip.errors import DataError, GateError, SplitError
 from adaptclip.evaluation.predict import predict
 from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
 from adaptclip.features import FeatureCache
@@ -43,19 +44,58 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
 
     Raises:
         StorageError: the file is missing or is not YAML.
-        GateError: a rule is not valid, or names a group, level or class that the data do not have.
+        GateError: a rule is not valid, names a group, level or class that the data do not have, or needs a class of
+            which there is no test image.
+        SplitError: there is no test image at all.
         DataError: an outcome of the card is about classes that were left out.
     """
     rules = data.card.gates if gates in ("card", REPORT_ONLY) else load_gates(Path(gates))
     if rules and not data.has_classes:
         raise GateError(f"card {data.card.name} has captions and no classes: no gate can be judged with it")
+    if len(data.test) == 0:
+        raise SplitError(
+            f"card {data.card.name}: there is no test image, so nothing that is learnt could be judged. Name a split "
+            "with images as `test` under `splits:`, or let one be drawn (`splits: {fractions: ...}`)"
+        )
     check_rules(rules, data.test)
+    for rule in rules:
+        _require_images(rule, data)
     try:
         for outcome in data.card.outcomes:  # classes may have been taken away since the card was checked (base and new)
             outcome.check(data.class_names, data.test.levels)
     except DataError as error:
         raise DataError(f"card {data.card.name}: {error}") from error
     return rules
+
+
+_SIDES = {
+    **dict.fromkeys(("sensitivity", "tpr", "fnr"), (True,)),
+    **dict.fromkeys(("specificity", "fpr"), (False,)),
+    "auc": (True, False),
+}
+"""Metric -> sides of an outcome, positive or not, of which it needs images."""
+
+
+def _require_images(rule: GateRule, data: DomainData) -> None:
+    """Raises GateError where the test part lacks the classes that a gate is about."""
+    names = data.test.class_names if rule.level is None else data.test.levels[rule.level]
+    seen = {names[c] for c in np.flatnonzero(data.test.class_counts())}
+    where = f'card {data.card.name}: the gate "{rule.title}"'
+    if rule.positive is not None:
+        for positive in _SIDES.get(rule.metric, ()):
+            asked = [name for name in dict.fromkeys(names) if (name in rule.positive) == positive]
+            if not seen & set(asked):
+                raise GateError(
+                    f"{where} needs test images of {' or '.join(map(repr, asked[:3]))}, and there is none. Add some, "
+                    "or take the gate out"
+                )
+    elif rule.metric in ("mean_per_class_accuracy", "macro_auc"):
+        lacking = [name for name in dict.fromkeys(names) if name not in seen]
+        if lacking:
+            raise GateError(
+                f"{where} is a mean over all classes, and {len(lacking)} of {len(set(names))} have no test image: "
+                f"{', '.join(map(repr, lacking[:3]))}. Add some, take the classes out, or judge by accuracy"
+            )
 
 
 def predict_held_out(
@@ -206,6 +246,7 @@ def describe_data(data: DomainData) -> dict[str, Any]:
         "images": {part: len(images) for part, images in data.parts.items()},
         "known_issues": list(card.known_issues),
         "allowed": list(data.notes),
+        "worries": list(data.worries),
         "skipped": list(data.skipped),
     }
 

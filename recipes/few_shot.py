@@ -115,6 +115,7 @@ def main(cfg: Config) -> int:
         metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
         give_advice="ladder" in cfg.methods, changes=changes,
         search=f"{cfg.search_trials} trials per job" if budget else "",
+        worries=tuple(f"{d.card.name}: {worry}" for d in data for worry in d.worries),
     )  # fmt: skip
     if place.rank == 0:
         write_yaml(cfg.out / "config.yaml", asdict(cfg))

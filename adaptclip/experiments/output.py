@@ -38,6 +38,7 @@ class Asked:
         give_advice: whether to end with advice.
         changes: settings that differ from the published ones, as they were given.
         search: the search's budget in words, or "".
+        worries: what puts the results of a card in doubt, such as an allowed leak.
     """
 
     protocol: str
@@ -49,6 +50,7 @@ class Asked:
     give_advice: bool = False
     changes: tuple[str, ...] = ()
     search: str = ""
+    worries: tuple[str, ...] = ()
 
 
 def write_output(
@@ -87,6 +89,7 @@ def write_output(
     comparisons = compare(rows)
     costs = cost_table(rows)
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
+    parts += ["## What to worry about", "\n".join(f"- {line}" for line in asked.worries)] if asked.worries else []
     parts += ["## Failed jobs", "\n".join(f"- {line}" for line in failed)] if failed else []
     parts += [*(to_markdown(table) for table in tables), "## Published numbers", comparison_markdown(comparisons)]
     write_text(out / "tables.md", "\n\n".join(parts) + "\n")
@@ -95,7 +98,8 @@ def write_output(
     parts += ["## Advice", "\n".join(f"- {sentence}" for sentence in said)] if said else []
     write_text(out / "costs.md", "\n\n".join(parts) + "\n")
     page = _template().render(
-        title=title, facts=facts, failures=failed, advice=said, tables=[*tables, costs], comparisons=comparisons,
+        title=title, facts=facts, worries=asked.worries, failures=failed, advice=said, tables=[*tables, costs],
+        comparisons=comparisons,
         figures={name: markupsafe.Markup(_inline(formats["svg"])) for name, formats in figures.items()},
     )  # fmt: skip
     write_text(out / "index.html", page)

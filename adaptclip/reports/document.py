@@ -31,6 +31,9 @@ from adaptclip.reports.multi_label import multi_label_section, summary
 from adaptclip.reports.plots import confusion_matrix
 from adaptclip.reports.probe_section import probe_section
 
+_SKIPPED = 10
+"""So many sentences about what was not used are shown."""
+
 _SCREEN_METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece")
 
 
@@ -138,7 +141,9 @@ def _data_section(report: Mapping[str, Any]) -> Section | None:
         blocks.append(Paragraph("Found by the checks, and allowed by the card:"))
         blocks.append(Bullets([sentence(note) for note in data["allowed"]]))
     if data["skipped"]:
-        blocks.append(Paragraph(f"{len(data['skipped'])} unreadable images were left out."))
+        blocks.append(Paragraph("Not used:"))
+        more = [f"and {len(data['skipped']) - _SKIPPED} more"] if len(data["skipped"]) > _SKIPPED else []
+        blocks.append(Bullets([sentence(words) for words in [*data["skipped"][:_SKIPPED], *more]]))
     return Section("Data", "data", blocks)
 
 

@@ -119,7 +119,14 @@ def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) -> list[str]:
     """What to worry about, most important first, at most MAX_WORRIES sentences."""
-    found = [*_gate_worries(verdicts or []), *_class_worries(report), *_group_worries(report), *_other_worries(report)]
+    of_data = (report.get("data") or {}).get("worries", [])
+    found = [
+        *_gate_worries(verdicts or []),
+        *of_data,
+        *_class_worries(report),
+        *_group_worries(report),
+        *_other_worries(report),
+    ]
     kept = [sentence(worry) for worry in found]
     if len(kept) > MAX_WORRIES:
         kept = [*kept[: MAX_WORRIES - 1], f"{len(kept) - MAX_WORRIES + 1} more are told below."]

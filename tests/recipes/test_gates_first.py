@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from recipe_files import RECIPES, load_recipe
 
 import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
-from adaptclip.errors import DataError, GateError
+from adaptclip.errors import DataError, GateError, SplitError
 from adaptclip.gate_rules import Outcome
 from adaptclip.results import choose_gates
 
@@ -79,3 +80,34 @@ def test_an_outcome_of_classes_that_were_taken_away_is_named(digits):
     assert choose_gates("card", new) == card.gates
     with pytest.raises(DataError, match="card digits: outcome 'nine': nothing is 'nine'"):
         choose_gates("card", base)
+
+
+MISSING = {
+    "metric: sensitivity, positive: nine, at_least: 0.5": "needs test images of 'nine', and there is none",
+    "metric: auc, positive: nine, at_least: 0.5": "needs test images of 'nine'",
+    "metric: mean_per_class_accuracy, at_least: 0.5": "a mean over all classes, and 1 of 10 have no test image: 'nine'",
+    "metric: macro_auc, at_least: 0.5": "a mean over all classes",
+}
+
+
+@pytest.mark.parametrize("rule", MISSING)
+def test_a_class_that_a_gate_needs_and_the_test_part_lacks_is_named(gates, digits, rule):
+    gates.write_text(f"gates:\n  - {{{rule}}}\n")
+    lacking = replace(digits, test=digits.test.select(np.flatnonzero(digits.test.labels != 9)))
+    assert choose_gates(str(gates), digits)
+    with pytest.raises(GateError, match=MISSING[rule]):
+        choose_gates(str(gates), lacking)
+    gates.write_text("gates:\n  - {metric: specificity, positive: nine, at_least: 0.5}\n  - {at_least: 0.5}\n")
+    assert len(choose_gates(str(gates), lacking)) == 2
+    only_nines = replace(digits, test=digits.test.select(np.flatnonzero(digits.test.labels == 9)))
+    with pytest.raises(GateError, match="needs test images of 'zero' or 'one' or 'two', and there is none"):
+        choose_gates(str(gates), only_nines)
+
+
+@pytest.mark.parametrize("setting", ["card", "report"])
+def test_an_empty_test_part_is_refused_with_gates_and_without(digits, setting):
+    for rules in (digits.card.gates, ()):
+        card = digits.card.model_copy(update={"gates": rules})
+        empty = replace(digits, card=card, test=digits.test.select([]))
+        with pytest.raises(SplitError, match="there is no test image, so nothing that is learnt could be judged"):
+            choose_gates(setting, empty)

@@ -153,3 +153,55 @@ def test_all_leaks_are_reported_at_once():
         check_data(data_of(train=train, test=test))
     for name in ("duplicate_pictures", "similar_pictures", "shared_clusters", "missing_classes"):
         assert f"allow: [{name}]" in str(caught.value)
+
+
+def of_sites(classes: list[int], sites: list[str], levels=None) -> DomainData:
+    """Images divided evenly between training and test."""
+    parts = [
+        part_of(name, [photo(100 + i) for i in range(start, len(classes), 2)], classes[start::2],
+                groups={"site": tuple(sites[start::2])}, levels=levels or {})
+        for start, name in enumerate(("train", "test"))
+    ]  # fmt: skip
+    return data_of("", train=parts[0], test=parts[1])
+
+
+def test_a_class_that_is_always_of_one_site_cannot_be_told_from_it():
+    checked = check_data(of_sites([0] * 8 + [1] * 8, ["Ulm"] * 8 + ["Bonn", "Ulm"] * 4))
+    assert checked.notes == ()
+    found = check_data(of_sites([0] * 12 + [1] * 12, ["Ulm"] * 12 + ["Bonn"] * 8 + ["Ulm"] * 4))
+    (sentence,) = found.worries
+    assert found.notes == found.worries
+    assert sentence == (
+        "site and class cannot be told apart: all 12 images of 'cat' are of 'Ulm', but 4 of 12 of the other classes. "
+        "What is learnt of the class may be the site"
+    )
+    nearly = check_data(of_sites([0] * 40 + [1] * 40, ["Ulm"] * 39 + ["Bonn"] * 20 + ["Ulm"] * 21))
+    assert "39 of 40 images of 'cat' are of 'Ulm', but 21 of 40 of the other classes" in nearly.worries[0]
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        ["Ulm"] * 24,
+        ["Ulm", "Bonn", "Bonn"] * 8,
+        ["Ulm"] * 12 + ["unknown"] * 12,
+        ["Ulm"] * 11 + ["Bonn"] + ["Ulm"] * 12,
+    ],
+)
+def test_sites_that_tell_nothing_of_the_class_are_no_worry(sites):
+    assert check_data(of_sites([0] * 12 + [1] * 12, sites)).worries == ()
+
+
+def test_a_level_of_the_taxonomy_is_no_site():
+    names = ["Felidae"] * 12 + ["Canidae"] * 12
+    classes = [0] * 12 + [1] * 12
+    assert check_data(of_sites(classes, names)).worries
+    assert check_data(of_sites(classes, names, {"family": ("Felidae", "Canidae")})).worries == ()
+
+
+def test_an_allowed_leak_is_a_worry_and_a_missing_class_a_note():
+    test = part_of("test", [photo(1)], [0])
+    checked = check_data(data_of("  allow: [duplicate_pictures, missing_classes]\n", test=test))
+    (worry,) = checked.worries
+    assert worry.startswith("1 of 1 test images are the same file as a train image")
+    assert len(checked.notes) == 2

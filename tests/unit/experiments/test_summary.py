@@ -319,3 +319,13 @@ def test_the_cheapest_may_be_the_best_and_one_seed_says_little():
     assert "With one seed, nothing can be said" in advice(one, metric="accuracy", num_seeds=1)[0]
     assert advice(rows_of(gda=(0.6,)), metric="accuracy", num_seeds=1) == []
     assert [m.cost for m in METHODS.values()] == sorted(m.cost for m in METHODS.values())
+
+
+def test_what_puts_a_card_in_doubt_stands_on_the_page_and_in_the_tables(tmp_path):
+    leak = "grocery: 3 of 240 test images look the same as a train image <b> (allowed by the card: similar_pictures)"
+    all_outputs(tmp_path, grid(), worries=(leak,))
+    page, tables = ((tmp_path / name).read_text(encoding="utf-8") for name in ("index.html", "tables.md"))
+    assert f"<h2>What to worry about</h2>\n<ul><li>{leak.replace('<', '&lt;').replace('>', '&gt;')}</li></ul>" in page
+    assert f"## What to worry about\n\n- {leak}" in tables
+    all_outputs(tmp_path, grid())
+    assert "worry" not in (tmp_path / "index.html").read_text(encoding="utf-8")

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from adaptclip.reports.blocks import MAX_SCREEN_ROWS
+from adaptclip.reports.full import full_report
+from adaptclip.reports.headline import worries
 from adaptclip.reports.render import print_report, to_markdown
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
@@ -127,3 +129,18 @@ def test_a_run_without_groups_says_so():
 def test_nothing_is_called_fair():
     text = to_markdown(build_report(predictions(), predictions(seed=2)), []) + terminal(build_report(predictions()), [])
     assert not re.search(r"\bfair|unbiased", text, re.IGNORECASE)
+
+
+def test_what_puts_the_data_in_doubt_stands_first_under_what_to_worry_about():
+    leak = "3 of 240 test images look the same as a train image: a = b (allowed by the card: similar_pictures)"
+    report = full_report(predictions())
+    report["data"] = {
+        "name": "n", "source": "manifest", "images": {"test": 240}, "known_issues": [], "allowed": [leak],
+        "worries": [leak], "skipped": [f"left out {i}.png: cannot be decoded" for i in range(12)],
+    }  # fmt: skip
+    assert worries(report, None)[0].removesuffix(".") == leak
+    markdown = to_markdown(report, None)
+    assert markdown.index("worry about") < markdown.index(leak.replace("_", "\\_")) < markdown.index("Overall")
+    assert "left out 9.png: cannot be decoded" in markdown
+    assert "left out 10.png" not in markdown
+    assert "And 2 more" in markdown or "and 2 more" in markdown
