@@ -162,7 +162,8 @@ class Run:
             step: number of the optimizer step, from 1.
             total: number of the last step.
         """
-        due = is_due(step, self.save_every, total) or (is_due(step, 1, total) and self.pace.asks_to_save())
+        asked = self.pace.asks_to_save() and is_due(step, 1, total)
+        due = asked or is_due(step, self.save_every, total)
         if due:
             self.pace.saved()
         return due

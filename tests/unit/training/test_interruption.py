@@ -72,16 +72,16 @@ def send(signum):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_signal_lets_the_step_finish_and_be_saved(tmp_path, capfd, signum, accumulate):
+@pytest.mark.parametrize(("accumulate", "save_every"), [(1, 5), (2, 5), (1, 1), (1, 0), (2, 3)])
+def test_a_signal_lets_the_step_finish_and_be_saved(tmp_path, capfd, signum, accumulate, save_every):
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped) as caught:
-        train(tmp_path / "run", at=2 * accumulate + 1, do=send(signum), accumulate=accumulate)
+        train(tmp_path / "run", at=2 * accumulate + 1, do=send(signum), accumulate=accumulate, save_every=save_every)
     assert caught.value.signum == signum
     assert isinstance(caught.value, KeyboardInterrupt), "a notebook knows it"
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
-    assert step_of(newest) == 3, "not one of the regular ones"
+    assert step_of(newest) == 3, "the step in which it came, whether a checkpoint was due then or not"
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     assert f"{signal.Signals(signum).name}: the step is finished and saved first" in capfd.readouterr().err
     _, resumed = train(tmp_path / "run", accumulate=accumulate, resume=True)
