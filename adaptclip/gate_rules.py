@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from adaptclip.errors import DataError, did_you_mean
-
-GENERAL_METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece", "brier", "macro_auc")
-"""Metrics of any classifier: rates 0 to 1, except `brier`, which is 0 to 2 (the sum over the classes, not halved)."""
-
-OUTCOME_METRICS = ("sensitivity", "specificity", "tpr", "fpr", "fnr", "selection_rate", "auc")
-"""Metrics of a two-sided outcome (`positive` against the rest), rates 0 to 1; `tpr` is another name of sensitivity."""
-
-METRICS = GENERAL_METRICS + OUTCOME_METRICS
-"""Names of the metrics that a gate can be set on."""
-
-LOWER_IS_BETTER = frozenset({"ece", "brier", "fpr", "fnr"})
-"""Metrics that are better when lower; the others are better when higher (`selection_rate`: neither)."""
-
-MIN_IMAGES = 100
-"""Images (of every group) that a gate asks for by default: fewer tell a rate to no better than 8 points."""
-
-MIN_OUTCOMES = 30
-"""The same for metrics of an outcome: positive images, negative images, or for `auc` the fewer of the two."""
+from adaptclip.metrics import METRICS, Metric, find_metric
+from adaptclip.metrics.metric import Support
 
 LEVELLING_MARGIN = 0.02
 """How far below the reference's worst group a gate on a gap lets its worst group lie, unless `margin` is given."""
+
+ARGMAX = "argmax"
+"""The decision rule of an outcome that has no other: the most probable class."""
+
+_KEPT = ("sensitivity", "specificity")
+
+SURE = 0.8
+"""A gate of lower confidence needs a reason."""
 
 BETWEEN = " × "
 """Joins the attributes of an intersection, as in "sex × age_group"."""
@@ -42,22 +34,72 @@ def _as_tuple(value: Any) -> Any:
 
 
 class Outcome(BaseModel):
-    """A two-sided question about the classes: is it one of the positive ones? Probabilities of each side are summed.
+    """A two-sided question about the classes: is it one of the positive ones?
+
+    One rule decides which images count as positive, in gates, tables and sentences alike.
 
     Attributes:
         positive: class names or, where `level` is given, values of that level; one name or several.
         level: taxonomy level whose values `positive` names; None for the classes themselves.
-        threshold: probability of the positive side above which an image counts as positive, 0 to 1; 0.5 takes the
-            more probable side. Any other value has to come from validation images, never from the judged ones.
+        rule: "argmax": the side of the most probable class. "threshold": the probability of the positive side (the sum
+            over its classes) is above `threshold`. "sensitivity=0.95" or "specificity=0.9": a threshold that keeps this
+            on the validation images, chosen when a run is judged and kept with its predictions; never on judged images.
+        threshold: of rule "threshold", between 0 and 1; given alone it stands for that rule.
+        prevalence: share of positive images where the model will be used, between 0 and 1; the predictive values and
+            the net benefit are for it. None takes the share among the judged images, and says so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     positive: tuple[str, ...] = Field(min_length=1)
     level: str | None = None
-    threshold: float = Field(default=0.5, gt=0, lt=1)
+    rule: str = ARGMAX
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    prevalence: float | None = Field(default=None, gt=0, lt=1)
 
     _one_or_several = field_validator("positive", mode="before")(_as_tuple)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _threshold_alone(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("threshold") is not None and "rule" not in given:
+            return {**given, "rule": "threshold"}
+        return given
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> Outcome:
+        kept = self.keeps
+        if kept is None and self.rule not in (ARGMAX, "threshold"):
+            raise ValueError(
+                f"unknown rule {self.rule!r}; allowed: argmax, threshold (with threshold: 0.3), sensitivity=0.95, "
+                f"specificity=0.9. {did_you_mean(self.rule.split('=')[0], (ARGMAX, 'threshold', *_KEPT))}"
+            )
+        if kept is not None and not 0 < kept[1] < 1:
+            raise ValueError(f"rule {self.rule!r} asks for a {kept[0]} between 0 and 1")
+        if self.rule == "threshold" and self.threshold is None:
+            raise ValueError("rule threshold needs a threshold: a probability between 0 and 1")
+        if self.rule == ARGMAX and self.threshold is not None:
+            raise ValueError("rule argmax takes the most probable class and has no threshold; leave one of them out")
+        return self
+
+    @property
+    def keeps(self) -> tuple[str, float] | None:
+        """What a threshold is chosen to keep, such as ("sensitivity", 0.95), or None."""
+        name, found, value = self.rule.partition("=")
+        try:
+            return (name.strip(), float(value)) if found and name.strip() in _KEPT else None
+        except ValueError:
+            return None
+
+    @property
+    def rule_words(self) -> str:
+        """The decision rule in words, for tables and sentences."""
+        if self.rule == ARGMAX:
+            return "the most probable class decides"
+        chosen = f", chosen on validation images to keep a {self.rule.replace('=', ' of ')}" if self.keeps else ""
+        if self.threshold is None:
+            return f"a threshold that keeps a {self.rule.replace('=', ' of ')} on validation images, not chosen yet"
+        return f"positive above a probability of {self.threshold:g}{chosen}"
 
     @property
     def name(self) -> str:
@@ -93,37 +135,39 @@ class GateRule(BaseModel):
     a limit that every group has to keep as well (`at_least`, or `at_most` for metrics that are better when lower).
 
     Attributes:
-        metric: one of METRICS; rates are 0 to 1.
+        metric: one of METRICS, or (in Python) a Metric; rates are 0 to 1.
         group: attribute whose every group must satisfy the rule, or a list of attributes for their intersection; None
             judges all images together.
         level: taxonomy level at which the metric is computed (a prediction within the right value is right).
-        positive: class name(s), or value(s) of `level`, that count as positive; needed by OUTCOME_METRICS.
-        threshold: see Outcome.
+        positive: class name(s), or value(s) of `level`, that count as positive; needed by metrics of an outcome.
+        threshold: see Outcome; without one the declared outcome's rule decides, else the most probable class.
         at_least: lowest acceptable value.
         at_most: highest acceptable value.
-        no_worse_than: the reference model of a paired comparison.
+        no_worse_than: the reference model of a paired comparison: zero_shot, or the name of another run whose
+            predictions are given (a folder such as runs/coop).
         gap_at_most: largest acceptable difference between the best and the worst group.
         margin: slack in the metric's own unit (0.02 is 2 points) against the reference: for `no_worse_than`, and for
             `gap_at_most` how much lower than the reference's worst group the worst group may lie (default 0.02).
         confidence: level of the interval that must lie on the right side.
-        min_n: fewest images (of the smallest group, where there are groups) that allow a verdict; 100 by default, 30
-            for metrics of an outcome, where positive (sensitivity) or negative (specificity) images are counted.
+        min_n: fewest images (of the smallest group, where there are groups) that allow a verdict, counted where the
+            metric rests on them: positive images (sensitivity), negative ones (specificity), those of the smallest
+            class (means over the classes). By default 100; 30 for metrics of an outcome; 10 of the smallest class.
         exclude: groups that the rule does not judge, named one by one.
-        reason: why they are left out; shown with every verdict.
+        reason: why they are left out, or why a confidence below 0.8 will do; shown with every verdict.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    metric: str = "accuracy"
+    metric: str | Metric = "accuracy"
     group: str | tuple[str, ...] | None = None
     level: str | None = None
     positive: tuple[str, ...] | None = Field(default=None, min_length=1)
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    at_least: float | None = Field(default=None, ge=0, le=1)
-    at_most: float | None = Field(default=None, ge=0, le=1)
-    no_worse_than: Literal["zero_shot"] | None = None
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    at_least: float | None = None
+    at_most: float | None = None
+    no_worse_than: str | None = None
     gap_at_most: float | None = Field(default=None, gt=0, le=1)
-    margin: float = Field(default=0.0, ge=0, le=1)
+    margin: float = Field(default=0.0, ge=0)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     min_n: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
@@ -133,7 +177,7 @@ class GateRule(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> GateRule:
-        if self.metric not in METRICS:
+        if isinstance(self.metric, str) and self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}. {did_you_mean(self.metric, METRICS)}")
         self._check_condition()
         self._check_outcome()
@@ -141,14 +185,17 @@ class GateRule(BaseModel):
             raise ValueError(f"a list of groups is an intersection of different attributes; got {list(self.group)}")
         if self.exclude and self.group is None:
             raise ValueError("exclude leaves groups out, and this rule has no group")
-        if bool(self.exclude) != bool(self.reason.strip()):
-            missing = "a reason, which every verdict shows" if self.exclude else "exclude: the groups it is about"
-            raise ValueError(f"exclude and reason belong together; this rule needs {missing}")
+        unsure = self.confidence < SURE
+        if (self.exclude or unsure) and not self.reason.strip():
+            what = "leaving groups out" if self.exclude else f"a confidence of {self.confidence:g}, below {SURE:g},"
+            raise ValueError(f"{what} needs a reason, which every verdict shows (reason: ...)")
+        if self.reason.strip() and not (self.exclude or unsure):
+            raise ValueError("a reason belongs to exclude: the groups it is about, or to a confidence below 0.8")
         return self
 
     def _check_condition(self) -> None:
         given = [name for name in _CONDITIONS if getattr(self, name) is not None]
-        lower = self.metric in LOWER_IS_BETTER
+        measure, lower = self.measure, self.measure.lower_is_better
         right, wrong = ("at_most", "at_least") if lower else ("at_least", "at_most")
         if given != ["gap_at_most"] and not (len(given) == 2 and set(given) == {"gap_at_most", right}):
             if len(given) != 1:
@@ -156,27 +203,51 @@ class GateRule(BaseModel):
                     f"needs exactly one of {', '.join(_CONDITIONS)} (or gap_at_most with {right}); "
                     f"got {' and '.join(given) or 'none'}"
                 )
-            if given == [wrong] and self.metric != "selection_rate":
+            if given == [wrong] and measure.better != "neither":
                 better = "lower" if lower else "higher"
-                raise ValueError(f"{self.metric} is better when {better}: use {right}, not {wrong}")
+                raise ValueError(f"{measure.name} is better when {better}: use {right}, not {wrong}")
         if self.gap_at_most is not None and self.group is None:
             raise ValueError("gap_at_most compares groups: name the attribute (group: sex)")
-        if self.metric == "selection_rate" and self.no_worse_than:
+        if measure.better == "neither" and self.no_worse_than:
             raise ValueError(
-                "selection_rate has no better side, so none is worse; use at_least, at_most or gap_at_most"
+                f"{measure.name} has no better side, so none is worse; use at_least, at_most or gap_at_most"
             )
+        self._check_sense()
         if self.margin and not (self.no_worse_than or self.gap_at_most):
             raise ValueError("margin belongs to no_worse_than and gap_at_most; put the slack into the limit itself")
 
-    def _check_outcome(self) -> None:
-        if self.metric in OUTCOME_METRICS and self.positive is None:
+    def _check_sense(self) -> None:
+        """Refuses limits that nothing can miss, or nothing can keep."""
+        measure = self.measure
+        low, high = measure.scale
+        for name, value, trivial in (("at_least", self.at_least, low), ("at_most", self.at_most, high)):
+            if value is not None and not low <= value <= high:
+                raise ValueError(
+                    f"{name} must lie within {low:g} and {high:g}, where {measure.name} does, got {value:g}"
+                )
+            if value is not None and value == trivial:
+                raise ValueError(f"{name}: {value:g} is kept by every model, so that the rule tests nothing")
+        if self.margin >= (high - low) / 2:
             raise ValueError(
-                f"{self.metric} needs to know what is positive: positive: CLASS, or level: LEVEL and positive: VALUE"
+                f"a margin of {self.margin:g} lets nearly every model through; {measure.name} lies within {low:g} and "
+                f"{high:g}, and margins of 0.01 to 0.05 of that are usual"
             )
-        if self.threshold != 0.5 and (self.positive is None or self.metric in (*GENERAL_METRICS, "auc")):
+
+    def _check_outcome(self) -> None:
+        measure = self.measure
+        if measure.of_outcome and self.positive is None:
+            raise ValueError(
+                f"{measure.name} needs to know what is positive: positive: CLASS, or level: LEVEL and positive: VALUE"
+            )
+        if self.threshold is not None and not (measure.of_outcome and measure.decides):
             raise ValueError("threshold decides between positive and negative; it belongs to rates of an outcome")
-        if self.metric == "top5_accuracy" and self.positive is not None:
-            raise ValueError("of two sides, every model has the right one among its first five; use sensitivity")
+        if measure.least_classes > 2 and self.positive is not None:
+            raise ValueError(f"of two sides, {measure.words} says nothing; use sensitivity")
+
+    @property
+    def measure(self) -> Metric:
+        """The metric."""
+        return find_metric(self.metric)
 
     @property
     def attribute(self) -> str | None:
@@ -188,12 +259,25 @@ class GateRule(BaseModel):
         """The outcome the rule is about, or None."""
         if self.positive is None:
             return None
+        if self.threshold is None:
+            return Outcome(positive=self.positive, level=self.level)
         return Outcome(positive=self.positive, level=self.level, threshold=self.threshold)
 
-    @property
-    def needed(self) -> int:
-        """Fewest images that allow a verdict."""
-        return self.min_n or (MIN_OUTCOMES if self.metric in OUTCOME_METRICS else MIN_IMAGES)
+    def outcome_among(self, declared: Sequence[Outcome]) -> Outcome | None:
+        """The outcome with its decision rule: the gate's own threshold, else that of the same declared outcome.
+
+        Args:
+            declared: outcomes of the card, as the predictions have them.
+        """
+        own = self.outcome
+        if own is None or self.threshold is not None:
+            return own
+        same = (one for one in declared if (set(one.positive), one.level) == (set(own.positive), own.level))
+        return next(same, own)
+
+    def lacking(self, supports: Sequence[Support]) -> Support | None:
+        """Of what a metric rests on, the first that is too little for a verdict; None where all suffices."""
+        return next((support for support in supports if support.count < support.least(self.min_n)), None)
 
     @property
     def slack(self) -> float:
@@ -203,7 +287,7 @@ class GateRule(BaseModel):
     @property
     def title(self) -> str:
         """The rule in words, for tables and errors."""
-        subject = self.metric
+        subject = self.measure.name
         if self.outcome is not None:
             subject += f" ({self.outcome.name})"
         elif self.level is not None:

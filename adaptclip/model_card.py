@@ -10,18 +10,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from adaptclip.data.card import Card
 from adaptclip.data.card_block import HubSource
 from adaptclip.gates import Verdict, overall_verdict
+from adaptclip.metrics.f1 import MACRO_F1
+from adaptclip.reports.bias_sections import told
 from adaptclip.reports.headline import NO_GATES, verdict_of
 from adaptclip.reports.render import escape_markdown, to_markdown
-
-_HUB_METRICS = {
-    "accuracy": ("accuracy", "Accuracy"),
-    "mean_per_class_accuracy": ("accuracy", "Mean accuracy per class"),
-    "top5_accuracy": ("accuracy", "Top-5 accuracy"),
-    "macro_f1": ("f1", "Macro-F1"),
-    "ece": ("ece", "Expected calibration error"),
-    "brier": ("brier", "Brier score"),
-}
-"""Metric of a report -> the hub's type and the name it is shown by."""
 
 _MANY_CLASSES = 60
 
@@ -75,17 +67,17 @@ def _metadata(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]
     }
     numbers = {name: compared["model"] for name, compared in report["overall"].items()}
     if fine := report.get("fine_grained"):
-        numbers["macro_f1"] = fine["macro_f1"]["model"]
+        numbers[MACRO_F1.name] = fine["macro_f1"]["model"]
     results = [
         EvalResult(
             task_type="image-classification",
-            metric_type=_HUB_METRICS[name][0],
-            metric_name=_HUB_METRICS[name][1],
+            metric_type=how["hub"],
+            metric_name=how["words"][:1].upper() + how["words"][1:],
             metric_value=round(number["value"], 6),
             **dataset,
         )
         for name, number in numbers.items()
-        if name in _HUB_METRICS and number["value"] is not None
+        if (how := told(report, name))["hub"] and number["value"] is not None
     ]
     name = manifest["backbone"]["name"]
     return ModelCardData(

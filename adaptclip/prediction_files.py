@@ -70,7 +70,7 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     fields["notes"] = (*fields["notes"], *fields.pop("answer_notes"))
     levels = {name: tuple(values) for name, values in metadata.get("levels", {}).items()}
     fields["levels"] = levels or _levels(table, labels, names, path)
-    fields |= {name: metadata[name] for name in ("ranked", "confident") if name in metadata}
+    fields |= {name: metadata[name] for name in ("ranked", "confident", "fixed_classes") if name in metadata}
     fields["notes"] = (*metadata.get("notes", ()), *fields["notes"])
     return {**fields, "outcomes": metadata.get("outcomes", ()), "intersections": metadata.get("intersections", ())}
 

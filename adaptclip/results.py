@@ -68,28 +68,20 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
     return rules
 
 
-_SIDES = {
-    **dict.fromkeys(("sensitivity", "tpr", "fnr"), (True,)),
-    **dict.fromkeys(("specificity", "fpr"), (False,)),
-    "auc": (True, False),
-}
-"""Metric -> sides of an outcome, positive or not, of which it needs images."""
-
-
 def _require_images(rule: GateRule, data: DomainData) -> None:
     """Raises GateError where the test part lacks the classes that a gate is about."""
     names = data.test.class_names if rule.level is None else data.test.levels[rule.level]
     seen = {names[c] for c in np.flatnonzero(data.test.class_counts())}
     where = f'card {data.card.name}: the gate "{rule.title}"'
     if rule.positive is not None:
-        for positive in _SIDES.get(rule.metric, ()):
-            asked = [name for name in dict.fromkeys(names) if (name in rule.positive) == positive]
+        for side in rule.measure.sides:
+            asked = [name for name in dict.fromkeys(names) if (name in rule.positive) == bool(side)]
             if not seen & set(asked):
                 raise GateError(
                     f"{where} needs test images of {' or '.join(map(repr, asked[:3]))}, and there is none. Add some, "
                     "or take the gate out"
                 )
-    elif rule.metric in ("mean_per_class_accuracy", "macro_auc"):
+    elif rule.measure.over_classes:
         lacking = [name for name in dict.fromkeys(names) if name not in seen]
         if lacking:
             raise GateError(

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.gate_rules import METRICS as METRICS
 from adaptclip.gate_rules import GateRule as GateRule
 from adaptclip.gate_rules import Outcome
 from adaptclip.prediction_files import read_predictions
@@ -91,6 +90,10 @@ class Predictions:
         notes: what to know of the source of these predictions.
         sigmoid: (N, C) float32 probability of each class by itself, 0 to 1, rows of any sum; None where the model was
             not made to answer yes or no for each class.
+        fixed_classes: whether the study fixed how many images there are of each class (card: sampling); otherwise their
+            mix is random, like the images.
+        decided: (N,) the class decided for, where that is not the most probable one; None otherwise.
+        asked: the outcome that these two classes answer (`outcomes.two_sided`); None for classes of their own.
     """
 
     ids: tuple[str, ...]
@@ -106,6 +109,9 @@ class Predictions:
     confident: bool = True
     notes: tuple[str, ...] = ()
     sigmoid: np.ndarray | None = None
+    fixed_classes: bool = False
+    decided: np.ndarray | None = None
+    asked: Outcome | None = None
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.class_names)
@@ -171,8 +177,8 @@ class Predictions:
 
     @property
     def pred(self) -> np.ndarray:
-        """(N,) int64 most probable class; the lowest id wins a tie."""
-        return self.probs.argmax(axis=1)
+        """(N,) int64 class decided for: the most probable one, of which the lowest id wins a tie."""
+        return self.probs.argmax(axis=1) if self.decided is None else self.decided
 
     def save(self, path: Path | str) -> None:
         """Writes one Parquet file: id, label, pred, prob_<class id>, group:<name>, cluster; names in the metadata.
@@ -197,6 +203,7 @@ class Predictions:
             "ranked": self.ranked,
             "confident": self.confident,
             "notes": list(self.notes),
+            "fixed_classes": self.fixed_classes,
         }
         write_parquet(Path(path), pa.table(columns), metadata)
 

@@ -34,9 +34,9 @@ from adaptclip.backbone.caption_teacher import caption_directions, sentence_embe
 from adaptclip.backbone.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import measure
-from adaptclip.evaluation.intervals import wilson
+from adaptclip.evaluation.measuring import measure
 from adaptclip.evaluation.wise_ft import Yardstick
+from adaptclip.metrics.intervals import wilson
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.reports.numbers import number
 from adaptclip.seeding import numpy_generator

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import binom
 
-from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.intervals import DifferenceSpread, RateSpread
+from adaptclip.metrics.estimates import Measurement
+from adaptclip.metrics.intervals import DifferenceSpread, RateSpread
 
 
 def sign_test(after: np.ndarray, before: np.ndarray, clusters: Sequence[str] | np.ndarray | None = None) -> float:
     """Two-sided exact p-value that what was right before and after differs only by chance.
 
-    Without clusters this is McNemar's exact test. With clusters each one counts once, by the sign of its net change.
+    Of independent images this is McNemar's exact test. Units of several images count once, by the sign of their net
+    change.
 
     Args:
         after: (N,) bool, right now.
         before: (N,) bool, right before.
-        clusters: N unit ids, or None.
+        clusters: N unit ids, or None where the images are independent.
     """
     change = after.astype(np.int64) - before.astype(np.int64)
     if clusters is not None and len(change):
-        change = np.bincount(np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1], change)
+        change = np.bincount(np.unique(np.asarray(clusters), return_inverse=True)[1], change)
     up, down = int((change > 0).sum()), int((change < 0).sum())
     return min(1.0, 2 * float(binom.cdf(min(up, down), up + down, 0.5)))
 

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import beta
+from scipy.stats import beta, norm, t
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.metrics import correct
-from adaptclip.evaluation.smooth import linearised
+from adaptclip.evaluation.measuring import sampling_of
+from adaptclip.metrics.estimates import Measurement, linearised, share, variance
+from adaptclip.metrics.judged import Sampling
 from adaptclip.types import Predictions
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _LARGEST_LOG_T = 5.0
-
-
-def brier_values(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns (N,) squared distances of the probabilities from the truth, each 0 to 2 (Brier 1950).
-
-    Args:
-        probs: (N, C) class probabilities.
-        labels: (N,) true class ids.
-    """
-    own = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    return np.einsum("nc,nc->n", probs, probs, dtype=np.float64) - 2 * own + 1
-
-
-def log_loss_values(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns (N,) negative logarithms of the true class's probability, in nats; a probability of 0 counts as 1e-38."""
-    own = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    return -np.log(np.maximum(own, _SMALLEST))
 
 
 def with_temperature(predictions: Predictions, temperature: float) -> Predictions:
@@ -102,7 +84,7 @@ def selective_curve(predictions: Predictions) -> SelectiveCurve:
     if n == 0:
         raise DataError("a coverage curve needs at least one image, got none")
     confidence = predictions.probs.max(axis=1)
-    wrong = ~correct(predictions.probs, predictions.labels)
+    wrong = predictions.pred != predictions.labels
     values, block = np.unique(-confidence, return_inverse=True)  # most confident first
     sizes, errors = np.bincount(block), np.bincount(block, wrong)
     ends, wrongs = np.cumsum(sizes), np.cumsum(errors)
@@ -118,7 +100,7 @@ def selective_curve(predictions: Predictions) -> SelectiveCurve:
     others = (np.add.reduceat(risk_later, ends - sizes) / sizes)[block]
     risk_here = (np.add.reduceat(before / i, ends - sizes) / sizes)[block]
     influence = own * wrong - others + (risk_here - aurc) / n
-    return SelectiveCurve(ends / n, 1 - wrongs / ends, -values, linearised(aurc, influence, predictions.clusters))
+    return SelectiveCurve(ends / n, 1 - wrongs / ends, -values, linearised(aurc, influence, sampling_of(predictions)))
 
 
 @dataclass(frozen=True)
@@ -163,12 +145,25 @@ def conformal_sets(validation: Predictions, level: float = 0.9) -> ConformalSets
     rank = math.ceil(round((n + 1) * level, 9))
     own = np.take_along_axis(validation.probs, validation.labels[:, None], axis=1)[:, 0]
     least = float(np.sort(own)[::-1][rank - 1])
-    low, high = beta.ppf([0.05, 0.95], rank, n + 1 - rank)
-    return ConformalSets(level, least, n, (float(low), float(high)))
+    return ConformalSets(level, least, n, _expected_coverage(own >= least, sampling_of(validation), rank))
 
 
-def clusters_of(predictions: Predictions, rows: np.ndarray | None = None) -> Sequence[str] | None:
-    """Cluster ids of all images or of those at `rows`, None where the images are independent."""
-    if predictions.clusters is None or rows is None:
-        return predictions.clusters
-    return [predictions.clusters[i] for i in rows]
+def _expected_coverage(held: np.ndarray, sampling: Sampling, rank: int) -> tuple[float, float]:
+    """5 % and 95 % quantiles of the coverage that calibration on these images ends up with.
+
+    Of independent images the coverage has a beta distribution (Vovk 2012). Images of a patient are alike, so that there
+    are in effect fewer of them: as many as give the share of held images its variance between patients.
+    """
+    n = len(held)
+    if not sampling.clustered:
+        low, high = beta.ppf([0.05, 0.95], rank, n + 1 - rank)
+        return float(low), float(high)
+    level = rank / (n + 1)
+    one = level * (1 - level)
+    found = variance(share(held), sampling, one) if sampling.num_units > 1 else None
+    if found is None:  # a single patient says nothing of others
+        return 0.0, 1.0
+    size = found.units if found.value <= 0 else min(one / found.value, float(n))
+    size *= float(norm.isf(0.05) / t.isf(0.05, found.df)) ** 2
+    low, high = beta.ppf([0.05, 0.95], level * (size + 1), (1 - level) * (size + 1))
+    return float(low), float(high)

@@ -1,7 +1,7 @@
 """Yes or no for each class: how well the classes of an image are named where it may have several, or none.
 
 Rates of one class are plain shares of images. Means over the classes, and F1, are means of ratios of sums over the
-images, with the interval of their linearised variance (`smooth.linearised`).
+images, with the interval of their linearised variance (`metrics.estimates`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.influence import Linearised, mean_auc
-from adaptclip.evaluation.smooth import linearised, mean_of
+from adaptclip.metrics.estimates import Estimate, Measurement, mean_of, measured
+from adaptclip.metrics.judged import Sampling
+from adaptclip.metrics.ranking import mean_auc
 
 RATES = ("sensitivity", "specificity", "precision", "f1")
 """What thresholds decide."""
@@ -27,18 +27,17 @@ class Named:
         probs: (N, C) probability of each class by itself.
         positive: (N, C) bool, whether the image is one.
         named: (N, C) bool, whether its probability reaches the class's threshold.
-        unit: (N,) cluster of each image as a number; None where each image is its own.
+        sampling: how the images were drawn.
     """
 
     probs: np.ndarray
     positive: np.ndarray
     named: np.ndarray
-    unit: np.ndarray | None = None
+    sampling: Sampling
 
     def take(self, rows: np.ndarray) -> Named:
         """Some of the images, by position."""
-        unit = None if self.unit is None else self.unit[rows]
-        return Named(self.probs[rows], self.positive[rows], self.named[rows], unit)
+        return Named(self.probs[rows], self.positive[rows], self.named[rows], self.sampling.take(rows))
 
 
 def class_rates(images: Named, c: int) -> dict[str, Measurement]:
@@ -46,7 +45,7 @@ def class_rates(images: Named, c: int) -> dict[str, Measurement]:
     positive, named = images.positive[:, c], images.named[:, c]
 
     def part(hits: np.ndarray, of: np.ndarray) -> Measurement:
-        return mean_of(hits[of], None if images.unit is None else images.unit[of])
+        return mean_of(hits[of], images.sampling.take(np.flatnonzero(of)))
 
     return {
         "auc": auc(images, c),
@@ -66,7 +65,8 @@ def auc(images: Named, c: int | None = None) -> Measurement:
     if found is None:
         return Measurement(None, len(positive), note="needs images of the class and others")
     counts = positive.sum(axis=0)
-    return _measure(found, _trials(counts[(counts > 0) & (counts < len(positive))]), images.unit)
+    usable = (counts > 0) & (counts < len(positive))
+    return _measured(found.value, found.influence, positive[:, usable], images.sampling, least=found.least)
 
 
 def average_precision(images: Named, c: int | None = None) -> Measurement:
@@ -92,13 +92,13 @@ def mean_of_classes(images: Named, rate: str, c: int | None = None) -> Measureme
     defined = whole.sum(axis=0) > 0
     if rate == "f1":
         defined &= images.positive[:, columns].any(axis=0)
-    return _mean_ratio(part[:, defined], whole[:, defined], images.unit)
+    return _mean_ratio(part[:, defined], whole[:, defined], images.sampling)
 
 
 def pooled(images: Named, rate: str) -> Measurement:
     """One of RATES over all pairs of image and class alike (micro)."""
     part, whole = _sums(images.positive, images.named, rate)
-    return _mean_ratio(part.sum(axis=1, keepdims=True), whole.sum(axis=1, keepdims=True), images.unit)
+    return _mean_ratio(part.sum(axis=1, keepdims=True), whole.sum(axis=1, keepdims=True), images.sampling)
 
 
 def _sums(positive: np.ndarray, named: np.ndarray, rate: str) -> tuple[np.ndarray, np.ndarray]:
@@ -113,23 +113,20 @@ def _sums(positive: np.ndarray, named: np.ndarray, rate: str) -> tuple[np.ndarra
     }[rate]
 
 
-def _mean_ratio(part: np.ndarray, whole: np.ndarray, unit: np.ndarray | None) -> Measurement:
+def _mean_ratio(part: np.ndarray, whole: np.ndarray, sampling: Sampling) -> Measurement:
     """Mean over the columns of sum(part) / sum(whole), both (N, K), with every sum of `whole` above 0."""
     sums = whole.sum(axis=0, dtype=np.float64)
     if not len(sums) or not sums.all():
         return Measurement(None, len(part), note="no class for which it is defined")
     ratios = part.sum(axis=0) / sums
     influence = ((part - ratios * whole) / sums).mean(axis=1)
-    return _measure(Linearised(float(ratios.mean()), influence), _trials(sums), unit)
+    return _measured(float(ratios.mean()), influence, whole, sampling)
 
 
-def _trials(counts: np.ndarray) -> float:
-    """Independent trials whose mean varies as that of K rates of `counts` (K,) trials each."""
-    return float(len(counts) ** 2 / (1 / counts).sum())
-
-
-def _measure(found: Linearised, trials: float, unit: np.ndarray | None) -> Measurement:
-    """A rate with the interval of its linearised variance, or of `trials` where nothing varies."""
-    value = found.value
-    cap = value * (1 - value) / found.least if found.least and 0 < value < 1 else float("inf")
-    return linearised(value, found.influence, unit, n=max(1, round(trials)), cap=cap)
+def _measured(
+    value: float, influence: np.ndarray, whole: np.ndarray, sampling: Sampling, least: float = 0.0
+) -> Measurement:
+    """A mean of ratios; it rests on the images in `whole` (N, K), of which every column counts alike."""
+    weights = (whole / whole.sum(axis=0)).mean(axis=1)
+    trials = max(1, round(1 / float((weights**2).sum())))
+    return measured(Estimate(value, influence, weights, least=least, n=trials), sampling)

@@ -1,31 +1,30 @@
 """Coarser questions about the same predictions: a taxonomy level, or a two-sided outcome such as malignant or not.
 
-Probabilities of the classes that belong together are summed. A metric of an outcome is then a plain rate of some of the
-images: sensitivity is the accuracy on the positive ones. So every interval, pairing and resampling there is for the
-accuracy serves these metrics too.
+Probabilities of the classes that belong together are summed. The metrics of an outcome are metrics like any other, of
+predictions with two classes (0 negative, 1 positive), of which each looks at the side that it is about.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import Comparison, measure
-from adaptclip.gate_rules import OUTCOME_METRICS, Outcome
+from adaptclip.evaluation.measuring import judged, measure
+from adaptclip.gate_rules import ARGMAX, Outcome
+from adaptclip.metrics import METRICS, Metric, find_metric
+from adaptclip.metrics.estimates import Comparison
+from adaptclip.metrics.metric import Support
 from adaptclip.types import Predictions
 
-_COUNTED: dict[str, tuple[int | None, int]] = {
-    "sensitivity": (1, 1),
-    "tpr": (1, 1),
-    "fnr": (1, 0),
-    "specificity": (0, 0),
-    "fpr": (0, 1),
-    "selection_rate": (None, 1),
-}
-"""Metric -> side (1 positive, 0 negative, None any) of the images it looks at, and the answer it counts."""
+_SIDES = {"sensitivity": 1, "specificity": 0}
+"""What a threshold can be chosen to keep -> the side it is a rate of."""
+
+OUTCOME_METRICS = tuple(name for name, metric in METRICS.items() if metric.of_outcome)
+"""Metrics of a two-sided outcome."""
 
 
 def coarsen(predictions: Predictions, level: str) -> Predictions:
@@ -44,24 +43,50 @@ def coarsen(predictions: Predictions, level: str) -> Predictions:
 def two_sided(predictions: Predictions, outcome: Outcome) -> Predictions:
     """Returns the predictions as two classes, 0 for the negative and 1 for the positive side of an outcome.
 
-    The answer is the more probable side. Another threshold is put in place by stretching the probabilities on both
-    sides of it to 0.5, which keeps their order; calibration is then no longer theirs.
+    The outcome's rule decides which side is the answer: that of the most probable class, or a threshold of the summed
+    probability. The probabilities stay what they are.
 
     Raises:
-        DataError: the outcome does not fit the classes or levels.
+        DataError: the outcome does not fit the classes or levels, or its threshold has not been chosen yet.
     """
     checked = replace(predictions, outcomes=(outcome,))
     values = predictions.class_names if outcome.level is None else checked.levels[outcome.level]
     index = np.isin(np.asarray(values, dtype=str), outcome.positive).astype(np.int64)
     merged = _merge(predictions, (f"not {outcome.name}", outcome.name), index)
-    if outcome.threshold == 0.5:
-        return merged
-    positive, t = merged.probs[:, 1].astype(np.float64), outcome.threshold
-    stretched = np.where(positive <= t, positive * 0.5 / t, 0.5 + (positive - t) * 0.5 / (1 - t)).astype(np.float32)
-    # Rounding must not put back on the threshold what lies just above it.
-    above = np.nextafter(np.float32(0.5), np.float32(1))
-    stretched = np.where(positive > t, np.maximum(stretched, above), np.minimum(stretched, np.float32(0.5)))
-    return replace(merged, probs=np.stack([1 - stretched, stretched], axis=1))
+    return replace(merged, decided=_decided(predictions, merged, index, outcome), asked=outcome)
+
+
+def _decided(predictions: Predictions, merged: Predictions, index: np.ndarray, outcome: Outcome) -> np.ndarray:
+    """(N,) the side decided for."""
+    if outcome.rule == ARGMAX:
+        return index[predictions.pred]
+    if outcome.threshold is None:
+        raise DataError(
+            f"outcome {outcome.name!r} asks for {outcome.rule_words}; judge a whole run, whose validation images "
+            "choose it, or state a threshold (rule: threshold, threshold: 0.3)"
+        )
+    return (merged.probs[:, 1].astype(np.float64) > outcome.threshold).astype(np.int64)
+
+
+def with_thresholds(predictions: Predictions, validation: Predictions | None) -> Predictions:
+    """Chooses the thresholds that declared outcomes ask for (rule: sensitivity=0.95) on validation images.
+
+    Args:
+        predictions: the judged model on the test images.
+        validation: the same model on images that are neither trained on nor judged; None where there are none.
+
+    Returns:
+        The predictions with outcomes whose thresholds are set; those that cannot be chosen stay without.
+    """
+    chosen = []
+    for outcome in predictions.outcomes:
+        keeps = outcome.keeps
+        if keeps is not None and outcome.threshold is None and validation is not None and len(validation):
+            # Without a validation image of that side there is none, and what is judged by it says so.
+            with contextlib.suppress(DataError):
+                outcome = outcome.model_copy(update={"threshold": threshold_for(*keeps, validation, outcome)})
+        chosen.append(outcome)
+    return replace(predictions, outcomes=tuple(chosen))
 
 
 def _merge(predictions: Predictions, names: tuple[str, ...], index: np.ndarray) -> Predictions:
@@ -74,56 +99,54 @@ def _merge(predictions: Predictions, names: tuple[str, ...], index: np.ndarray) 
     whole = predictions.confident and predictions.ranked is None
     return replace(
         predictions, labels=index[predictions.labels], probs=summed.astype(np.float32), class_names=names, levels={},
-        outcomes=(), ranked=None if whole else 1, sigmoid=None,
+        outcomes=(), ranked=None if whole else 1, sigmoid=None, decided=None,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured: a metric of GENERAL_METRICS on (some rows of) predictions that were made to fit it.
+    """What is measured: a metric on predictions that were made to fit it.
 
     Attributes:
-        metric: what `measure` is asked for.
+        metric: the metric.
         predictions: the judged model.
         baseline: the reference, or None.
-        rows: (N,) bool, the images that count.
     """
 
-    metric: str
+    metric: Metric
     predictions: Predictions
     baseline: Predictions | None
-    rows: np.ndarray
 
     def measure(
         self, rows: np.ndarray | None = None, *, full_bins: bool = False, draws: int = 2000, seed: int = 0
     ) -> Comparison:
-        """Measures it on `rows` (positions; None is all), with everything that `estimates.measure` knows."""
-        keep = np.flatnonzero(self.rows) if rows is None else rows[self.rows[rows]]
+        """Measures it on `rows` (positions; None is all)."""
         found = measure(
-            self.predictions, self.baseline, metrics=(self.metric,), rows=keep, full_bins=full_bins, draws=draws,
+            self.predictions, self.baseline, metrics=(self.metric,), rows=rows, full_bins=full_bins, draws=draws,
             seed=seed,
         )  # fmt: skip
-        return found[self.metric]
+        return found[self.metric.name]
 
-    def support(self, rows: np.ndarray | None = None) -> int:
-        """Images that speak for the metric: of an AUC of two sides the fewer, otherwise all that count."""
-        labels = self.predictions.labels[self.rows if rows is None else rows[self.rows[rows]]]
-        if self.metric == "macro_auc" and len(self.predictions.class_names) == 2:
-            return int(np.bincount(labels, minlength=2).min())
-        return len(labels)
+    def supports(self, rows: np.ndarray | None = None) -> tuple[Support, ...]:
+        """What the metric rests on."""
+        return self.metric.supports(judged(self.predictions, rows))
 
 
 def ask(
-    metric: str, predictions: Predictions, baseline: Predictions | None, level: str | None, outcome: Outcome | None
+    metric: Metric | str,
+    predictions: Predictions,
+    baseline: Predictions | None,
+    level: str | None,
+    outcome: Outcome | None,
 ) -> Question:
-    """Prepares a metric of METRICS.
+    """Prepares a metric.
 
     Args:
-        metric: name of the metric.
+        metric: the metric or its name.
         predictions: the judged model.
         baseline: the reference, aligned, or None.
         level: taxonomy level to judge at; None the classes.
-        outcome: two-sided outcome, needed by OUTCOME_METRICS.
+        outcome: two-sided outcome, needed by metrics of an outcome.
 
     Raises:
         DataError: the level or the outcome does not fit the predictions.
@@ -133,15 +156,7 @@ def ask(
         both = [two_sided(p, outcome) for p in both]
     elif level is not None:
         both = [coarsen(p, level) for p in both]
-    rows = np.ones(len(predictions), bool)
-    if metric in _COUNTED:
-        side, counted = _COUNTED[metric]
-        rows = rows if side is None else both[0].labels == side
-        both = [replace(p, labels=np.full(len(p), counted, dtype=np.int64)) for p in both]
-        metric = "accuracy"
-    elif metric == "auc":
-        metric = "macro_auc"
-    return Question(metric, both[0], both[1] if len(both) > 1 else None, rows)
+    return Question(find_metric(metric), both[0], both[1] if len(both) > 1 else None)
 
 
 def measure_outcome(
@@ -150,7 +165,7 @@ def measure_outcome(
     outcome: Outcome,
     groups: Sequence[np.ndarray | None] = (None,),
     *,
-    metrics: Sequence[str] = ("sensitivity", "specificity", "selection_rate", "auc"),
+    metrics: Sequence[Metric | str] = ("sensitivity", "specificity", "selection_rate", "auc"),
     draws: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Comparison]]:
@@ -161,16 +176,16 @@ def measure_outcome(
         baseline: the reference, aligned, or None.
         outcome: the two-sided question.
         groups: positions of the images of each set; None is all.
-        metrics: names from OUTCOME_METRICS.
+        metrics: metrics of an outcome.
         draws: bootstrap draws.
         seed: of the bootstrap.
 
     Returns:
-        For each set: metric -> comparison.
+        For each set: name of the metric -> comparison.
     """
-    assert set(metrics) <= set(OUTCOME_METRICS)
-    questions = {m: ask(m, predictions, baseline, outcome.level, outcome) for m in metrics}
-    return [{m: q.measure(rows, draws=draws, seed=seed) for m, q in questions.items()} for rows in groups]
+    both = [None if p is None else two_sided(p, outcome) for p in (predictions, baseline)]
+    assert both[0] is not None
+    return [measure(both[0], both[1], metrics=metrics, rows=rows, draws=draws, seed=seed) for rows in groups]
 
 
 def threshold_for(metric: str, at_least: float, validation: Predictions, outcome: Outcome) -> float:
@@ -190,10 +205,10 @@ def threshold_for(metric: str, at_least: float, validation: Predictions, outcome
     Raises:
         DataError: another metric, or no validation image of that side.
     """
-    if metric not in ("sensitivity", "specificity"):
-        raise DataError(f"a threshold keeps sensitivity or specificity, not {metric!r}")
-    merged = two_sided(validation, outcome.model_copy(update={"threshold": 0.5}))
-    side = int(metric == "sensitivity")
+    if metric not in _SIDES:
+        raise DataError(f"a threshold keeps {' or '.join(_SIDES)}, not {metric!r}")
+    merged = two_sided(validation, outcome.model_copy(update={"rule": ARGMAX, "threshold": None}))
+    side = _SIDES[metric]
     own = np.sort(merged.probs[merged.labels == side, 1].astype(np.float64))
     if not len(own):
         raise DataError(f"no validation image is {'positive' if side else 'negative'}: {outcome.name}")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from adaptclip.adapters.contrastive import encode_packed, packed_tower
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import DataError
-from adaptclip.evaluation.intervals import wilson_bound
+from adaptclip.metrics.intervals import wilson_bound
 
 KS = (1, 5, 10)
 

@@ -12,9 +12,10 @@ from adaptclip.adapters.lora_layers import check_scale
 from adaptclip.data.base_new import harmonic_mean
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import ConfigError
-from adaptclip.evaluation.metrics import ece
+from adaptclip.evaluation.measuring import judged as judged_images
 from adaptclip.evaluation.predict import predict
 from adaptclip.features import FeatureCache
+from adaptclip.metrics.calibration import ece
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Predictions
 
@@ -57,7 +58,7 @@ def scale_curve(
             judged = predict(adapter, features, validation, accelerator=accelerator)
             row: dict[str, Any] = {"scale": float(scale), "n": len(judged)}
             row["accuracy"] = float((judged.pred == judged.labels).mean())
-            row["ece"] = float(ece(judged.probs, judged.labels))
+            row["ece"] = ece(judged_images(judged)).value
             row |= _worst_group(judged)
             row |= {"new_accuracy": None, "new_n": 0}
             if new is not None and len(new[0]):

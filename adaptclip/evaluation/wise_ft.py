@@ -15,10 +15,10 @@ from adaptclip.adapters.zero_shot import ZeroShotClassifier
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.saving import with_weights
 from adaptclip.data.dataset import DomainData, ImageDataset
-from adaptclip.evaluation.intervals import wilson
 from adaptclip.evaluation.predict import predict
 from adaptclip.evaluation.retrieval import KS, encode_captions, retrieval
 from adaptclip.features import FeatureCache
+from adaptclip.metrics.intervals import wilson
 from adaptclip.storage import write_json, write_text
 from adaptclip.types import Features
 

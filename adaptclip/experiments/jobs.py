@@ -17,7 +17,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.data.base_new import harmonic_mean
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import Rule
-from adaptclip.evaluation.metrics import ece, mean_per_class_accuracy, topk_accuracy
+from adaptclip.evaluation.measuring import judged
 from adaptclip.evaluation.predict import predict
 from adaptclip.experiments.fits import Fitted, Support
 from adaptclip.experiments.methods import METHODS, Method
@@ -25,6 +25,7 @@ from adaptclip.experiments.protocols import HARMONIC_MEAN, PROTOCOLS, Case, Judg
 from adaptclip.experiments.search import Budget, search
 from adaptclip.experiments.store import FeatureStore
 from adaptclip.features import FeatureCache
+from adaptclip.metrics import GENERAL_METRICS, METRICS
 from adaptclip.seeding import seed_everything
 from adaptclip.storage import digest
 from adaptclip.types import Features, Predictions
@@ -237,6 +238,10 @@ class Worker:
         return time.perf_counter() - started
 
 
+BENCH_METRICS = tuple(name for name in GENERAL_METRICS if METRICS[name].per_cent)
+"""Metrics of every cell of the grid."""
+
+
 def measure(predictions: Predictions, classes: Sequence[int] = ()) -> dict[str, Any]:
     """Returns the metrics of predictions, restricted to the images of some classes where any are given.
 
@@ -244,24 +249,14 @@ def measure(predictions: Predictions, classes: Sequence[int] = ()) -> dict[str, 
         `n`, `num_classes` (to choose among), `accuracy`, `mean_per_class_accuracy`, `top5_accuracy` (None with five
         classes or fewer), `ece`; rates from 0 to 1.
     """
-    rows = np.isin(predictions.labels, classes) if len(classes) else slice(None)
-    probs, labels = predictions.probs[rows], predictions.labels[rows]
-    num_classes = len(predictions.class_names)
-    return {
-        "n": len(labels),
-        "num_classes": num_classes,
-        "accuracy": float((probs.argmax(axis=1) == labels).mean()) if len(labels) else None,
-        "mean_per_class_accuracy": mean_per_class_accuracy(probs, labels) if len(labels) else None,
-        "top5_accuracy": topk_accuracy(probs, labels, 5) if len(labels) and num_classes > 5 else None,
-        "ece": ece(probs, labels) if len(labels) else None,
-    }
+    images = judged(predictions, np.flatnonzero(np.isin(predictions.labels, classes)) if len(classes) else None)
+    values = {name: METRICS[name].value(images) for name in BENCH_METRICS}
+    return {"n": len(images), "num_classes": len(predictions.class_names), **values}
 
 
 def _harmonic(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "n": first["n"] + second["n"],
         "num_classes": None,
-        **{m: harmonic_mean(first[m], second[m]) for m in ("accuracy", "mean_per_class_accuracy")},
-        "top5_accuracy": None,
-        "ece": None,
+        **{m: harmonic_mean(first[m], second[m]) if METRICS[m].decides else None for m in BENCH_METRICS},
     }

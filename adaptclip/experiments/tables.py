@@ -16,8 +16,9 @@ from adaptclip.experiments.summary import (
     paired,
     values_by_cell,
 )
+from adaptclip.metrics import METRICS
 
-METRIC_NAMES = {"accuracy": "accuracy", "mean_per_class_accuracy": "mean accuracy per class"}
+METRIC_NAMES = {name: metric.words for name, metric in METRICS.items() if metric.is_general and metric.decides}
 """Metrics that tables can show, in words."""
 
 MARKS = "Best of a column bold; † marks what is not significantly worse than it (the 95 % interval of the paired \

@@ -7,7 +7,7 @@ How a rule is judged:
   otherwise, or when there are fewer than `min_n` images. So a model that just misses the limit passes with probability
   at most 1 - c. (c = 0.95 uses the ends of the two-sided 90 % interval; reports show two-sided 95 % intervals.)
 - A plain rate of independent images uses the exact Clopper-Pearson bound. Everything else uses the bounds described in
-  `evaluation.intervals`, with clusters as the unit of resampling where the predictions name them.
+  `metrics.intervals`, with clusters as the unit of resampling where the predictions name them.
 - `no_worse_than: zero_shot` is non-inferiority: the bound of the paired change on the same images against the margin.
 - A rule on a group attribute judges every group. It passes when *each* group passes at level c: this needs no
   correction, since the claim is wrong only if some group is bad, and that one group passes with probability at most
@@ -30,18 +30,19 @@ import numpy as np
 from tqdm import tqdm
 
 from adaptclip.errors import GateError
-from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.gaps import gap_test
-from adaptclip.evaluation.grouping import align, encode, group_rows
-from adaptclip.evaluation.metrics import correct
+from adaptclip.evaluation.grouping import align, group_rows
+from adaptclip.evaluation.measuring import judged
 from adaptclip.evaluation.outcomes import Question, ask
-from adaptclip.gate_rules import LOWER_IS_BETTER, GateRule
+from adaptclip.gate_rules import GateRule
 from adaptclip.gates.fitting import check_rules
 from adaptclip.gates.gap import judge_gap
 from adaptclip.gates.loading import load_gates
 from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
 from adaptclip.gates.verdicts import SEVERITY, Conclusion, Verdict, exit_code, overall_verdict
 from adaptclip.gates.wording import excluded_words, family_reason, reason_of
+from adaptclip.metrics.estimates import Measurement
+from adaptclip.metrics.gaps import gap_test
+from adaptclip.metrics.metric import Support
 from adaptclip.types import Predictions
 
 __all__ = ["Verdict", "check_gates", "check_rules", "exit_code", "load_gates", "overall_verdict"]
@@ -88,25 +89,26 @@ def _judge_rule(
     rule: GateRule, predictions: Predictions, baseline: Predictions | None, draws: int, seed: int
 ) -> Verdict:
     needs_base = rule.no_worse_than or rule.gap_at_most
-    question = ask(rule.metric, predictions, baseline if needs_base else None, rule.level, rule.outcome)
+    outcome = rule.outcome_among(predictions.outcomes)
+    question = ask(rule.metric, predictions, baseline if needs_base else None, rule.level, outcome)
     settings: dict[str, Any] = {"full_bins": rule.group is not None, "draws": draws, "seed": seed}
     if rule.attribute is None:
         compared = question.measure(**settings)
         measured = compared.change if rule.no_worse_than and compared.change else compared.model
-        return _judge(rule, None, measured, question.support(), family=1)
+        return _judge(rule, None, measured, question.supports(), family=1)
     everything = group_rows(predictions, rule.attribute)
     excluded = tuple({"group": g, "n": len(rows)} for g, rows in everything.items() if g in rule.exclude)
     by_group = {g: rows for g, rows in everything.items() if g not in rule.exclude}
     found = {g: question.measure(rows, **settings) for g, rows in by_group.items()}
-    support = {g: question.support(rows) for g, rows in by_group.items()}
+    supports = {g: question.supports(rows) for g, rows in by_group.items()}
     if rule.gap_at_most is not None:
-        verdict = judge_gap(rule, found, support, _noise(question, by_group, draws, seed), excluded)
+        verdict = judge_gap(rule, found, supports, _noise(question, by_group, draws, seed), excluded)
         return replace(verdict, reason=verdict.reason + excluded_words(rule, excluded))
     parts = {g: c.change if rule.no_worse_than and c.change else c.model for g, c in found.items()}
-    family = sum(support[g] >= rule.needed and m.spread is not None for g, m in parts.items())
+    family = sum(rule.lacking(supports[g]) is None and m.spread is not None for g, m in parts.items())
     direction = 1 if _asks_at_least(rule) else -1
     ordered = sorted(
-        (_judge(rule, g, m, support[g], max(family, 1)) for g, m in parts.items()),
+        (_judge(rule, g, m, supports[g], max(family, 1)) for g, m in parts.items()),
         key=lambda v: (SEVERITY[v.verdict], float("-inf") if v.value is None else direction * v.value),
     )
     reason = family_reason(rule, ordered) + excluded_words(rule, excluded)
@@ -114,21 +116,24 @@ def _judge_rule(
 
 
 def _noise(question: Question, by_group: dict[str, np.ndarray], draws: int, seed: int) -> float | None:
-    """The gap of equal groups of these sizes that noise alone stays within in 95 % of cases; of rates only."""
-    rows = [positions[question.rows[positions]] for positions in by_group.values()]
-    rows = [positions for positions in rows if len(positions)]
-    if question.metric != "accuracy" or len(rows) < 2:
+    """The gap of equal groups of these sizes that noise alone stays within in 95 % of cases; of means over images."""
+    if question.metric.values is None:
         return None
-    images, code = np.concatenate(rows), np.repeat(np.arange(len(rows)), list(map(len, rows)))
-    judged = question.predictions
-    clusters = None if judged.clusters is None else encode([judged.clusters[i] for i in images])[1]
-    right = correct(judged.probs[images], judged.labels[images])
-    return gap_test(right, code, clusters, draws=draws, seed=seed).null_quantile
+    everything = np.concatenate(list(by_group.values()))
+    code = np.repeat(np.arange(len(by_group)), list(map(len, by_group.values())))
+    images = judged(question.predictions, everything)
+    counted = (
+        np.arange(len(images)) if question.metric.selects is None else question.metric.selects(images).nonzero()[0]
+    )
+    images, code = images.take(counted), np.unique(code[counted], return_inverse=True)[1]
+    if len(np.unique(code)) < 2:
+        return None
+    return gap_test(question.metric.values(images), code, images.sampling, draws=draws, seed=seed).null_quantile
 
 
 def _asks_at_least(rule: GateRule) -> bool:
     """Whether the judged quantity should be high: `at_least`, or the change of a metric that improves upwards."""
-    return rule.at_least is not None or (rule.no_worse_than is not None and rule.metric not in LOWER_IS_BETTER)
+    return rule.at_least is not None or (rule.no_worse_than is not None and not rule.measure.lower_is_better)
 
 
 def _limit(rule: GateRule) -> float:
@@ -139,31 +144,34 @@ def _limit(rule: GateRule) -> float:
     return limit
 
 
-def _judge(rule: GateRule, group: str | None, measured: Measurement, support: int, family: int) -> Verdict:
+def _judge(
+    rule: GateRule, group: str | None, measured: Measurement, supports: Sequence[Support], family: int
+) -> Verdict:
     """Judges one set of images; `family` groups share the chance of a wrong "fail"."""
     upwards, limit, alpha = _asks_at_least(rule), _limit(rule), 1 - rule.confidence
     good = measured.bound("low" if upwards else "high", alpha, exact=True)
     bad = measured.bound("high" if upwards else "low", alpha / family, exact=True)
+    lacking = rule.lacking(supports)
     conclusion: Conclusion = "inconclusive"
-    if good is not None and bad is not None and support >= rule.needed:
+    if good is not None and bad is not None and lacking is None:
         if (good >= limit) if upwards else (good <= limit):
             conclusion = "pass"
         elif (bad < limit) if upwards else (bad > limit):
             conclusion = "fail"
-    more = _more(rule, measured, support, family) if conclusion == "inconclusive" else None
+    more = _more(rule, measured, lacking, family) if conclusion == "inconclusive" else None
     reason = reason_of(
-        rule, group, measured, support, conclusion, (good, bad), family, more, limit=limit, upwards=upwards
+        rule, group, measured, lacking, conclusion, (good, bad), family, more, limit=limit, upwards=upwards
     )
     low, high = (good, bad) if upwards else (bad, good)
     return Verdict(
-        rule.title, rule.metric, rule.attribute, group, conclusion, measured.value, low, high, measured.n,
+        rule.title, rule.measure.name, rule.attribute, group, conclusion, measured.value, low, high, measured.n,
         rule.confidence, reason, (), "change" if rule.no_worse_than else "level", limit, more,
     )  # fmt: skip
 
 
-def _more(rule: GateRule, measured: Measurement, support: int, family: int) -> int | None:
+def _more(rule: GateRule, measured: Measurement, lacking: Support | None, family: int) -> int | None:
     """About how many more images would settle a rule, at the present rate."""
-    missing = max(rule.needed - support, 0)
+    missing = 0 if lacking is None else lacking.least(rule.min_n) - lacking.count
     if measured.value is None or measured.spread is None:
         return missing or None
     upwards, limit, value, spread = _asks_at_least(rule), _limit(rule), measured.value, measured.spread

@@ -70,8 +70,8 @@ def _check_rule(rule: GateRule, images: Described) -> None:
             rule.outcome.check(images.class_names, images.levels)
         except DataError as error:
             raise GateError(f"{where}: {error}") from error
-    if rule.metric == "top5_accuracy" and num_sides <= 5:
-        raise GateError(f"{where}: with {num_sides} classes every model has a top-5 accuracy of 1; use accuracy")
+    if num_sides < rule.measure.least_classes:
+        raise GateError(f"{where}: {rule.measure.words} says nothing about {num_sides} classes; use accuracy")
     if rule.attribute is not None and rule.exclude:
         _check_excluded(rule, group_values(images, rule.attribute)[0], where)
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.estimates import Comparison, Measurement
-from adaptclip.evaluation.intervals import DifferenceSpread, Side
-from adaptclip.gate_rules import LOWER_IS_BETTER, GateRule
+from adaptclip.gate_rules import GateRule
 from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
 from adaptclip.gates.verdicts import Conclusion, Verdict
 from adaptclip.gates.wording import counted, shown, subject_of
+from adaptclip.metrics.estimates import Comparison, Measurement
+from adaptclip.metrics.intervals import DifferenceSpread, Side
+from adaptclip.metrics.metric import Support
 
 
 def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float, factor: float = 1.0) -> np.ndarray:
@@ -54,7 +55,7 @@ def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float, factor: 
 def judge_gap(
     rule: GateRule,
     compared: Mapping[str, Comparison],
-    support: Mapping[str, int],
+    supports: Mapping[str, Sequence[Support]],
     noise: float | None,
     excluded: Sequence[dict[str, Any]],
 ) -> Verdict:
@@ -63,7 +64,7 @@ def judge_gap(
     Args:
         rule: the rule.
         compared: group -> its measurement, with the reference's where there is one.
-        support: group -> images that `rule.needed` is compared with.
+        supports: group -> what its number rests on.
         noise: gap that equal groups of these sizes stay within, or None where that is not known.
         excluded: groups left out by declaration.
     """
@@ -71,11 +72,13 @@ def judge_gap(
     assert limit is not None
     usable = {
         name: c for name, c in compared.items()
-        if support[name] >= rule.needed and c.model.spread is not None and c.model.value is not None
+        if rule.lacking(supports[name]) is None and c.model.spread is not None and c.model.value is not None
     }  # fmt: skip
     small = [name for name in compared if name not in usable]
+    lacking = {name: found for name in small if (found := rule.lacking(supports[name])) is not None}
+    shown_small = _small_words(rule, small, lacking, supports)
     if len(usable) < 2:
-        return _undecided(rule, compared, support, small, excluded)
+        return _undecided(rule, compared, small, lacking, shown_small, excluded)
     parts = [c.model for c in usable.values()]
     names, pairs = list(usable), len(usable) * (len(usable) - 1)
     upper, lower = float(pair_bounds(parts, "high", alpha).max()), float(pair_bounds(parts, "low", alpha / pairs).max())
@@ -86,45 +89,54 @@ def judge_gap(
         conclusion = "fail"
     elif upper <= limit and guard[0] == "pass" and not small:
         conclusion = "pass"
-    worst_first = sorted(range(len(names)), key=lambda i: values[i], reverse=rule.metric in LOWER_IS_BETTER)
+    worst_first = sorted(range(len(names)), key=lambda i: values[i], reverse=rule.measure.lower_is_better)
     worst, best = names[worst_first[0]], names[worst_first[-1]]
     more = None
     if conclusion == "inconclusive" and not lower <= limit < upper:
-        more = max((rule.needed - support[name] for name in small), default=0) or None
+        more = max((found.least(rule.min_n) - found.count for found in lacking.values()), default=0) or None
     elif conclusion == "inconclusive":
         more = _more(rule, parts, pairs, gap, parts[worst_first[0]].n)
-    sentences = _sentences(rule, gap, (best, worst), (lower, upper), conclusion, guard, small, support, noise, more)
+    sentences = _sentences(rule, gap, (best, worst), (lower, upper), conclusion, guard, shown_small, noise, more)
     return Verdict(
-        rule.title, rule.metric, rule.attribute, worst, conclusion, gap, max(lower, 0.0), upper,
+        rule.title, rule.measure.name, rule.attribute, worst, conclusion, gap, max(lower, 0.0), upper,
         sum(part.n for part in parts), rule.confidence, sentences, (), "gap", limit, more, tuple(excluded),
     )  # fmt: skip
+
+
+def _small_words(
+    rule: GateRule, small: Sequence[str], lacking: Mapping[str, Support], supports: Mapping[str, Sequence[Support]]
+) -> str:
+    """Groups that take no part, each with what it has too little of."""
+    counts = {name: lacking.get(name, supports[name][0]) for name in small}
+    kind = {name: "" if support.what == "images" else f" {support.what}" for name, support in counts.items()}
+    return ", ".join(f"{name} ({support.count:,}{kind[name]})" for name, support in counts.items())
 
 
 def _undecided(
     rule: GateRule,
     compared: Mapping[str, Comparison],
-    support: Mapping[str, int],
     small: Sequence[str],
+    lacking: Mapping[str, Support],
+    shown_small: str,
     excluded: Sequence[dict[str, Any]],
 ) -> Verdict:
-    listed = ", ".join(f"{name} ({support[name]})" for name in small)
     known = len(compared) - len(small)
     reason = (
-        f"A gap needs two groups with {counted(rule, rule.needed)} or more and an interval; {rule.attribute} has "
-        f"{known} of them. Too small or without an interval: {listed or 'none'}."
+        f"A gap needs two groups that are large enough and have an interval; {rule.attribute} has {known} of them. Too "
+        f"small or without an interval: {shown_small or 'none'}."
     )
-    lacking = [rule.needed - support[name] for name in small if support[name] < rule.needed]
+    missing = [found.least(rule.min_n) - found.count for found in lacking.values()]
     return Verdict(
-        rule.title, rule.metric, rule.attribute, small[0] if small else None, "inconclusive", None, None, None,
+        rule.title, rule.measure.name, rule.attribute, small[0] if small else None, "inconclusive", None, None, None,
         sum(c.model.n for c in compared.values()), rule.confidence, reason, (), "gap", rule.gap_at_most,
-        max(lacking, default=None), tuple(excluded),
+        max(missing, default=None), tuple(excluded),
     )  # fmt: skip
 
 
 def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion, str]:
     """Whether the worst group keeps its level: against a declared limit, or against the reference's worst group."""
     alpha, num = 1 - rule.confidence, len(usable)
-    lower_better = rule.metric in LOWER_IS_BETTER
+    lower_better = rule.measure.lower_is_better
     floor = rule.at_most if lower_better else rule.at_least
     good, bad = ("high", "low") if lower_better else ("low", "high")
     sign = -1 if lower_better else 1
@@ -137,7 +149,7 @@ def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion
         if all(kept):
             return "pass", f"Every group keeps {asked}."
         return "inconclusive", f"It is not certain that {_named(usable, [not k for k in kept])} keeps {asked}."
-    if rule.metric == "selection_rate":
+    if rule.measure.better == "neither":
         return "pass", ""
     if any(c.baseline is None for c in usable.values()):
         return "inconclusive", (
@@ -210,8 +222,7 @@ def _sentences(
     bounds: tuple[float, float],
     conclusion: Conclusion,
     guard: tuple[Conclusion, str],
-    small: Sequence[str],
-    support: Mapping[str, int],
+    small: str,
     noise: float | None,
     more: int | None,
 ) -> str:
@@ -229,8 +240,7 @@ def _sentences(
         said.append(f"Noise alone gives equal groups of these sizes a gap of up to {points(noise)} in 95 % of cases.")
     said.append(guard[1])
     if small:
-        listed = ", ".join(f"{name} ({support[name]})" for name in small)
-        said.append(f"Too small for a verdict, or without an interval: {listed}; the rule asks for {rule.needed}.")
+        said.append(f"Too small for a verdict, or without an interval: {small}.")
     if conclusion == "inconclusive" and lower <= limit < upper:
         said.append(
             f"About {counted(rule, more).replace(' ', ' more ', 1)} of {worst}, and of the other groups in proportion, "

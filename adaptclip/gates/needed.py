@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from adaptclip.evaluation.intervals import PairedSpread, RateSpread, Side, Spread
+from adaptclip.metrics.intervals import PairedSpread, RateSpread, Side, Spread
 
 MOST = 10_000.0
 """Beyond this many times the present images nothing is promised."""

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaptclip.evaluation.estimates import Measurement
-from adaptclip.evaluation.metrics import METRIC_WORDS
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates.verdicts import Conclusion, Verdict
-
-_DECIMAL = frozenset({"brier", "macro_auc", "auc"})
-"""Metrics that are read as decimal numbers, not as per cent."""
-
-_COUNTED: dict[str, str] = {
-    **dict.fromkeys(("sensitivity", "tpr", "fnr"), "positive "),
-    **dict.fromkeys(("specificity", "fpr"), "negative "),
-}
-"""Metric -> which of the images it counts."""
+from adaptclip.metrics.estimates import Measurement
+from adaptclip.metrics.metric import Support
 
 
 def shown(rule: GateRule, value: float, digits: str = ".1f", *, signed: bool | None = None) -> str:
     """A value of the rule's metric: per cent, points or, where they are usual, decimals."""
     signed = bool(rule.no_worse_than) if signed is None else signed
-    if rule.metric in _DECIMAL:
+    if not rule.measure.per_cent:
         return f"{value:{'+' if signed else ''}{'.3f' if digits == '.1f' else 'g'}}"
     return f"{100 * value:+{digits}} points" if signed else f"{100 * value:{digits}} %"
 
 
 def counted(rule: GateRule, n: int) -> str:
     """A number of images of the kind that the metric counts, for example "120 positive images"."""
-    return f"{n:,} {_COUNTED.get(rule.metric, '')}image{'s' * (n != 1)}"
+    return f"{n:,} {rule.measure.about}image{'s' * (n != 1)}"
 
 
 def subject_of(rule: GateRule, group: str | None = None) -> str:
     """The judged quantity, for example "sensitivity (malignancy = malignant) for sex = female"."""
-    words = METRIC_WORDS[rule.metric]
+    words = rule.measure.words
     if rule.outcome is not None:
         words += f" ({rule.outcome.name})"
     elif rule.level is not None:
@@ -56,7 +47,7 @@ def reason_of(
     rule: GateRule,
     group: str | None,
     measured: Measurement,
-    support: int,
+    lacking: Support | None,
     conclusion: Conclusion,
     bounds: tuple[float | None, float | None],
     family: int,
@@ -71,7 +62,7 @@ def reason_of(
         rule: the rule.
         group: the group, or None.
         measured: what was found.
-        support: images that `rule.needed` is compared with.
+        lacking: what the number rests on and has too little of, or None.
         conclusion: the verdict.
         bounds: the one that lets the rule pass and the one that lets it fail.
         family: groups that share the chance of a wrong "fail".
@@ -84,9 +75,10 @@ def reason_of(
     if measured.value is None:
         return f"The {subject} is not known: {measured.note}."
     found = f"The {subject} is {shown(rule, measured.value)} on {counted(rule, measured.n)}"
-    if support < rule.needed:
-        fewer = f" ({support} on the smaller side)" if support != measured.n else ""
-        return f"{found}{fewer}, too few for a verdict: the rule asks for {rule.needed}.{more_words(rule, more, group)}"
+    if lacking is not None:
+        fewer = f" ({lacking.count:,} {lacking.what})" if lacking.count != measured.n else ""
+        asked = f"the rule asks for {lacking.least(rule.min_n):,}"
+        return f"{found}{fewer}, too few for a verdict: {asked}.{more_words(rule, more, group)}"
     if good is None or bad is None:
         return f"{found}; {measured.note}, so the data cannot tell."
     note = f" ({measured.note}.)" if measured.note else ""

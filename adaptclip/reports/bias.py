@@ -1,29 +1,30 @@
 """How a model does on each group of an attribute, with intervals, and how adaptation changed that.
 
 Definitions and names are fairlearn's. Differences between groups are compared with what noise alone would give; see
-`evaluation.gaps`.
+`metrics.gaps`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.comparisons import difference
-from adaptclip.evaluation.estimates import measure
-from adaptclip.evaluation.gaps import GapTest, holm
-from adaptclip.evaluation.grouping import encode, group_rows, group_values
-from adaptclip.evaluation.metrics import absent_classes, correct
-from adaptclip.evaluation.smooth import mean_of
+from adaptclip.evaluation.comparisons import difference, sign_test
+from adaptclip.evaluation.grouping import group_rows, group_values
+from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.gate_rules import BETWEEN
+from adaptclip.metrics import GROUP_METRICS, Metric, find_metric
+from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.gaps import GapTest, holm
+from adaptclip.metrics.judged import Sampling
+from adaptclip.metrics.rates import absent_classes
 from adaptclip.reports.numbers import MIN_GROUP, comparison, gap_of_means
 from adaptclip.reports.numbers import number as number
 from adaptclip.reports.one_vs_rest import one_vs_rest
 from adaptclip.reports.outcomes import group_outcome
 from adaptclip.types import Predictions
-
-GROUP_METRICS = ("accuracy", "mean_per_class_accuracy", "ece", "brier", "macro_auc")
 
 SMALL_GROUP = 100
 """Below this many images a group's accuracy is known to no better than about 8 points: a caution is given."""
@@ -43,6 +44,7 @@ def group_table(
     draws: int = 2000,
     seed: int = 0,
     min_group: int = MIN_GROUP,
+    metrics: Sequence[Metric] = (),
 ) -> dict[str, Any]:
     """Assesses every group of one attribute.
 
@@ -55,12 +57,14 @@ def group_table(
         seed: of both.
         min_group: images a group needs to take part in gaps and tests. Smaller groups of an intersection have
             no row: crossing attributes makes many of them.
+        metrics: of your own, beside GROUP_METRICS.
 
     Returns:
         JSON-able dict:
             "rows": per group "group", "n", "clusters", "classes_present", "large_enough", each of GROUP_METRICS
                 compared, and "against_rest": accuracy minus that of all other images, with interval, p-value and
-                p-value corrected by Holm's method for the number of groups ("p_holm"); None where not tested.
+                p-value corrected by Holm's method for the number of groups ("p_holm"); None where not tested;
+                "change_p", the uncorrected p-value of the change of accuracy.
             "worst_group": name and accuracy of the worst group that is large enough.
             "gap", "gap_zero_shot": max-min accuracy (`gap_of_means`); None without two groups that are large enough.
             "outcomes": per declared outcome, sensitivity and specificity of the groups (`group_outcome`).
@@ -73,34 +77,36 @@ def group_table(
     """
     crossed = attribute not in predictions.groups and BETWEEN in attribute
     names, code = group_values(predictions, attribute)
-    clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
+    sampling = sampling_of(predictions)
     by_group = group_rows(predictions, attribute)
     too_small = [
         {"group": name, "n": len(rows)} for name, rows in by_group.items() if crossed and len(rows) < min_group
     ]
     shown = {name: rows for name, rows in by_group.items() if not crossed or len(rows) >= min_group}
+    asked = [*map(find_metric, GROUP_METRICS), *metrics]
     rows = [
-        _row(predictions, baseline, name, positions, clusters, (confidence, draws, seed))
+        _row(predictions, baseline, name, positions, asked, (confidence, draws, seed))
         for name, positions in shown.items()
     ]
     for row in rows:
         row["large_enough"] = row["n"] >= min_group
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed, "min_group": min_group}
-    right = correct(predictions.probs, predictions.labels)
-    gap, test = gap_of_means(right, code, names, clusters, what="accuracy", **settings)
+    right = predictions.pred == predictions.labels
+    gap, test = gap_of_means(right, code, names, sampling, what="accuracy", **settings)
     before = None
     if baseline is not None:
-        hits = correct(baseline.probs, baseline.labels)
-        before, _ = gap_of_means(hits, code, names, clusters, what="zero-shot accuracy", **settings)
-    _add_against_rest(rows, right, {names[i]: i for i in range(len(names))}, code, clusters, test, confidence)
+        hits = baseline.pred == baseline.labels
+        before, _ = gap_of_means(hits, code, names, sampling, what="zero-shot accuracy", **settings)
+    _add_against_rest(rows, right, {names[i]: i for i in range(len(names))}, code, sampling, test, confidence)
     return {
         "rows": rows,
+        "metrics": {metric.name: metric.told() for metric in asked},
         "worst_group": _worst(rows),
         "gap": gap,
         "gap_zero_shot": before,
         "outcomes": [group_outcome(predictions, baseline, attribute, outcome, **settings)
                      for outcome in predictions.outcomes],
-        "one_vs_rest": one_vs_rest(predictions, names, code, clusters, **settings),
+        "one_vs_rest": one_vs_rest(predictions, names, code, sampling, **settings),
         "es_accuracy": _equity_scaled(rows, float(right.mean()) if len(right) else None),
         "intersection": crossed,
         "too_small": too_small,
@@ -114,22 +120,28 @@ def _row(
     baseline: Predictions | None,
     name: str,
     positions: np.ndarray,
-    clusters: np.ndarray | None,
+    metrics: Sequence[Metric],
     settings: tuple[float, int, int],
 ) -> dict[str, Any]:
     """One group's line."""
     confidence, draws, seed = settings
-    measured = measure(
-        predictions, baseline, metrics=GROUP_METRICS, rows=positions, full_bins=True, draws=draws, seed=seed
-    )
+    measured = measure(predictions, baseline, metrics=metrics, rows=positions, full_bins=True, draws=draws, seed=seed)
     absent = absent_classes(predictions.labels[positions], len(predictions.class_names))
     return {
         "group": name,
         "n": len(positions),
-        "clusters": None if clusters is None else len(np.unique(clusters[positions])),
+        "clusters": None if predictions.clusters is None else sampling_of(predictions, positions).num_units,
         "classes_present": len(predictions.class_names) - len(absent),
         **{metric: comparison(compared, confidence) for metric, compared in measured.items()},
+        "change_p": None if baseline is None else _change_p(predictions, baseline, positions),
     }
+
+
+def _change_p(predictions: Predictions, baseline: Predictions, positions: np.ndarray) -> float:
+    """Two-sided p-value of the change of accuracy, not corrected for the number of groups."""
+    right = predictions.pred[positions] == predictions.labels[positions]
+    before = baseline.pred[positions] == predictions.labels[positions]
+    return sign_test(right, before, sampling_of(predictions, positions).unit)
 
 
 def _add_against_rest(
@@ -137,7 +149,7 @@ def _add_against_rest(
     right: np.ndarray,
     place: dict[str, int],
     code: np.ndarray,
-    clusters: np.ndarray | None,
+    sampling: Sampling,
     test: GapTest | None,
     confidence: float,
 ) -> None:
@@ -151,7 +163,7 @@ def _add_against_rest(
     for k, row in enumerate(tested):
         own = code == place[row["group"]]
         other = among & ~own
-        one, rest = (mean_of(right[part], None if clusters is None else clusters[part]) for part in (own, other))
+        one, rest = (mean_of(right[part], sampling.take(np.flatnonzero(part))) for part in (own, other))
         low, high = difference(one, rest).interval(confidence) or (None, None)
         row["against_rest"] = {
             "difference": float(test.rest[k]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptclip.evaluation.metrics import METRIC_SHORT, METRIC_WORDS
+from adaptclip.metrics import METRICS
 from adaptclip.reports.blocks import (
     MAX_SCREEN_ROWS,
     Block,
@@ -23,7 +23,10 @@ from adaptclip.reports.blocks import (
     text,
 )
 
-_OWN_SCALE = frozenset({"brier"})
+
+def told(report: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """How a metric of a report (or of a table of one) is shown: `Metric.told`, kept in the report itself."""
+    return report.get("metrics", {}).get(metric) or METRICS[metric].told()
 
 
 def sentence(words: str) -> str:
@@ -39,10 +42,10 @@ def is_paired(compared: Mapping[str, Any]) -> bool:
 
 def overall_section(report: Mapping[str, Any]) -> Section:
     """All images together."""
-    blocks: list[Block] = [overall_rows(report, METRIC_WORDS, "All images")]
+    blocks: list[Block] = [overall_rows(report, "words", "All images")]
     notes = sorted(
         {
-            f"{METRIC_WORDS.get(metric, metric)}: {number['note']}"
+            f"{told(report, metric)['words']}: {number['note']}"
             for metric, compared in report["overall"].items()
             for number in compared.values()
             if number is not None and number["note"]
@@ -53,26 +56,35 @@ def overall_section(report: Mapping[str, Any]) -> Section:
     return Section("Overall", "overall", blocks)
 
 
-def overall_rows(report: Mapping[str, Any], words: Mapping[str, str], title: str, *, sign: str = " %") -> Rows:
-    """One row per metric: value, or zero-shot, adapted and change."""
+def overall_rows(report: Mapping[str, Any], words: str, title: str, *, sign: str = " %") -> Rows:
+    """One row per metric, named by its "words" or its "short" ones: value, or zero-shot, adapted and change."""
     overall: Mapping[str, Any] = report["overall"]
     paired = any(is_paired(c) for c in overall.values())
     header = ["metric", "zero-shot", "adapted", "change in points", "n"] if paired else ["metric", "value", "n"]
     rows = []
     for metric, c in overall.items():
-        name = words.get(metric, metric)
+        how = told(report, metric)
         cells = [c["zero_shot"], c["model"]] if paired else [c["model"]]
-        shown = [_metric_cell(metric, number, sign) for number in cells]
-        change = [_change_cell(metric, c["change"])] if paired else []
-        rows.append([text(name), *shown, *change, count(c["model"]["n"])])
+        shown = [_metric_cell(how, number, sign) for number in cells]
+        change = [_change_cell(how, c["change"])] if paired else []
+        rows.append([text(how[words]), *shown, *change, count(c["model"]["n"])])
     scales = {1: (0.0, 1.0), 2: (0.0, 1.0)} if paired else {1: (0.0, 1.0)}
     if paired:
         scales[3] = change_scale(rows, 3)
     return Rows(title, header, rows, scales, {3: 0.0} if paired else {})
 
 
-def _metric_cell(metric: str, number: Mapping[str, Any] | None, sign: str = " %") -> Cell:
-    if metric in _OWN_SCALE and number is not None and number["value"] is not None:
+def _rule_words(outcome: Mapping[str, Any]) -> str:
+    return outcome.get("rule") or f"positive above a summed probability of {outcome['threshold']:g}"
+
+
+def _has_bar(how: Mapping[str, Any]) -> bool:
+    """Whether a metric lies between 0 and 1, where bars are drawn; others are shown as plain decimals."""
+    return list(how["scale"]) == [0.0, 1.0]
+
+
+def _metric_cell(how: Mapping[str, Any], number: Mapping[str, Any] | None, sign: str = " %") -> Cell:
+    if not _has_bar(how) and number is not None and number["value"] is not None:
         words = f"{number['value']:.3f}"
         if number["low"] is not None:
             words += f" [{number['low']:.3f}, {number['high']:.3f}]"
@@ -80,8 +92,8 @@ def _metric_cell(metric: str, number: Mapping[str, Any] | None, sign: str = " %"
     return rate(number, sign=sign)
 
 
-def _change_cell(metric: str, number: Mapping[str, Any] | None) -> Cell:
-    if metric in _OWN_SCALE and number is not None and number["value"] is not None:
+def _change_cell(how: Mapping[str, Any], number: Mapping[str, Any] | None) -> Cell:
+    if not _has_bar(how) and number is not None and number["value"] is not None:
         words = f"{number['value']:+.3f}"
         if number["low"] is not None:
             words += f" [{number['low']:+.3f}, {number['high']:+.3f}]"
@@ -101,7 +113,7 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
             c = outcome[metric]
             before = [rate(c["zero_shot"])] if is_paired(c) else []
             change = [points(c["change"])] if is_paired(c) else []
-            rows.append([text(METRIC_WORDS.get(metric, metric)), *before, rate(c["model"]), *change])
+            rows.append([text(told(report, metric)["words"]), *before, rate(c["model"]), *change])
         paired = is_paired(outcome["sensitivity"])
         header = ["metric", "zero-shot", "adapted", "change in points"] if paired else ["metric", "value"]
         scales = {1: (0.0, 1.0), 2: (0.0, 1.0)} if paired else {1: (0.0, 1.0)}
@@ -111,9 +123,9 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
         blocks.append(Rows(title, header, rows, scales, {3: 0.0} if paired else {}))
         blocks.append(
             Paragraph(
-                f"An image counts as {outcome['positive']} when the probabilities of its classes add up to more than "
-                f"{outcome['threshold']:g}: {', '.join(map(one_line, outcome['classes']))}. Where one of "
-                "them is the most probable class but they stay below that, the image is missed here, not by accuracy.",
+                f"Classes that count as {one_line(outcome['positive'])}: "
+                f"{', '.join(map(one_line, outcome['classes']))}. Decision rule, here and in gates: "
+                f"{_rule_words(outcome)}.",
                 "muted",
             )
         )
@@ -138,7 +150,7 @@ def _group_blocks(table: Mapping[str, Any]) -> Iterator[Block]:
         yield from _outcome_blocks(outcome)
     yield from _one_vs_rest(table.get("one_vs_rest"))
     notes = [
-        sentence(f"{row['group']}: {METRIC_SHORT.get(m, m)}: {row[m]['model']['note']}")
+        sentence(f"{row['group']}: {told(table, m)['short']}: {row[m]['model']['note']}")
         for row in table["rows"]
         for m in group_metrics(table)
         if row[m]["model"]["note"]
@@ -149,7 +161,8 @@ def _group_blocks(table: Mapping[str, Any]) -> Iterator[Block]:
 
 def group_metrics(table: Mapping[str, Any]) -> list[str]:
     """Metrics of a group table that at least one group has a value of."""
-    known = [m for m in METRIC_WORDS if table["rows"] and m in table["rows"][0]]
+    known = list(table.get("metrics", METRICS))
+    known = [m for m in known if table["rows"] and m in table["rows"][0]]
     return [m for m in known if any(row[m]["model"]["value"] is not None for row in table["rows"])]
 
 
@@ -157,16 +170,16 @@ def group_rows(table: Mapping[str, Any], *, sign: str = " %", title: str = "Grou
     """One row per group, lowest accuracy first; only metrics that some group has."""
     metrics = group_metrics(table)
     paired = any(is_paired(row["accuracy"]) for row in table["rows"])
-    header = ["group", "n", *(METRIC_SHORT.get(m, m) for m in metrics), *["change of accuracy"] * paired]
+    header = ["group", "n", *(told(table, m)["short"] for m in metrics), *["change of accuracy"] * paired]
     worst_first = sorted(table["rows"], key=lambda row: (row["accuracy"]["model"]["value"] is None, _accuracy(row)))
     rows = []
     for row in worst_first:
         small = row.get("large_enough") is False
         cells = [text(one_line(row["group"]), "muted" if small else ""), count(row["n"])]
-        cells += [_metric_cell(m, row[m]["model"], sign) for m in metrics]
+        cells += [_metric_cell(told(table, m), row[m]["model"], sign) for m in metrics]
         cells += [points(row["accuracy"]["change"])] * paired
         rows.append(cells)
-    scales = {i + 2: (0.0, 1.0) for i, m in enumerate(metrics) if m not in _OWN_SCALE}
+    scales = {i + 2: (0.0, 1.0) for i, m in enumerate(metrics) if _has_bar(told(table, m))}
     marks: dict[int, float] = {}
     if paired:
         scales[len(header) - 1] = change_scale(rows, len(header) - 1)
@@ -234,7 +247,7 @@ def _outcome_blocks(outcome: Mapping[str, Any]) -> Iterator[Block]:
         scales[6] = change_scale(rows, 6)
     yield Rows(f"{name}: who is missed", header, rows, scales, {6: 0.0} if paired else {})
     words = [
-        f"{METRIC_SHORT.get(metric, metric)}: gap {100 * gap['value']:.1f} points between "
+        f"{METRICS[metric].short}: gap {100 * gap['value']:.1f} points between "
         f"{one_line(gap['best_group'])} and {one_line(gap['worst_group'])}; {sentence(gap['note'])}"
         for metric in ("sensitivity", "specificity")
         if (gap := outcome.get(f"{metric}_gap")) and gap["value"] > 0

@@ -10,19 +10,16 @@ import numpy as np
 from adaptclip.errors import DataError
 from adaptclip.evaluation.confidence import (
     ConformalSets,
-    brier_values,
-    clusters_of,
     conformal_sets,
     fewest_validation_images,
     fit_temperature,
-    log_loss_values,
     selective_curve,
     with_temperature,
 )
-from adaptclip.evaluation.estimates import Measurement, measure
 from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.metrics import ECE_BINS, confidence_bins, correct
-from adaptclip.evaluation.smooth import linearised, mean_of
+from adaptclip.evaluation.measuring import measure, sampling_of
+from adaptclip.metrics.calibration import ECE_BINS, confidence_bins, log_loss_values
+from adaptclip.metrics.estimates import Measurement, mean_of
 from adaptclip.reports.numbers import number
 from adaptclip.types import Predictions
 
@@ -105,39 +102,33 @@ def _check_validation(predictions: Predictions, validation: Predictions) -> None
 
 def _scores(predictions: Predictions, options: dict[str, Any]) -> dict[str, Any]:
     confidence = options["confidence"]
-    compared = measure(predictions, metrics=("ece",), draws=options["draws"], seed=options["seed"])["ece"]
+    compared = measure(predictions, metrics=("ece", "brier"), draws=options["draws"], seed=options["seed"])
     return {
-        "ece": number(compared.model, confidence),
-        "brier": number(_brier(predictions), confidence),
+        "ece": number(compared["ece"].model, confidence),
+        "brier": number(compared["brier"].model, confidence),
         "log_loss": number(_log_loss(predictions), confidence),
         "surplus": number(_surplus(predictions), confidence),
     }
 
 
-def _brier(predictions: Predictions, rows: np.ndarray | None = None) -> Measurement:
-    keep = slice(None) if rows is None else rows
-    values = brier_values(predictions.probs[keep], predictions.labels[keep])
-    return mean_of(values, clusters_of(predictions, rows), high=2.0)
-
-
 def _log_loss(predictions: Predictions) -> Measurement:
     # On a scale whose upper end is that of a probability of 0, as `log_loss_values` counts it.
     values = log_loss_values(predictions.probs, predictions.labels)
-    return mean_of(values, predictions.clusters, high=float(-np.log(np.finfo(np.float32).tiny)))
+    return mean_of(values, sampling_of(predictions), high=float(-np.log(np.finfo(np.float32).tiny)))
 
 
 def _surplus(predictions: Predictions, rows: np.ndarray | None = None) -> Measurement:
     """Mean confidence minus accuracy: above 0 the model claims more than it keeps."""
     keep = slice(None) if rows is None else rows
-    probs, labels = predictions.probs[keep], predictions.labels[keep]
-    values = probs.max(axis=1).astype(np.float64) - correct(probs, labels)
-    return mean_of(values, clusters_of(predictions, rows), low=-1.0)
+    right = predictions.pred[keep] == predictions.labels[keep]
+    values = predictions.probs[keep].max(axis=1).astype(np.float64) - right
+    return mean_of(values, sampling_of(predictions, rows), low=-1.0)
 
 
 def _bins(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:
     """The occupied confidence bins of the reliability diagram."""
-    which = confidence_bins(predictions.probs)
-    right = correct(predictions.probs, predictions.labels)
+    which = confidence_bins(predictions.probs.max(axis=1))
+    right = predictions.pred == predictions.labels
     top = predictions.probs.max(axis=1).astype(np.float64)
     rows = []
     for b in np.unique(which):
@@ -148,7 +139,7 @@ def _bins(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:
                 "high": float((b + 1) / ECE_BINS),
                 "n": len(inside),
                 "confidence": float(top[inside].mean()),
-                "accuracy": number(mean_of(right[inside], clusters_of(predictions, inside)), confidence),
+                "accuracy": number(mean_of(right[inside], sampling_of(predictions, inside)), confidence),
             }
         )
     return rows
@@ -166,7 +157,7 @@ def _group_rows(
             {
                 "group": group,
                 "n": len(positions),
-                "brier": number(_brier(predictions, positions), confidence),
+                "brier": number(measure(predictions, metrics=("brier",), rows=positions)["brier"].model, confidence),
                 "surplus": number(_surplus(predictions, positions), confidence),
                 "surplus_after": None if scaled is None else number(_surplus(scaled, positions), confidence),
                 "coverage": None
@@ -182,7 +173,7 @@ def _group_rows(
 
 def _selective(predictions: Predictions, confidence: float) -> dict[str, Any]:
     curve = selective_curve(predictions)
-    right = correct(predictions.probs, predictions.labels)
+    right = predictions.pred == predictions.labels
     top = predictions.probs.max(axis=1)
     points = []
     for asked in COVERAGES:
@@ -190,14 +181,7 @@ def _selective(predictions: Predictions, confidence: float) -> dict[str, Any]:
         answered = top >= curve.threshold[i]
         # A ratio: accuracy among the answered, with the threshold taken as given.
         rows = np.flatnonzero(answered)
-        value = float(right[rows].mean())
-        measured = (
-            mean_of(right[rows])
-            if predictions.clusters is None
-            else linearised(
-                value, np.where(answered, right - value, 0.0) / len(rows), predictions.clusters, n=len(rows)
-            )
-        )
+        measured = mean_of(right[rows], sampling_of(predictions, rows))
         points.append(
             {
                 "asked": asked,
@@ -227,7 +211,7 @@ def _sets(validation: Predictions | None) -> tuple[ConformalSets | None, str]:
 def _coverage(members: np.ndarray, predictions: Predictions, rows: np.ndarray | None = None) -> Measurement:
     labels = predictions.labels if rows is None else predictions.labels[rows]
     held = members[np.arange(len(labels)), labels]
-    return mean_of(held, clusters_of(predictions, rows))
+    return mean_of(held, sampling_of(predictions, rows))
 
 
 def _set_report(
@@ -237,7 +221,7 @@ def _set_report(
         return {"level": SET_LEVEL, "value": None, "note": why_not}
     members = sets.members(predictions.probs)
     sizes = members.sum(axis=1)
-    size = mean_of(sizes.astype(np.float64), predictions.clusters, high=float(members.shape[1]))
+    size = mean_of(sizes.astype(np.float64), sampling_of(predictions), high=float(members.shape[1]))
     return {
         "level": sets.level,
         "value": sets.least_probability,

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.metrics import METRIC_SHORT
 from adaptclip.reports.bias_sections import (
+    group_metrics,
     group_rows,
     group_section,
     outcome_section,
     overall_rows,
     overall_section,
     sentence,
+    told,
 )
 from adaptclip.reports.blocks import Block, Bullets, Document, Paragraph, Rows, Section, one_line, text
 from adaptclip.reports.calibration_sections import calibration_section, selective_section
@@ -33,8 +34,6 @@ from adaptclip.reports.probe_section import probe_section
 
 _SKIPPED = 10
 """So many sentences about what was not used are shown."""
-
-_SCREEN_METRICS = ("accuracy", "mean_per_class_accuracy", "top5_accuracy", "ece")
 
 
 def document(
@@ -189,22 +188,24 @@ def _reading_section(report: Mapping[str, Any]) -> Section:
 
 def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:
     """The part of a report that fits one screen: headline metrics, groups, cautions, gates."""
-    shown = {**report, "overall": {m: report["overall"][m] for m in _SCREEN_METRICS if m in report["overall"]}}
+    narrow = [metric for metric in report["overall"] if told(report, metric)["per_cent"]]
+    shown = {**report, "overall": {metric: report["overall"][metric] for metric in narrow}}
     title = (
         f"{report['num_images']} images, {report['num_classes']} classes; per cent "
         f"[{100 * report['confidence']:g} % interval], changes in points"
     )
-    rows = overall_rows(shown, METRIC_SHORT, title, sign="")
+    rows = overall_rows(shown, "short", title, sign="")
     # The number of images stands in the title, and so does the unit of changes.
     heads = [head.removesuffix(" in points") for head in rows.header[1:-1]]
     yield replace(rows, header=["", *heads], rows=[row[:-1] for row in rows.rows])
     for attribute, table in report["groups"].items():
         if not table["rows"]:
             continue
-        narrow = [{k: v for k, v in row.items() if k not in ("brier", "macro_auc")} for row in table["rows"]]
-        paired = any(row["accuracy"]["zero_shot"] for row in narrow)
+        wide = [metric for metric in group_metrics(table) if not told(table, metric)["per_cent"]]
+        rows_shown = [{k: v for k, v in row.items() if k not in wide} for row in table["rows"]]
+        paired = any(row["accuracy"]["zero_shot"] for row in rows_shown)
         name = f"by {one_line(attribute)}" + "; change is of accuracy" * paired
-        groups = group_rows({**table, "rows": narrow}, sign="", title=name)
+        groups = group_rows({**table, "rows": rows_shown}, sign="", title=name)
         yield replace(groups, header=[head.replace("change of accuracy", "change") for head in groups.header])
         yield from (Paragraph(f"Caution: {sentence(caution)}", "muted") for caution in table["cautions"])
     if report.get("multi_label"):
@@ -212,6 +213,6 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
     yield from (Paragraph(f"Note: {sentence(caution)}", "muted") for caution in report["cautions"])
     if verdicts is not None:
         yield gate_rows(verdicts) if verdicts else Paragraph(NO_GATES, "inconclusive")
-    told = [w for w in worries(report, None) if not w.startswith(("No groups were reported", "The data card names"))]
-    if told and "fine_grained" in report:
-        yield Bullets(told[:3], caution=True)
+    fears = [w for w in worries(report, None) if not w.startswith(("No groups were reported", "The data card names"))]
+    if fears and "fine_grained" in report:
+        yield Bullets(fears[:3], caution=True)

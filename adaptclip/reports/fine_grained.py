@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import Comparison, Measurement, measure
-from adaptclip.evaluation.metrics import topk_correct
+from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.evaluation.outcomes import coarsen
-from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
-from adaptclip.evaluation.taxonomy import ancestor_heights, least_severe
+from adaptclip.metrics import Metric
+from adaptclip.metrics.estimates import Measurement, linearised, mean_of
+from adaptclip.metrics.f1 import MACRO_F1
+from adaptclip.metrics.rates import ACCURACY, top_k
+from adaptclip.metrics.taxonomy import ancestor_heights, least_severe
 from adaptclip.reports.numbers import comparison, number
 from adaptclip.seeding import numpy_generator
 from adaptclip.types import Predictions
@@ -70,8 +72,8 @@ def fine_grained_report(
     both = (predictions,) if baseline is None else (predictions, baseline)
     asked = [k for k in TOP_K if k < len(predictions.class_names) and k <= (predictions.ranked or k)]
     return {
-        "top_k": [{"k": k, **_top_k(both, k, confidence)} for k in asked],
-        "macro_f1": _macro_f1(both, confidence),
+        "top_k": [{"k": k, **_compared(ACCURACY if k == 1 else top_k(k), both, confidence)} for k in asked],
+        "macro_f1": _compared(MACRO_F1, both, confidence),
         "worst_decile": _worst_decile(predictions, seed),
         "confusions": _confusions(predictions, confidence),
         "matrix": _matrix(predictions),
@@ -86,25 +88,9 @@ def example_ids(fine: Mapping[str, Any]) -> list[str]:
     return [example["id"] for pair in fine["confusions"] for example in pair["examples"]]
 
 
-def _top_k(both: Sequence[Predictions], k: int, confidence: float) -> dict[str, Any]:
-    hits = [topk_correct(p.probs, p.labels, k) for p in both]
-    clusters = both[0].clusters
-    measured = [mean_of(hit, clusters) for hit in hits]
-    if len(hits) == 1:
-        return comparison(Comparison(measured[0]), confidence)
-    change = mean_of(hits[0].astype(np.float64) - hits[1], clusters, low=-1.0)
-    return comparison(Comparison(measured[0], measured[1], change), confidence)
-
-
-def _macro_f1(both: Sequence[Predictions], confidence: float) -> dict[str, Any]:
-    parts = [macro_f1_parts(p.pred, p.labels) for p in both]
-    clusters = both[0].clusters
-    measured = [linearised(value, influence, clusters) for value, influence in parts]
-    if len(parts) == 1:
-        return comparison(Comparison(measured[0]), confidence)
-    (now, moved_now), (before, moved_before) = parts
-    change = linearised(now - before, moved_now - moved_before, clusters, low=-1.0)
-    return comparison(Comparison(measured[0], measured[1], change), confidence)
+def _compared(metric: Metric, both: Sequence[Predictions], confidence: float) -> dict[str, Any]:
+    baseline = both[1] if len(both) > 1 else None
+    return comparison(measure(both[0], baseline, metrics=(metric,))[metric.name], confidence)
 
 
 def _class_table(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
@@ -157,11 +143,10 @@ def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, A
     true, other = np.divmod(pairs, size)
     sizes = np.bincount(predictions.labels, minlength=size)
     order = np.lexsort((pairs, -counts / sizes[true], -counts))[:MAX_CONFUSIONS]
-    rows = []
+    rows, sampling = [], sampling_of(predictions)
     for i in order:
         of_class = np.flatnonzero(predictions.labels == true[i])
         taken = predicted[of_class] == other[i]
-        clusters = None if predictions.clusters is None else [predictions.clusters[j] for j in of_class]
         images = of_class[taken]
         sure_first = images[np.argsort(-predictions.probs[images, other[i]], kind="stable")][:MAX_EXAMPLES]
         rows.append(
@@ -170,7 +155,7 @@ def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, A
                 "predicted": predictions.class_names[other[i]],
                 "count": int(counts[i]),
                 "back": int(((predictions.labels == other[i]) & (predicted == true[i])).sum()),
-                "rate": number(mean_of(taken, clusters), confidence),
+                "rate": number(mean_of(taken, sampling.take(of_class)), confidence),
                 "examples": [
                     {
                         "id": predictions.ids[j],
@@ -271,7 +256,7 @@ def _severity(both: Sequence[Predictions], confidence: float) -> dict[str, Any] 
             for h in range(1, top + 1)
         ],
         "least_severe": {
-            "accuracy": number(mean_of(cautious == first.labels, first.clusters), confidence),
+            "accuracy": number(mean_of(cautious == first.labels, sampling_of(first)), confidence),
             "mistakes": _mistakes([cautious], first, heights, top, confidence)["model"],
             "height_of_all": number(_height_of_all(cautious, first, heights, top), confidence),
             "decisions_changed": int((cautious != first.pred).sum()),
@@ -296,10 +281,9 @@ def _mean_height(decided: np.ndarray, predictions: Predictions, heights: np.ndar
         return Measurement(None, 0, note="there are no mistakes")
     mean = float(reached[wrong].mean())
     influence = np.where(wrong, reached - mean, 0.0) / count
-    if predictions.clusters is None:
-        return linearised(mean, influence[wrong], low=1.0, high=float(top))
-    return linearised(mean, influence, predictions.clusters, low=1.0, high=float(top), n=count)
+    rows = np.flatnonzero(wrong)
+    return linearised(mean, influence[rows], sampling_of(predictions, rows), low=1.0, high=float(top))
 
 
 def _height_of_all(decided: np.ndarray, predictions: Predictions, heights: np.ndarray, top: int) -> Measurement:
-    return mean_of(heights[predictions.labels, decided].astype(np.float64), predictions.clusters, high=float(top))
+    return mean_of(heights[predictions.labels, decided].astype(np.float64), sampling_of(predictions), high=float(top))

@@ -8,6 +8,7 @@ from typing import Any
 from adaptclip.errors import DataError
 from adaptclip.evaluation.grouping import align
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
+from adaptclip.metrics import Metric
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import fine_grained_report
 from adaptclip.reports.multi_label import multi_label_report
@@ -27,6 +28,7 @@ def full_report(
     hard_pairs: Sequence[tuple[str, str]] = (),
     groups: Sequence[str] | None = None,
     thresholds: Thresholds | None = None,
+    metrics: Sequence[Metric] = (),
     confidence: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -45,6 +47,7 @@ def full_report(
         hard_pairs: pairs of class names that are known to be hard.
         groups: attributes to report; None reports all there are.
         thresholds: of the single classes, chosen on other images; None takes 0.5 for predictions that need them.
+        metrics: of your own (`Metric.of`), reported beside those of the package.
         confidence: level of all two-sided intervals, between 0.5 and 1.
         draws: bootstrap draws, at least 1,000.
         seed: of everything drawn; the same predictions and seed give the same report.
@@ -58,7 +61,7 @@ def full_report(
             unknown name.
     """
     options: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
-    report = build_report(predictions, baseline, groups=groups, **options)
+    report = build_report(predictions, baseline, groups=groups, metrics=metrics, **options)
     base = None if baseline is None else align(predictions, baseline)
     report["fine_grained"] = fine_grained_report(predictions, base, hard_pairs=hard_pairs, **options)
     # A file may hold decisions without probabilities; then nothing is known of confidence, and the report says so.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from adaptclip.evaluation.gaps import holm
+from adaptclip.metrics.gaps import holm
+from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS
 from adaptclip.reports.bias_sections import sentence
 from adaptclip.reports.blocks import one_line, show_points, show_rate
 from adaptclip.reports.probe_section import probe_worries
@@ -64,9 +65,9 @@ def three_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _first(report: Mapping[str, Any]) -> tuple[str, str, str]:
     sizes = [row["n"] for row in report["per_class"] if row["n"]]
-    metric = "mean_per_class_accuracy" if max(sizes) >= UNEVEN * min(sizes) else "accuracy"
-    name = "Mean accuracy per class" if metric != "accuracy" else "Accuracy"
-    compared = report["overall"][metric]
+    metric = MEAN_PER_CLASS if max(sizes) >= UNEVEN * min(sizes) else ACCURACY
+    name = metric.words[:1].upper() + metric.words[1:]
+    compared = report["overall"][metric.name]
     about = f"on {report['num_images']:,} images"
     if compared["zero_shot"] is not None:
         about += f"; zero-shot {show_rate(compared['zero_shot'])}"
@@ -163,6 +164,7 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
     level, tables = 1 - report["confidence"], report["groups"]
     differing = _beyond_noise([table["gap"] for table in tables.values()], level)
     missing = _beyond_noise([o.get("sensitivity_gap") for t in tables.values() for o in t.get("outcomes", [])], level)
+    losing = _losing(tables, level)
     for attribute, table in tables.items():
         name, gap = one_line(attribute), table["gap"]
         if any(gap is found for found in differing):
@@ -172,7 +174,7 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
         worse = [
             f"{one_line(row['group'])} ({show_points(row['accuracy']['change'])} points)"
             for row in table["rows"]
-            if row["accuracy"]["change"] and (row["accuracy"]["change"]["high"] or 0) < 0
+            if any(row is lost for lost in losing)
         ]
         if worse:
             yield f"Less accurate than zero-shot for {name}: {', '.join(worse[:3])}"
@@ -184,6 +186,18 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
                     f"{one_line(gap['best_group'])}: {one_line(outcome['name'])}, by {100 * gap['value']:.1f} points, "
                     "more than noise explains"
                 )
+
+
+def _losing(tables: Mapping[str, Mapping[str, Any]], level: float) -> list[Mapping[str, Any]]:
+    """Groups that lost accuracy against zero-shot, Holm-corrected over all groups that are large enough."""
+    tested = [
+        row for table in tables.values() for row in table["rows"]
+        if row.get("change_p") is not None and row["large_enough"]
+    ]  # fmt: skip
+    corrected = holm([row["change_p"] for row in tested])
+    return [
+        row for row, p in zip(tested, corrected, strict=True) if p <= level and row["accuracy"]["change"]["value"] < 0
+    ]
 
 
 def _beyond_noise(gaps: Sequence[Mapping[str, Any] | None], level: float) -> list[Mapping[str, Any]]:

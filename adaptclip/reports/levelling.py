@@ -25,13 +25,14 @@ from typing import Any, get_args
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import Comparison, Measurement, measure
 from adaptclip.evaluation.grouping import align, group_rows
-from adaptclip.evaluation.intervals import Side
-from adaptclip.evaluation.metrics import LOWER_IS_BETTER, METRIC_WORDS
+from adaptclip.evaluation.measuring import measure
+from adaptclip.metrics import METRICS
+from adaptclip.metrics.estimates import Comparison, Measurement
+from adaptclip.metrics.intervals import Side
 from adaptclip.reports.bias import number
 from adaptclip.reports.render import escape_markdown
-from adaptclip.types import METRICS, Predictions
+from adaptclip.types import Predictions
 
 FORMAT_VERSION = 1
 
@@ -80,8 +81,8 @@ def compare_groups(
     Raises:
         DataError: the two judge other images, the attribute or metric is unknown, a number is out of range.
     """
-    if metric not in METRICS or metric in LOWER_IS_BETTER:
-        allowed = [name for name in METRICS if name not in LOWER_IS_BETTER]
+    allowed = [name for name, one in METRICS.items() if one.better == "higher" and not one.of_outcome]
+    if metric not in allowed:
         raise DataError(
             f"groups are compared by a rate that is better when higher, not {metric!r}. {did_you_mean(metric, allowed)}"
         )
@@ -221,7 +222,7 @@ def _known(measurement: Measurement | None, side: Side, alpha: float) -> float:
 def _verdict(result: dict[str, Any]) -> dict[str, str]:
     """Returns "verdict" and "reason"."""
     worst, gap = result["worst"], result["gap"]
-    change, name = worst["change"], METRIC_WORDS[result["metric"]]
+    change, name = worst["change"], METRICS[result["metric"]].words
     smaller = gap["change"]["value"] < 0
     if change["high"] < 0:
         verdict = "levelled down" if smaller else "worse"
@@ -299,7 +300,7 @@ def levelling_markdown(result: dict[str, Any]) -> str:
         {f"{row['group']}: {row[k]['note']}" for row in result["groups"] for k in ("after", "change") if row[k]["note"]}
     )
     parts = [
-        f"# Before and after: {METRIC_WORDS[result['metric']]} by {attribute}",
+        f"# Before and after: {METRICS[result['metric']].words} by {attribute}",
         f"**{result['verdict']}**. {escape_markdown(result['reason'])}",
         "\n".join(table),
         f"Brackets hold {100 * result['confidence']:g} % intervals; changes are paired, on the same images, in "

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.grouping import encode, group_rows
+from adaptclip.evaluation.grouping import group_rows
+from adaptclip.evaluation.measuring import sampling_of
 from adaptclip.evaluation.multi_label import (
     RATES,
     Named,
@@ -18,8 +19,8 @@ from adaptclip.evaluation.multi_label import (
     mean_of_classes,
     pooled,
 )
-from adaptclip.evaluation.smooth import mean_of
 from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.metrics.estimates import mean_of
 from adaptclip.reports.blocks import (
     Block,
     Cell,
@@ -65,9 +66,9 @@ def multi_label_report(
     """
     if predictions.sigmoid is None or len(thresholds.values) != len(predictions.class_names):
         raise DataError("a multi-label report needs sigmoid probabilities, and a threshold for each of their classes")
-    unit = None if predictions.clusters is None else encode(predictions.clusters)[1]
+    sampling = sampling_of(predictions)
     positive = predictions.labels[:, None] == np.arange(len(predictions.class_names))
-    images = Named(predictions.sigmoid, positive, predictions.sigmoid >= thresholds.values, unit)
+    images = Named(predictions.sigmoid, positive, predictions.sigmoid >= thresholds.values, sampling)
     per_class = []
     for c, name in enumerate(predictions.class_names):
         told = {"class": name, "num_positive": int(positive[:, c].sum()), "threshold": float(thresholds.values[c])}
@@ -79,7 +80,7 @@ def multi_label_report(
     return {
         "thresholds": thresholds.to_dict(),
         "labels_per_image": float(images.named.sum(axis=1).mean()),
-        **{name: number(mean_of(hits, unit), confidence) for name, hits in whole.items()},
+        **{name: number(mean_of(hits, sampling), confidence) for name, hits in whole.items()},
         "per_class": per_class,
         "macro": {name: number(value, confidence) for name, value in macro.items()},
         "micro": {name: number(pooled(images, name), confidence) for name in RATES},

@@ -14,9 +14,9 @@ import numpy as np
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.comparisons import sign_test
-from adaptclip.evaluation.estimates import measure
-from adaptclip.evaluation.gaps import holm
 from adaptclip.evaluation.grouping import align
+from adaptclip.evaluation.measuring import measure, sampling_of
+from adaptclip.metrics.gaps import holm
 from adaptclip.reports.numbers import number
 from adaptclip.types import Predictions
 
@@ -56,8 +56,8 @@ def name_audit(
     metrics = ("accuracy", "mean_per_class_accuracy")
     aligned = {name: align(first, p) if p is not first else p for name, p in variants.items()}
     right = {name: p.pred == p.labels for name, p in aligned.items()}
-    others = [name for name in variants if name != reference]
-    p_values = [sign_test(right[name], right[reference], first.clusters) for name in others]
+    others, sampling = [name for name in variants if name != reference], sampling_of(first)
+    p_values = [sign_test(right[name], right[reference], sampling.unit) for name in others]
     adjusted = dict(zip(others, zip(p_values, holm(p_values), strict=True), strict=True))
     rows = []
     for name, p in aligned.items():

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.estimates import Comparison, Measurement
-from adaptclip.evaluation.gaps import GapTest, gap_test
+from adaptclip.metrics.estimates import Comparison, Measurement
+from adaptclip.metrics.gaps import GapTest, gap_test
+from adaptclip.metrics.judged import Sampling
 
 MIN_GROUP = 30
 """A smaller group is shown, and takes no part in gaps and tests: it would be the best or the worst by chance."""
@@ -38,7 +39,7 @@ def gap_of_means(
     values: np.ndarray,
     code: np.ndarray,
     names: Sequence[str],
-    clusters: np.ndarray | None,
+    sampling: Sampling,
     *,
     what: str,
     min_group: int = MIN_GROUP,
@@ -52,7 +53,7 @@ def gap_of_means(
         values: (N,) what is averaged.
         code: (N,) group of each image, as a position in `names`.
         names: the groups.
-        clusters: (N,) cluster of each image as a number, or None.
+        sampling: how the images were drawn.
         what: the mean in words, for the definition.
         min_group: images that a group needs to take part.
         confidence: level of the gap that noise stays within.
@@ -71,8 +72,9 @@ def gap_of_means(
         return None, None
     rows = np.isin(code, kept)
     place = np.searchsorted(kept, code[rows])
-    units = None if clusters is None else np.unique(clusters[rows], return_inverse=True)[1]
-    test = gap_test(values[rows], place, units, draws=draws, seed=seed, confidence=confidence)
+    test = gap_test(
+        values[rows], place, sampling.take(np.flatnonzero(rows)), draws=draws, seed=seed, confidence=confidence
+    )
     best, worst = names[kept[test.best]], names[kept[test.worst]]
     return {
         "definition": f"max-min {what} over the groups",

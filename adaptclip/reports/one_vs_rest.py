@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.gaps import gap_test, holm
-from adaptclip.evaluation.smooth import mean_of
+from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.gaps import gap_test, holm
+from adaptclip.metrics.judged import Sampling
 from adaptclip.reports.numbers import MIN_GROUP, number
 from adaptclip.types import Predictions
 
@@ -49,7 +50,7 @@ def one_vs_rest(
     predictions: Predictions,
     names: Sequence[str],
     code: np.ndarray,
-    clusters: np.ndarray | None,
+    sampling: Sampling,
     *,
     confidence: float = 0.95,
     draws: int = 2000,
@@ -62,7 +63,7 @@ def one_vs_rest(
         predictions: the judged model.
         names: the groups.
         code: (N,) group of each image, as a position in `names`.
-        clusters: (N,) cluster of each image as a number, or None.
+        sampling: how the images were drawn.
         confidence: level of the intervals.
         draws: random deals of the permutation tests.
         seed: of the deals.
@@ -72,7 +73,7 @@ def one_vs_rest(
         JSON-able dict: "classes" (MOST_CLASSES at most), each with "class", "n", the rates "selection_rate", "tpr",
         "fpr" (group -> number), "demographic_parity_difference", "demographic_parity_ratio",
         "equal_opportunity_difference", "equalized_odds_difference" (None where fewer than two groups can be compared),
-        "p_value" of the true positive rates' gap (permutation) and "p_holm" corrected for the classes tested;
+        "p_value" of the true positive rates' gap and "p_holm" corrected for the classes tested;
         "num_left_out" and "note".
     """
     labels, pred = predictions.labels, predictions.pred
@@ -85,9 +86,8 @@ def one_vs_rest(
     for c in tested:
         kept = np.flatnonzero(large & (counts[0, :, c] >= MIN_CLASS_IMAGES))
         rows = np.flatnonzero((labels == c) & np.isin(code, kept))
-        units = None if clusters is None else np.unique(clusters[rows], return_inverse=True)[1]
         place = np.searchsorted(kept, code[rows])
-        p_values[c] = gap_test(pred[rows] == c, place, units, draws=draws, seed=seed).p_value
+        p_values[c] = gap_test(pred[rows] == c, place, sampling.take(rows), draws=draws, seed=seed).p_value
     corrected = dict(zip(tested, holm(list(p_values.values())), strict=True))
     size = summary["equal_opportunity_difference"]
     order = sorted(present, key=lambda c: -1.0 if np.isnan(size[c]) else size[c], reverse=True)
@@ -95,7 +95,7 @@ def one_vs_rest(
         {
             "class": predictions.class_names[c],
             "n": int(counts[0, :, c].sum()),
-            **_rates(c, labels, pred, code, names, large, clusters, confidence),
+            **_rates(c, labels, pred, code, names, large, sampling, confidence),
             **{name: None if np.isnan(values[c]) else float(values[c]) for name, values in summary.items()},
             "p_value": p_values.get(c),
             "p_holm": None if c not in corrected else float(corrected[c]),
@@ -145,7 +145,7 @@ def _rates(
     code: np.ndarray,
     names: Sequence[str],
     large: np.ndarray,
-    clusters: np.ndarray | None,
+    sampling: Sampling,
     confidence: float,
 ) -> dict[str, dict[str, Any]]:
     """The three rates of one class in every group that is large enough, with intervals."""
@@ -157,6 +157,5 @@ def _rates(
             ("tpr", inside & (labels == c)),
             ("fpr", inside & (labels != c)),
         ):
-            units = None if clusters is None else clusters[rows]
-            found[metric][names[g]] = number(mean_of(pred[rows] == c, units), confidence)
+            found[metric][names[g]] = number(mean_of(pred[rows] == c, sampling.take(np.flatnonzero(rows))), confidence)
     return found

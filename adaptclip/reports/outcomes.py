@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.grouping import encode, group_rows
+from adaptclip.evaluation.grouping import group_rows
+from adaptclip.evaluation.measuring import sampling_of
 from adaptclip.evaluation.outcomes import measure_outcome, two_sided
-from adaptclip.gate_rules import MIN_OUTCOMES, Outcome
+from adaptclip.gate_rules import Outcome
+from adaptclip.metrics.metric import MIN_OUTCOMES
 from adaptclip.reports.numbers import comparison, gap_of_means
 from adaptclip.types import Predictions
 
@@ -26,8 +28,8 @@ def outcome_overall(
     """Assesses an outcome on all images.
 
     Returns:
-        JSON-able dict: "name", "level", "positive", "threshold", "classes" (those that count as positive),
-        "num_positive", "num_negative", and "sensitivity", "specificity", "selection_rate", "auc" compared.
+        JSON-able dict: "name", "level", "positive", "threshold", "rule" (in words), "classes" (those that are
+        positive), "num_positive", "num_negative", and "sensitivity", "specificity", "selection_rate", "auc" compared.
     """
     labels = two_sided(predictions, outcome).labels
     values = predictions.class_names if outcome.level is None else predictions.levels[outcome.level]
@@ -36,6 +38,7 @@ def outcome_overall(
     return {
         **_names(outcome),
         "threshold": outcome.threshold,
+        "rule": outcome.rule_words,
         "classes": classes,
         "num_positive": int(labels.sum()),
         "num_negative": int(len(labels) - labels.sum()),
@@ -117,9 +120,10 @@ def _side_gap(
     code = np.repeat(np.arange(len(by_group)), [len(positions) for positions in by_group.values()])
     on_side = judged.labels[rows] == side
     rows, code = rows[on_side], code[on_side]
-    clusters = None if judged.clusters is None else encode(judged.clusters)[1][rows]
     right = judged.pred[rows] == judged.labels[rows]
-    return gap_of_means(right, code, list(by_group), clusters, what=what, min_group=MIN_OUTCOMES, **settings)[0]
+    return gap_of_means(
+        right, code, list(by_group), sampling_of(judged, rows), what=what, min_group=MIN_OUTCOMES, **settings
+    )[0]
 
 
 def _fairlearn_differences(judged: Predictions, by_group: dict[str, np.ndarray]) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptclip.evaluation.gaps import holm
+from adaptclip.metrics.gaps import holm
 from adaptclip.reports.bias_sections import p_cell, sentence
 from adaptclip.reports.blocks import (
     Block,

@@ -8,9 +8,9 @@ import numpy as np
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.comparisons import difference, harmonic, sign_test
-from adaptclip.evaluation.confidence import clusters_of
-from adaptclip.evaluation.estimates import Comparison, Measurement, measure
-from adaptclip.evaluation.gaps import holm
+from adaptclip.evaluation.measuring import measure, sampling_of
+from adaptclip.metrics.estimates import Comparison, Measurement
+from adaptclip.metrics.gaps import holm
 from adaptclip.reports.numbers import comparison, number
 from adaptclip.types import Predictions
 
@@ -50,7 +50,7 @@ def class_changes(
         measured = measure(predictions, baseline, metrics=("accuracy",), rows=positions, draws=draws, seed=seed)
         change = measured["accuracy"].change
         assert change is not None
-        p_value = sign_test(now[positions], before[positions], clusters_of(predictions, positions))
+        p_value = sign_test(now[positions], before[positions], sampling_of(predictions, positions).unit)
         rows.append({"class": name, "n": len(positions), "change": number(change, confidence), "p_value": p_value})
     adjusted = holm([row["p_value"] for row in rows])
     for row, p in zip(rows, adjusted, strict=True):

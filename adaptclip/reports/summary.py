@@ -9,11 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.estimates import measure
-from adaptclip.evaluation.grouping import align, encode
-from adaptclip.evaluation.metrics import absent_classes
-from adaptclip.evaluation.smooth import mean_of
-from adaptclip.gate_rules import BETWEEN, GENERAL_METRICS
+from adaptclip.evaluation.grouping import align
+from adaptclip.evaluation.measuring import measure, sampling_of
+from adaptclip.gate_rules import BETWEEN
+from adaptclip.metrics import GENERAL_METRICS, Metric, find_metric
+from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.rates import absent_classes
 from adaptclip.reports.bias import group_table
 from adaptclip.reports.numbers import comparison, number
 from adaptclip.reports.outcomes import outcome_overall
@@ -30,6 +31,7 @@ def build_report(
     baseline: Predictions | None = None,
     *,
     groups: Sequence[str] | None = None,
+    metrics: Sequence[Metric] = (),
     confidence: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -40,6 +42,7 @@ def build_report(
         predictions: the judged (adapted) model.
         baseline: zero-shot predictions of the same images in any order, or None.
         groups: attributes to report; None reports all there are, and the declared intersections.
+        metrics: of your own, reported beside GENERAL_METRICS and in groups (`Metric.of`).
         confidence: level of all two-sided intervals, between 0.5 and 1.
         draws: bootstrap draws, at least 1,000.
         seed: of the bootstrap; the same predictions and seed give the same report.
@@ -47,7 +50,8 @@ def build_report(
     Returns:
         JSON-able dict. A number is {"value", "low", "high", "n", "method", "note"}; a comparison is {"model",
         "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
-        "num_clusters", "absent_classes", "overall" (metric of GENERAL_METRICS -> comparison), "per_class" (list),
+        "num_clusters", "absent_classes", "metrics" (name -> `Metric.told`), "overall" (name of a metric -> comparison),
+        "per_class" (list),
         "outcomes" (list of `outcome_overall`), "groups" (attribute -> table of `group_table`; an intersection is called
         "sex × age_group"), "cautions" and "notes_on_input" (lists of sentences).
 
@@ -65,7 +69,8 @@ def build_report(
             if part not in predictions.groups:
                 raise DataError(f"unknown group attribute {part!r}. {did_you_mean(part, predictions.groups)}")
     base = None if baseline is None else align(predictions, baseline)
-    overall = measure(predictions, base, metrics=GENERAL_METRICS, draws=draws, seed=seed)
+    shown = [*map(find_metric, GENERAL_METRICS), *metrics]
+    overall = measure(predictions, base, metrics=shown, draws=draws, seed=seed)
     absent = absent_classes(predictions.labels, len(predictions.class_names))
     clusters = None if predictions.clusters is None else len(set(predictions.clusters))
     progress = tqdm(attributes, desc="report", unit="attribute", disable=None, leave=False)
@@ -77,10 +82,11 @@ def build_report(
         "num_classes": len(predictions.class_names),
         "num_clusters": clusters,
         "absent_classes": [predictions.class_names[i] for i in absent],
+        "metrics": {metric.name: metric.told() for metric in shown},
         "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
         "per_class": _class_rows(predictions, confidence),
         "outcomes": [outcome_overall(predictions, base, outcome, **settings) for outcome in predictions.outcomes],
-        "groups": {name: group_table(predictions, base, name, **settings) for name in progress},
+        "groups": {name: group_table(predictions, base, name, metrics=metrics, **settings) for name in progress},
         "cautions": _cautions(len(absent), len(predictions.class_names), attributes, clusters),
         "notes_on_input": list(predictions.notes),
     }
@@ -91,10 +97,10 @@ def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, A
     order = np.argsort(predictions.labels, kind="stable")
     sizes = np.bincount(predictions.labels, minlength=len(predictions.class_names))
     right = predictions.pred == predictions.labels
-    clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
+    sampling = sampling_of(predictions)
     rows = []
     for name, positions in zip(predictions.class_names, np.split(order, np.cumsum(sizes)[:-1]), strict=True):
-        accuracy = mean_of(right[positions], None if clusters is None else clusters[positions])
+        accuracy = mean_of(right[positions], sampling.take(positions))
         enough = len(positions) >= MIN_CLASS_IMAGES
         rows.append(
             {"class": name, "n": len(positions), "accuracy": number(accuracy, confidence), "sufficient": enough}

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import measure
-from adaptclip.evaluation.gaps import holm
-from adaptclip.evaluation.grouping import encode, group_rows, group_values
+from adaptclip.evaluation.grouping import group_rows, group_values
+from adaptclip.evaluation.measuring import measure, sampling_of
+from adaptclip.metrics.gaps import holm
 from adaptclip.reports.numbers import MIN_GROUP, comparison, gap_of_means
 from adaptclip.seeding import numpy_generator
 from adaptclip.types import Predictions
@@ -140,14 +140,13 @@ def _association(
         whole = measure(now, base, metrics=("accuracy",), **drawing)["accuracy"]
         found["overall"].append({"kind": kind, **comparison(whole, confidence)})
         hits = now.pred == 1
-        clusters = None if now.clusters is None else encode(now.clusters)[1]
         for attribute in predictions.groups:
             rows = []
             for group, positions in group_rows(now, attribute).items():
                 part = measure(now, base, metrics=("accuracy",), rows=positions, **drawing)["accuracy"]
                 rows.append({"group": group, "n": len(positions), **comparison(part, confidence)})
             names, code = group_values(now, attribute)
-            gap, _ = gap_of_means(hits, code, names, clusters, what=f"rate of {kind}", **settings)
+            gap, _ = gap_of_means(hits, code, names, sampling_of(now), what=f"rate of {kind}", **settings)
             found["groups"][attribute][kind] = {"rows": rows, "gap": gap}
     return found
 

@@ -20,11 +20,11 @@ import numpy as np
 from scipy.stats import binom
 
 from adaptclip.evaluation.comparisons import difference
-from adaptclip.evaluation.gaps import gap_test, holm
 from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.smooth import mean_of
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
+from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.gaps import gap_test, holm
 from adaptclip.types import Predictions
 
 GROUPS = (2, 6, 12)

@@ -178,7 +178,7 @@ def thresholds(**changes: Any) -> dict[str, Any]:
         ({"objective": {"name": "sigmoid", "thresholds": {"values": []}}}, "thresholds should have"),
         (thresholds(values=[0.5] * 9), "10 numbers from 0 to 1"),
         (thresholds(values=[0.5] * 9 + [1.5]), "10 numbers from 0 to 1"),
-        (thresholds(values=[0.5] * 9 + [float("nan")]), "10 numbers from 0 to 1"),
+        (thresholds(values=[0.5] * 9 + [float("nan")]), "holds NaN, which is no JSON"),
         (thresholds(values=[0.5] * 9 + ["0.5"]), "10 numbers from 0 to 1"),
         (thresholds(values=[0.5] * 9 + [True]), "10 numbers from 0 to 1"),
         (thresholds(values=[0.5] * 9 + [10**400]), "10 numbers from 0 to 1"),

@@ -147,7 +147,7 @@ def test_groups_too_small_for_calibration_are_inconclusive():
     model = by_site(a=(90, 100), b=(90, 100))
     thin = Predictions(model.ids, model.labels, np.random.default_rng(0).dirichlet(np.ones(8), 200).astype(np.float32),
                        model.class_names, model.groups)  # fmt: skip
-    found = one(thin, metric="ece", at_most=1.0, group="site")
+    found = one(thin, metric="ece", at_most=0.9, group="site")
     assert found.verdict == "inconclusive"
     assert "is not known: 100 images for" in found.reason
 
@@ -156,15 +156,17 @@ def test_mean_per_class_gate_says_which_classes_it_cannot_speak_for():
     model = judged(share(190, 200))
     missing = Predictions(model.ids, model.labels, np.pad(model.probs, ((0, 0), (0, 1))), (*model.class_names, "z"))
     found = one(missing, metric="mean_per_class_accuracy", at_least=0.8)
-    assert found.verdict == "pass"
-    assert "1 of 9 classes have no images here" in found.reason
+    # Nothing is known of a class without images, so a claim about all classes cannot be decided.
+    assert found.verdict == "inconclusive"
+    assert "0 images of the smallest class" in found.reason
+    assert one(model, metric="mean_per_class_accuracy", at_least=0.8).verdict == "pass"
 
 
 def test_many_images_of_few_patients_are_inconclusive():
     clusters = tuple(f"p{i % 5}" for i in range(400))
     found = one(judged(np.ones(400), clusters=clusters), at_least=0.5)
     assert found.verdict == "inconclusive"
-    assert "5 clusters, and at least 10 are needed" in found.reason
+    assert "5 clusters, and at least 8 are needed" in found.reason
     patients = judged(np.repeat(share(32, 40), 10), clusters=tuple(f"p{i // 10}" for i in range(400)))
     assert one(patients, at_least=0.72).verdict == "inconclusive"
     assert one(judged(np.repeat(share(32, 40), 10)), at_least=0.72).verdict == "pass"
@@ -199,7 +201,7 @@ def test_rules_that_do_not_fit_the_predictions():
         one(judged([True]), at_least=0.5, group="site")
     with pytest.raises(GateError, match="no zero-shot predictions were given"):
         one(model, no_worse_than="zero_shot")
-    with pytest.raises(GateError, match="with 5 classes every model has a top-5 accuracy of 1"):
+    with pytest.raises(GateError, match="top-5 accuracy says nothing about 5 classes"):
         one(judged([True, False], num_classes=5), metric="top5_accuracy", at_least=0.9)
     with pytest.raises(DataError, match="same images"):
         one(model, judged([True]), no_worse_than="zero_shot")
@@ -230,7 +232,6 @@ def test_load_gates(tmp_path):
         ("gates: [{at_least: 0.6, at_most: 0.9}]", "exactly one of"),
         ("gates: [{at_least: high}]", "gate 1: at_least: .*number.*'high'"),
         ("gates: [{at_least: 0.6, confidence: 95}]", "gate 1: confidence: .*less than 1.*95"),
-        ("gates: [{no_worse_than: coop}]", "gate 1: no_worse_than: .*zero_shot.*'coop'"),
         ("gates: [accuracy]", "gate 1 should be a mapping such as"),
         ("gates: {metric: accuracy}", 'a list of rules under the key "gates", got dict'),
         ("gate: []", 'unknown key "gate". Did you mean "gates"'),

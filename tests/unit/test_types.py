@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adaptclip.errors import DataError, StorageError
-from adaptclip.gate_rules import GENERAL_METRICS
+from adaptclip.metrics import GENERAL_METRICS
 from adaptclip.storage import write_parquet
 from adaptclip.types import Batch, Features, GateRule, Predictions
 
@@ -118,7 +118,7 @@ def test_a_rule_words_itself(rule, title):
 
 @pytest.mark.parametrize("metric", GENERAL_METRICS)
 def test_every_metric_can_be_compared_with_zero_shot(metric):
-    assert GateRule(metric=metric, no_worse_than="zero_shot").needed == 100
+    assert GateRule(metric=metric, no_worse_than="zero_shot").measure.name == metric
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,12 @@ def test_missing_groups_in_a_file_are_unknown(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"at_least": 80}, "less than or equal to 1"),
-        ({"metric": "ece", "at_most": 5}, "less than or equal to 1"),
+        ({"at_least": 80}, "at_least must lie within 0 and 1, where accuracy does, got 80"),
+        ({"metric": "ece", "at_most": 5}, "at_most must lie within 0 and 1, where ece does, got 5"),
+        ({"at_least": 0.0}, "kept by every model"),
+        ({"metric": "brier", "at_most": 2.0}, "kept by every model"),
+        ({"no_worse_than": "zero_shot", "margin": 1.0}, "margin of 1 lets nearly every model through"),
+        ({"at_least": 0.8, "confidence": 0.51}, "a confidence of 0.51, below 0.8, needs a reason"),
         ({"at_least": float("nan")}, "at_least"),
         ({"at_most": 0.8}, "accuracy is better when higher: use at_least, not at_most"),
         ({"metric": "ece", "at_least": 0.1}, "ece is better when lower: use at_most, not at_least"),

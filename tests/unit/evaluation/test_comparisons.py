@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import binomtest
 
 from adaptclip.evaluation.comparisons import difference, harmonic, sign_test
-from adaptclip.evaluation.gaps import holm
-from adaptclip.evaluation.smooth import mean_of
+from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.gaps import holm
 
 
 def share(right, n):

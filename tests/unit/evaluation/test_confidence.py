@@ -12,14 +12,13 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.confidence import (
-    brier_values,
     conformal_sets,
     fewest_validation_images,
     fit_temperature,
-    log_loss_values,
     selective_curve,
     with_temperature,
 )
+from adaptclip.metrics.calibration import brier_values, log_loss_values
 from adaptclip.types import Predictions
 
 

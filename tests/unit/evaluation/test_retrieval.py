@@ -5,8 +5,8 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.intervals import wilson
 from adaptclip.evaluation.retrieval import _effective_size, encode_captions, retrieval
+from adaptclip.metrics.intervals import wilson
 
 
 def features(count, seed, width=8):

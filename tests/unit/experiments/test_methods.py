@@ -16,12 +16,13 @@ import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.data.dataset import DomainData
 from adaptclip.errors import ConfigError
-from adaptclip.evaluation.metrics import ece
+from adaptclip.evaluation.measuring import judged
 from adaptclip.experiments import store as store_module
 from adaptclip.experiments.jobs import Grid, Worker, make_grid
 from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
 from adaptclip.experiments.search import Budget
 from adaptclip.experiments.store import FeatureStore
+from adaptclip.metrics import METRICS
 from adaptclip.types import Predictions
 
 
@@ -103,7 +104,7 @@ def test_a_method_gives_what_its_recipe_gives(method, make_worker, tiny, cache, 
     own = found["judged"]["test"]
     assert own["n"] == len(expected)
     assert own["accuracy"] == (expected.pred == expected.labels).mean()
-    assert own["ece"] == pytest.approx(ece(expected.probs, expected.labels), abs=1e-4)
+    assert own["ece"] == pytest.approx(METRICS["ece"].value(judged(expected)), abs=1e-4)
     if name != "zero_shot":
         assert found["trainable_parameters"] >= 0
         assert (found["train_images"], found["validation_images"]) == (20, 20)

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.taxonomy import ancestor_heights
+from adaptclip.metrics.taxonomy import ancestor_heights
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import MAX_CONFUSIONS, example_ids, fine_grained_report
 from adaptclip.reports.full import full_report

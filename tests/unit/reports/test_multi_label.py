@@ -15,6 +15,7 @@ from adaptclip.evaluation.grouping import align
 from adaptclip.evaluation.multi_label import RATES, Named, auc, mean_of_classes, pooled
 from adaptclip.evaluation.outcomes import coarsen
 from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.metrics.judged import Sampling
 from adaptclip.reports.full import full_report
 from adaptclip.reports.multi_label import how_chosen, multi_label_report, summary
 from adaptclip.reports.render import to_html, to_markdown
@@ -50,7 +51,7 @@ def thresholds(values: tuple[float, ...] = (0.4, 0.5, 0.6, 0.3), **fields: Any) 
 
 def named(p: Predictions, t: Thresholds) -> Named:
     assert p.sigmoid is not None
-    return Named(p.sigmoid, p.labels[:, None] == np.arange(4), p.sigmoid >= t.values)
+    return Named(p.sigmoid, p.labels[:, None] == np.arange(4), p.sigmoid >= t.values, Sampling.of(len(p)))
 
 
 def test_the_numbers_are_scikit_learns():
@@ -93,12 +94,12 @@ def test_the_numbers_are_scikit_learns():
 def test_intervals_are_as_wide_as_resampling_says(clustered):
     p, t = predictions(400, seed=1), thresholds()
     unit = np.arange(400) // 5 if clustered else None
-    images = replace(named(p, t), unit=unit)
+    images = replace(named(p, t), sampling=Sampling.of(400, unit))
     blocks = np.arange(400).reshape(-1, 5 if clustered else 1)
     rng = np.random.default_rng(0)
     rates: dict[str, Any] = {rate: lambda i, rate=rate: mean_of_classes(i, rate) for rate in RATES}
     rates |= {"micro f1": lambda i: pooled(i, "f1"), "auc": auc}
-    plain = replace(images, unit=None)
+    plain = replace(images, sampling=Sampling.of(400))
     for name, measure in rates.items():
         drawn = [
             measure(plain.take(blocks[rng.integers(0, len(blocks), len(blocks))].ravel())).value for _ in range(400)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
-from adaptclip.gate_rules import GENERAL_METRICS
+from adaptclip.metrics import GENERAL_METRICS
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
 
@@ -105,7 +105,7 @@ def test_clusters_are_said_and_used():
     clusters = tuple(f"p{i // 4}" for i in range(240))
     report = build_report(predictions(clusters=clusters))
     assert report["num_clusters"] == 60
-    assert "bootstrap" in report["overall"]["accuracy"]["model"]["method"]
+    assert "effective n" in report["overall"]["accuracy"]["model"]["method"]
     assert any("60 clusters" in caution for caution in report["cautions"])
 
 

@@ -4,14 +4,12 @@ What is used where:
 
 - a rate of independent images: Wilson's score interval, or the exact Clopper-Pearson bound where a wrong "yes" must be
   limited for certain (gates);
-- a rate of clustered images, and the mean of the classes' rates: the same formulas with an *effective* number of
-  images, the variance p(1-p) of one image divided by the bootstrap variance (Korn & Graubard 1998; Dean & Pagano 2015).
-  Percentiles of the bootstrap are not used for rates: near 0 and 1 they are too narrow, and empty when all is right;
+- everything else that is smooth (rates of clustered images, means of the classes' rates, F1, AUC, Brier score): the
+  same formulas with an *effective* number of images, the variance p(1-p) of one image divided by the number's own
+  (Korn & Graubard 1998; Dean & Pagano 2015), which `metrics.estimates` finds;
 - a change of a rate on the same images: Tango's score interval for paired proportions (Tango 1998), which stays honest
-  when no image changes; effective numbers as above;
+  when no image changes; effective numbers as above. Other changes: Student's t on the linearised variance;
 - the calibration error and its change: a bootstrap that allows for the estimate's upward bias (`CalibrationParts`);
-- the Brier score, and changes of it and of the AUC: Student's t on the linearised variance (`ScoreSpread`); an AUC
-  itself is bounded like a rate whose effective number of images gives the same variance;
 - a difference between two independent sets of images: each one's own bounds put together (`DifferenceSpread`).
 """
 
@@ -112,9 +110,9 @@ class Spread(Protocol):
         ...
 
 
-def _sized(size: float, cap: float, df: int | None, alpha: float) -> float:
-    """Shrinks an effective number for the degrees of freedom of its variance (Korn & Graubard 1998), up to `cap`."""
-    return min(cap, size if df is None else size * float(norm.isf(alpha) / t.isf(alpha, df)) ** 2)
+def _sized(size: float, cap: float, df: float | None, alpha: float) -> float:
+    """Shrinks an effective number, at most `cap`, for the degrees of freedom of its variance (Korn & Graubard 1998)."""
+    return min(cap, size) * (1.0 if df is None else float(norm.isf(alpha) / t.isf(alpha, df)) ** 2)
 
 
 @dataclass(frozen=True)
@@ -126,19 +124,17 @@ class RateSpread:
         size: effective number of images.
         cap: most images that `size` may stand for.
         df: degrees of freedom of the variance behind `size`; None where none was needed.
-        by: how that variance was found, for the report.
     """
 
     rate: float
     size: float
     cap: float
-    df: int | None = None
-    by: str = "bootstrap"
+    df: float | None = None
 
     @property
     def method(self) -> str:
         """Name of the method, for the report."""
-        return "wilson" if self.df is None else f"wilson, effective n by {self.by}"
+        return "wilson" if self.df is None else "wilson, effective n by linearisation"
 
     def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
         """Wilson's bound, or Clopper-Pearson's where `exact`."""
@@ -160,16 +156,22 @@ class PairedSpread:
     lost: float
     size: float
     cap: float
-    df: int | None = None
+    df: float | None = None
 
     @property
     def method(self) -> str:
         """Name of the method, for the report."""
-        return "tango" if self.df is None else "tango, effective n by bootstrap"
+        return "tango" if self.df is None else "tango, effective n by linearisation"
 
     def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
-        """Tango's score bound; `exact` changes nothing."""
-        return tango_bound(self.gained, self.lost, _sized(self.size, self.cap, self.df, alpha), side, alpha)
+        """Tango's score bound; where `exact`, not nearer than Student's t gives, as skewed changes ask for."""
+        size = _sized(self.size, self.cap, self.df, alpha)
+        bound = tango_bound(self.gained, self.lost, size, side, alpha)
+        if not exact:
+            return bound
+        change = self.gained - self.lost
+        half = float(norm.isf(alpha)) * float(np.sqrt(max(self.gained + self.lost - change**2, 0.0) / size))
+        return max(min(bound, change - half), -1.0) if side == "low" else min(max(bound, change + half), 1.0)
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,15 @@ class ScoreSpread:
     Attributes:
         value: the estimate.
         error: its standard error.
-        units: independent units behind it; also what a change of exactly nothing leaves uncertain.
+        units: independent units behind it, which is what a change of exactly nothing leaves uncertain.
+        df: degrees of freedom of the error.
         limits: lowest and highest value there can be.
     """
 
     value: float
     error: float
-    units: int
+    units: float
+    df: float
     limits: tuple[float, float]
 
     @property
@@ -197,9 +201,33 @@ class ScoreSpread:
         """Bound by Student's t; `exact` changes nothing."""
         # Where nothing varies, Tango's interval without any change: the score test's answer to "n times nothing".
         nothing = norm.isf(alpha) ** 2
-        half = max(float(t.isf(alpha, max(self.units - 1, 1))) * self.error, nothing / (self.units + nothing))
+        half = max(float(t.isf(alpha, self.df)) * self.error, nothing / (self.units + nothing))
         raw = self.value - half if side == "low" else self.value + half
         return float(np.clip(raw, *self.limits))
+
+
+@dataclass(frozen=True)
+class ScaledSpread:
+    """Uncertainty of a number on a scale other than 0 to 1.
+
+    Attributes:
+        spread: uncertainty of (number - low end) / (high end - low end).
+        low: low end of the scale.
+        high: high end of the scale.
+    """
+
+    spread: Spread
+    low: float
+    high: float
+
+    @property
+    def method(self) -> str:
+        """Name of the method, for the report."""
+        return self.spread.method
+
+    def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
+        """Bound on the number's own scale."""
+        return self.low + (self.high - self.low) * self.spread.bound(side, alpha, exact=exact)
 
 
 @dataclass(frozen=True)
@@ -254,7 +282,8 @@ class CalibrationParts:
         """
         noise = self.drawn - self.observed
         if not biased:
-            return noise @ np.sign(self.observed)
+            # A part of exactly zero may be of either sign; then the noise itself is what is not known.
+            return noise @ np.where(self.observed >= 0, 1.0, -1.0)
         truth = np.where(np.abs(self.observed) > 2.5 * noise.std(axis=0), self.observed, 0.0)
         return np.abs(truth + noise).sum(axis=1) - np.abs(truth).sum()
 

@@ -7,8 +7,9 @@ import pytest
 from sklearn.metrics import f1_score
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.intervals import wilson
-from adaptclip.evaluation.smooth import linearised, macro_f1_parts, mean_of
+from adaptclip.metrics.estimates import linearised, mean_of
+from adaptclip.metrics.f1 import macro_f1_parts
+from adaptclip.metrics.intervals import wilson
 
 
 @pytest.mark.parametrize("seed", range(5))

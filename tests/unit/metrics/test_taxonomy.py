@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.estimates import measure
+from adaptclip.evaluation.measuring import measure
 from adaptclip.evaluation.outcomes import coarsen
-from adaptclip.evaluation.taxonomy import ancestor_heights, least_severe
 from adaptclip.gate_rules import Outcome
+from adaptclip.metrics.taxonomy import ancestor_heights, least_severe
 from adaptclip.types import Predictions
 
 LEVELS = {

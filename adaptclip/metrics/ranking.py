@@ -1,7 +1,6 @@
-"""Metrics that are no plain rates, with the share that each image has in their error (influence): AUC and Brier score.
+"""The area under the ROC curve, alone and as a mean over classes, with each image's influence on it.
 
-The variance of such an estimate is the sum of the squared influences (the infinitesimal jackknife); images of a cluster
-are summed before they are squared. For one class this is DeLong's variance of the AUC (DeLong et al. 1988).
+The variance that follows from the influences is DeLong's (DeLong et al. 1988).
 """
 
 from __future__ import annotations
@@ -11,14 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adaptclip.metrics.estimates import Estimate
+from adaptclip.metrics.judged import Judged
+from adaptclip.metrics.metric import MIN_OUTCOMES, Metric, Support
+from adaptclip.metrics.rates import absent_words, class_weights, classes_support
+
 
 @dataclass(frozen=True)
-class Linearised:
-    """An estimate and what each image did to it.
+class Area:
+    """A mean area under ROC curves.
 
     Attributes:
-        value: the estimate.
-        influence: (N,) adds up to 0; its squares add up to the variance of the estimate if images are independent.
+        value: the area, 0 to 1.
+        influence: (N,) adds up to 0.
         least: lower limit of the variance, where a handful of images shows too little of it.
     """
 
@@ -27,31 +31,7 @@ class Linearised:
     least: float = 0.0
 
 
-def variance(influence: np.ndarray, unit: np.ndarray) -> float:
-    """Variance of an estimate from the influence of its images.
-
-    Args:
-        influence: (N,) as in Linearised, or the difference of two for a paired change.
-        unit: (N,) the unit (cluster, or the image itself) of each image, 0 to U - 1; at least two units.
-    """
-    by_unit = np.bincount(unit, influence)
-    num = len(by_unit)
-    return float((by_unit**2).sum() * num / (num - 1))
-
-
-def brier_score(probs: np.ndarray, labels: np.ndarray) -> Linearised:
-    """Brier score: mean over the images of the squared errors of all classes' probabilities, 0 to 2 (Brier 1950).
-
-    Args:
-        probs: (N, C) class probabilities.
-        labels: (N,) true class ids.
-    """
-    own = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    each = np.einsum("nc,nc->n", probs, probs, dtype=np.float64) - 2 * own + 1
-    return Linearised(float(each.mean()), (each - each.mean()) / len(each))
-
-
-def macro_auc(probs: np.ndarray, labels: np.ndarray) -> Linearised | None:
+def macro_auc(probs: np.ndarray, labels: np.ndarray) -> Area | None:
     """Mean over the classes of the area under the ROC curve of the class against the rest, 0 to 1; ties count half.
 
     Classes without an image, or with nothing but their own images, are left out of the mean.
@@ -67,7 +47,7 @@ def macro_auc(probs: np.ndarray, labels: np.ndarray) -> Linearised | None:
     return _mean_auc(probs, counts, lambda c: labels == c)
 
 
-def mean_auc(probs: np.ndarray, positive: np.ndarray) -> Linearised | None:
+def mean_auc(probs: np.ndarray, positive: np.ndarray) -> Area | None:
     """As `macro_auc`, where an image may be of several classes or of none.
 
     Args:
@@ -77,7 +57,7 @@ def mean_auc(probs: np.ndarray, positive: np.ndarray) -> Linearised | None:
     return _mean_auc(probs, positive.sum(axis=0), lambda c: positive[:, c])
 
 
-def _mean_auc(probs: np.ndarray, counts: np.ndarray, positive_of: Callable[[int], np.ndarray]) -> Linearised | None:
+def _mean_auc(probs: np.ndarray, counts: np.ndarray, positive_of: Callable[[int], np.ndarray]) -> Area | None:
     """Mean AUC of the classes of which `counts` (C,) images are and others are not."""
     usable: list[int] = np.flatnonzero((counts > 0) & (counts < len(probs))).tolist()
     if not usable:
@@ -88,15 +68,9 @@ def _mean_auc(probs: np.ndarray, counts: np.ndarray, positive_of: Callable[[int]
         area, of_positives, of_negatives = _one_class(probs[positive, c], probs[~positive, c])
         total += area
         least += _hanley_mcneil(area, len(of_positives), len(of_negatives))
-        influence[positive] += _centred(of_positives - area)
-        influence[~positive] += _centred(of_negatives - area)
-    return Linearised(total / len(usable), influence / len(usable), least / len(usable) ** 2)
-
-
-def _centred(deviations: np.ndarray) -> np.ndarray:
-    """Influence of the images of one side: squares add up to their sample variance over their number."""
-    num = len(deviations)
-    return deviations / np.sqrt(num * max(num - 1, 1))
+        influence[positive] += (of_positives - area) / len(of_positives)
+        influence[~positive] += (of_negatives - area) / len(of_negatives)
+    return Area(total / len(usable), influence / len(usable), least / len(usable) ** 2)
 
 
 def _hanley_mcneil(area: float, positives: int, negatives: int) -> float:
@@ -122,3 +96,33 @@ def _one_class(positives: np.ndarray, negatives: np.ndarray) -> tuple[float, np.
     of_positives = np.empty(len(ranked))
     of_positives[order] = (beaten + reached) / (2 * len(negatives))
     return float(of_negatives.mean()), of_positives, of_negatives
+
+
+def _auc(judged: Judged) -> Estimate:
+    found = macro_auc(judged.probs, judged.labels)
+    assert found is not None  # `_one_class_only` has left out images of a single class
+    weights = class_weights(judged.labels, judged.counts)
+    note = "" if judged.num_classes == 2 else absent_words(judged)
+    return Estimate(found.value, found.influence, weights, judged.labels, least=found.least, note=note)
+
+
+def _one_class_only(judged: Judged) -> str:
+    if judged.ranked is not None or not judged.confident:
+        return "the predictions do not hold the probabilities of all classes"
+    return "AUC needs images of two classes" if len(np.unique(judged.labels)) < 2 else ""
+
+
+def _smaller_side(judged: Judged) -> tuple[Support, ...]:
+    return (Support(int(judged.counts.min()), "images on the smaller side", MIN_OUTCOMES),)
+
+
+MACRO_AUC = Metric(
+    "macro_auc", "AUC (mean of the classes)", "AUC", _auc, per_cent=False, over_classes=True, undefined=_one_class_only,
+    support=lambda judged: _smaller_side(judged) if judged.num_classes == 2 else classes_support(judged),
+    is_general=True, in_groups=True,
+)  # fmt: skip
+
+AUC = Metric(
+    "auc", "AUC", "AUC", _auc, per_cent=False, of_outcome=True, sides=(1, 0), undefined=_one_class_only,
+    support=_smaller_side,
+)  # fmt: skip

@@ -1,0 +1,39 @@
+"""Metrics, one object each, and the statistics under them. Nothing here knows of cards, runs or reports.
+
+A metric of your own is made with `Metric.of` (any function of true classes and probabilities) or `Metric` (with its own
+influence), and passed wherever a metric's name is: `GateRule(metric=mine, at_least=0.8)`.
+"""
+
+from __future__ import annotations
+
+from adaptclip.errors import DataError, did_you_mean
+from adaptclip.metrics.calibration import BRIER, ECE
+from adaptclip.metrics.f1 import MACRO_F1
+from adaptclip.metrics.metric import Metric as Metric
+from adaptclip.metrics.ranking import AUC, MACRO_AUC
+from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (ACCURACY, MEAN_PER_CLASS, TOP5, ECE, BRIER, MACRO_AUC, MACRO_F1, *OUTCOME_RATES, AUC)
+}
+"""Name -> metric, of all that come with the package."""
+
+GENERAL_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_general)
+"""Metrics of any classifier that every report shows."""
+
+GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_groups)
+"""Those that are shown of every group."""
+
+
+def find_metric(metric: Metric | str) -> Metric:
+    """Returns the metric of that name; a metric is returned as it is.
+
+    Raises:
+        DataError: there is none; the message holds the nearest name.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if metric not in METRICS:
+        raise DataError(f"unknown metric {metric!r}. {did_you_mean(metric, METRICS)}")
+    return METRICS[metric]
