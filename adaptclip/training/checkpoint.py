@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adaptclip.errors import ArtifactError, StorageError, TrainingError
-from adaptclip.storage import digest, parse_json, write_bytes
+from adaptclip.storage import check_is_file, digest, parse_json, write_bytes
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 _PARTS = {"step", "adapter", "optimizer", "scheduler", "mitigation", "scaler", "random"}
@@ -155,8 +155,9 @@ def _remove_all_but(newest: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        check_is_file(path)
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise TrainingError(f"cannot read the checkpoint {path}: {error}") from error
     if digest(content)[:16] != path.name.removesuffix(".safetensors")[-16:]:
         raise TrainingError(

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import SplitError, StorageError, TrainingError
-from adaptclip.storage import parse_json, read_json, write_json, write_text, write_yaml
+from adaptclip.storage import check_is_file, parse_json, read_json, write_json, write_text, write_yaml
 from adaptclip.training.checkpoint import newest_checkpoint, step_of
 from adaptclip.training.provenance import changes
 
@@ -255,10 +255,10 @@ def _cut_metrics(path: Path, last_step: int) -> None:
 
     Lines that cannot be read, as a machine leaves them that lost its power, are left out, and that is said.
     """
-    try:
-        text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
+    text = ""
+    if path.exists():
+        check_is_file(path)
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")
     *whole, _ = text.split("\n")  # a last line without its end was being written
     kept, damaged = [], 0
     for line in whole:
