@@ -8,8 +8,9 @@ no code.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,48 @@ def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | No
         raise BackboneError(f"{where} names the text encoder {encoder!r}, which is not a repository of the hub")
     if weights is not None:
         _check_fill(parameters, weights, where)
+
+
+def check_preprocess(preprocess: Any, *, where: str) -> None:
+    """Refuses a `preprocess_cfg` that open_clip would stumble over, or take for another one without a word.
+
+    Raises:
+        BackboneError: naming the entry.
+    """
+    if not isinstance(preprocess, Mapping):
+        raise BackboneError(f"{where}: preprocess_cfg should be an object, got {type(preprocess).__name__}")
+    for name, value in preprocess.items():
+        if name not in _PREPROCESS:
+            warnings.warn(
+                f"{where}: the entry {name!r} of preprocess_cfg is passed over. {did_you_mean(str(name), _PREPROCESS)}",
+                stacklevel=5,
+            )
+            continue
+        allowed, fits = _PREPROCESS[name]
+        if not fits(value):
+            raise BackboneError(f"{where}: {name} of preprocess_cfg should be {allowed}, got {value!r:.80}")
+
+
+def _three(value: Any, least: float) -> bool:
+    numbers = value if isinstance(value, list) else []
+    return len(numbers) == 3 and all(type(v) in (int, float) and least < v < float("inf") for v in numbers)
+
+
+def _side(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(type(side) is int and 0 < side <= LIMITS["image_size"] for side in sides)
+
+
+_PREPROCESS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "mean": ("three numbers", lambda value: _three(value, -float("inf"))),
+    "std": ("three numbers above 0", lambda value: _three(value, 0)),
+    "interpolation": ("bicubic, bilinear or random", lambda value: value in ("bicubic", "bilinear", "random")),
+    "resize_mode": ("shortest, longest or squash", lambda value: value in ("shortest", "longest", "squash")),
+    "mode": ("RGB", lambda value: value == "RGB"),
+    "fill_color": ("a whole number or three of them", lambda value: type(value) is int or _three(value, -1)),
+    "size": ("one or two whole numbers of pixels", _side),
+}
+"""Entry of a preprocess_cfg -> what it should be, in words, and whether a value is that."""
 
 
 def resolve_text_encoder(folder: Path, text_cfg: Mapping[str, Any], weights: Path) -> dict[str, Any] | None:

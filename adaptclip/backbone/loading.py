@@ -18,6 +18,7 @@ from torch import nn
 from adaptclip.backbone.config_checks import (
     check_archive,
     check_config,
+    check_preprocess,
     check_tokenizer,
     read_config,
     resolve_text_encoder,
@@ -263,10 +264,18 @@ def _local_source(name: str) -> Source:
             f"preprocess_cfg, and the weights as {_KNOWN_WEIGHTS[0]}."
         )
     config = read_config(file)
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config.get("model_cfg", ())):
-        raise BackboneError(f"{file} needs a model_cfg with embed_dim, vision_cfg and text_cfg")
+    told = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(told, dict) or not all(isinstance(told.get(part), dict) for part in ("vision_cfg", "text_cfg")):
+        raise BackboneError(
+            f"{file} is not a model configuration of open_clip: it needs a model_cfg with embed_dim, vision_cfg and "
+            "text_cfg"
+        )
+    if type(told.get("embed_dim")) is not int:
+        raise BackboneError(f"{file}: embed_dim of model_cfg should be a whole number, got {told.get('embed_dim')!r}")
     if not config.get("preprocess_cfg"):
         warnings.warn(f"{file} has no preprocess_cfg: OpenAI's mean and standard deviation are used", stacklevel=4)
+    else:
+        check_preprocess(config["preprocess_cfg"], where=str(file))
     weights, model_cfg = _find_weights(folder), config["model_cfg"]
     text_cfg = resolve_text_encoder(folder, model_cfg["text_cfg"], weights)
     hidden = {"text_cfg": {**model_cfg["text_cfg"], "hf_model_name": None}} if text_cfg else {}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_kinds import KINDS, write_kind
 
 from adaptclip.backbone import load_backbone
-from adaptclip.backbone.config_checks import MAX_CONFIG_BYTES, check_archive, check_config
+from adaptclip.backbone.config_checks import MAX_CONFIG_BYTES, check_archive, check_config, check_preprocess
 from adaptclip.backbone.saving import save_open_clip
 from adaptclip.errors import BackboneError
 
@@ -208,3 +208,37 @@ def test_a_torch_archive_loads_as_safetensors_do(bundle):
     torch.save(load_file(weights), bundle / "open_clip_pytorch_model.bin")
     weights.unlink()
     assert load_backbone(f"local-dir:{bundle}").digest == digest
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (
+            "interpolation",
+            "bicubjc",
+            "interpolation of preprocess_cfg should be bicubic, .*, got 'bicubjc'",
+        ),
+        ("resize_mode", "x", "shortest, longest or squash"),
+        ("mean", 7.25, "mean of preprocess_cfg should be three numbers, got 7.25"),
+        ("mean", [0.5], "three numbers"),
+        ("mean", ["a", "b", "c"], "three numbers"),
+        ("std", None, "three numbers above 0"),  # open_clip would take OpenAI's without a word
+        ("std", [0, 1, 1], "three numbers above 0"),
+        ("std", [0.5, 0.5, -0.5], "three numbers above 0"),
+        ("mode", "CMYK", "should be RGB"),
+        ("fill_color", "x", "a whole number or three of them"),
+        ("size", [224, 0], "one or two whole numbers of pixels"),
+        ("size", True, "one or two whole numbers of pixels"),
+    ],
+)
+def test_preprocessing_that_no_model_has_is_refused(entry, value, message):
+    check_preprocess({"mean": [0.5, 0.4, 0.3], "std": [1, 0.5, 0.5], "size": [224, 224], "fill_color": 0}, where="x")
+    with pytest.raises(BackboneError, match=message):
+        check_preprocess({entry: value}, where="x")
+
+
+def test_preprocessing_that_is_passed_over_is_said():
+    with pytest.warns(UserWarning, match="'stx' of preprocess_cfg is passed over. Did you mean \"std\""):
+        check_preprocess({"stx": [1, 1, 1]}, where="x")
+    with pytest.raises(BackboneError, match="should be an object, got list"):
+        check_preprocess([1], where="x")
