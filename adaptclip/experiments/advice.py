@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from adaptclip.experiments.methods import METHODS
 from adaptclip.experiments.progress import duration
 from adaptclip.experiments.protocols import HARMONIC_MEAN
-from adaptclip.experiments.summary import Estimate, Row, estimate, paired, values_by_cell
+from adaptclip.experiments.summary import Estimate, Row, estimate, honest_difference, paired, values_by_cell
 from adaptclip.experiments.tables import METRIC_NAMES, shots_in_words
 
 CHEAPER_BY_S = 1.0
@@ -63,7 +63,8 @@ def _sentence(column: dict[str, dict[int, float]], cost: dict[str, float]) -> st
     if all(d is None or d.half is None for d in differences.values()):
         return f"{text} With one seed, nothing can be said about whether another is worse; give three or more --seeds."
     cheaper = [m for m in column if 2 * cost[m] <= cost[best] and cost[best] - cost[m] >= CHEAPER_BY_S]
-    as_good = [m for m in cheaper if (d := differences[m]) is not None and not d.is_clear]
+    reach = honest_difference({m: v for m, v in column.items() if set(v) == set(column[best])}) or 0.0
+    as_good = [m for m in cheaper if differences[m] is not None and means[best].mean - means[m].mean <= reach]
     if as_good:
         take = max(as_good, key=lambda m: (means[m].mean, -cost[m]))
         gap = differences[take]

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t
+import numpy as np
+from scipy.stats import studentized_range, t
 
 from adaptclip.experiments.methods import METHODS
 
@@ -21,6 +22,9 @@ ALL_CARDS = "mean of the cards"
 
 KEYS = ("protocol", "card", "target", "method", "shots", "seed")
 """Columns that together name a row."""
+
+FALL = 0.05
+"""A seed counts as collapsed only where it lies further below the others than this, 5 points."""
 
 TIMES = ("fit_s", "total_s")
 """Columns that differ between runs of the same jobs."""
@@ -143,8 +147,10 @@ class Cell:
         value: mean over seeds.
         learns: False where the value does not depend on images, so that it has no interval over seeds.
         best: the highest mean of its column.
-        tied: not best, and the interval of its paired difference to the best includes 0.
+        tied: not best, and no further behind than noise alone puts one of so many equal methods.
         full: all seeds are there.
+        collapsed: seeds that fell far out of line with all others, each with its value. Such a cell is no mean with a
+            spread around it: it shows the median and no interval, and takes no part in the comparison.
     """
 
     value: Estimate
@@ -152,23 +158,79 @@ class Cell:
     best: bool = False
     tied: bool = False
     full: bool = True
+    collapsed: tuple[tuple[int, float], ...] = ()
 
 
 def column_cells(column: Mapping[str, Values], num_seeds: int) -> dict[str, Cell]:
     """Returns the cells of one column, with its best marked and those that may be as good.
 
     Only methods with all seeds take part in the comparison. With one seed there is a best and no interval, so none is
-    marked as tied. The intervals are not adjusted for the number of methods.
+    marked as tied. The best was picked among all, so what may be as good is everything within Tukey's honest
+    significant difference of it: where all methods are equal, each is marked in 95 % of cases.
     """
-    estimates = {method: estimate(list(values.values())) for method, values in column.items()}
-    full = [method for method, found in estimates.items() if found.n == num_seeds]
+    fallen = collapsed_seeds(column)
+    values = {
+        method: {seed: value for seed, value in own.items() if method not in fallen} or own
+        for method, own in column.items()
+    }
+    estimates = {method: estimate(list(own.values())) for method, own in column.items()}
+    for method in fallen:
+        middle = statistics.median(column[method].values())
+        estimates[method] = Estimate(middle, None, len(column[method]))
+    full = [method for method, found in estimates.items() if found.n == num_seeds and method not in fallen]
     best = max(full, key=lambda method: estimates[method].mean, default=None)
+    reach = honest_difference({method: values[method] for method in full})
     cells = {}
     for method, found in estimates.items():
-        difference = paired(column[method], column[best]) if best is not None else None
         tied = (
-            method in full and method != best and difference is not None and difference.half is not None
-            and not difference.is_clear
+            best is not None and method in full and method != best and reach is not None
+            and estimates[best].mean - found.mean <= reach
         )  # fmt: skip
-        cells[method] = Cell(found, METHODS[method].learns, method == best, tied, method in full)
+        cells[method] = Cell(
+            found, METHODS[method].learns, method == best, tied, found.n == num_seeds, fallen.get(method, ())
+        )
     return cells
+
+
+def honest_difference(column: Mapping[str, Values]) -> float | None:
+    """Tukey's honest significant difference at 95 % between the means of methods on the same seeds.
+
+    Seeds are blocks: a draw of images that suits one method suits others too (a two-way layout without interaction).
+    Methods that no seed changes tell nothing of noise. With two methods this is the paired t interval.
+
+    Args:
+        column: method -> values; each has the same seeds.
+
+    Returns:
+        None with fewer than two methods that vary, or a single seed.
+    """
+    table = np.array([[own[seed] for seed in sorted(own)] for own in column.values() if len(set(own.values())) > 1])
+    compared = len(column)
+    if table.ndim != 2 or table.shape[1] < 2 or compared < 2:
+        return None
+    methods, seeds = table.shape
+    if methods == 1:  # against methods that no seed changes: its own t interval
+        return float(t.ppf(1 - 0.025 / (compared - 1), seeds - 1) * table.std(ddof=1) / math.sqrt(seeds))
+    rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+    df = (methods - 1) * (seeds - 1)
+    error = math.sqrt(float((rest**2).sum()) / df / seeds)
+    return float(studentized_range.ppf(0.95, compared, df)) * error
+
+
+def collapsed_seeds(column: Mapping[str, Values]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Returns method -> the seeds whose value fell far below its others, each with its value.
+
+    Far is more than FALL and more than six robust standard deviations (of all methods' seeds about their medians), so
+    that a method whose seeds all scatter is not accused of one.
+    """
+    middles = {method: statistics.median(own.values()) for method, own in column.items() if len(own) >= 3}
+    apart = [abs(value - middles[m]) for m in middles for value in column[m].values() if METHODS[m].learns]
+    if not apart:
+        return {}
+    usual = 1.4826 * statistics.median(apart)
+    found = {}
+    for method, middle in middles.items():
+        low = [(seed, value) for seed, value in column[method].items() if middle - value > max(FALL, 6 * usual)]
+        if low and 2 * len(low) < len(column[method]):
+            found[method] = tuple(sorted(low))
+    return found

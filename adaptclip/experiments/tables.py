@@ -21,9 +21,12 @@ from adaptclip.metrics import METRICS
 METRIC_NAMES = {name: metric.words for name, metric in METRICS.items() if metric.is_general and metric.decides}
 """Metrics that tables can show, in words."""
 
-MARKS = "Best of a column bold; † marks what is not significantly worse than it (the 95 % interval of the paired \
-difference includes 0, not adjusted for the number of methods)."
+MARKS = "Best of a column bold; † marks what is not significantly worse than it (within Tukey's honest significant \
+difference at 95 %, which allows for the number of methods)."
 
+
+COLLAPSED = "‡: median; the seed named fell far below the others, so that a mean would describe neither. Such a cell \
+takes no part in the comparison: look into that run before you report it."
 
 DIFFERENCES = "Points, paired by seed, mean ± half of the 95 % t interval. Bold: the interval excludes 0."
 
@@ -86,7 +89,9 @@ def result_tables(rows: Sequence[Row], *, metric: str, baseline: str, num_seeds:
             title = f"{card}: {METRIC_NAMES[metric]}, {title}"
             marked = [column_cells(column, num_seeds) for column in columns]
             lines = tuple((m, tuple(_mean_entry(column.get(m)) for column in marked)) for m in methods)
-            tables.append(ResultTable(title, heads, lines, note))
+            fell = any(cell.collapsed for column in marked for cell in column.values())
+            said = f"{note} {COLLAPSED}" if fell else note
+            tables.append(ResultTable(title, heads, lines, said))
             if baseline in methods and len(methods) > 1:
                 lines = tuple((m, _differences(columns, m, baseline)) for m in methods if m != baseline)
                 tables.append(ResultTable(f"{title}, difference to {baseline}", heads, lines, DIFFERENCES))
@@ -135,6 +140,9 @@ def _mean_entry(cell: Cell | None) -> Entry | None:
     if cell is None:
         return None
     found = cell.value
+    if cell.collapsed:
+        seeds = ", ".join(f"seed {seed}: {100 * value:.1f}" for seed, value in cell.collapsed)
+        return Entry(f"{100 * found.mean:.1f} ‡ ({seeds})")
     half = f" ± {100 * found.half:.1f}" if found.half is not None and cell.learns else ""
     short = "" if cell.full else f" (n = {found.n})"
     return Entry(f"{100 * found.mean:.1f}{half}{short}", cell.best, cell.tied)

@@ -22,6 +22,7 @@ from adaptclip.experiments.summary import (
     clear_falls,
     column_cells,
     estimate,
+    honest_difference,
     paired,
     tidy_rows,
     values_by_cell,
@@ -87,6 +88,46 @@ def test_the_best_is_bold_and_only_what_may_be_as_good_is_marked():
     alone = column_cells({m: {1: v[1]} for m, v in column.items()}, 1)
     assert [m for m, c in alone.items() if c.best] == ["tip"]
     assert not any(c.tied for c in alone.values())
+
+
+def test_equal_methods_are_all_marked_in_95_per_cent_and_one_pair_is_students_t():
+    rng = np.random.default_rng(0)
+    names = [name for name, method in METHODS.items() if method.learns][:8]
+    left_out = 0
+    for _ in range(400):
+        draws = rng.normal(0, 0.02, 3)
+        column = {m: {s: 0.7 + draws[s] + float(rng.normal(0, 0.01)) for s in range(3)} for m in names}
+        cells = column_cells(column, 3)
+        left_out += sum(c.best or c.tied for c in cells.values()) < 8
+    assert left_out / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)  # 43 % when each was compared with the best alone
+    pair = {"coop": {1: 0.8, 2: 0.82, 3: 0.81}, "gda": {1: 0.79, 2: 0.83, 3: 0.80}}
+    difference = paired(pair["coop"], pair["gda"])
+    assert difference is not None
+    assert honest_difference(pair) == pytest.approx(difference.half, rel=1e-6)
+    assert honest_difference({"coop": pair["coop"]}) is None
+
+
+def test_a_seed_that_collapses_is_named_and_not_averaged():
+    column = {
+        "coop": {1: 0.80, 2: 0.66, 3: 0.81},
+        "gda": {1: 0.79, 2: 0.80, 3: 0.80},
+        "clap": {1: 0.78, 2: 0.80, 3: 0.79},
+    }
+    cells = column_cells(column, 3)
+    assert cells["coop"].collapsed == ((2, 0.66),)
+    assert (cells["coop"].value.mean, cells["coop"].value.half) == (0.80, None)
+    assert [m for m, c in cells.items() if c.best] == ["gda"]
+    assert not cells["coop"].tied
+    assert cells["clap"].tied
+    scattered = {"coop": {1: 0.80, 2: 0.70, 3: 0.90}, "gda": {1: 0.60, 2: 0.75, 3: 0.88}}
+    assert not any(c.collapsed for c in column_cells(scattered, 3).values())
+    results = [result(m, s, v) for m, own in column.items() for s, v in own.items()]
+    means = result_tables(tidy_rows(results), metric="accuracy", baseline="zero-shot", num_seeds=3)[0]
+    assert dict(means.rows)["coop"] == (Entry("80.0 ‡ (seed 2: 66.0)"),)
+    assert "‡: median" in means.note
+    assert (
+        "‡" not in result_tables(tidy_rows(results[3:]), metric="accuracy", baseline="zero-shot", num_seeds=3)[0].note
+    )
 
 
 def test_the_mean_of_cards_takes_seeds_that_all_cards_have():
