@@ -25,6 +25,7 @@ from adaptclip.adapters import ADAPTERS, Adapter
 from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact_checks import check_files, check_kinds, check_manifest_bytes, check_objective, check_sizes
 from adaptclip.backbone import ClipBackbone, load_backbone
+from adaptclip.backbone.loading import local_folders
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, StorageError, did_you_mean
@@ -65,17 +66,17 @@ def save_artifact(
         report: the report on the test split (`full_report`, or `build_report`).
         verdicts: the gates' verdicts; an artifact with a failed gate is loaded only on purpose.
         thresholds: of an adapter of the sigmoid objective; None is 0.5 for every class.
-        overwrite: replace an existing folder.
+        overwrite: replace an earlier artifact.
 
     Raises:
-        StorageError: the folder exists already or cannot be written.
+        StorageError: the folder exists already, is no artifact, or cannot be written (see `adaptclip.outputs`).
     """
     card = data.card
     told = {}
     if objective_of(adapter) == "sigmoid":
         used = thresholds or even_thresholds(data.class_names)
         told = {"objective": {"name": "sigmoid", "thresholds": used.to_dict()}}
-    with atomic_folder(path, overwrite=overwrite) as folder:
+    with atomic_folder(path, "artifact", overwrite=overwrite, inputs=local_folders(backbone.name)) as folder:
         manifest = {
             "format_version": FORMAT_VERSION,
             "method": method,
@@ -159,9 +160,7 @@ def load(
         ArtifactError: the folder is missing, damaged, of a newer format, or was trained on other backbone weights or
             with other prompts; or a gate failed and `allow_failed_gates` is false.
     """
-    folder = Path(path)
-    if not (folder / "manifest.json").is_file() and (folder / "artifact").is_dir():
-        folder = folder / "artifact"
+    folder = artifact_folder(path)
     manifest = _read_manifest(folder)
     _check_verdicts(folder, manifest, allow_failed_gates)
     trained = manifest["backbone"]
@@ -182,6 +181,13 @@ def load(
     except StorageError as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from error
     return AdaptedModel(adapter.to(device).eval(), model, manifest, folder=folder)
+
+
+def artifact_folder(path: Path | str) -> Path:
+    """Returns the artifact that a path stands for: itself, or the one in a run folder or an upload folder."""
+    folder = Path(path)
+    holds_one = not (folder / "manifest.json").is_file() and (folder / "artifact").is_dir()
+    return folder / "artifact" if holds_one else folder
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -55,8 +55,10 @@ class FeatureCache:
     """
 
     def __init__(self, root: Path | str | None) -> None:
-        """Remembers under `root`; None keeps nothing on disk."""
+        """Remembers under `root`; None keeps nothing on disk. Raises StorageError when it is a file."""
         self.root = Path(root) if root is not None else None
+        if self.root is not None and self.root.exists() and not self.root.is_dir():
+            raise StorageError(f"the feature cache {self.root} is a file; give a folder (--cache)")
 
     def get(
         self,

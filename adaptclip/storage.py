@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,17 @@ def digest(*parts: bytes | str | Iterable[str]) -> str:
 
 def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary sibling, forces it to disk and moves it over `path`."""
+    check_plain(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
+        name = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+        # Not mkstemp: the file should have the permissions that the user's umask gives it.
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = name
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except (OSError, pa.ArrowException, safetensors.SafetensorError) as error:
         raise StorageError(
@@ -60,6 +61,17 @@ def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_plain(path: Path) -> None:
+    """Raises StorageError where no file may be written: at a link, a folder or a device."""
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError):
+        return  # nothing is there, or writing will say what is wrong
+    if not stat.S_ISREG(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise StorageError(f"cannot write {path}: it is {what}, and only a plain file is replaced; choose another name")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 import adaptclip as ac
+from adaptclip.backbone.loading import local_folders
+from adaptclip.data.rows import card_places
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.experiments.board import Board, launch_id
 from adaptclip.experiments.jobs import Worker, make_grid
@@ -28,6 +30,7 @@ from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_target
 from adaptclip.experiments.runner import run_jobs, take_place
 from adaptclip.experiments.search import Budget
 from adaptclip.experiments.store import FeatureStore
+from adaptclip.outputs import check_folder
 from adaptclip.storage import write_yaml
 from adaptclip.terminal import say
 
@@ -90,6 +93,11 @@ def main(cfg: Config) -> int:
     """Cards → few-shot splits → jobs, shared out over the processes → results → tables, curves, page, advice."""
     launch = launch_id()
     check(cfg)
+    cards = [ac.load_card(name) for name in (*cfg.cards, *cfg.targets)]
+    check_names([card.name for card in cards])
+    places = [card_places(card, cfg.data_root) for card in cards]
+    read = [cfg.cache, *local_folders(cfg.backbone), *(path for own, _ in places for path in own)]
+    check_folder(cfg.out, "bench", overwrite=True, inputs=read, roots=[path for _, roots in places for path in roots])
     place = take_place(cfg.threads)
     methods = choose_methods(cfg.methods, new_names=PROTOCOLS[cfg.protocol].new_names)
     changes = cfg.settings
@@ -99,8 +107,6 @@ def main(cfg: Config) -> int:
     budget = Budget(cfg.search_trials, cfg.search_seconds) if cfg.search_trials else None
 
     accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
-    cards = [ac.load_card(name) for name in (*cfg.cards, *cfg.targets)]
-    check_names([card.name for card in cards])
     data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
     sources = {own.card.name: own for own in data[: len(cfg.cards)]}
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)

@@ -156,6 +156,12 @@ def create(source: Source, *, device: str | torch.device, precision: str) -> tup
     return model, tokenizer
 
 
+def local_folders(*names: str | None) -> list[Path]:
+    """Returns the folders that those of `names` stand for which are spelt `local-dir:FOLDER`."""
+    told = [name.removeprefix(LOCAL_PREFIX) for name in names if name is not None and name.startswith(LOCAL_PREFIX)]
+    return [Path(folder).expanduser() for folder in told]
+
+
 def _clean(name: str) -> str:
     return name.replace("/", "-")
 

@@ -12,8 +12,9 @@ from open_clip.tokenizer import HFTokenizer
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
+from adaptclip import __version__
 from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER
+from adaptclip.backbone.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER, local_folders
 from adaptclip.backbone.starter import FOLDER
 from adaptclip.errors import BackboneError
 from adaptclip.outputs import atomic_folder
@@ -79,16 +80,16 @@ def save_open_clip(
         state: all weights, by the names and shapes of `backbone.model`.
         backbone: the model they were tuned from.
         config: what `open_clip_config` returned; None asks it.
-        overwrite: replace an existing folder.
+        overwrite: replace an earlier folder of this kind.
 
     Raises:
         BackboneError: the state does not fit the model, or see `open_clip_config`.
-        StorageError: the folder exists already or cannot be written.
+        StorageError: the folder exists already, may not be replaced (see `adaptclip.outputs`), or cannot be written.
     """
     check_fits(state, backbone)
     written = config or open_clip_config(backbone)
-    with atomic_folder(folder, overwrite=overwrite) as new:
-        write_json(new / CONFIG_FILE, written)
+    with atomic_folder(folder, "open_clip", overwrite=overwrite, inputs=local_folders(backbone.name)) as new:
+        write_json(new / CONFIG_FILE, {**written, "adaptclip": __version__})  # by this the folder is known as ours
         write_tensors(new / WEIGHTS_FILE, state)
         if isinstance(backbone.tokenizer, HFTokenizer):
             backbone.tokenizer.tokenizer.save_pretrained(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptclip.cli.judged import load_predictions
+from adaptclip.cli.judged import files_read, load_predictions
 from adaptclip.terminal import say
 
 
@@ -30,15 +30,19 @@ def compare(
         min_n: fewest images of a group that takes part in the verdict.
         out: where the comparison is written as Markdown, and as JSON beside it.
     """
+    from adaptclip.outputs import check_file
     from adaptclip.reports.levelling import compare_groups, exit_code, levelling_markdown
     from adaptclip.storage import write_json, write_text
 
+    written = [out.with_suffix(suffix) for suffix in (".md", ".json")] if out is not None else []
+    for path in written:
+        check_file(path, files_read(before, after))
     first, second = (load_predictions(path, None)[0] for path in (before, after))
     result = compare_groups(first, second, group, metric=metric, margin=margin, min_n=min_n)
     text = levelling_markdown(result)
     for line in text.rstrip("\n").split("\n"):
         say(line)
-    if out is not None:
-        write_text(out.with_suffix(".md"), text)
-        write_json(out.with_suffix(".json"), result)
+    if written:
+        write_text(written[0], text)
+        write_json(written[1], result)
     return exit_code(result)

@@ -28,7 +28,7 @@ def export(
         images: an image or a folder of them to compare on; without, digits and noise that come with the package.
         license: identifier for the model card of hf, for example apache-2.0.
         allow_failed_gates: export a model although one of its gates failed.
-        overwrite: replace an existing folder.
+        overwrite: replace an earlier export in that folder.
     """
     from adaptclip.data.image_files import find_images
     from adaptclip.export import export_artifact
@@ -36,7 +36,7 @@ def export(
     pictures = find_images([images])[0] if images else None
     found = export_artifact(
         artifact, to, out, pictures=pictures, licence=license, allow_failed_gates=allow_failed_gates,
-        overwrite=overwrite,
+        overwrite=overwrite, inputs=[images] if images else [],
     )  # fmt: skip
     say(str(found))
     say(f"wrote {out}; its README.md says how it is used")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptclip.cli.judged import load_predictions
+from adaptclip.cli.judged import files_read, load_predictions
 from adaptclip.errors import GateError
 from adaptclip.terminal import console
 
@@ -29,12 +29,15 @@ def gate(
     """
     from adaptclip.gates import check_gates, exit_code, load_gates
     from adaptclip.gates.junit import to_junit
+    from adaptclip.outputs import check_file
     from adaptclip.reports.render import print_report
     from adaptclip.reports.summary import build_report
     from adaptclip.storage import write_text
 
     if not predictions:
         raise GateError("name at least one run folder or file of predictions")
+    if junit is not None:
+        check_file(junit, files_read(*predictions, baseline, gates))
     judged = {}
     for path in dict.fromkeys(predictions):
         model, reference, saved_gates = load_predictions(path, baseline, classes)

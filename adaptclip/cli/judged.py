@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from adaptclip.errors import DataError
 
+_READ = ("config.yaml", "gates.yaml", "probe.json", "report.json", "run.json", "split.json")
+"""Files of a run folder that say what it was and how it is judged."""
+
 if TYPE_CHECKING:
     from adaptclip.types import Predictions
 
@@ -37,6 +40,20 @@ def load_predictions(
         Predictions.load(reference) if reference.is_file() else None,
         gates if gates.is_file() else None,
     )
+
+
+def files_read(*paths: Path | None) -> list[Path]:
+    """Returns the files that `paths` stand for when they are judged, which no output may replace.
+
+    Args:
+        *paths: run folders, files, and None for what was not given.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path is not None:
+            of_run = [p for p in path.iterdir() if p.suffix == ".parquet" or p.name in _READ] if path.is_dir() else []
+            found += [path, *of_run]
+    return found
 
 
 def _file(path: Path) -> Path:

@@ -41,16 +41,21 @@ def probe(
         allow_failed_gates: probe a model although one of its gates failed.
     """
     from adaptclip.adapters import ZeroShotClassifier
-    from adaptclip.artifact import load
+    from adaptclip.artifact import artifact_folder, load
     from adaptclip.data.card import load_card
     from adaptclip.data.sources import open_data
     from adaptclip.evaluation.predict import predict
     from adaptclip.evaluation.probing import is_comparable, probe_scores
     from adaptclip.features import FeatureCache
+    from adaptclip.outputs import check_file
     from adaptclip.reports.text_probe import check_words, probe_report
     from adaptclip.storage import digest, write_json
 
     described = load_card(card)
+    if out is not None:
+        own = artifact_folder(model)
+        read = [words, described.path, *(p for p in own.rglob("*") if p.is_file())]
+        check_file(out, [path for path in read if path is not None])
     kinds = _kinds(described, words)
     adapted = load(model, device=device, allow_failed_gates=allow_failed_gates)
     check_words(kinds, (*adapted.class_names, *adapted.manifest["prompt_names"]))

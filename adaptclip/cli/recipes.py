@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.outputs import check_apart, check_file
 from adaptclip.storage import write_text
 from adaptclip.terminal import say
 
@@ -47,6 +48,9 @@ def copy(names: list[str], /, *, out: Path = Path("recipes"), overwrite: bool = 
             raise ConfigError(f"there is no recipe {name!r}. {did_you_mean(name, known)}")
     chosen = [known[name.removesuffix(".py")] for name in dict.fromkeys(names)] or list(known.values())
     beside = [folder() / "README.md", *sorted(folder().glob("figures/*.svg"))]
+    check_apart(out, [folder()])
+    for file in [*chosen, *beside]:
+        check_file(out / file.relative_to(folder()))
     texts = {out / file.relative_to(folder()): file.read_text(encoding="utf-8") for file in [*chosen, *beside]}
     changed = [path for path, text in texts.items() if path.exists() and path.read_text(encoding="utf-8") != text]
     if changed and not overwrite:

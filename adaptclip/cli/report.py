@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptclip.cli.judged import load_predictions
+from adaptclip.cli.judged import files_read, load_predictions
 from adaptclip.errors import ConfigError, DataError, did_you_mean
+from adaptclip.outputs import check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,6 +51,8 @@ def report(
 
     if out is not None and out.suffix not in ("", *FORMATS):
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
+    for path in _outputs(out) if out is not None else ():
+        check_file(path, files_read(predictions, baseline, validation, source, gates))
     judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
     held_out = validation or _of_run(predictions, "validation_")
@@ -108,17 +111,20 @@ def _known_of_run(path: Path) -> Mapping[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def _outputs(out: Path) -> list[Path]:
+    return [out.with_suffix(suffix) for suffix in (FORMATS if out.suffix == "" else (out.suffix,))]
+
+
 def _write(out: Path, result: Mapping[str, Any], verdicts: list[Verdict] | None, images: Path | None) -> None:
     from adaptclip.reports.fine_grained import example_ids
     from adaptclip.reports.render import to_html, to_markdown
     from adaptclip.reports.thumbnails import thumbnails
     from adaptclip.storage import write_json, write_text
 
-    for suffix in FORMATS if out.suffix == "" else (out.suffix,):
-        path = out.with_suffix(suffix)
-        if suffix == ".json":
+    for path in _outputs(out):
+        if path.suffix == ".json":
             write_json(path, {**result, "verdicts": verdicts and [verdict.to_dict() for verdict in verdicts]})
-        elif suffix == ".md":
+        elif path.suffix == ".md":
             write_text(path, to_markdown(result, verdicts))
         else:
             pictures = None

@@ -44,22 +44,29 @@ def embed(
         device: cpu, cuda, cuda:1 ...
         cache: where features are kept, shared with the recipes.
         allow_failed_gates: use a model although one of its gates failed.
-        overwrite: replace an existing index.
+        overwrite: replace an earlier index in that folder.
     """
+    from adaptclip.backbone.loading import local_folders
+    from adaptclip.data.card import load_card
+    from adaptclip.data.rows import card_places
     from adaptclip.features import FeatureCache
+    from adaptclip.outputs import check_folder
     from adaptclip.search import build_index, card_as_images, files_as_images, load_encoder
 
-    if out.exists() and not overwrite:
-        raise DataError(f"{out} exists already; choose another folder, or --overwrite it")
-    if Path(images).exists() and Path(images).suffix.lower() != ".md":
+    is_card = not Path(images).exists() or Path(images).suffix.lower() == ".md"
+    card = load_card(images) if is_card else None
+    read, roots = card_places(card, data_root) if card else ([Path(images)], [])
+    read += [cache, *local_folders(backbone), *(Path(given) for given in (model, pretrained) if given)]
+    check_folder(out, "index", overwrite=overwrite, inputs=read, roots=roots)
+    if card is None:
         paths, passed = find_images([Path(images)])
         found, skipped = files_as_images(paths, skip_bad=on_bad_image == "skip")
         parts, skipped = [found], [*skipped, *([f"passed over: {passed}"] if passed else [])]
     else:
-        parts, skipped = card_as_images(images, data_root=data_root, part=part, on_bad_image=on_bad_image)
+        parts, skipped = card_as_images(card, data_root=data_root, part=part, on_bad_image=on_bad_image)
     encoder, named = load_encoder(model, backbone, pretrained, device=device, allow_failed_gates=allow_failed_gates)
     count = build_index(
-        out, encoder, named, parts, cache=FeatureCache(cache), batch_size=batch_size, overwrite=overwrite
+        out, encoder, named, parts, cache=FeatureCache(cache), batch_size=batch_size, overwrite=overwrite, inputs=read
     )
     for sentence in skipped:
         say(sentence if sentence.startswith("passed over") else f"skipped: {sentence}")

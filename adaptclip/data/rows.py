@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptclip.data.card import Card
-from adaptclip.data.card_block import Columns, Splits
+from adaptclip.data.card_block import Columns, ImageFolderSource, ManifestSource, ParquetSource, Splits
 from adaptclip.data.dataset import ImageStore
 from adaptclip.errors import DataError, did_you_mean
 
@@ -53,6 +53,23 @@ def base_folder(card: Card, data_root: Path | None) -> Path:
     if not folder.is_dir():
         raise DataError(f"the data root {folder} is not a folder; give the one that holds the card's files")
     return folder
+
+
+def card_places(card: Card, data_root: Path | None) -> tuple[list[Path], list[Path]]:
+    """Returns what a card's images are read from, so that what is written can keep clear of it.
+
+    Returns:
+        Files and folders that are read, and folders that hold more than those, such as the data root.
+    """
+    own = [card.path] if card.path else []
+    match card.source:
+        case ImageFolderSource(path=path):
+            return [*own, base_folder(card, data_root) / path], [base_folder(card, data_root)]
+        case ManifestSource(files=files) | ParquetSource(files=files):
+            tables = [table for found in find_files(card, files, data_root).values() for table in found]
+            return [*own, *tables], [base_folder(card, data_root)]
+        case _:
+            return own, [data_root] if data_root else []
 
 
 def wanted_columns(card: Card) -> list[str]:

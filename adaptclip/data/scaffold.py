@@ -19,6 +19,7 @@ from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
 from adaptclip.data.table_roles import column_roles, describing_classes, propose_columns
 from adaptclip.data.words import is_junk, split_part
 from adaptclip.errors import CardError, shown
+from adaptclip.outputs import check_file
 from adaptclip.storage import write_text
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -97,7 +98,9 @@ def new_card(
         raise CardError(f"{folder} is not a folder; give the one that holds the images, or the table of their paths")
     if out.suffix != ".md":
         raise CardError(f"a card is a Markdown file: {out} should end in .md")
-    if out.exists():
+    if not out.exists():
+        check_file(out)  # a link that leads nowhere is not followed
+    else:
         raise CardError(f"{out} exists already and may hold your work; choose another name, or remove it yourself")
     tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
     base = out.resolve().parent

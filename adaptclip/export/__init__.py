@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from PIL import Image
 
-from adaptclip.artifact import AdaptedModel, load
+from adaptclip.artifact import AdaptedModel, artifact_folder, load
+from adaptclip.backbone.loading import local_folders
 from adaptclip.data.decode import decode_image
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.export import classifier, hub_folder, onnx_graph, stock
 from adaptclip.export.checking import Difference, Reader, check_pictures, compare
 from adaptclip.export.decoding import check_decoding, window_of
 from adaptclip.export.readme import how_to_use, write_readme
-from adaptclip.outputs import atomic_folder
+from adaptclip.outputs import atomic_folder, check_folder
 from adaptclip.storage import write_json
 
 Kind = Literal["open_clip", "classifier", "onnx", "hf"]
@@ -60,6 +61,7 @@ def export_artifact(
     backbone: str | None = None,
     pretrained: str | None = None,
     overwrite: bool = False,
+    inputs: Iterable[Path] = (),
 ) -> Difference:
     """Writes an artifact as a folder that needs no adaptclip, and keeps it only if it answers as the adapter does.
 
@@ -74,7 +76,8 @@ def export_artifact(
         allow_failed_gates: export although a gate failed.
         backbone: see `adaptclip.load`.
         pretrained: see `adaptclip.load`.
-        overwrite: replace an existing folder.
+        overwrite: replace an earlier export.
+        inputs: further files and folders that are read, which the export must keep clear of.
 
     Returns:
         The largest differences found.
@@ -83,14 +86,18 @@ def export_artifact(
         ArtifactError: the artifact cannot be loaded, its method cannot leave this way, or the export differs.
         BackboneError: open_clip could not build the backbone from a folder.
         ConfigError: an unknown way, no pictures, or a missing package.
-        StorageError: the folder exists already or cannot be written. Nothing is left half-written.
+        StorageError: the folder exists already, may not be replaced (see `adaptclip.outputs`), or cannot be written.
+            Nothing is left half-written.
     """
     if to not in FORMATS:
         raise ConfigError(f"unknown export {to!r}. {did_you_mean(str(to), get_args(Kind))}")
     if pictures is not None and not len(pictures):
         raise ConfigError("an export is compared with the adapter on pictures, got none; give some, or leave them out")
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        model = load(artifact, backbone=backbone, pretrained=pretrained, allow_failed_gates=allow_failed_gates)
+    read = [*inputs, artifact_folder(artifact)]
+    check_folder(Path(out), "export", overwrite=overwrite, inputs=read)
+    model = load(artifact, backbone=backbone, pretrained=pretrained, allow_failed_gates=allow_failed_gates)
+    read += local_folders(model.backbone.name)
+    with atomic_folder(Path(out), "export", overwrite=overwrite, inputs=read) as folder:
         way = FORMATS[to]
         way.write(folder, model)
         kinds = check_decoding(folder, model)

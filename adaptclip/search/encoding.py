@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptclip.adapters.contrastive import caption_tokens
 from adaptclip.artifact import load
 from adaptclip.backbone import ClipBackbone, load_backbone
-from adaptclip.data.card import load_card
+from adaptclip.data.card import Card, load_card
 from adaptclip.data.dataset import FileStore, ImageDataset
 from adaptclip.data.decode import decode_image, read_file
 from adaptclip.data.fingerprints import content_digest
@@ -96,12 +96,16 @@ def files_as_images(paths: Sequence[Path], *, skip_bad: bool = False) -> tuple[I
 
 
 def card_as_images(
-    card: str, *, data_root: Path | None = None, part: str = "all", on_bad_image: Literal["error", "skip"] = "error"
+    card: Card | str,
+    *,
+    data_root: Path | None = None,
+    part: str = "all",
+    on_bad_image: Literal["error", "skip"] = "error",
 ) -> tuple[list[ImageDataset], list[str]]:
     """Opens the images of a data card, or of one of its parts.
 
     Args:
-        card: name or path.
+        card: the card, its name or its path.
         data_root: folder with the card's files.
         part: one of PARTS.
         on_bad_image: stop at an unreadable image, or leave it out.
@@ -116,7 +120,9 @@ def card_as_images(
     """
     if part not in PARTS:
         raise ConfigError(f"a card has no part {part!r}. {did_you_mean(part, PARTS)}")
-    data = open_data(load_card(card), data_root=data_root, on_bad_image=on_bad_image, check=False)
+    data = open_data(
+        load_card(card) if isinstance(card, str) else card, data_root=data_root, on_bad_image=on_bad_image, check=False
+    )
     chosen = [images for name, images in data.parts.items() if part in ("all", name) and len(images)]
     if not chosen:
         raise DataError(f"card {data.card.name} has no images in its part {part!r}")

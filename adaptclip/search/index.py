@@ -7,7 +7,7 @@ names.json             N paths or ids
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def build_index(
     cache: FeatureCache,
     batch_size: int = 64,
     overwrite: bool = False,
+    inputs: Iterable[Path] = (),
 ) -> int:
     """Encodes images and writes them as an index, whole or not at all; the number of images is returned.
 
@@ -119,13 +120,14 @@ def build_index(
         parts: images, in the order of the index.
         cache: remembers what is encoded.
         batch_size: images encoded at once.
-        overwrite: replace an existing index.
+        overwrite: replace an earlier index.
+        inputs: files and folders that are read, which the index must keep clear of.
 
     Raises:
-        StorageError: the folder exists already or cannot be written.
+        StorageError: the folder exists already, may not be replaced (see `adaptclip.outputs`), or cannot be written.
         DataError: an image cannot be decoded.
     """
-    with atomic_folder(folder, overwrite=overwrite) as new:
+    with atomic_folder(folder, "index", overwrite=overwrite, inputs=inputs) as new:
         vectors = torch.cat([cache.get(encoder, part, batch_size=batch_size).values[0] for part in parts])
         names = [name for part in parts for name in part.ids]
         write_tensors(new / _VECTORS, {"vectors": vectors})

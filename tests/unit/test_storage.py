@@ -83,12 +83,15 @@ def test_a_damaged_or_missing_file_is_named(tmp_path, read, content):
             read(path)
 
 
+INDEX = '{"format_version": 1, "names_digest": "0", "transform": {}, "count": 0}'
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
 
     def fill(*, fail: bool, overwrite: bool = False) -> None:
-        with outputs.atomic_folder(target, overwrite=overwrite) as folder:
-            (folder / "a").write_text("1")
+        with outputs.atomic_folder(target, "index", overwrite=overwrite) as folder:
+            (folder / "manifest.json").write_text(INDEX)
             if fail:
                 raise KeyboardInterrupt
 
@@ -101,7 +104,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         fill(fail=False)
     with pytest.raises(KeyboardInterrupt):
         fill(fail=True, overwrite=True)
-    assert sorted(p.name for p in target.iterdir()) == ["a", "b"]
+    assert sorted(p.name for p in target.iterdir()) == ["b", "manifest.json"]
     fill(fail=False, overwrite=True)
-    assert [p.name for p in target.iterdir()] == ["a"]
+    assert [p.name for p in target.iterdir()] == ["manifest.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]

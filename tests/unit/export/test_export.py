@@ -351,6 +351,7 @@ def test_bad_requests(artifact, tmp_path, digits):
     with pytest.raises(ConfigError, match="got none"):
         export_artifact(artifact("coop"), "classifier", tmp_path / "out", pictures=[])
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.txt").touch()
     with pytest.raises(StorageError, match="exists already"):
         export_artifact(artifact("coop"), "classifier", tmp_path / "there")
     with pytest.raises(ArtifactError, match="not an artifact"):
