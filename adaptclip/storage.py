@@ -276,21 +276,6 @@ def parse_yaml(text: str | bytes, *, where: str, max_bytes: int = MAX_YAML_BYTES
     return value
 
 
-def parse_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
-    """Splits the text of a Hugging Face card into its YAML head, parsed as `parse_yaml` does, and the prose below.
-
-    Raises:
-        StorageError: there is no head between two lines of `---` at the top, or it is not valid.
-    """
-    lines = text.splitlines()
-    ends = [i for i, line in enumerate(lines) if line.rstrip() == "---"]
-    if len(ends) < 2 or any(line.strip() for line in lines[: ends[0]]):
-        raise StorageError(f"{where}: needs YAML front matter between two lines of `---` at its top")
-    # Blank lines stand in for what precedes the YAML, so that its errors count lines as an editor does.
-    head = "\n" * (ends[0] + 1) + "\n".join(lines[ends[0] + 1 : ends[1]])
-    return parse_yaml(head, where=f"{where}: the front matter"), "\n".join(lines[ends[1] + 1 :]).strip()
-
-
 def _check_events(text: str, where: str) -> None:
     """Refuses YAML that is nested too deeply or grows by its aliases, before anything is made of it."""
     sizes: dict[str, int] = {}  # anchor -> values below it

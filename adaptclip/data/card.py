@@ -17,7 +17,7 @@ from adaptclip.data.card_block import SOURCE_KINDS, Augmentation, CardBlock, Col
 from adaptclip.data.layouts import read_layout, require_text
 from adaptclip.errors import CardError, StorageError, did_you_mean, shown
 from adaptclip.gate_rules import GateRule, Outcome
-from adaptclip.storage import digest, parse_front_matter, read_text
+from adaptclip.storage import digest, parse_yaml, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -123,6 +123,21 @@ def _make_card(block: dict[str, Any], where: str, **about: Any) -> Card:
         raise CardError(f"{where} is not valid:\n  {lines}") from error
     dumped = json.dumps(valid.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
     return Card(**dict(valid), **about, digest=digest(dumped))
+
+
+def parse_front_matter(text: str, *, where: str) -> tuple[dict[str, Any], str]:
+    """Splits the text of a Hugging Face card into its YAML head, parsed as `parse_yaml` does, and the prose below.
+
+    Raises:
+        StorageError: there is no head between two lines of `---` at the top, or it is not valid.
+    """
+    lines = text.splitlines()
+    ends = [i for i, line in enumerate(lines) if line.rstrip() == "---"]
+    if len(ends) < 2 or any(line.strip() for line in lines[: ends[0]]):
+        raise StorageError(f"{where}: needs YAML front matter between two lines of `---` at its top")
+    # Blank lines stand in for what precedes the YAML, so that its errors count lines as an editor does.
+    head = "\n" * (ends[0] + 1) + "\n".join(lines[ends[0] + 1 : ends[1]])
+    return parse_yaml(head, where=f"{where}: the front matter"), "\n".join(lines[ends[1] + 1 :]).strip()
 
 
 _MODELS: dict[str, type[BaseModel]] = {

@@ -9,9 +9,10 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from adaptclip.artifact import AdaptedModel
+from adaptclip.data.card import parse_front_matter
 from adaptclip.export import classifier, stock
 from adaptclip.export.checking import Reader
-from adaptclip.storage import parse_front_matter, read_text, write_text
+from adaptclip.storage import read_text, write_text
 
 _LOADING, _WITHOUT = "## How to load it", "## How to use it without adaptclip"
 """Heading of the artifact's model card, and the one that is put before it."""
