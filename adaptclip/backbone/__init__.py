@@ -232,6 +232,7 @@ def weights_digest(model: nn.Module) -> str:
     """Returns the SHA-256 of a model's weights: sorted names, dtypes, shapes and bytes, and of its activation.
 
     The activation counts because the same weights give other features under QuickGELU, and it leaves no trace in them.
+    So do other settings of the architecture (heads, pooling, causal mask, …), where they are not the usual ones.
 
     Raises:
         BackboneError: a weight is NaN or infinite.
@@ -257,9 +258,34 @@ def image_weights_digest(model: nn.Module) -> str:
     return _digest_of(visual, {f"visual.{name}": value for name, value in visual.state_dict().items()})
 
 
+_USUAL: Mapping[str, tuple[Any, ...]] = {
+    "head_dim": (64,),
+    "pool_type": ("tok", "argmax"),
+    "text_pool_type": ("argmax",),
+    "global_pool": ("", "token", "map"),
+    "final_ln_after_pool": (False,),
+    "approximate": ("none",),
+}
+"""What a module may be told that changes features and leaves no trace in weights -> the values of most models."""
+
+
+def _unusual(module: nn.Module) -> list[str]:
+    """Settings of a model that its weights do not show and that are not those of most models."""
+    told = []
+    for name, part in module.named_modules():
+        # timm's pooling modules use the same names for other things, and what contains them says it too.
+        keys = _USUAL if "pool" not in type(part).__name__.lower() else ()
+        values = {key: getattr(part, key) for key in keys if isinstance(getattr(part, key, None), bool | int | str)}
+        told += [f"{name}.{key}={value}" for key, value in values.items() if value not in _USUAL[key]]
+        told += [f"{name}.eps={part.eps}"] if isinstance(part, nn.LayerNorm) and part.eps not in (1e-5, 1e-6) else []
+        told += [f"{name}.attn_mask=None"] if getattr(part, "attn_mask", 0) is None else []
+    return told
+
+
 def _digest_of(module: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state and of the activation in a module."""
+    """SHA-256 of a state, of the activation in a module, and of what else is unusual in it."""
     sha = hashlib.sha256(f"quick_gelu={any(isinstance(m, QuickGELU) for m in module.modules())}".encode())
+    sha.update("".join(f" {setting}" for setting in _unusual(module)).encode())
     for key in tqdm(sorted(state), desc="Weights digest", disable=None, leave=False, delay=2):
         tensor = state[key].detach().cpu().contiguous()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

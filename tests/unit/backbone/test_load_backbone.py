@@ -271,3 +271,32 @@ def test_a_model_with_its_own_way_to_encode_images_counts_as_a_whole():
     model.__class__ = open_clip.CLIP
     model.encode_image = lambda image, normalize=False: image
     assert image_weights_digest(model) == whole
+
+
+@pytest.mark.parametrize(
+    ("side", "setting", "value"),
+    [
+        ("text_cfg", "heads", 4),
+        ("vision_cfg", "head_width", 16),
+        ("vision_cfg", "pool_type", "avg"),
+        ("vision_cfg", "act_kwargs", {"approximate": "tanh"}),
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-3}),
+        ("text_cfg", "pool_type", "last"),
+        ("text_cfg", "no_causal_mask", True),
+    ],
+)
+def test_settings_that_leave_no_trace_in_the_weights_are_in_the_digest(tmp_path, side, setting, value):
+    """The same weights under another configuration: features differ, so an artifact must not take it for its model."""
+    from tiny_clip import write_tiny_checkpoint
+
+    folder = write_tiny_checkpoint(tmp_path / "tiny", context_length=16, width=32)
+    plain = load_backbone(f"local-dir:{folder}")
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"][side][setting] = value
+    file.write_text(json.dumps(config))
+    other = load_backbone(f"local-dir:{folder}")
+    own = (plain.model.state_dict(), other.model.state_dict())
+    assert all(torch.equal(tensor, own[1][name]) for name, tensor in own[0].items())
+    assert other.digest != plain.digest
+    assert (other.image_digest != plain.image_digest) == (side == "vision_cfg")
