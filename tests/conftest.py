@@ -23,6 +23,14 @@ def _data_root() -> Path:
     return Path(os.environ.get("ADAPTCLIP_TEST_DATA", DATA))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test printed or logged of names that are no UTF-8 is kept with escapes: workers send reports as UTF-8."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """`shared_data("flowers17")` is the data root that holds the set, or skips the test with the reason."""
