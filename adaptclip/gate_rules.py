@@ -17,7 +17,8 @@ LEVELLING_MARGIN = 0.02
 ARGMAX = "argmax"
 """The decision rule of an outcome that has no other: the most probable class."""
 
-_KEPT = ("sensitivity", "specificity")
+_KEPT = {"sensitivity": "positive", "specificity": "negative"}
+"""What a threshold can be chosen to keep, and the side it is a rate of."""
 
 SURE = 0.8
 """A gate of lower confidence needs a reason."""
@@ -47,6 +48,8 @@ class Outcome(BaseModel):
         threshold: of rule "threshold", between 0 and 1; given alone it stands for that rule.
         prevalence: share of positive images where the model will be used, between 0 and 1; the predictive values and
             the net benefit are for it. None takes the share among the judged images, and says so.
+        chosen_on: images of the kept side among the validation images that chose the threshold; set when a run is
+            judged.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +59,7 @@ class Outcome(BaseModel):
     rule: str = ARGMAX
     threshold: float | None = Field(default=None, gt=0, lt=1)
     prevalence: float | None = Field(default=None, gt=0, lt=1)
+    chosen_on: int | None = Field(default=None, ge=1)
 
     _one_or_several = field_validator("positive", mode="before")(_as_tuple)
 
@@ -96,10 +100,29 @@ class Outcome(BaseModel):
         """The decision rule in words, for tables and sentences."""
         if self.rule == ARGMAX:
             return "the most probable class decides"
-        chosen = f", chosen on validation images to keep a {self.rule.replace('=', ' of ')}" if self.keeps else ""
         if self.threshold is None:
-            return f"a threshold that keeps a {self.rule.replace('=', ' of ')} on validation images, not chosen yet"
-        return f"positive above a probability of {self.threshold:g}{chosen}"
+            return f"a threshold that keeps a {self._kept_words} on validation images, which is not chosen yet"
+        if self.keeps is None:
+            return f"positive above a probability of {self.threshold:g}"
+        side = _KEPT[self.keeps[0]]
+        several = "s" * (self.chosen_on != 1)
+        on = f"{self.chosen_on:,} {side} validation image{several}" if self.chosen_on else "validation images"
+        return f"positive above a probability of {self.threshold:g}, chosen on {on} to keep a {self._kept_words}"
+
+    @property
+    def _kept_words(self) -> str:
+        assert self.keeps is not None
+        return f"{self.keeps[0]} of {self.keeps[1]:g}"
+
+    @property
+    def undecided(self) -> str:
+        """Why nothing is called positive or negative yet: the rule's threshold was not chosen. "" otherwise."""
+        if self.rule == ARGMAX or self.threshold is not None:
+            return ""
+        return (
+            f"no validation image chose the threshold that keeps a {self._kept_words}; judge a run that leaves "
+            "validation images of both sides, or state a threshold (threshold: 0.3)"
+        )
 
     @property
     def name(self) -> str:

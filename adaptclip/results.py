@@ -19,6 +19,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import DataError, GateError, SplitError
+from adaptclip.evaluation.outcomes import with_thresholds
 from adaptclip.evaluation.predict import predict
 from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
 from adaptclip.features import FeatureCache
@@ -159,7 +160,9 @@ def finish_run(
     if accelerator.is_main_process:
         declared = {"outcomes": data.card.outcomes, "intersections": data.card.intersections}
         predictions = replace(predictions, **declared)
-        zero_shot = zero_shot and replace(zero_shot, **declared)
+        predictions = with_thresholds(predictions, validation)
+        # Judged by the same thresholds: another operating point would compare rules, and not models.
+        zero_shot = zero_shot and replace(zero_shot, **{**declared, "outcomes": predictions.outcomes})
         verdicts = check_gates(predictions, zero_shot, rules)
         thresholds, training = _thresholds(objective, validation, data.class_names, training)
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.

@@ -43,6 +43,7 @@ def report(
         images: folder in which the row ids are paths of images, for pictures of the mistakes in HTML.
         out: where the report is written: NAME.html, NAME.md or NAME.json, or NAME for all three.
     """
+    from adaptclip.evaluation.outcomes import with_thresholds
     from adaptclip.evaluation.thresholds import Thresholds
     from adaptclip.gates import check_gates, load_gates
     from adaptclip.reports.full import full_report
@@ -56,12 +57,14 @@ def report(
     judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
     held_out = validation or _of_run(predictions, "validation_")
+    unseen = Predictions.load(held_out, classes=classes or None) if held_out else None
+    judged = with_thresholds(judged, unseen)
     # The new classes were predicted by zero-shot too, which another baseline is not.
     new = [None if baseline else _of_run(predictions, f"new_classes_{name}") for name in ("", "zero_shot_")]
     result = full_report(
         judged,
         reference,
-        validation=Predictions.load(held_out, classes=classes or None) if held_out else None,
+        validation=unseen,
         new_classes=(Predictions.load(new[0]), Predictions.load(new[1])) if new[0] and new[1] else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,

@@ -254,6 +254,18 @@ class GroupBins(BaseModel):
         return (*(f"{low:g} to <{high:g}" for low, high in pairs), f"{self.bins[-1]:g} and above")
 
 
+class SamplingRule(BaseModel):
+    """How the images of the study came about; the unit that was drawn is `columns.cluster`, or the image.
+
+    Attributes:
+        classes: "random" where the mix of classes is what was met, "fixed" where the study set how many images (or
+            patients) there are of each class. It decides what other images would look like, and with it the intervals.
+    """
+
+    model_config = _STRICT
+    classes: Literal["random", "fixed"] = "random"
+
+
 class CardBlock(BaseModel):
     """The `adaptclip:` block of a data card.
 
@@ -268,7 +280,8 @@ class CardBlock(BaseModel):
         groups: reported attribute -> bins, for numeric columns.
         intersections: lists of reported attributes that are also reported crossed.
         outcomes: two-sided questions that are reported beside the classes: value(s) of a level, or class(es), that are
-            positive.
+            positive, and by which rule an image is called that.
+        sampling: how the images came about.
         probes: kind -> words that are no class; the text probe counts how often images are given one of them.
         window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
         allow: checks that may fail, by name (ALLOWABLE).
@@ -289,6 +302,7 @@ class CardBlock(BaseModel):
     groups: dict[Name, GroupBins] = Field(default_factory=dict)
     intersections: tuple[tuple[Name, ...], ...] = ()
     outcomes: tuple[Outcome, ...] = ()
+    sampling: SamplingRule = SamplingRule()
     probes: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
     window: tuple[float, float] | None = None
     allow: tuple[str, ...] = ()

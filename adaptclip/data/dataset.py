@@ -126,6 +126,7 @@ class ImageDataset:
         levels: taxonomy level -> C coarse names, one per class; coarse to fine.
         window: (black, white) values for images of more than 8 bits, see `decode_image`.
         captions: N tuples of one or more captions, or None where the card has no such column.
+        fixed_classes: whether the study fixed how many images there are of each class (card: sampling).
     """
 
     store: ImageStore
@@ -139,6 +140,7 @@ class ImageDataset:
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     window: tuple[float, float] | None = None
     captions: tuple[tuple[str, ...], ...] | None = None
+    fixed_classes: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -163,6 +163,7 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         levels=levels or raw.class_levels,
         window=card.window,
         captions=caption_values(values[columns.captions], where=raw.store.where) if columns.captions else None,
+        fixed_classes=card.sampling.classes == "fixed",
     )
 
 

@@ -35,6 +35,7 @@ def judged(predictions: Predictions, rows: np.ndarray | None = None) -> Judged:
         predictions.labels, predictions.probs, sampling_of(predictions), predictions.ranked, predictions.confident,
         decided=predictions.decided, prevalence=predictions.asked and predictions.asked.prevalence,
         threshold=predictions.asked and predictions.asked.threshold,
+        undecided=predictions.asked.undecided if predictions.asked else "",
     )  # fmt: skip
     return everything if rows is None else everything.take(rows)
 

@@ -44,28 +44,20 @@ def two_sided(predictions: Predictions, outcome: Outcome) -> Predictions:
     """Returns the predictions as two classes, 0 for the negative and 1 for the positive side of an outcome.
 
     The outcome's rule decides which side is the answer: that of the most probable class, or a threshold of the summed
-    probability. The probabilities stay what they are.
+    probability. The probabilities stay what they are. Where the rule's threshold has not been chosen yet, metrics of
+    decisions say so instead of giving a number (`Outcome.undecided`).
 
     Raises:
-        DataError: the outcome does not fit the classes or levels, or its threshold has not been chosen yet.
+        DataError: the outcome does not fit the classes or levels.
     """
     checked = replace(predictions, outcomes=(outcome,))
     values = predictions.class_names if outcome.level is None else checked.levels[outcome.level]
     index = np.isin(np.asarray(values, dtype=str), outcome.positive).astype(np.int64)
     merged = _merge(predictions, (f"not {outcome.name}", outcome.name), index)
-    return replace(merged, decided=_decided(predictions, merged, index, outcome), asked=outcome)
-
-
-def _decided(predictions: Predictions, merged: Predictions, index: np.ndarray, outcome: Outcome) -> np.ndarray:
-    """(N,) the side decided for."""
-    if outcome.rule == ARGMAX:
-        return index[predictions.pred]
-    if outcome.threshold is None:
-        raise DataError(
-            f"outcome {outcome.name!r} asks for {outcome.rule_words}; judge a whole run, whose validation images "
-            "choose it, or state a threshold (rule: threshold, threshold: 0.3)"
-        )
-    return (merged.probs[:, 1].astype(np.float64) > outcome.threshold).astype(np.int64)
+    side = index[predictions.pred]
+    if outcome.threshold is not None:
+        side = (merged.probs[:, 1].astype(np.float64) > outcome.threshold).astype(np.int64)
+    return replace(merged, decided=side, asked=outcome)
 
 
 def with_thresholds(predictions: Predictions, validation: Predictions | None) -> Predictions:
@@ -84,7 +76,9 @@ def with_thresholds(predictions: Predictions, validation: Predictions | None) ->
         if keeps is not None and outcome.threshold is None and validation is not None and len(validation):
             # Without a validation image of that side there is none, and what is judged by it says so.
             with contextlib.suppress(DataError):
-                outcome = outcome.model_copy(update={"threshold": threshold_for(*keeps, validation, outcome)})
+                found = threshold_for(*keeps, validation, outcome)
+                images = int((two_sided(validation, outcome).labels == _SIDES[keeps[0]]).sum())
+                outcome = outcome.model_copy(update={"threshold": found, "chosen_on": images})
         chosen.append(outcome)
     return replace(predictions, outcomes=tuple(chosen))
 

@@ -73,6 +73,7 @@ def predict(
         groups=dict(dataset.groups),
         clusters=dataset.clusters,
         levels=dict(dataset.levels),
+        fixed_classes=dataset.fixed_classes,
     )
 
 

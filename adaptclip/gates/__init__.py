@@ -33,7 +33,7 @@ from adaptclip.errors import GateError
 from adaptclip.evaluation.grouping import align, group_rows
 from adaptclip.evaluation.measuring import judged
 from adaptclip.evaluation.outcomes import Question, ask
-from adaptclip.gate_rules import GateRule
+from adaptclip.gate_rules import ARGMAX, GateRule
 from adaptclip.gates.fitting import check_rules
 from adaptclip.gates.gap import judge_gap
 from adaptclip.gates.loading import load_gates
@@ -91,6 +91,13 @@ def _judge_rule(
     needs_base = rule.no_worse_than or rule.gap_at_most
     outcome = rule.outcome_among(predictions.outcomes)
     question = ask(rule.metric, predictions, baseline if needs_base else None, rule.level, outcome)
+    verdict = _judge_question(rule, question, predictions, draws, seed)
+    if outcome is None or outcome.rule == ARGMAX or not rule.measure.decides:
+        return verdict
+    return replace(verdict, reason=f"{verdict.reason} Decision rule: {outcome.rule_words}.")
+
+
+def _judge_question(rule: GateRule, question: Question, predictions: Predictions, draws: int, seed: int) -> Verdict:
     settings: dict[str, Any] = {"full_bins": rule.group is not None, "draws": draws, "seed": seed}
     if rule.attribute is None:
         compared = question.measure(**settings)
@@ -126,7 +133,7 @@ def _noise(question: Question, by_group: dict[str, np.ndarray], draws: int, seed
         np.arange(len(images)) if question.metric.selects is None else question.metric.selects(images).nonzero()[0]
     )
     images, code = images.take(counted), np.unique(code[counted], return_inverse=True)[1]
-    if len(np.unique(code)) < 2:
+    if len(np.unique(code)) < 2 or question.metric.missing(images):
         return None
     return gap_test(question.metric.values(images), code, images.sampling, draws=draws, seed=seed).null_quantile
 

@@ -98,6 +98,7 @@ class Judged:
         prevalence: of a two-sided outcome, the share of positive images where the model will be used, 0 to 1; None
             where it was not declared.
         threshold: of a two-sided outcome, the probability above which the answer is positive; None where there is none.
+        undecided: why there are no answers yet, though there are probabilities; "" where there are.
     """
 
     labels: np.ndarray
@@ -108,6 +109,7 @@ class Judged:
     decided: np.ndarray | None = None
     prevalence: float | None = None
     threshold: float | None = None
+    undecided: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -154,7 +154,13 @@ class Metric:
     def value(self, judged: Judged) -> float | None:
         """The number; None where it says nothing here."""
         chosen = self.chosen(judged)
-        return None if len(chosen) == 0 or self.undefined(chosen) else self.estimate(chosen).value
+        return None if self.missing(chosen) else self.estimate(chosen).value
+
+    def missing(self, chosen: Judged) -> str:
+        """Why there is no number, of images that it is about; "" where there is one."""
+        if len(chosen) == 0:
+            return "no images"
+        return (chosen.undecided if self.decides else "") or self.undefined(chosen)
 
     def chosen(self, judged: Judged) -> Judged:
         """The images that the number is about."""
@@ -174,9 +180,14 @@ class Metric:
             rows = np.flatnonzero(self.selects(judged))
             both = [one.take(rows) for one in both]
         n = len(both[0])
-        reasons = ["no images" if n == 0 else self.undefined(one) for one in both]
+        reasons = [self.missing(one) for one in both]
         if self.measure_with is not None and not any(reasons):
             return self.measure_with(both[0], both[1] if len(both) > 1 else None, drawing or Drawing())
+        if self.measure_with is not None and len(both) > 1 and not all(reasons):  # one of two models has a number
+            known = reasons.index("")
+            alone = self.measure_with(both[known], None, drawing or Drawing()).model
+            none = Measurement(None, n, note=reasons[1 - known])
+            return Comparison(*((alone, none) if known == 0 else (none, alone)), none)
         estimates = [None if reason else self.estimate(one) for one, reason in zip(both, reasons, strict=True)]
         sampling = both[0].sampling
         single = [

@@ -78,6 +78,14 @@ def _rule_words(outcome: Mapping[str, Any]) -> str:
     return outcome.get("rule") or f"positive above a summed probability of {outcome['threshold']:g}"
 
 
+def _baseline_words(outcome: Mapping[str, Any]) -> str:
+    """How zero-shot is judged, where a threshold decides; nothing without one."""
+    if outcome["threshold"] is None or not is_paired(outcome["sensitivity"]):
+        return ""
+    chosen = ", which was not chosen for it" if "chosen" in outcome.get("rule", "") else ""
+    return f" Zero-shot is judged by the same threshold{chosen}; the AUC compares the two without any."
+
+
 def _has_bar(how: Mapping[str, Any]) -> bool:
     """Whether a metric lies between 0 and 1, where bars are drawn; others are shown as plain decimals."""
     return list(how["scale"]) == [0.0, 1.0]
@@ -125,7 +133,7 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
             Paragraph(
                 f"Classes that count as {one_line(outcome['positive'])}: "
                 f"{', '.join(map(one_line, outcome['classes']))}. Decision rule, here and in gates: "
-                f"{_rule_words(outcome)}.",
+                f"{_rule_words(outcome)}.{_baseline_words(outcome)}",
                 "muted",
             )
         )

@@ -177,6 +177,8 @@ def _reading_section(report: Mapping[str, Any]) -> Section:
         "place, device or time needs an assessment of its own."
     )
     blocks: list[Block] = [Paragraph(words)]
+    if report.get("sampling"):
+        blocks.append(Paragraph(_sampling_words(report["sampling"])))
     notes = [sentence(note) for note in [*report["cautions"], *report.get("notes_on_input", [])]]
     if notes:
         blocks.append(Bullets(notes))
@@ -184,6 +186,20 @@ def _reading_section(report: Mapping[str, Any]) -> Section:
         names = ", ".join(map(one_line, report["absent_classes"]))
         blocks.append(Paragraph(f"Classes without test images: {names}."))
     return Section("How to read this", "reading", blocks)
+
+
+def _sampling_words(sampling: Mapping[str, Any]) -> str:
+    unit, num = one_line(sampling["unit"]), sampling["num_units"]
+    drawn = {
+        "image": f"other images like these {num:,}, each drawn by itself (no cluster such as a patient is known)",
+        "cluster": f"other clusters (patients, places) like these {num:,}: the cluster is the unit, not the image",
+    }[unit]
+    mix = {
+        "random": "The mix of classes is taken as random, as it was met, and would be another there",
+        "fixed": "The card says that the study fixed how many images there are of each class, so their mix would be "
+        "the same there",
+    }[sampling["classes"]]
+    return f"Intervals say what {drawn}, could have given. {mix}."
 
 
 def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:

@@ -214,6 +214,7 @@ def _only(predictions: Predictions, rows: np.ndarray, classes: list[int]) -> Pre
         two.astype(np.float32),
         tuple(predictions.class_names[c] for c in classes),
         clusters=None if predictions.clusters is None else tuple(predictions.clusters[i] for i in rows),
+        fixed_classes=predictions.fixed_classes,
     )
 
 

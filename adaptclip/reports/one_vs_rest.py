@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptclip.gate_rules import ARGMAX
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.gaps import gap_test, holm
 from adaptclip.metrics.judged import Sampling
@@ -80,9 +81,10 @@ def one_vs_rest(
     counts = class_rates(labels, pred, code, len(names), len(predictions.class_names))
     large = counts[3, :, 0] >= min_group
     summary = _differences(counts, large)
-    present: list[int] = np.flatnonzero(counts[0].sum(axis=0) > 0).tolist()
+    own = _own_rule(predictions)
+    present: list[int] = [c for c in np.flatnonzero(counts[0].sum(axis=0) > 0).tolist() if c not in own]
     tested = [c for c in present if (large & (counts[0, :, c] >= MIN_CLASS_IMAGES)).sum() >= 2]
-    p_values = {}
+    p_values: dict[int, float] = {}
     for c in tested:
         kept = np.flatnonzero(large & (counts[0, :, c] >= MIN_CLASS_IMAGES))
         rows = np.flatnonzero((labels == c) & np.isin(code, kept))
@@ -102,7 +104,24 @@ def one_vs_rest(
         }
         for c in order[:MOST_CLASSES]
     ]
-    return {"classes": classes, "num_left_out": len(order) - len(classes), "note": _note(min_group)}
+    note = _note(min_group) + _own_words([predictions.class_names[c] for c in own])
+    return {"classes": classes, "num_left_out": len(order) - len(classes), "note": note}
+
+
+def _own_rule(predictions: Predictions) -> list[int]:
+    """Classes that are a declared outcome with another rule than the most probable class."""
+    declared = [o.positive[0] for o in predictions.outcomes if o.level is None and len(o.positive) == 1
+                and o.rule != ARGMAX]  # fmt: skip
+    return [predictions.class_names.index(name) for name in declared]
+
+
+def _own_words(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f"; by the most probable class. {', '.join(names)} {'has' if len(names) == 1 else 'have'} a decision rule of "
+        "their own and stand among the declared outcomes"
+    )
 
 
 def _note(min_group: int) -> str:

@@ -114,7 +114,7 @@ def _side_gap(
     judged: Predictions, by_group: dict[str, np.ndarray], side: int, what: str, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The gap of the accuracy on one side of an outcome between the groups that have MIN_OUTCOMES images of it."""
-    if not by_group:
+    if not by_group or (judged.asked and judged.asked.undecided):
         return None
     rows = np.concatenate(list(by_group.values()))
     code = np.repeat(np.arange(len(by_group)), [len(positions) for positions in by_group.values()])
@@ -130,7 +130,7 @@ def _fairlearn_differences(judged: Predictions, by_group: dict[str, np.ndarray])
     """The four differences as fairlearn defines them; None with fewer than two groups."""
     names = ("demographic_parity_difference", "demographic_parity_ratio", "equal_opportunity_difference",
              "equalized_odds_difference")  # fmt: skip
-    if len(by_group) < 2:
+    if len(by_group) < 2 or (judged.asked and judged.asked.undecided):
         return dict.fromkeys(names, None)
     from fairlearn.metrics import MetricFrame, false_positive_rate, selection_rate, true_positive_rate
 

@@ -50,7 +50,8 @@ def build_report(
     Returns:
         JSON-able dict. A number is {"value", "low", "high", "n", "method", "note"}; a comparison is {"model",
         "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
-        "num_clusters", "absent_classes", "metrics" (name -> `Metric.told`), "overall" (name of a metric -> comparison),
+        "num_clusters", "sampling" ("unit", "num_units", "classes": "random" or "fixed"), "absent_classes",
+        "metrics" (name -> `Metric.told`), "overall" (name of a metric -> comparison),
         "per_class" (list),
         "outcomes" (list of `outcome_overall`), "groups" (attribute -> table of `group_table`; an intersection is called
         "sex × age_group"), "cautions" and "notes_on_input" (lists of sentences).
@@ -81,6 +82,7 @@ def build_report(
         "num_images": len(predictions),
         "num_classes": len(predictions.class_names),
         "num_clusters": clusters,
+        "sampling": _sampling(predictions, clusters),
         "absent_classes": [predictions.class_names[i] for i in absent],
         "metrics": {metric.name: metric.told() for metric in shown},
         "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
@@ -90,6 +92,11 @@ def build_report(
         "cautions": _cautions(len(absent), len(predictions.class_names), attributes, clusters),
         "notes_on_input": list(predictions.notes),
     }
+
+
+def _sampling(predictions: Predictions, clusters: int | None) -> dict[str, Any]:
+    unit, num = ("image", len(predictions)) if clusters is None else ("cluster", clusters)
+    return {"unit": unit, "num_units": num, "classes": "fixed" if predictions.fixed_classes else "random"}
 
 
 def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:
