@@ -19,7 +19,7 @@ from adaptclip.types import Predictions
 CLASSES = ("melanoma", "nevus", "keratosis")
 
 
-def world(n=600, seed=0, prefix="i", **fields):
+def world(n=300, seed=0, prefix="i", **fields):
     """Three classes; melanomas are often the most probable class with a third of the probability only."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n)
@@ -30,7 +30,7 @@ def world(n=600, seed=0, prefix="i", **fields):
     return Predictions(tuple(f"{prefix}{i}" for i in range(n)), labels, probs, CLASSES, groups, **fields)
 
 
-RULES = (
+RULES: tuple[dict[str, Any], ...] = (
     {},
     {"threshold": 0.5},
     {"rule": "sensitivity=0.95"},
@@ -122,12 +122,12 @@ def test_without_validation_images_nothing_is_chosen_and_the_gate_is_open():
 
 @pytest.mark.parametrize(("fixed", "words"), [(True, "the study fixed how many"), (False, "taken as random")])
 def test_the_page_says_how_the_images_were_sampled(fixed, words, tmp_path):
-    model = world(fixed_classes=fixed, clusters=tuple(f"p{i // 2}" for i in range(600)))
+    model = world(fixed_classes=fixed, clusters=tuple(f"p{i // 2}" for i in range(300)))
     model.save(tmp_path / "p.parquet")
     model = Predictions.load(tmp_path / "p.parquet")
     report = full_report(model, world(), draws=1000)
-    assert report["sampling"] == {"unit": "cluster", "num_units": 300, "classes": "fixed" if fixed else "random"}
+    assert report["sampling"] == {"unit": "cluster", "num_units": 150, "classes": "fixed" if fixed else "random"}
     assert (sampling_of(model).stratum is None) == (not fixed)
     page = to_markdown(report, None)
     assert words in page
-    assert "like these 300: the cluster is the unit" in page
+    assert "like these 150: the cluster is the unit" in page
