@@ -33,6 +33,7 @@ from adaptclip.terminal import QUOTED
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
 _TEXT_FILES = {".csv": ",", ".tsv": "\t"}
 SIGMOID = "sigmoid_"
+POSITIVE = "positive_"
 MAX_GROUP_VALUES = 200
 """A column with more values than this and without the prefix `group:` is taken for something else than a group."""
 
@@ -66,6 +67,11 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     fields["clusters"] = _filled(table, "cluster", path)
     if single := [n for n in table.column_names if n.startswith(SIGMOID)]:
         fields["sigmoid"] = _numbers(table, _ordered(single, names, path, numbered=own, prefix=SIGMOID), path)
+    if marks := [n for n in table.column_names if n.startswith(POSITIVE)]:
+        ordered = _ordered(marks, names, path, numbered=own, prefix=POSITIVE)
+        fields["positive"] = _yes_or_no(table, ordered, path)
+    if metadata.get("thresholds") is not None:
+        fields["thresholds"] = np.array(metadata["thresholds"], np.float64)
     fields["groups"], fields["notes"] = _groups(table, path)
     fields["notes"] = (*fields["notes"], *fields.pop("answer_notes"))
     levels = {name: tuple(values) for name, values in metadata.get("levels", {}).items()}
@@ -197,6 +203,18 @@ def _no_number(column: pa.ChunkedArray) -> str:
     return f"values of type {column.type}"
 
 
+def _yes_or_no(table: pa.Table, columns: Sequence[str], path: Path) -> np.ndarray:
+    """(N, C) bool of columns that hold 0 and 1, or true and false."""
+    values = (
+        _numbers(table, columns, path)
+        if not pa.types.is_boolean(table[columns[0]].type)
+        else np.stack([table[name].to_numpy(zero_copy_only=False) for name in columns], axis=1)
+    )
+    if not np.isin(values, (0, 1)).all():
+        raise DataError(f"{path}: {columns[0]} and its like say whether an image shows a class: 0 or 1")
+    return values.astype(bool)
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -299,7 +317,7 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
     groups: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
     for column in table.column_names:
-        used = column in ("id", "label", "pred", "cluster") or column.startswith(("prob_", SIGMOID, "level:"))
+        used = column in ("id", "label", "pred", "cluster") or column.startswith(("prob_", SIGMOID, POSITIVE, "level:"))
         if used or _RANKED.fullmatch(column):
             continue
         name = column.removeprefix("group:")

@@ -90,6 +90,9 @@ class Predictions:
         notes: what to know of the source of these predictions.
         sigmoid: (N, C) float32 probability of each class by itself, 0 to 1, rows of any sum; None where the model was
             not made to answer yes or no for each class.
+        positive: (N, C) bool, the classes of each image where it may have several, or none; None where each has the one
+            of `labels` (which then is one of them, or any where it has none).
+        thresholds: (C,) probability from which a class is named by itself, chosen on other images; None for 0.5.
         fixed_classes: whether the study fixed how many images there are of each class (card: sampling); otherwise their
             mix is random, like the images.
         decided: (N,) the class decided for, where that is not the most probable one; None otherwise.
@@ -109,6 +112,8 @@ class Predictions:
     confident: bool = True
     notes: tuple[str, ...] = ()
     sigmoid: np.ndarray | None = None
+    positive: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
     fixed_classes: bool = False
     decided: np.ndarray | None = None
     asked: Outcome | None = None
@@ -138,6 +143,7 @@ class Predictions:
                 f"probabilities of single classes should be ({n}, {c}) numbers from 0 to 1, got shape {own.shape}"
                 + (f" and values from {own.min()} to {own.max()}" if own.size else "")
             )
+        self._check_marks()
         if len(set(self.class_names)) != c:
             raise DataError("predictions have repeated class names; each class needs its own")
         columns = self.groups if self.clusters is None else {**self.groups, "cluster": self.clusters}
@@ -148,6 +154,21 @@ class Predictions:
             if len(values) != c:
                 raise DataError(f"taxonomy level {name!r} has {len(values)} names for {c} classes")
         self._check_declared()
+
+    def _check_marks(self) -> None:
+        """Sets of classes and thresholds belong to probabilities of single classes, and have their shape."""
+        n, c = self.probs.shape
+        if self.positive is not None and (self.positive.shape != (n, c) or self.positive.dtype != bool):
+            raise DataError(
+                f"sets of classes should be ({n}, {c}) yes or no, got {self.positive.shape} of another kind"
+            )
+        if (self.positive is not None or self.thresholds is not None) and self.sigmoid is None:
+            raise DataError(
+                "sets of classes and thresholds need the probability of each class by itself (sigmoid_CLASS)"
+            )
+        least = self.thresholds
+        if least is not None and (least.shape != (c,) or not ((least >= 0) & (least <= 1)).all()):
+            raise DataError(f"thresholds should be {c} numbers from 0 to 1, one for each class")
 
     def _no_probabilities(self) -> str:
         """Names the first row that holds no probabilities, and what it may hold."""
@@ -183,7 +204,8 @@ class Predictions:
     def save(self, path: Path | str) -> None:
         """Writes one Parquet file: id, label, pred, prob_<class id>, group:<name>, cluster; names in the metadata.
 
-        Where there are probabilities of single classes they are columns sigmoid_<class id>.
+        Where there are probabilities of single classes they are columns sigmoid_<class id>, and sets of classes are
+        columns positive_<class id>.
 
         Raises:
             StorageError: the file cannot be written.
@@ -192,6 +214,8 @@ class Predictions:
         columns |= {f"prob_{c}": self.probs[:, c] for c in range(len(self.class_names))}
         if self.sigmoid is not None:
             columns |= {f"sigmoid_{c}": self.sigmoid[:, c] for c in range(len(self.class_names))}
+        if self.positive is not None:
+            columns |= {f"positive_{c}": self.positive[:, c] for c in range(len(self.class_names))}
         columns |= {f"group:{name}": list(values) for name, values in self.groups.items()}
         if self.clusters is not None:
             columns["cluster"] = list(self.clusters)
@@ -204,6 +228,7 @@ class Predictions:
             "confident": self.confident,
             "notes": list(self.notes),
             "fixed_classes": self.fixed_classes,
+            "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
         }
         write_parquet(Path(path), pa.table(columns), metadata)
 

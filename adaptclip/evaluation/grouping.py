@@ -45,7 +45,7 @@ def align(predictions: Predictions, baseline: Predictions) -> Predictions:
         raise DataError(f"{different} images have another label in the baseline; predict both models on the same data")
     return replace(
         predictions, probs=baseline.probs[order], ranked=baseline.ranked, confident=baseline.confident,
-        sigmoid=None if baseline.sigmoid is None else baseline.sigmoid[order],
+        sigmoid=None if baseline.sigmoid is None else baseline.sigmoid[order], thresholds=baseline.thresholds,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from adaptclip.evaluation.grouping import encode
 from adaptclip.metrics import GENERAL_METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import Comparison, Measurement
-from adaptclip.metrics.judged import Judged, Sampling
+from adaptclip.metrics.judged import Judged, Marks, Sampling
 from adaptclip.metrics.metric import Drawing
 from adaptclip.types import Predictions
 
@@ -29,13 +29,25 @@ def sampling_of(predictions: Predictions, rows: np.ndarray | None = None) -> Sam
     return whole if rows is None else whole.take(rows)
 
 
+def marks_of(predictions: Predictions) -> Marks | None:
+    """Yes or no for each class, where the model answers so."""
+    probs = predictions.sigmoid
+    if probs is None:
+        return None
+    positive = predictions.positive
+    if positive is None:
+        positive = predictions.labels[:, None] == np.arange(len(predictions.class_names))
+    least = predictions.thresholds
+    return Marks(probs, positive, probs >= (0.5 if least is None else least))
+
+
 def judged(predictions: Predictions, rows: np.ndarray | None = None) -> Judged:
     """What metrics see of predictions, or of those at `rows`."""
     everything = Judged(
         predictions.labels, predictions.probs, sampling_of(predictions), predictions.ranked, predictions.confident,
         decided=predictions.decided, prevalence=predictions.asked and predictions.asked.prevalence,
         threshold=predictions.asked and predictions.asked.threshold,
-        undecided=predictions.asked.undecided if predictions.asked else "",
+        undecided=predictions.asked.undecided if predictions.asked else "", marks=marks_of(predictions),
     )  # fmt: skip
     return everything if rows is None else everything.take(rows)
 

@@ -93,7 +93,7 @@ def _merge(predictions: Predictions, names: tuple[str, ...], index: np.ndarray) 
     whole = predictions.confident and predictions.ranked is None
     return replace(
         predictions, labels=index[predictions.labels], probs=summed.astype(np.float32), class_names=names, levels={},
-        outcomes=(), ranked=None if whole else 1, sigmoid=None, decided=None,
+        outcomes=(), ranked=None if whole else 1, sigmoid=None, positive=None, thresholds=None, decided=None,
     )  # fmt: skip
 
 

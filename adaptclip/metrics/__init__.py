@@ -12,10 +12,22 @@ from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.metrics.metric import Metric as Metric
 from adaptclip.metrics.ranking import AUC, MACRO_AUC
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
+from adaptclip.metrics.several_labels import SEVERAL_LABELS
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in (ACCURACY, MEAN_PER_CLASS, TOP5, ECE, BRIER, MACRO_AUC, MACRO_F1, *OUTCOME_RATES, AUC)
+    for metric in (
+        ACCURACY,
+        MEAN_PER_CLASS,
+        TOP5,
+        ECE,
+        BRIER,
+        MACRO_AUC,
+        MACRO_F1,
+        *OUTCOME_RATES,
+        AUC,
+        *SEVERAL_LABELS,
+    )
 }
 """Name -> metric, of all that come with the package."""
 

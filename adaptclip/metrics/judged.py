@@ -85,6 +85,34 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """Yes or no for each class of each image: what it shows, and what it was said to show.
+
+    Attributes:
+        probs: (N, C) probability of each class by itself, 0 to 1.
+        positive: (N, C) bool, whether the image shows the class; a row may hold several, or none.
+        named: (N, C) bool, whether the probability reaches the class's threshold.
+    """
+
+    probs: np.ndarray
+    positive: np.ndarray
+    named: np.ndarray
+
+    def take(self, rows: np.ndarray | slice) -> Marks:
+        """The images at `rows`."""
+        return Marks(self.probs[rows], self.positive[rows], self.named[rows])
+
+    def of_class(self, c: int) -> Marks:
+        """Class c alone."""
+        return Marks(self.probs[:, c : c + 1], self.positive[:, c : c + 1], self.named[:, c : c + 1])
+
+    @property
+    def single(self) -> bool:
+        """Whether every image shows exactly one class."""
+        return bool((self.positive.sum(axis=1) == 1).all())
+
+
+@dataclass(frozen=True)
 class Judged:
     """Images that are judged; all that a metric ever sees.
 
@@ -97,6 +125,7 @@ class Judged:
         decided: (N,) the class decided for, where that is not the most probable one; None otherwise.
         prevalence: of a two-sided outcome, the share of positive images where the model will be used, 0 to 1; None
             where it was not declared.
+        marks: yes or no for each class, where the model answers so; None otherwise.
         threshold: of a two-sided outcome, the probability above which the answer is positive; None where there is none.
         undecided: why there are no answers yet, though there are probabilities; "" where there are.
     """
@@ -110,6 +139,7 @@ class Judged:
     prevalence: float | None = None
     threshold: float | None = None
     undecided: str = ""
+    marks: Marks | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,10 +151,11 @@ class Judged:
 
     def take(self, rows: np.ndarray | slice) -> Judged:
         """The images at `rows`."""
-        decided = None if self.decided is None else self.decided[rows]
         return replace(
-            self, labels=self.labels[rows], probs=self.probs[rows], sampling=self.sampling.take(rows), decided=decided
-        )
+            self, labels=self.labels[rows], probs=self.probs[rows], sampling=self.sampling.take(rows),
+            decided=None if self.decided is None else self.decided[rows],
+            marks=None if self.marks is None else self.marks.take(rows),
+        )  # fmt: skip
 
     @cached_property
     def answer(self) -> np.ndarray:

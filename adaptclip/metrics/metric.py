@@ -71,6 +71,7 @@ class Metric:
         per_cent: shown in per cent and points; False shows decimals.
         of_outcome: it is of a two-sided outcome, and judges images whose classes are 0 (negative) and 1 (positive).
         least_classes: fewer classes than this leave it nothing to say.
+        of_labels: it is of images that may have several classes, or none, and judges yes or no for each class.
         sides: sides of an outcome, 1 positive and 0 negative, of which it needs images.
         over_classes: it is a mean over all classes, and needs images of each.
         decides: it is about decisions, so that an outcome's threshold matters to it.
@@ -94,6 +95,7 @@ class Metric:
     per_cent: bool = True
     of_outcome: bool = False
     least_classes: int = 1
+    of_labels: bool = False
     sides: tuple[int, ...] = ()
     over_classes: bool = False
     decides: bool = False
@@ -160,6 +162,8 @@ class Metric:
         """Why there is no number, of images that it is about; "" where there is one."""
         if len(chosen) == 0:
             return "no images"
+        if not self.of_labels and chosen.marks is not None and not chosen.marks.single:
+            return "some images have several classes, or none, and this is a number of images with one"
         return (chosen.undecided if self.decides else "") or self.undefined(chosen)
 
     def chosen(self, judged: Judged) -> Judged:

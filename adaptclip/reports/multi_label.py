@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.measuring import sampling_of
-from adaptclip.evaluation.multi_label import (
+from adaptclip.evaluation.measuring import judged as judged_images
+from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.metrics import METRICS
+from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.judged import Judged
+from adaptclip.metrics.several_labels import (
     RATES,
-    Named,
-    auc,
     average_precision,
     class_rates,
+    mean_area,
     mean_of_classes,
+    measure,
     pooled,
 )
-from adaptclip.evaluation.thresholds import Thresholds
-from adaptclip.metrics.estimates import mean_of
 from adaptclip.reports.blocks import (
     Block,
     Cell,
@@ -39,6 +40,14 @@ from adaptclip.types import Predictions
 ROUGH = 10
 """Fewer validation images of a class than this place its threshold roughly, which is said."""
 
+_WHOLE = {
+    "exact": METRICS["subset_accuracy"],
+    "hamming": METRICS["hamming_loss"],
+    "example_f1": METRICS["example_f1"],
+    "example_jaccard": METRICS["example_jaccard"],
+}
+"""Key of the report -> metric of the images as a whole."""
+
 _HEADS = {"auc": "AUC", "average_precision": "average precision", **{name: name for name in RATES}, "f1": "F1"}
 
 
@@ -56,6 +65,8 @@ def multi_label_report(
     Returns:
         JSON-able dict: "thresholds" (`Thresholds.to_dict`), "labels_per_image" (mean number of classes named),
         "unnamed" and "exact" (numbers: share of the images without any class named, and with exactly their own),
+        "hamming", "example_f1", "example_jaccard" (numbers: wrong answers, overlap of the classes of an image and those
+        named),
         "per_class" (list of "class", "num_positive", "threshold" and the numbers "auc", "average_precision",
         "sensitivity", "specificity", "precision", "f1"), "macro" (the same numbers as means over the classes), "micro"
         (of all pairs of image and class alike, without the two areas), "groups" (attribute -> list of "group", "n",
@@ -66,34 +77,41 @@ def multi_label_report(
     """
     if predictions.sigmoid is None or len(thresholds.values) != len(predictions.class_names):
         raise DataError("a multi-label report needs sigmoid probabilities, and a threshold for each of their classes")
-    sampling = sampling_of(predictions)
-    positive = predictions.labels[:, None] == np.arange(len(predictions.class_names))
-    images = Named(predictions.sigmoid, positive, predictions.sigmoid >= thresholds.values, sampling)
+    judged = judged_images(replace(predictions, thresholds=thresholds.values))
+    marks, sampling = judged.marks, judged.sampling
+    assert marks is not None
+    positive = marks.positive
     per_class = []
     for c, name in enumerate(predictions.class_names):
         told = {"class": name, "num_positive": int(positive[:, c].sum()), "threshold": float(thresholds.values[c])}
-        measured = class_rates(images, c)
+        measured = class_rates(marks, sampling, c)
         per_class.append(told | {key: number(value, confidence) for key, value in measured.items()})
-    macro = {"auc": auc(images), "average_precision": average_precision(images)}
-    macro |= {name: mean_of_classes(images, name) for name in RATES}
-    whole = {"unnamed": ~images.named.any(axis=1), "exact": (images.named == positive).all(axis=1)}
+    macro = {"auc": measure(mean_area(marks), sampling), "average_precision": average_precision(marks)}
+    macro |= {name: measure(mean_of_classes(marks, name), sampling) for name in RATES}
+    whole = {name: metric.compare(judged).model for name, metric in _WHOLE.items()}
     return {
         "thresholds": thresholds.to_dict(),
-        "labels_per_image": float(images.named.sum(axis=1).mean()),
-        **{name: number(mean_of(hits, sampling), confidence) for name, hits in whole.items()},
+        "labels_per_image": float(marks.named.sum(axis=1).mean()),
+        "unnamed": number(mean_of(~marks.named.any(axis=1), sampling), confidence),
+        **{name: number(value, confidence) for name, value in whole.items()},
         "per_class": per_class,
         "macro": {name: number(value, confidence) for name, value in macro.items()},
-        "micro": {name: number(pooled(images, name), confidence) for name in RATES},
+        "micro": {name: number(measure(pooled(marks, name), sampling), confidence) for name in RATES},
         "groups": {
-            attribute: [_group(name, images.take(rows), confidence) for name, rows in found.items()]
+            attribute: [_group(name, judged.take(rows), confidence) for name, rows in found.items()]
             for attribute, found in ((a, group_rows(predictions, a)) for a in attributes)
         },
     }
 
 
-def _group(name: str, images: Named, confidence: float) -> dict[str, Any]:
-    rates = {key: number(mean_of_classes(images, key), confidence) for key in ("sensitivity", "specificity")}
-    return {"group": name, "n": len(images.positive), **rates}
+def _group(name: str, judged: Judged, confidence: float) -> dict[str, Any]:
+    marks = judged.marks
+    assert marks is not None
+    rates = {
+        key: number(measure(mean_of_classes(marks, key), judged.sampling), confidence)
+        for key in ("sensitivity", "specificity")
+    }
+    return {"group": name, "n": len(judged), **rates}
 
 
 def multi_label_section(report: Mapping[str, Any]) -> Section | None:
@@ -117,7 +135,8 @@ def summary(told: Mapping[str, Any]) -> str:
     return (
         f"Each class by itself, mean over the classes: AUC {show_rate(macro['auc'])}, F1 {show_rate(macro['f1'])}, "
         f"sensitivity {show_rate(macro['sensitivity'])}, specificity {show_rate(macro['specificity'])}; "
-        f"{told['labels_per_image']:.2f} classes named per image, none for {show_rate(told['unnamed'])} of them."
+        f"{told['labels_per_image']:.2f} classes named per image, none for {show_rate(told['unnamed'])} of them; "
+        f"exactly the right ones for {show_rate(told['exact'])}."
     )
 
 

@@ -8,14 +8,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    hamming_loss,
+    jaccard_score,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.grouping import align
-from adaptclip.evaluation.multi_label import RATES, Named, auc, mean_of_classes, pooled
+from adaptclip.evaluation.measuring import judged
 from adaptclip.evaluation.outcomes import coarsen
 from adaptclip.evaluation.thresholds import Thresholds
-from adaptclip.metrics.judged import Sampling
+from adaptclip.gate_rules import GateRule
+from adaptclip.gates import check_gates
+from adaptclip.metrics import METRICS
+from adaptclip.metrics.judged import Judged, Sampling
+from adaptclip.metrics.several_labels import RATES
 from adaptclip.reports.full import full_report
 from adaptclip.reports.multi_label import how_chosen, multi_label_report, summary
 from adaptclip.reports.render import to_html, to_markdown
@@ -49,9 +61,8 @@ def thresholds(values: tuple[float, ...] = (0.4, 0.5, 0.6, 0.3), **fields: Any) 
     return Thresholds(values=np.array(values), **(given | fields))
 
 
-def named(p: Predictions, t: Thresholds) -> Named:
-    assert p.sigmoid is not None
-    return Named(p.sigmoid, p.labels[:, None] == np.arange(4), p.sigmoid >= t.values, Sampling.of(len(p)))
+def judged_with(p: Predictions, t: Thresholds) -> Judged:
+    return judged(replace(p, thresholds=t.values))
 
 
 def test_the_numbers_are_scikit_learns():
@@ -94,20 +105,75 @@ def test_the_numbers_are_scikit_learns():
 def test_intervals_are_as_wide_as_resampling_says(clustered):
     p, t = predictions(400, seed=1), thresholds()
     unit = np.arange(400) // 5 if clustered else None
-    images = replace(named(p, t), sampling=Sampling.of(400, unit))
+    images = replace(judged_with(p, t), sampling=Sampling.of(400, unit))
     blocks = np.arange(400).reshape(-1, 5 if clustered else 1)
     rng = np.random.default_rng(0)
-    rates: dict[str, Any] = {rate: lambda i, rate=rate: mean_of_classes(i, rate) for rate in RATES}
-    rates |= {"micro f1": lambda i: pooled(i, "f1"), "auc": auc}
+    names = [f"labels_macro_{rate}" for rate in RATES]
+    names += ["labels_micro_f1", "labels_macro_auc", "subset_accuracy", "hamming_loss", "example_f1", "example_jaccard"]
     plain = replace(images, sampling=Sampling.of(400))
-    for name, measure in rates.items():
+    for name in names:
+        metric: Any = METRICS[name]
         drawn = [
-            measure(plain.take(blocks[rng.integers(0, len(blocks), len(blocks))].ravel())).value for _ in range(400)
+            metric.value(plain.take(blocks[rng.integers(0, len(blocks), len(blocks))].ravel())) for _ in range(400)
         ]
-        low, high = measure(images).interval(0.95)
+        low, high = metric.compare(images).model.interval(0.95)
         ratio = (high - low) / (2 * 1.96 * np.std(drawn))
         # A mean AUC is never surer than by Hanley and McNeil, as elsewhere in a report.
-        assert 0.85 < ratio < (1.5 if name == "auc" else 1.15), name
+        assert 0.85 < ratio < (1.5 if name == "labels_macro_auc" else 1.17), name
+
+
+def several(n: int = 300, seed: int = 0) -> Predictions:
+    """Images with none to four classes, and a model that knows something of each."""
+    rng = np.random.default_rng(seed)
+    positive = rng.random((n, 4)) < [0.5, 0.3, 0.2, 0.1]
+    sigmoid = np.clip(rng.beta(2, 3, (n, 4)) + 0.3 * positive, 0, 1).astype(np.float32)
+    probs = np.full((n, 4), 0.25, np.float32)
+    return Predictions(
+        tuple(map(str, range(n))), positive.argmax(axis=1), probs, NAMES, sigmoid=sigmoid, positive=positive,
+        thresholds=np.array([0.5, 0.6, 0.5, 0.55]),
+    )  # fmt: skip
+
+
+def test_sets_of_classes_are_measured_as_scikit_learn_does():
+    p = several()
+    assert p.positive is not None
+    assert p.thresholds is not None
+    said = sigmoid_of(p) >= p.thresholds
+    assert (p.positive.sum(axis=1) == 0).any()
+    found = {name: metric.value(judged(p)) for name, metric in METRICS.items() if metric.of_labels}
+    precision, recall, f1, _ = precision_recall_fscore_support(p.positive, said, average="macro")
+    micro = precision_recall_fscore_support(p.positive, said, average="micro")
+    expected = {
+        "subset_accuracy": accuracy_score(p.positive, said),
+        "hamming_loss": hamming_loss(p.positive, said),
+        "example_jaccard": jaccard_score(p.positive, said, average="samples", zero_division=1),
+        "example_f1": f1_score(p.positive, said, average="samples", zero_division=1),
+        "labels_macro_precision": precision, "labels_macro_sensitivity": recall, "labels_macro_f1": f1,
+        "labels_micro_precision": micro[0], "labels_micro_sensitivity": micro[1], "labels_micro_f1": micro[2],
+        "labels_macro_auc": roc_auc_score(p.positive, sigmoid_of(p), average="macro"),
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert len(found) == len(expected) + 2  # specificity, which scikit-learn has not
+
+
+def test_metrics_of_one_class_an_image_are_silent_about_several(tmp_path):
+    p = several()
+    assert METRICS["accuracy"].value(judged(p)) is None
+    note = METRICS["accuracy"].compare(judged(p)).model.note
+    assert "several classes, or none" in note
+    assert (
+        METRICS["subset_accuracy"].compare(judged(replace(p, sigmoid=None, positive=None, thresholds=None))).model.note
+    )
+    verdict = check_gates(p, None, [GateRule(metric="labels_macro_sensitivity", at_least=0.2)])[0]
+    assert verdict.verdict in ("pass", "inconclusive")
+    p.save(tmp_path / "p.parquet")
+    again = Predictions.load(tmp_path / "p.parquet")
+    assert again.positive is not None
+    assert again.thresholds is not None
+    assert np.array_equal(again.positive, p.positive)
+    assert np.array_equal(again.thresholds, p.thresholds)
+    with pytest.raises(DataError, match=r"sets of classes should be \(300, 4\)"):
+        replace(p, positive=p.positive[:, :3])
 
 
 def test_classes_without_images_or_names_are_left_out_of_the_means():
