@@ -262,7 +262,8 @@ def _write_shard(folder: Path, key: dict[str, Any], contents: Sequence[str], val
     if not (folder / "key.json").exists():
         write_json(folder / "key.json", key)
     # With the key's digest in it, a shard that is moved to another folder is not taken for one of that folder's.
-    told = {"contents": json.dumps(list(contents)), "key": folder.name}
+    # One entry: safetensors writes several in an order that varies, and a shard is named by its bytes.
+    told = {"shard": json.dumps({"contents": list(contents), "key": folder.name})}
     shard = safetensors.torch.save({"values": values.contiguous()}, told)
     write_bytes(folder / f"{digest(shard)[:32]}.safetensors", shard)
 
@@ -292,10 +293,10 @@ def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]
         if os.path.lexists(path):
             check_is_file(path)
         with safetensors.safe_open(path, "pt") as shard:
-            told = shard.metadata() or {}
-            if told.get("key", path.parent.name) != path.parent.name:
+            told = parse_json((shard.metadata() or {})["shard"], where=f"the contents of {path}")
+            if told["key"] != path.parent.name:
                 raise ValueError("it holds features of other weights or another transform")
-            contents: list[str] = parse_json(told["contents"], where=f"the contents of {path}")
+            contents: list[str] = told["contents"]
             rows = [i for i, content in enumerate(contents) if content in wanted]
             if rows:  # the file is memory-mapped: without wanted rows no feature is read
                 _check_digest(path)
