@@ -56,7 +56,6 @@ class Kind:
 _ARTIFACT = {"format_version", "method", "class_names", "verdicts"}
 _INDEX = {"format_version", "names_digest", "transform", "count"}
 _EXPORT = {"features", "cosines", "probabilities", "tolerance"}
-_RUN = {"adaptclip", "num_processes", "config"}
 _BENCH = {"cards", "protocol", "methods", "shots"}
 
 KINDS = {
@@ -64,10 +63,9 @@ KINDS = {
     "index": Kind("an index", "manifest.json", frozenset(_INDEX)),
     "export": Kind("an export", "check.json", frozenset(_EXPORT)),
     "open_clip": Kind("a saved model", "open_clip_config.json", frozenset({"adaptclip", "model_cfg"})),
-    "run": Kind("a run folder", "run.json", frozenset(_RUN), early=(".*.tmp", "run.lock*")),
     "bench": Kind("a bench folder", "config.yaml", frozenset(_BENCH), early=(".*.tmp", "jobs")),
 }
-"""Name -> a kind of folder, and what says that adaptclip wrote it."""
+"""Name -> a kind of folder, and what says that adaptclip wrote it; a run folder is known by `training.run_folder`."""
 
 
 def check_folder(
@@ -130,13 +128,15 @@ def check_apart(path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] =
         above = {_identity(folder) for folder in (real, *real.parents)}
         for may_lie_in, places in ((False, inputs), (True, roots)):
             for given in places:
+                if _identity(given) is None:
+                    continue  # nothing is there, as whoever reads it will say
                 read = Path(given).absolute().resolve()
                 if own is not None and own in {_identity(folder) for folder in (read, *read.parents)}:
                     what = "is" if own == _identity(read) else "holds"
                     raise StorageError(f"{path} {what} what is read ({given}); choose another folder, which is not")
-                if not may_lie_in and _identity(read) in above - {None}:
+                if not may_lie_in and _identity(read) in above:
                     raise StorageError(f"{path} lies in what is read ({given}); choose a folder outside it")
-    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # may not be looked into, links in a circle, NUL in the name
         raise StorageError(f"cannot write {path}: {error}") from error
 
 

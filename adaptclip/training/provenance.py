@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from adaptclip.backbone import ClipBackbone
+from adaptclip.backbone.loading import local_folders
+from adaptclip.data.card import load_card
 from adaptclip.data.card_block import CardBlock
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.data.rows import card_places
 from adaptclip.storage import digest
 
 _NUM_MARKS = 4
@@ -51,6 +55,27 @@ def describe_inputs(
     if backbone is not None:
         record["backbone"] = {"name": backbone.name, "digest": backbone.digest}
     return record | ({"others": dict(others)} if others else {})
+
+
+def places_read(config: Mapping[str, Any], data: DomainData | None) -> tuple[list[Path], list[Path]]:
+    """Returns files and folders that a run reads, and folders that only hold some of those; see `outputs.check_apart`.
+
+    Args:
+        config: the run's settings; of use are `cache`, `backbone`, `pretrained`, `zero_shot_card` and `data_root`.
+        data: the images.
+    """
+    root = Path(config["data_root"]) if config.get("data_root") else None
+    read = [Path(config["cache"])] if config.get("cache") else []
+    read += local_folders(config.get("backbone"))
+    if config.get("pretrained") and Path(config["pretrained"]).is_file():
+        read.append(Path(config["pretrained"]))
+    roots = [root] if root is not None else []
+    cards = [data.card] if data is not None else []
+    cards += [load_card(config["zero_shot_card"])] if config.get("zero_shot_card") else []
+    for card in cards:
+        own, around = card_places(card, root)
+        read, roots = [*read, *own], [*roots, *around]
+    return read, roots
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

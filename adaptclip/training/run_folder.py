@@ -89,8 +89,10 @@ def check_kind(path: Path) -> None:
         return
     if not path.is_dir():
         raise TrainingError(f"the run folder {path} is a file; choose another --out")
-    if not _is_empty(path) and not (path / MARKER).is_file():
+    if not _is_empty(path) and ((path / MARKER).is_symlink() or not (path / MARKER).is_file()):
         raise TrainingError(f"{path} holds files and is not a run folder of adaptclip; choose another --out")
+    if not _is_empty(path):
+        _read_marker(path / MARKER)  # before the lock is put into what may be somebody else's folder
 
 
 def _is_empty(path: Path) -> bool:

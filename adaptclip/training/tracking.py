@@ -27,6 +27,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import AdaptclipError, ConfigError, StorageError, TrainingError, did_you_mean
+from adaptclip.outputs import check_apart
 from adaptclip.storage import parse_json
 from adaptclip.training.interruption import Pace
 from adaptclip.training.launcher import (
@@ -36,7 +37,7 @@ from adaptclip.training.launcher import (
     launched_precision,
     settled,
 )
-from adaptclip.training.provenance import describe_inputs
+from adaptclip.training.provenance import describe_inputs, places_read
 from adaptclip.training.run_folder import check_earlier, check_kind, lock_folder, prepare_folder
 from adaptclip.training.steps import is_due
 
@@ -246,7 +247,7 @@ def start_run(
         ConfigError: both `resume` and `overwrite`.
         TrainingError: the folder is occupied or locked by another process, or the run was started with other settings,
             another number of processes, or from other images, weights or another version of adaptclip.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, is a link, or holds or lies in what is read (`adaptclip.outputs`).
     """
     check_processes(accelerator)
     if resume and overwrite:
@@ -261,6 +262,7 @@ def start_run(
     locks: list[FileLock] = []
 
     def open_folder() -> int:
+        check_apart(path, *places_read(config, data))
         check_kind(path)
         locks.append(lock_folder(path))
         check_earlier(path, record, split, resume=resume, overwrite=overwrite, may_change=may_change)

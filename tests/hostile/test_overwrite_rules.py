@@ -33,25 +33,32 @@ from adaptclip.cli.report import report
 from adaptclip.cli.search import embed
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import AdaptclipError, StorageError
-from adaptclip.outputs import KINDS, atomic_folder, check_folder
+from adaptclip.outputs import KINDS, Kind, atomic_folder, check_folder
+from adaptclip.training.tracking import make_accelerator, start_run
 from adaptclip.types import Predictions
 
 WRITTEN = ""
 
 
+RUN = Kind("a run folder", "run.json", frozenset({"adaptclip", "num_processes", "config"}))
+"""Run folders have a reader of their own; this is what it knows them by."""
+
+MARKED = {**KINDS, "run": RUN}
+
+
 def plant(kind: str, folder: Path) -> None:
     """Makes a folder carry the marker of a kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / KINDS[kind].marker
+    marker = folder / MARKED[kind].marker
     known = json.loads(marker.read_text()) if marker.is_file() else {}
     marker.unlink(missing_ok=True)  # it may be a hard link
-    marker.write_text(json.dumps({**dict.fromkeys(KINDS[kind].keys, 0), **known}))
+    marker.write_text(json.dumps({**dict.fromkeys(MARKED[kind].keys, 0), "adaptclip": "0", "config": {}, **known}))
 
 
 def other_kind(kind: str) -> str:
     """A kind with the same marker file where there is one, so that only its content tells them apart."""
-    same = [k for k in KINDS if k != kind and KINDS[k].marker == KINDS[kind].marker]
-    return (same or [k for k in KINDS if k != kind])[0]
+    same = [k for k in MARKED if k != kind and MARKED[k].marker == MARKED[kind].marker]
+    return (same or [k for k in MARKED if k != kind])[0]
 
 
 def foreign(folder: Path) -> None:
@@ -62,13 +69,13 @@ def foreign(folder: Path) -> None:
 def someone_elses(kind: str, folder: Path) -> None:
     """A folder with a file of the marker's name and other content."""
     foreign(folder)
-    (folder / KINDS[kind].marker).write_text('{"name": "my-app", "start_url": "/"}')
+    (folder / MARKED[kind].marker).write_text('{"name": "my-app", "start_url": "/"}')
 
 
 def marked_by_link(kind: str, folder: Path) -> None:
     plant(kind, folder.parent / "own")
     foreign(folder)
-    (folder / KINDS[kind].marker).symlink_to(folder.parent / "own" / KINDS[kind].marker)
+    (folder / MARKED[kind].marker).symlink_to(folder.parent / "own" / MARKED[kind].marker)
 
 
 def link(path: Path, to: Path, make: Callable[[Path], object] | None = None) -> Path:
@@ -170,6 +177,8 @@ def snapshot(folder: Path) -> dict[str, Any]:
     """Everything below a folder: kind, what a link leads to, and of files which file it is and what it holds."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
+        if path.name.startswith("run.lock"):
+            continue  # a lock stays in a run folder that somebody looked at
         if path.is_symlink():
             found[str(path)] = ("link", str(path.readlink()))
         elif path.is_dir():
@@ -220,17 +229,35 @@ def run_bench(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
             plant("bench", out)
 
 
+def run_start(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
+    photos = home / "in" / "photos"
+    data = ac.open_data(ac.load_card(photos), check=False)
+    config = {"card": str(photos), "cache": home.parent / "cache", "data_root": None, "backbone": world.model}
+    run = start_run(out, config=config, accelerator=make_accelerator(cpu=True), data=data, overwrite=overwrite)
+    run.finish()
+
+
 COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "embed": ("index", "in/photos", run_embed),
     "export": ("export", "run/artifact", run_export),
     "save_artifact": ("artifact", "model/tiny", run_save_artifact),
     "save_open_clip": ("open_clip", "model/tiny", run_save_open_clip),
     "few_shot.py": ("bench", "in/photos", run_bench),
+    "every other recipe": ("run", "in/photos", run_start),
 }
 """Command -> kind of its folder, what it reads, how it is called."""
 
-GOES_ON = {"few_shot.py": {"its own kind": WRITTEN}}
-"""The bench goes on in its own folder without being asked."""
+OTHERWISE = {
+    "few_shot.py": {"its own kind": WRITTEN},  # the bench goes on in its own folder without being asked
+    "every other recipe": {
+        "its own kind": "holds an earlier run",
+        "a foreign folder": "holds files and is not a run folder",
+        "a foreign folder, no overwrite": "holds files and is not a run folder",
+        "a file of the marker's name": "no run's",
+        "a marker that is a link": "holds files and is not a run folder",
+    },
+}
+"""Command -> target -> what it says instead."""
 
 
 @pytest.mark.parametrize("target", FOLDERS)
@@ -238,13 +265,13 @@ GOES_ON = {"few_shot.py": {"its own kind": WRITTEN}}
 def test_folders(world, home, command, target):
     kind, read, call = COMMANDS[command]
     make, overwrite, expected = FOLDERS[target]
-    expected = GOES_ON.get(command, {}).get(target, expected)
+    expected = OTHERWISE.get(command, {}).get(target, expected)
     made = make(kind, home, home / read)
     out = made if isinstance(made, Path) else home / "out"
     before = snapshot(home)
     if expected == WRITTEN:
         call(world, home, out, overwrite=overwrite)
-        assert KINDS[kind].made(out)
+        assert MARKED[kind].made(out)
         own = str(out.resolve())
         after = {path: what for path, what in snapshot(home).items() if not f"{path}/".startswith(f"{own}/")}
         kept = {path: what for path, what in before.items() if not f"{path}/".startswith(f"{own}/")}
@@ -375,6 +402,26 @@ def test_recipes_copy(home, target):
 def test_recipes_are_not_copied_over_themselves():
     with pytest.raises(StorageError, match="what is read"):
         copy_recipes([], out=recipes_folder(), overwrite=True)
+
+
+def test_somebody_elses_run_json_gets_no_lock(home, world):
+    someone_elses("run", home / "out")
+    with pytest.raises(AdaptclipError, match="no run's"):
+        run_start(world, home, home / "out", overwrite=True)
+    assert sorted(p.name for p in (home / "out").iterdir()) == ["run.json", "thesis.txt"]
+
+
+@pytest.mark.parametrize("key", ["cache", "data_root", "backbone", "pretrained", "zero_shot_card"])
+def test_a_run_keeps_clear_of_all_that_it_reads(home, key):
+    plant("run", home / "out")
+    shutil.copytree(home / "in" / "photos", home / "out" / "photos")
+    (home / "out" / "weights.safetensors").touch()
+    value = {"backbone": f"local-dir:{home / 'out'}", "pretrained": str(home / "out" / "weights.safetensors")}
+    config = {key: value.get(key, str(home / "out" / "photos"))}
+    before = snapshot(home)
+    with pytest.raises(StorageError, match=r"is what is read|holds what is read"):
+        start_run(home / "out", config=config, accelerator=make_accelerator(cpu=True), overwrite=True)
+    assert snapshot(home) == before
 
 
 def test_a_cache_is_neither_wiped_nor_mistaken_for_a_file(home, world):
