@@ -28,7 +28,8 @@ from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
 from adaptclip.reports.render import print_report, to_html, to_markdown
 from adaptclip.reports.thumbnails import thumbnails
-from adaptclip.storage import write_json, write_text, write_yaml
+from adaptclip.seals import REPORT_FILE, describe_files, write_sealed
+from adaptclip.storage import write_text, write_yaml
 from adaptclip.types import GateRule, Predictions
 
 REPORT_ONLY = "report"
@@ -184,15 +185,19 @@ def finish_run(
         made = {"": predictions, "zero_shot_": zero_shot, "validation_": validation}
         if new_classes is not None:
             made |= {"new_classes_": new_classes[0], "new_classes_zero_shot_": new_classes[1]}
+        written = ["gates.yaml", "artifact/manifest.json"]
         for name, judged in made.items():
             if judged is not None:
                 judged.save(out / f"{name}predictions.parquet")
+                written.append(f"{name}predictions.parquet")
         write_yaml(out / "gates.yaml", {"gates": [rule.model_dump(exclude_defaults=True) for rule in rules]})
-        _write_report(out, report, verdicts, data.test if data.card.show_images else None)
         save_artifact(
             out / "artifact", adapter, backbone, data, split, method=method,
-            report=report, verdicts=verdicts, thresholds=thresholds, overwrite=True,
+            report=report, verdicts=verdicts, rules=rules, thresholds=thresholds, overwrite=True,
         )  # fmt: skip
+        # By these, whoever reads the run later knows that its files are the ones that were judged.
+        report["files"] = describe_files(out, written)
+        _write_report(out, report, verdicts, data.test if data.card.show_images else None)
         print_report(report, verdicts)
         accelerator.print(
             f"{out}: report.html, report.md, predictions.parquet, metrics.jsonl, artifact/ (for `adaptclip predict`)"
@@ -248,7 +253,7 @@ def describe_data(data: DomainData) -> dict[str, Any]:
 
 def _write_report(out: Path, report: dict[str, Any], verdicts: Sequence[Verdict], images: ImageDataset | None) -> None:
     """Writes report.json, report.md and report.html, the last with pictures of mistakes where images may be shown."""
-    write_json(out / "report.json", {**report, "verdicts": [verdict.to_dict() for verdict in verdicts]})
+    write_sealed(out / REPORT_FILE, {**report, "verdicts": [verdict.to_dict() for verdict in verdicts]})
     write_text(out / "report.md", to_markdown(report, verdicts))
     pictures = None
     if images is not None:

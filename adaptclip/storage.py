@@ -86,20 +86,21 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON, atomically; NaN and infinity become null, which JSON does have."""
-    write_text(path, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Returns a value as it is read back from JSON, numbers that JSON does not have as null."""
     if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     elif hasattr(value, "tolist"):
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
@@ -107,7 +108,7 @@ def _jsonable(value: Any) -> Any:
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a mapping as YAML in its own order, atomically."""
-    write_text(path, yaml.safe_dump(_jsonable(value), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(jsonable(value), sort_keys=False, allow_unicode=True))
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> str:
@@ -349,23 +350,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_parquet(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
-    """Writes an Arrow table as Parquet with `metadata` as JSON under the key "adaptclip", atomically."""
-    packed = {b"adaptclip": json.dumps(_jsonable(metadata), ensure_ascii=False).encode()}
-    _replace_file(path, lambda temporary: pq.write_table(table.replace_schema_metadata(packed), temporary))
+    """Writes an Arrow table as Parquet, atomically.
+
+    `metadata` is JSON under the key "adaptclip", its digest beside it; every page of the table has a checksum.
+    """
+    packed = json.dumps(jsonable(metadata), ensure_ascii=False).encode()
+    whole = table.replace_schema_metadata({b"adaptclip": packed, b"adaptclip_sha256": digest(packed).encode()})
+    _replace_file(path, lambda temporary: pq.write_table(whole, temporary, write_page_checksum=True))
 
 
 def read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """Reads a Parquet file and the metadata of `write_parquet` ({} when it has none).
+    """Reads a Parquet file and the metadata of `write_parquet` ({} when it has none), and checks what has checksums.
 
     Raises:
         StorageError: the file is missing or damaged.
     """
     check_is_file(path)
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot read {path}: {error}") from error
-    metadata = parse_json((table.schema.metadata or {}).get(b"adaptclip", b"{}"), where=f"the metadata of {path}")
+    known = table.schema.metadata or {}
+    packed, stated = known.get(b"adaptclip", b"{}"), known.get(b"adaptclip_sha256")
+    if stated is not None and stated.decode(errors="replace") != digest(packed):
+        raise StorageError(f"cannot read {path}: what it says of its columns was changed after it was written")
+    metadata = parse_json(packed, where=f"the metadata of {path}")
     if not isinstance(metadata, dict):
         raise StorageError(f"the metadata of {path} should be a mapping, got {type(metadata).__name__}")
     return table, metadata

@@ -18,6 +18,8 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.gates import check_gates
 from adaptclip.reports.summary import build_report
+from adaptclip.seals import SEAL, describe_files, write_sealed
+from adaptclip.storage import digest
 from adaptclip.types import Features, GateRule, Predictions
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -87,6 +89,43 @@ def write_checkpoint(folder: Path, kind: str, *, resize_mode: str = "shortest") 
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess | {"resize_mode": resize_mode}})
     (folder / "open_clip_config.json").write_text(text)
     return folder
+
+
+def edit_manifest(folder: Path, *, new_files: bool = False, **changes: Any) -> None:
+    """What someone does who changes a manifest and means it: its digest is made anew, and its files' if asked."""
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
+    if new_files:
+        manifest["files"] = describe_files(folder, manifest["files"])
+    write_sealed(folder / "manifest.json", manifest)
+
+
+def make_early(folder: Path, **changes: Any) -> None:
+    """Rewrites an artifact as the first format had it: digests of its files alone."""
+    manifest = {**json.loads((folder / "manifest.json").read_text()), "format_version": 1, **changes}
+    manifest["files"] = {name: digest((folder / name).read_bytes()) for name in manifest["files"]}
+    for key in (SEAL, "gates"):
+        manifest.pop(key)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def leaves(value: Any, path: tuple = ()) -> list[tuple[tuple, Any]]:
+    """Where every text, number and null of a JSON value stands, with empty lists and objects among them."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [leaf for key, own in inner for leaf in leaves(own, (*path, key))]
+    return found or [(path, value)]
+
+
+def changed(value: Any, path: tuple) -> Any:
+    """A copy of a JSON value with one leaf changed a little."""
+    if path:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        copy[path[0]] = changed(value[path[0]], path[1:])
+        return copy
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return not value
+    if isinstance(value, str):
+        return value[:-1] + chr(ord(value[-1]) ^ 1) if value else "x"
+    return value + 1 if isinstance(value, int) else float(np.nextafter(value, np.inf))
 
 
 def train_a_little(adapter: Any, method: str, backbone: ClipBackbone, num_classes: int) -> None:

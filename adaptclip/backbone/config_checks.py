@@ -18,6 +18,7 @@ import timm
 from open_clip.hf_configs import arch_dict
 
 from adaptclip.errors import BackboneError, StorageError, did_you_mean
+from adaptclip.seals import check_entries
 from adaptclip.storage import read_json
 
 MAX_CONFIG_BYTES = 2**20
@@ -159,6 +160,10 @@ def resolve_text_encoder(folder: Path, text_cfg: Mapping[str, Any], weights: Pat
         )
     if not target.is_dir():
         return None
+    try:
+        check_entries(target)
+    except StorageError as error:
+        raise BackboneError(str(error)) from error
     _check_encoder(target / "config.json", weights)
     return {**text_cfg, "hf_model_name": str(target), "hf_model_pretrained": False}
 

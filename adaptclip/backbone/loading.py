@@ -24,8 +24,9 @@ from adaptclip.backbone.config_checks import (
     resolve_text_encoder,
 )
 from adaptclip.backbone.load_errors import explain, first_line
-from adaptclip.errors import BackboneError, did_you_mean
+from adaptclip.errors import BackboneError, StorageError, did_you_mean
 from adaptclip.hub import cache_if_unreachable, require_hub
+from adaptclip.seals import CHECK_FILE, check_bundle
 
 LOCAL_PREFIX, HUB_PREFIX, STARTER = "local-dir:", "hf-hub:", "starter"
 
@@ -269,6 +270,12 @@ def _local_source(name: str) -> Source:
             f"{folder} {reason}. A {LOCAL_PREFIX} folder holds open_clip_config.json with model_cfg and "
             f"preprocess_cfg, and the weights as {_KNOWN_WEIGHTS[0]}."
         )
+    try:
+        check_bundle(folder)
+    except StorageError as error:
+        raise BackboneError(
+            f"{error}. Take a fresh copy; what was changed on purpose is read when {CHECK_FILE} is taken away."
+        ) from error
     config = read_config(file)
     told = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(told, dict) or not all(isinstance(told.get(part), dict) for part in ("vision_cfg", "text_cfg")):

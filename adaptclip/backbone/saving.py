@@ -18,6 +18,7 @@ from adaptclip.backbone.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER, local_
 from adaptclip.backbone.starter import FOLDER
 from adaptclip.errors import BackboneError
 from adaptclip.outputs import atomic_folder
+from adaptclip.seals import CHECK_FILE, describe_files, write_sealed
 from adaptclip.storage import read_json, write_json, write_tensors, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
@@ -72,6 +73,8 @@ def save_open_clip(
 ) -> None:
     """Writes weights as a stock open_clip folder, whole or not at all; `load_backbone("local-dir:FOLDER")` reads it.
 
+    check.json has the digests of all files, which `load_backbone` compares and open_clip passes over.
+
     The configuration of a Hugging Face text tower goes into a folder of its name, where `load_backbone` finds it
     without a network; open_clip itself asks the hub for it.
 
@@ -96,6 +99,7 @@ def save_open_clip(
         encoder = written["model_cfg"]["text_cfg"].get("hf_model_name")
         if encoder:
             write_text(new / encoder / "config.json", backbone.model.text.config.to_json_string(use_diff=False))
+        write_sealed(new / CHECK_FILE, {"files": describe_files(new)})
 
 
 def with_weights(backbone: ClipBackbone, state: Mapping[str, Tensor]) -> ClipBackbone:

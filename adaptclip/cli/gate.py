@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adaptclip.cli.judged import files_read, load_predictions
+from adaptclip.cli.judged import files_read, load_predictions, of_run
 from adaptclip.errors import GateError
 from adaptclip.terminal import console
 
@@ -40,8 +40,8 @@ def gate(
         check_file(junit, files_read(*predictions, baseline, gates))
     judged = {}
     for path in dict.fromkeys(predictions):
-        model, reference, saved_gates = load_predictions(path, baseline, classes)
-        source = gates or saved_gates
+        model, reference = load_predictions(path, baseline, classes)
+        source = gates or of_run(path, "gates.yaml")
         if source is None:
             raise GateError(f"{path} names no gates; give a YAML file: --gates gates.yaml")
         judged[str(path)] = verdicts = check_gates(model, reference, load_gates(source))

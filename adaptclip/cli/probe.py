@@ -49,7 +49,8 @@ def probe(
     from adaptclip.features import FeatureCache
     from adaptclip.outputs import check_file
     from adaptclip.reports.text_probe import check_words, probe_report
-    from adaptclip.storage import digest, write_json
+    from adaptclip.seals import write_sealed
+    from adaptclip.storage import digest
 
     described = load_card(card)
     if out is not None:
@@ -82,7 +83,7 @@ def probe(
     report |= {"card": described.name, "data": data.digest, "model": made_by}
     _print(report)
     if out is not None:
-        write_json(out, report)
+        write_sealed(out, report)
     return 0
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptclip.cli.judged import files_read, load_predictions
-from adaptclip.errors import ConfigError, DataError, did_you_mean
+from adaptclip.cli.judged import files_read, load_predictions, of_run
+from adaptclip.errors import ConfigError, DataError, StorageError, did_you_mean
 from adaptclip.outputs import check_file
 
 if TYPE_CHECKING:
@@ -54,18 +54,19 @@ def report(
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
     for path in _outputs(out) if out is not None else ():
         check_file(path, files_read(predictions, baseline, validation, source, gates))
-    judged, reference, saved_gates = load_predictions(predictions, baseline, classes)
+    judged, reference = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
-    held_out = validation or _of_run(predictions, "validation_")
+    held_out = validation or of_run(predictions, "validation_predictions.parquet")
     unseen = Predictions.load(held_out, classes=classes or None) if held_out else None
     judged = with_thresholds(judged, unseen)
     # The new classes were predicted by zero-shot too, which another baseline is not.
-    new = [None if baseline else _of_run(predictions, f"new_classes_{name}") for name in ("", "zero_shot_")]
+    names = () if baseline else ("new_classes_predictions.parquet", "new_classes_zero_shot_predictions.parquet")
+    new = [of_run(predictions, name) for name in names]
     result = full_report(
         judged,
         reference,
         validation=unseen,
-        new_classes=(Predictions.load(new[0]), Predictions.load(new[1])) if new[0] and new[1] else None,
+        new_classes=(Predictions.load(new[0]), Predictions.load(new[1])) if new and new[0] and new[1] else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
@@ -73,7 +74,7 @@ def report(
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
     _add_probe(predictions, result)
-    rules = gates or saved_gates
+    rules = gates or of_run(predictions, "gates.yaml")
     verdicts = check_gates(judged, reference, load_gates(rules)) if rules else None
     print_report(result, verdicts)
     if out is not None:
@@ -81,37 +82,34 @@ def report(
     return 0
 
 
-def _of_run(folder: Path, name: str) -> Path | None:
-    """Further predictions in a run folder; None where there are none, or it is a file."""
-    path = folder / f"{name}predictions.parquet"
-    return path if path.is_file() else None
-
-
 def _add_probe(run: Path, result: dict[str, Any]) -> None:
     """Adds the text probe that stands in a run folder, where it is one of the run's own model."""
     from adaptclip.reports.text_probe import FORMAT_VERSION
-    from adaptclip.storage import digest, read_json
+    from adaptclip.seals import read_sealed
+    from adaptclip.storage import digest
 
-    path, manifest = run / "probe.json", run / "artifact" / "manifest.json"
-    if not path.is_file():
+    manifest, why = run / "artifact" / "manifest.json", "is of another model or version"
+    if not (run / "probe.json").is_file():
         return
-    probe = read_json(path)
-    of = digest(manifest.read_bytes()) if manifest.is_file() else None
-    if probe.get("format_version") == FORMAT_VERSION and probe.get("model") == of:
-        result["text_probe"] = probe
-        return
+    try:
+        probe, sealed = read_sealed(run, "probe.json")
+        of = digest(manifest.read_bytes()) if manifest.is_file() else None
+        if sealed and probe.get("format_version") == FORMAT_VERSION and probe.get("model") == of:
+            result["text_probe"] = probe
+            return
+    except StorageError:
+        why = "is damaged"
     result["cautions"] = [
         *result["cautions"],
-        "probe.json in the run folder is of another model or version and is left out; make it again (adaptclip probe)",
+        f"probe.json in the run folder {why} and is left out; make it again (adaptclip probe)",
     ]
 
 
 def _known_of_run(path: Path) -> Mapping[str, Any]:
     """What a run's own report knows of data and training, which predictions do not."""
-    from adaptclip.storage import read_json
+    from adaptclip.seals import read_report
 
-    file = path / "report.json"
-    return read_json(file) if file.is_file() else {}
+    return read_report(path) if path.is_dir() else {}
 
 
 def _outputs(out: Path) -> list[Path]:

@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from adaptclip.errors import StorageError
-from adaptclip.storage import digest, read_json, write_json
+from adaptclip.seals import read_sealed, write_sealed
+from adaptclip.storage import digest
 
 
 def launch_id() -> str:
@@ -42,7 +43,7 @@ class Board:
     def result(self, key: str) -> dict[str, Any] | None:
         """Returns the result of a job, or None where there is none (or only a damaged one)."""
         try:
-            found = read_json(self.folder / f"{key}.json")
+            found, _ = read_sealed(self.folder, f"{key}.json")
         except StorageError:
             return None
         return found if isinstance(found, dict) and found.get("key") == key else None
@@ -50,7 +51,7 @@ class Board:
     def failure(self, key: str) -> dict[str, Any] | None:
         """Returns why a job failed in this launch, or None."""
         try:
-            found = read_json(self.folder / f"{key}.failed.json")
+            found, _ = read_sealed(self.folder, f"{key}.failed.json")
         except StorageError:
             return None
         return found if isinstance(found, dict) and found.get("launch") == self._launch else None
@@ -61,12 +62,12 @@ class Board:
 
     def finish(self, key: str, result: dict[str, Any]) -> None:
         """Writes the result of a job."""
-        write_json(self.folder / f"{key}.json", {"key": key, **result})
+        write_sealed(self.folder / f"{key}.json", {"key": key, **result})
         (self.folder / f"{key}.failed.json").unlink(missing_ok=True)
 
     def fail(self, key: str, failure: dict[str, Any]) -> None:
         """Writes why a job has no result."""
-        write_json(self.folder / f"{key}.failed.json", {"key": key, "launch": self._launch, **failure})
+        write_sealed(self.folder / f"{key}.failed.json", {"key": key, "launch": self._launch, **failure})
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:

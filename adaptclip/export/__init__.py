@@ -18,12 +18,9 @@ from adaptclip.export.checking import Difference, Reader, check_pictures, compar
 from adaptclip.export.decoding import check_decoding, window_of
 from adaptclip.export.readme import how_to_use, write_readme
 from adaptclip.outputs import atomic_folder, check_folder
-from adaptclip.storage import write_json
+from adaptclip.seals import CHECK_FILE, describe_files, write_sealed
 
 Kind = Literal["open_clip", "classifier", "onnx", "hf"]
-
-CHECK_FILE = "check.json"
-"""The differences that were found when the export was compared with the adapter."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +104,14 @@ def export_artifact(
             window = window_of(model)
             shown = [p if isinstance(p, Image.Image) else decode_image(p, row=str(p), window=window) for p in pictures]
         found = compare(model, way.read(folder), shown, tolerance=way.tolerance)
-        write_json(folder / CHECK_FILE, {**vars(found), "tolerance": way.tolerance, "kinds_decoded_alike": list(kinds)})
         use = how_to_use(folder, to, model)
         if to == "hf":
             hub_folder.write_card(folder, model, [*use, f"Checked when it was made: {found}."], licence)
         else:
             write_readme(folder, to, model, use, found)
+        (folder / CHECK_FILE).unlink(missing_ok=True)  # of the weights alone
+        told = {**vars(found), "tolerance": way.tolerance, "kinds_decoded_alike": list(kinds)}
+        write_sealed(folder / CHECK_FILE, {**told, "files": describe_files(folder)})
     return found
 
 

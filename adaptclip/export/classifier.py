@@ -17,7 +17,7 @@ from adaptclip.backbone.saving import CONFIG_FILE, WEIGHTS_FILE, open_clip_confi
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.decoding import write_decoder
 from adaptclip.export.heads import head_of, merged_model
-from adaptclip.export.stock import CLASSES_FILE, load_stock, probabilities, write_classes
+from adaptclip.export.stock import CHECK, CLASSES_FILE, load_stock, probabilities, write_classes
 from adaptclip.storage import read_json, read_tensors, write_json, write_tensors
 
 HEAD_FILE = "classifier.safetensors"
@@ -25,12 +25,16 @@ HEAD_FILE = "classifier.safetensors"
 PLACEHOLDER = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 """open_clip builds no image tower alone; this text tower of a few hundred numbers stands in for the one left out."""
 
-EXAMPLE = """\
-import json, open_clip, torch
-from read_image import read_image  # the file beside this one
+EXAMPLE = (
+    """\
+import hashlib, json, open_clip, torch
 from safetensors.torch import load_file
 
 folder = "."
+"""
+    + CHECK
+    + """\
+from read_image import read_image  # the file beside this one
 model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
 head = load_file(f"{folder}/classifier.safetensors")
 classes = json.load(open(f"{folder}/classes.json", encoding="utf-8"))
@@ -44,6 +48,7 @@ with torch.no_grad():
         logits += torch.exp(-head["sharpness"] * (1 - near)) @ head["votes"]
 print(classes["class_names"][logits.softmax(dim=-1).argmax().item()])
 """
+)
 """How the folder is used without adaptclip."""
 
 EXAMPLE_SIGMOID = (

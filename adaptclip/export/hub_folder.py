@@ -9,13 +9,19 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from adaptclip.artifact import AdaptedModel
+from adaptclip.artifact_checks import MANIFEST_FILE, MOST_FILE_BYTES, README_FILE, as_damage
 from adaptclip.data.card import parse_front_matter
+from adaptclip.errors import StorageError
 from adaptclip.export import classifier, stock
 from adaptclip.export.checking import Reader
+from adaptclip.seals import own_file
 from adaptclip.storage import read_text, write_text
 
 _LOADING, _WITHOUT = "## How to load it", "## How to use it without adaptclip"
 """Heading of the artifact's model card, and the one that is put before it."""
+
+MOST_README_BYTES = 16 * 2**20
+"""Largest model card that is read."""
 
 ARTIFACT_FOLDER = "artifact"
 """Where the adaptclip artifact itself lies in the folder; `adaptclip.load(FOLDER)` finds it there."""
@@ -35,8 +41,11 @@ def write(folder: Path, model: AdaptedModel) -> None:
     """
     (stock if kind(model) == "open_clip" else classifier).write(folder, model)
     (folder / ARTIFACT_FOLDER).mkdir()
-    for name in ("manifest.json", "README.md", *model.manifest["files"]):
-        shutil.copyfile(model.folder / name, folder / ARTIFACT_FOLDER / name)
+    with as_damage(model.folder):
+        most = {README_FILE: MOST_README_BYTES}
+        for name in (MANIFEST_FILE, README_FILE, *model.manifest["files"]):
+            own = own_file(model.folder, name, most_bytes=most.get(name, MOST_FILE_BYTES))
+            shutil.copyfile(own, folder / ARTIFACT_FOLDER / name)
 
 
 def write_card(folder: Path, model: AdaptedModel, use: Sequence[str], licence: str | None) -> None:
@@ -48,13 +57,18 @@ def write_card(folder: Path, model: AdaptedModel, use: Sequence[str], licence: s
         use: paragraphs of Markdown.
         licence: for the front matter; None leaves what the artifact's card says.
     """
-    about, prose = parse_front_matter(read_text(model.folder / "README.md"), where=str(model.folder / "README.md"))
-    about["library_name"] = "open_clip"
+    with as_damage(model.folder):
+        path = own_file(model.folder, README_FILE, most_bytes=MOST_README_BYTES)
+        about, prose = parse_front_matter(read_text(path), where=str(path))
+        try:
+            about = ModelCardData(**{**about, "library_name": "open_clip"})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StorageError(f"{path} is not a model card ({error!r})") from error
     if licence is not None:
         about["license"] = licence
     before, heading, after = prose.strip().partition(f"\n{_LOADING}\n")
     text = "\n\n".join([before.rstrip(), _WITHOUT, *use]) + (f"\n\n{_LOADING}\n{after}" if heading else "")
-    write_text(folder / "README.md", f"---\n{ModelCardData(**about).to_yaml()}\n---\n\n{text.strip()}\n")
+    write_text(folder / README_FILE, f"---\n{about.to_yaml()}\n---\n\n{text.strip()}\n")
 
 
 def read(folder: Path) -> Reader:

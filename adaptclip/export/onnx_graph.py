@@ -20,7 +20,7 @@ from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.decoding import window_of, write_decoder
 from adaptclip.export.heads import ImageClassifier, head_of, merged_model
-from adaptclip.export.stock import CLASSES_FILE, write_classes
+from adaptclip.export.stock import CHECK, CLASSES_FILE, write_classes
 from adaptclip.storage import read_json, write_json
 
 GRAPH_FILE, PREPROCESSING_FILE = "model.onnx", "preprocessing.json"
@@ -68,16 +68,17 @@ def example(folder: Path) -> str:
     spec = read_json(folder / PREPROCESSING_FILE)
     resize = _RESIZE[spec["resize_mode"]].format(filter=_filter(spec), fill=spec["fill"])
     return f"""\
-import json, numpy as np, onnxruntime
+import hashlib, json, numpy as np, onnxruntime
 from PIL import Image
-from read_image import read_image  # the file beside this one
 
+folder = "."
+{CHECK}from read_image import read_image  # the file beside this one
 side, mean, std = {spec["size"]}, {spec["mean"]}, {spec["std"]}
 image = read_image("image.jpg")
 {resize}pixels = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)
-session = onnxruntime.InferenceSession("{GRAPH_FILE}", providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(f"{{folder}}/{GRAPH_FILE}", providers=["CPUExecutionProvider"])
 probabilities = session.run(["probabilities"], {{"pixels": pixels.transpose(2, 0, 1)[None]}})[0]
-classes = json.load(open("classes.json", encoding="utf-8"))
+classes = json.load(open(f"{{folder}}/classes.json", encoding="utf-8"))
 {answer}"""
 
 

@@ -12,6 +12,7 @@ from adaptclip.export.checking import Difference
 from adaptclip.export.decoding import DECODER_FILE, window_of
 from adaptclip.reports.multi_label import how_chosen
 from adaptclip.reports.render import escape_markdown
+from adaptclip.seals import CHECK_FILE
 from adaptclip.storage import write_text
 
 KNOWS_ONLY_ITS_CLASSES = (
@@ -37,7 +38,7 @@ _ABOUT = {
 
 
 def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
-    """Returns paragraphs of Markdown: what is in the folder, and an example of at most 20 lines.
+    """Returns paragraphs of Markdown: what is in the folder, and an example of at most 24 lines.
 
     Args:
         folder: the written export.
@@ -55,6 +56,10 @@ def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
     )
     needs = {"onnx": "onnxruntime, Pillow and numpy"}.get(kind, "open_clip_torch and safetensors")
     paragraphs = [about, f"It needs {needs}:", f"```python\n{code}```"]
+    paragraphs.append(
+        f"`{CHECK_FILE}` has the SHA-256 of every file, and the example compares them first. That finds damage, not "
+        "forgery: whoever changes a file on purpose can change that one too."
+    )
     if to == "hf":
         paragraphs.append(
             "From a hub, write `hf-hub:ORGANISATION/NAME` for `local-dir:` and download the other files. With "

@@ -30,11 +30,23 @@ CLASSES_FILE = "classes.json"
 IS_CLIP = ("zero_shot", "lora")
 """Methods whose result is a CLIP: what they know is in the weights of the towers, and classes are named by prompts."""
 
-EXAMPLE = """\
-import json, open_clip, torch
-from read_image import read_image  # the file beside this one
+CHECK = """\
+for name, told in json.load(open(f"{folder}/check.json", encoding="utf-8"))["files"].items():
+    found = hashlib.sha256(open(f"{folder}/{name}", "rb").read()).hexdigest()
+    if found != told["sha256"] and name != "README.md":
+        raise SystemExit(f"{name} is damaged")
+"""
+"""The first lines of every example: nothing is loaded that is not as it was written."""
+
+EXAMPLE = (
+    """\
+import hashlib, json, open_clip, torch
 
 folder = "."
+"""
+    + CHECK
+    + """\
+from read_image import read_image  # the file beside this one
 model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
 tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
 classes = json.load(open(f"{folder}/classes.json", encoding="utf-8"))
@@ -50,6 +62,7 @@ with torch.no_grad():
     label = logits.softmax(dim=-1).argmax().item()
 print(classes["class_names"][label])
 """
+)
 """How the folder is used without adaptclip."""
 
 EXAMPLE_SIGMOID = (

@@ -1,12 +1,18 @@
 """An index: the vectors of images in a folder of their own, with the digest of the weights that made them.
 
-manifest.json          format version, model and digest of its weights, transform, number and width of the vectors
+manifest.json          format version, model and digest of its weights, transform, number and width of the vectors, size
+                       and digest of the other two files; under a digest of its own (`adaptclip.seals`)
 vectors.safetensors    "vectors" (N, D) float32, unit norm; read by memory mapping
 names.json             N paths or ids
+
+The files are compared with their digests whenever an index is opened, and nothing is remembered of it: a search reads
+all vectors anyway, and a million of width 512 take about two seconds.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +27,18 @@ from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import DataError, StorageError
 from adaptclip.features import FeatureCache
 from adaptclip.outputs import atomic_folder
+from adaptclip.seals import check_file, check_seal, describe_files, own_file, write_sealed
 from adaptclip.search.nearest import Engine, nearest
 from adaptclip.storage import digest, read_json, write_json, write_tensors
 
-FORMAT_VERSION = 1
-"""Raised when an older adaptclip could no longer read what a newer one writes."""
+FORMAT_VERSION = 2
+"""Raised when an older adaptclip could no longer read what a newer one writes. 1, still read: a digest of the names."""
+
+MOST_NAMES_BYTES = 2**32
+"""Largest JSON of an index; ten million names of 400 letters."""
+
+SEALED_SINCE = 2
+"""Format from which on an index without digests is refused."""
 
 _MANIFEST, _VECTORS, _NAMES = "manifest.json", "vectors.safetensors", "names.json"
 
@@ -132,7 +145,7 @@ def build_index(
         names = [name for part in parts for name in part.ids]
         write_tensors(new / _VECTORS, {"vectors": vectors})
         write_json(new / _NAMES, names)
-        write_json(
+        write_sealed(
             new / _MANIFEST,
             {
                 "format_version": FORMAT_VERSION,
@@ -141,26 +154,27 @@ def build_index(
                 "window": parts[0].window,
                 "count": len(names),
                 "width": vectors.shape[1],
-                "names_digest": digest(names),
+                "files": describe_files(new, [_VECTORS, _NAMES]),
             },
         )
     return len(names)
 
 
 def open_index(folder: Path) -> Index:
-    """Opens an index; its vectors are memory-mapped, so only what is searched is read.
+    """Opens an index, having compared its files with their digests; the vectors are memory-mapped.
 
     Raises:
         DataError: the folder is not an index, is damaged, or of a newer format.
     """
-    if not (folder / _MANIFEST).is_file():
+    if not os.path.lexists(folder / _MANIFEST):
         raise DataError(
             f"{folder} is not an index: it has no {_MANIFEST}. Make one: adaptclip embed IMAGES --out INDEX"
         )
     try:
-        manifest, names = read_json(folder / _MANIFEST), read_json(folder / _NAMES)
+        manifest = read_json(own_file(folder, _MANIFEST))
         _check_manifest(folder, manifest)
-        with safetensors.safe_open(folder / _VECTORS, "pt") as file:
+        names = read_json(own_file(folder, _NAMES), max_bytes=MOST_NAMES_BYTES)
+        with safetensors.safe_open(own_file(folder, _VECTORS), "pt") as file:
             vectors = file.get_tensor("vectors")
     except (StorageError, OSError, safetensors.SafetensorError) as error:
         raise DataError(f"{folder} is damaged: {error}. Make it again (adaptclip embed).") from error
@@ -170,18 +184,37 @@ def open_index(folder: Path) -> Index:
             f"{folder} is damaged: {_VECTORS} has {vectors.dtype} {tuple(vectors.shape)} and {_NAMES} "
             f"{len(names) if fits else 'no list of'} names; expected float32 ({manifest['count']}, {manifest['width']})"
         )
-    if digest(names) != manifest["names_digest"]:
+    if manifest["format_version"] < SEALED_SINCE and digest(names) != manifest["names_digest"]:
         raise DataError(f"{folder} is damaged: {_NAMES} was changed. Make it again (adaptclip embed).")
     return Index(names, vectors, manifest)
 
 
 def _check_manifest(folder: Path, manifest: Any) -> None:
     """Raises DataError unless the manifest has what is read from it, in a known format."""
-    needed = {"format_version": int, "model": dict, "transform": dict, "count": int, "width": int, "names_digest": str}
-    if not isinstance(manifest, dict) or "format_version" not in manifest or "names_digest" not in manifest:
+    needed = {"format_version": int, "model": dict, "transform": dict, "count": int, "width": int}
+    if not isinstance(manifest, dict) or not {"format_version", "count", "width"} <= set(manifest):
         raise DataError(f"{folder} is not an index: its {_MANIFEST} is something else's")
+    early = isinstance(manifest["format_version"], int) and manifest["format_version"] < SEALED_SINCE
+    needed |= {"names_digest": str} if early else {"files": dict}
     wrong = [key for key, kind in needed.items() if not isinstance(manifest.get(key), kind)]
     if wrong or not isinstance(manifest["model"].get("digest"), str):
         raise DataError(f"{folder} is damaged: {_MANIFEST} lacks {', '.join(wrong) or 'the digest of its model'}")
     if manifest["format_version"] > FORMAT_VERSION:
         raise DataError(f"{folder} has format {manifest['format_version']}, read are those up to {FORMAT_VERSION}")
+    window = manifest.get("window")
+    if window is not None and not (
+        isinstance(window, list) and [type(w) in (int, float) for w in window] == [True] * 2
+    ):
+        raise DataError(f"{folder} is damaged: window in {_MANIFEST} should be two numbers or null, got {window!r:.80}")
+    if check_seal(manifest, str(folder / _MANIFEST)):
+        files = manifest["files"] if not early else {}
+        for name in (_VECTORS, _NAMES):
+            check_file(folder, name, files.get(name))
+    elif early:
+        warnings.warn(
+            f"{folder} is of an early version: its {_MANIFEST} has no digests of itself and of the vectors, so whether "
+            "they are as they were written cannot be checked. Make it again (adaptclip embed) to have them.",
+            stacklevel=3,
+        )
+    else:
+        raise DataError(f"{folder} is damaged: {_MANIFEST} has no digest of itself, which its format has")

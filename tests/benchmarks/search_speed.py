@@ -27,8 +27,9 @@ import adaptclip
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.features import FeatureCache
+from adaptclip.seals import describe_files, write_sealed
 from adaptclip.search import build_index, encode_texts, load_encoder, nearest, open_index
-from adaptclip.storage import digest, write_json, write_tensors
+from adaptclip.storage import write_json, write_tensors
 
 TARGET_S = 0.05
 KS = (1, 5, 10)
@@ -60,9 +61,11 @@ def speed(console: Console, args: argparse.Namespace, folder: Path) -> int:
     names = [str(i) for i in range(args.vectors)]
     write_tensors(folder / "vectors.safetensors", {"vectors": vectors})
     write_json(folder / "names.json", names)
-    about = {"format_version": 1, "model": {"digest": ""}, "transform": {}, "count": len(names), "width": args.width}
-    write_json(folder / "manifest.json", about | {"names_digest": digest(names)})
+    about = {"format_version": 2, "model": {"digest": ""}, "transform": {}, "count": len(names), "width": args.width}
+    files = describe_files(folder, ["vectors.safetensors", "names.json"])
+    write_sealed(folder / "manifest.json", about | {"files": files})
     del vectors
+    opening = timed(lambda: open_index(folder))
     index = open_index(folder)
     queries = torch.nn.functional.normalize(torch.randn(args.queries + 64, args.width, generator=draw), dim=-1)
     first = timed(lambda: nearest(queries[:1], index.vectors, 10))
@@ -73,7 +76,7 @@ def speed(console: Console, args: argparse.Namespace, folder: Path) -> int:
         processor.append(time.process_time() - before)
     batch = timed(lambda: nearest(queries[-64:], index.vectors, 10)) / 64
     console.print(
-        f"{args.vectors:,} vectors of width {args.width}, top 10, {args.threads} threads, per query: median "
+        f"{args.vectors:,} vectors of width {args.width}, opened and checked in {opening:.2f} s; top 10, {args.threads} threads, per query: median "
         f"{statistics.median(wall) * 1e3:.1f} ms ({statistics.median(processor) * 1e3:.1f} ms of processor time; "
         f"fastest {min(wall) * 1e3:.1f} ms), {batch * 1e3:.2f} ms in batches of 64, the first {first * 1e3:.1f} ms; "
         f"load {os.getloadavg()[0]:.1f} when done"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from made_artifacts import edit_manifest
 from recipe_files import load_recipe
 from tiny_clip import write_tiny_checkpoint
 
@@ -198,8 +199,7 @@ def test_a_manifest_with_other_thresholds_is_refused(run, tmp_path, change, mess
     import shutil
 
     shutil.copytree(run / "artifact", tmp_path / "artifact")
-    manifest = read_json(tmp_path / "artifact" / "manifest.json")
-    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    edit_manifest(tmp_path / "artifact", **change)
     with pytest.raises(ArtifactError, match=message):
         ac.load(tmp_path / "artifact")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_artifacts import changed, leaves, make_early
+from made_artifacts import edit_manifest as edit
 from PIL import Image
 from tiny_clip import write_tiny_checkpoint
 
@@ -25,7 +28,8 @@ from adaptclip.data.sources import open_data
 from adaptclip.errors import AdaptclipError, ArtifactError, DataError, StorageError
 from adaptclip.gates import check_gates
 from adaptclip.reports.summary import build_report
-from adaptclip.storage import digest
+from adaptclip.seals import SEAL, describe_files, write_sealed
+from adaptclip.storage import write_json
 from adaptclip.types import GateRule, Predictions
 
 
@@ -64,11 +68,6 @@ def saved(tmp_path_factory, digits, checkpoint):
 def folder(saved, tmp_path) -> Path:
     saved(tmp_path / "artifact")
     return tmp_path / "artifact"
-
-
-def edit(folder: Path, **changes) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
 @pytest.mark.parametrize("method", ["coop", "zero_shot"])
@@ -140,6 +139,11 @@ def test_an_inconclusive_gate_is_not_silent(saved, tmp_path):
         (lambda f: edit(f, class_names=["a"]), "equally many texts"),
         (lambda f: edit(f, backbone={"name": 3}), "a name and a digest"),
         (lambda f: edit(f, verdicts=["pass"]), "a verdict should have"),
+        (lambda f: edit(f, settings={"templates": 3}), "templates of the settings should be texts"),
+        (lambda f: edit(f, settings={"n_cxt": 4}), "coop cannot have its settings"),
+        (lambda f: edit(f, window=[1, "2"]), "window should be two numbers"),
+        (lambda f: edit(f, card={"name": None}), "card should have a name"),
+        (lambda f: edit(f, format_version=0), "counted from 1"),
         (lambda f: shutil.rmtree(f), "not an artifact"),
     ],
 )
@@ -215,9 +219,7 @@ def test_strange_names_are_escaped(digits, saved, tmp_path, monkeypatch):
 
 def test_a_manifest_without_the_digest_of_its_prompts_is_loaded_with_a_warning(saved, tmp_path):
     saved(tmp_path / "early")
-    manifest = json.loads((tmp_path / "early" / "manifest.json").read_text())
-    assert len(manifest.pop("prompts_digest")) == 64
-    (tmp_path / "early" / "manifest.json").write_text(json.dumps(manifest))
+    make_early(tmp_path / "early")
     with pytest.warns(UserWarning, match="no prompts_digest.*cannot be checked"):
         assert load(tmp_path / "early").class_names
 
@@ -234,7 +236,7 @@ def test_a_manifest_names_no_file_outside_its_folder(folder, name):
     (folder / "sub").mkdir()
     for place in (folder / "sub" / "adapter.safetensors", folder.parent / "outside"):
         shutil.copy(folder / "adapter.safetensors", place)
-    edit(folder, files={name: digest((folder / "adapter.safetensors").read_bytes())})
+    edit(folder, files={name: describe_files(folder, ["adapter.safetensors"])["adapter.safetensors"]})
     with pytest.raises(ArtifactError, match="which is not one in this folder"):
         load(folder)
 
@@ -265,7 +267,7 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(folder, tmp_path):
     content = pickle.dumps(Hostile())
     for name in ("adapter.safetensors", "adapter_model.bin", "pytorch_model.bin"):
         (folder / name).write_bytes(content)
-    edit(folder, files={"adapter.safetensors": digest(content)})
+    edit(folder, new_files=True)
     with pytest.raises(ArtifactError, match="is not safetensors"):
         load(folder)
     pickle.loads(content)  # the file is what it is said to be
@@ -287,5 +289,158 @@ def test_sizes_are_bounded_by_what_is_there(folder, monkeypatch):
     with pytest.raises(ArtifactError, match="more than 100"):
         load(folder)
     monkeypatch.setattr("adaptclip.artifact_checks.MOST_MANIFEST_BYTES", 100)
-    with pytest.raises(ArtifactError, match="at most 100 are read"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json has .* bytes, more than 100, and is not read"):
+        load(folder)
+
+
+def test_every_field_of_the_manifest_is_under_its_digest(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    places = [path for path, _ in leaves(manifest)]
+    assert len(places) > 80
+    assert {path[0] for path in places} == set(manifest)
+    for path in places:
+        other = changed(manifest, path)
+        assert other != manifest
+        write_json(folder / "manifest.json", other)
+        with pytest.raises(ArtifactError):
+            adaptclip.artifact._read_manifest(folder)
+    for key in manifest:
+        write_json(folder / "manifest.json", {name: value for name, value in manifest.items() if name != key})
+        with pytest.raises(ArtifactError):
+            adaptclip.artifact._read_manifest(folder)
+    # The cases that gave other answers: one letter of a label, the labels the other way round, verdicts.
+    for name, value in (
+        ("class_names", ["zerq", *manifest["class_names"][1:]]),
+        ("class_names", manifest["class_names"][::-1]),
+        ("verdicts", []),
+    ):
+        write_json(folder / "manifest.json", {**manifest, name: value})
+        with pytest.raises(ArtifactError, match="was changed after it was written"):
+            load(folder)
+    write_json(folder / "manifest.json", dict(reversed(manifest.items())))
+    assert load(folder).class_names  # the order of its keys says nothing
+
+
+def test_bytes_of_an_artifact_that_changed_are_seen(folder):
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    draw, seen = np.random.default_rng(0), 0
+    for name in ("manifest.json", "adapter.safetensors"):
+        for place in draw.integers(0, len(whole[name]), 40):
+            damaged = bytearray(whole[name])
+            damaged[place] ^= int(draw.integers(1, 256))
+            (folder / name).write_bytes(damaged)
+            try:
+                found = adaptclip.artifact._read_manifest(folder)
+            except ArtifactError:
+                seen += 1
+            else:  # white space between two values
+                assert found == json.loads(whole["manifest.json"])
+        (folder / name).write_bytes(whole[name])
+    assert seen >= 70
+    (folder / "README.md").write_text("for people, and theirs to edit")
+    assert load(folder).class_names
+
+
+def test_a_manifest_is_not_taken_for_an_early_one(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    without = {key: value for key, value in manifest.items() if key != SEAL}
+    for other, message in (
+        (without, "has no digest of itself, and format 2 has one"),
+        ({**manifest, "format_version": 1}, "was changed after it was written"),
+        ({**without, "format_version": 1}, "missing or changed"),  # the first format told its files otherwise
+    ):
+        write_json(folder / "manifest.json", other)
+        with pytest.raises(ArtifactError, match=message):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts_digest": "0" * 64}, "not those it was trained with: they were changed"),
+        ({"verdicts": [{"verdict": "faim", "title": "t", "reason": "r"}]}, "'faim' is no verdict.*allowed: fail"),
+        ({"settings": {"n_cxt": 4}}, "coop cannot have its settings"),
+        ({"files": {"adapter.safetensors": ""}}, "is missing or changed"),
+    ],
+)
+def test_an_early_artifact_is_still_checked_where_it_can_be(folder, change, message):
+    if "files" in change:
+        make_early(folder)
+        (folder / "adapter.safetensors").write_bytes(b"")
+    else:
+        make_early(folder, **change)
+    with pytest.warns(UserWarning, match="class names.*cannot be checked"), pytest.raises(ArtifactError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verdicts": []}, "has verdicts on nothing, but the gates that were declared"),
+        ({"gates": []}, "that were declared for this model are none"),
+        ({"gates": None}, "that were declared for this model are none"),
+        ({"verdicts": [{"verdict": "Pass", "title": "accuracy", "reason": ""}]}, "'Pass' is no verdict on the gate"),
+        ({"verdicts": [{"verdict": None, "title": "accuracy", "reason": ""}]}, "a verdict should have"),
+    ],
+)
+def test_every_declared_gate_has_a_verdict_that_is_one(folder, change, message):
+    edit(folder, **change)
+    for allowed in (False, True):
+        with pytest.raises(ArtifactError, match=message):
+            load(folder, allow_failed_gates=allowed)
+
+
+def test_a_gate_without_a_verdict_is_not_saved(tmp_path, digits, checkpoint):
+    backbone = load_backbone(f"local-dir:{checkpoint}")
+    probs = np.full((20, 10), 0.1, np.float32)
+    report = build_report(Predictions(tuple(map(str, range(20))), np.arange(20) % 10, probs, digits.class_names))
+    with pytest.raises(ArtifactError, match="each declared gate needs its verdict"):
+        save_artifact(
+            tmp_path / "a", ZeroShotClassifier(backbone, digits.prompt_names), backbone, digits, None,
+            method="zero_shot", report=report, verdicts=[], rules=[GateRule(metric="accuracy", at_least=0.5)],
+        )  # fmt: skip
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_artifact_of_a_run_is_the_one_that_it_wrote(saved, tmp_path):
+    run = tmp_path / "run"
+    saved(run / "artifact")
+    write_sealed(run / "report.json", {"files": describe_files(run, ["artifact/manifest.json"])})
+    assert load(run).class_names
+    saved(tmp_path / "other", method="zero_shot")
+    shutil.rmtree(run / "artifact")
+    (tmp_path / "other").rename(run / "artifact")
+    with pytest.raises(ArtifactError, match=r"artifact/manifest\.json is missing or changed"):
+        load(run)
+    assert load(run / "artifact").class_names  # by itself it is whole
+
+
+def test_a_file_of_weights_that_the_manifest_does_not_name_is_refused(folder):
+    edit(folder, files={})
+    with pytest.raises(ArtifactError, match=r"holds adapter\.safetensors, which is not among the files"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "adapter.safetensors", "artifact"])
+def test_nothing_of_an_artifact_is_followed_or_waited_for(folder, tmp_path, name):
+    outside = tmp_path / "outside"
+    if name == "artifact":  # of a run
+        folder.rename(outside)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).symlink_to(outside)
+        with pytest.raises(ArtifactError, match="a link that leaves the folder"):
+            load(tmp_path / "run")
+        return
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ArtifactError, match="a link that leaves the folder"):
+        load(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ArtifactError, match="a device, pipe or socket"):
+        load(folder)
+    (folder / name).unlink()
+    outside.rename(folder / name)
+    os.truncate(folder / name, 2**40)  # sparse
+    with pytest.raises(ArtifactError, match=r"more than|is missing or changed"):
         load(folder)

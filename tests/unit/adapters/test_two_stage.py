@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_artifacts import edit_manifest
 from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, ConfigError, DataError
 from adaptclip.reports.summary import build_report
-from adaptclip.storage import digest, read_tensors, write_tensors
+from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.types import Batch, Predictions
 
 NAMES = ("red fox", "blue_whale", "daisy", "oak")
@@ -261,9 +262,7 @@ def test_a_damaged_head_or_first_stage_is_refused(saved):
             load(folder)
         (folder / name).write_bytes(whole)
     write_tensors(folder / "adapter.safetensors", {"head": torch.zeros(5, 47)})
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["adapter.safetensors"] = digest((folder / "adapter.safetensors").read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, new_files=True)
     with pytest.raises(ArtifactError, match=r"shape \(5, 47\), expected \(5, 48\)"):
         load(folder)
 

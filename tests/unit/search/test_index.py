@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_artifacts import save, write_checkpoint
+from made_artifacts import changed, edit_manifest, leaves, save, write_checkpoint
 
 from adaptclip.artifact import load
 from adaptclip.backbone import load_backbone
@@ -18,7 +19,9 @@ from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import AdaptclipError, ConfigError, DataError, StorageError
 from adaptclip.features import FeatureCache
+from adaptclip.seals import SEAL, describe_files, write_sealed
 from adaptclip.search import build_index, card_as_images, encode_texts, files_as_images, load_encoder, open_index
+from adaptclip.storage import digest, write_json, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +125,13 @@ def test_it_goes_on_where_it_was_and_leaves_nothing_half_written(checkpoint, dig
         build_index(tmp_path / "index", backbone, named, [images], cache=cache)
 
 
-def test_an_index_is_mapped_and_not_read(tmp_path, checkpoint):
-    from adaptclip.storage import digest, write_json, write_tensors
-
+def test_an_index_is_mapped_and_not_held(tmp_path, checkpoint):
     rows, width = 60_000, 512  # 123 MB
-    names = [str(i) for i in range(rows)]
     write_tensors(tmp_path / "i" / "vectors.safetensors", {"vectors": torch.ones(rows, width)})
-    write_json(tmp_path / "i" / "names.json", names)
-    manifest = {"format_version": 1, "model": {"digest": "x"}, "transform": {}, "count": rows, "width": width}
-    write_json(tmp_path / "i" / "manifest.json", manifest | {"names_digest": digest(names)})
+    write_json(tmp_path / "i" / "names.json", [str(i) for i in range(rows)])
+    manifest = {"format_version": 2, "model": {"digest": "x"}, "transform": {}, "count": rows, "width": width}
+    files = describe_files(tmp_path / "i", ["vectors.safetensors", "names.json"])
+    write_sealed(tmp_path / "i" / "manifest.json", manifest | {"files": files})
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -141,9 +142,16 @@ def test_an_index_is_mapped_and_not_read(tmp_path, checkpoint):
     assert float(index.vectors[::1000].sum()) == 60 * width
 
 
-def damage(folder: Path, **changes: object) -> None:
+def unseal(folder: Path, **changes: object) -> dict[str, object]:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return {key: value for key, value in {**manifest, **changes}.items() if key != SEAL}
+
+
+def make_early(folder: Path, **changes: object) -> None:
+    """Rewrites an index as the first format had it: a digest of the names alone."""
+    names = json.loads((folder / "names.json").read_text())
+    early = unseal(folder, format_version=1, names_digest=digest(names), **changes)
+    write_json(folder / "manifest.json", {key: value for key, value in early.items() if key != "files"})
 
 
 @pytest.mark.parametrize(
@@ -151,12 +159,20 @@ def damage(folder: Path, **changes: object) -> None:
     [
         (lambda f: (f / "manifest.json").unlink(), "is not an index"),
         (lambda f: (f / "manifest.json").write_text("[]"), "something else's"),
-        (lambda f: damage(f, format_version=9), "has format 9"),
-        (lambda f: damage(f, format_version="9"), "lacks format_version"),
-        (lambda f: damage(f, width=3), "expected float32"),
-        (lambda f: damage(f, model={}), "lacks the digest of its model"),
-        (lambda f: (f / "names.json").write_text('["a"]'), "expected float32"),
-        (lambda f: (f / "names.json").write_text(json.dumps(["x"] * 12)), "names.json was changed"),
+        (lambda f: edit_manifest(f, format_version=9), "has format 9"),
+        (lambda f: edit_manifest(f, format_version="9"), "lacks format_version"),
+        (lambda f: edit_manifest(f, width=3), "expected float32"),
+        (lambda f: edit_manifest(f, model={}), "lacks the digest of its model"),
+        (lambda f: edit_manifest(f, window=[1]), "window in manifest.json should be two numbers"),
+        (lambda f: edit_manifest(f, files={}), "should tell bytes and sha256 of vectors.safetensors"),
+        (lambda f: write_json(f / "manifest.json", unseal(f)), "has no digest of itself"),
+        (lambda f: write_json(f / "manifest.json", unseal(f, format_version=1)), "lacks names_digest"),
+        (lambda f: (f / "names.json").write_text('["a"]'), "names.json is missing or changed"),
+        (lambda f: (f / "names.json").unlink(), "names.json is missing or changed"),
+        (lambda f: (f / "vectors.safetensors").unlink(), "vectors.safetensors is missing or changed"),
+        (lambda f: ((f / "names.json").unlink(), os.mkfifo(f / "names.json")), "a device, pipe or socket"),
+        (lambda f: ((f / "names.json").unlink(), (f / "names.json").symlink_to("/etc/hostname")), "leaves the folder"),
+        (lambda f: os.truncate(f / "vectors.safetensors", 2**40), "is missing or changed: it has 1,099"),
         (lambda f: (f / "vectors.safetensors").write_bytes(b"\x80\x04cos\nsystem\n"), "is damaged"),
     ],
 )
@@ -167,6 +183,51 @@ def test_a_damaged_index_is_said(checkpoint, digits, tmp_path, change, message):
     change(tmp_path / "i")
     with pytest.raises(DataError, match=message):
         open_index(tmp_path / "i")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, checkpoint, digits) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "i"
+    backbone, named = load_encoder(None, f"local-dir:{checkpoint}")
+    build_index(folder, backbone, named, [digits.test.select(range(12))], cache=FeatureCache(None))
+    return folder
+
+
+def test_whatever_changes_in_an_index_is_seen(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "i")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    places = [path for path, _ in leaves(manifest)]
+    assert len(places) > 15
+    for path in places:
+        write_json(folder / "manifest.json", changed(manifest, path))
+        with pytest.raises(DataError):
+            open_index(folder)
+    whole = {path.name: path.read_bytes() for path in small.iterdir()}
+    draw, seen = np.random.default_rng(0), 0
+    for name, content in whole.items():
+        for place in draw.integers(0, len(content), 30):
+            damaged = bytearray(content)
+            damaged[place] ^= int(draw.integers(1, 256))
+            (folder / name).write_bytes(damaged)
+            try:
+                found = open_index(folder)
+            except DataError:
+                seen += 1
+            else:  # white space between two values of the manifest
+                assert (name, found.manifest) == ("manifest.json", manifest)
+        (folder / name).write_bytes(content)
+    assert seen >= 80
+    assert len(open_index(folder)) == 12
+
+
+def test_an_early_index_is_read_with_what_cannot_be_checked(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "i")
+    make_early(folder)
+    with pytest.warns(UserWarning, match="early version.*of the vectors, so whether.*cannot be checked"):
+        assert torch.equal(open_index(folder).vectors, open_index(small).vectors)
+    (folder / "names.json").write_text(json.dumps(["x"] * 12))
+    with pytest.warns(UserWarning, match="early"), pytest.raises(DataError, match=r"names\.json was changed"):
+        open_index(folder)
 
 
 def test_bad_requests(checkpoint, pictures, tmp_path, capsys):
