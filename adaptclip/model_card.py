@@ -141,9 +141,16 @@ def _section(prose: str, title: str) -> str:
 
 
 def _loading(verdicts: Sequence[Verdict]) -> str:
+    digests = (
+        "Digests in `manifest.json` cover all that decides an answer. They find damage, not forgery: whoever changes a "
+        "file on purpose can write its digest anew, so take artifacts only from people you trust."
+    )
     if overall_verdict(verdicts) == "fail":
-        return "A gate failed, so loading it is refused unless you ask for it: `allow_failed_gates=True`."
-    return "Loading refuses other backbone weights or prompts than those of training, and models that failed a gate."
+        return f"A gate failed, so loading it is refused unless you ask for it: `allow_failed_gates=True`. {digests}"
+    return (
+        "Loading refuses files that were changed, other backbone weights than those of training, and models that "
+        f"failed a gate. {digests}"
+    )
 
 
 def _data(card: Card, report: Mapping[str, Any]) -> str:

@@ -76,7 +76,8 @@ def speed(console: Console, args: argparse.Namespace, folder: Path) -> int:
         processor.append(time.process_time() - before)
     batch = timed(lambda: nearest(queries[-64:], index.vectors, 10)) / 64
     console.print(
-        f"{args.vectors:,} vectors of width {args.width}, opened and checked in {opening:.2f} s; top 10, {args.threads} threads, per query: median "
+        f"{args.vectors:,} vectors of width {args.width}, opened and checked in {opening:.2f} s; top 10, "
+        f"{args.threads} threads, per query: median "
         f"{statistics.median(wall) * 1e3:.1f} ms ({statistics.median(processor) * 1e3:.1f} ms of processor time; "
         f"fastest {min(wall) * 1e3:.1f} ms), {batch * 1e3:.2f} ms in batches of 64, the first {first * 1e3:.1f} ms; "
         f"load {os.getloadavg()[0]:.1f} when done"

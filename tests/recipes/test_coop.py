@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from adaptclip.cli import main
 from adaptclip.entrypoint import run_and_exit
 from adaptclip.errors import AdaptclipError
+from adaptclip.seals import check_run
 from adaptclip.types import Predictions
 
 coop = load_recipe("coop")
@@ -65,6 +66,9 @@ def test_a_run_leaves_a_folder_that_explains_itself(cfg, capsys):
     }  # fmt: skip
     judged = Predictions.load(cfg.out / "predictions.parquet")
     report = json.loads((cfg.out / "report.json").read_text())
+    judged_files = {name for name in names if name.endswith("predictions.parquet")}
+    assert set(report["files"]) == {*judged_files, "gates.yaml", "artifact/manifest.json"}
+    check_run(cfg.out, report["files"])
     accuracy = report["overall"]["accuracy"]["model"]
     assert accuracy["n"] == len(judged) > 500
     assert accuracy["value"] == pytest.approx((judged.pred == judged.labels).mean())

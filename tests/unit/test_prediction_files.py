@@ -127,3 +127,30 @@ def test_columns_of_many_values_are_not_groups(tmp_path):
     found = Predictions.load(write(tmp_path / "p.csv", text), classes=["a", "b"])
     assert list(found.groups) == ["camera"]
     assert "'file' has 30 values" in found.notes[0]
+
+
+def test_pages_and_names_of_a_saved_file_are_checked(tmp_path):
+    """One bit of a file by itself: whatever is read is what was written, or it is refused in words."""
+    draw = np.random.default_rng(0)
+    probs = draw.dirichlet(np.ones(3), 200).astype(np.float32)
+    saved = Predictions(tuple(map(str, range(200))), np.arange(200) % 3, probs, ("ant", "bee", "wasp"))
+    saved.save(tmp_path / "p.parquet")
+    whole = (tmp_path / "p.parquet").read_bytes()
+    pages = whole[: -int.from_bytes(whole[-8:-4], "little") - 8]  # what comes before the footer
+    assert len(pages) > 1000
+    refused = 0
+    for place in draw.integers(4, len(pages), 150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(draw.integers(8))
+        (tmp_path / "p.parquet").write_bytes(damaged)
+        try:
+            found = Predictions.load(tmp_path / "p.parquet")
+        except (StorageError, DataError):
+            refused += 1
+        else:  # fields of a page's header that nothing reads
+            assert np.array_equal(found.probs, saved.probs)
+            assert (found.ids, found.labels.tolist()) == (saved.ids, saved.labels.tolist())
+    assert refused > 100
+    (tmp_path / "p.parquet").write_bytes(whole.replace(b'"bee"', b'"bef"'))
+    with pytest.raises(StorageError, match="what it says of its columns was changed"):
+        Predictions.load(tmp_path / "p.parquet")

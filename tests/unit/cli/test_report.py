@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from adaptclip.cli.compare import compare
+from adaptclip.cli.gate import gate
 from adaptclip.cli.report import report
-from adaptclip.errors import ConfigError
+from adaptclip.errors import AdaptclipError, ConfigError, StorageError
+from adaptclip.seals import describe_files, write_sealed
+from adaptclip.types import Predictions
 
 
 @pytest.fixture
@@ -58,3 +63,98 @@ def test_one_format_by_suffix_with_gates_and_pictures(file, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(ConfigError, match=r"cannot write '.htm'. Did you mean \".html\""):
         report(file, out=tmp_path / "r.htm")
+
+
+@pytest.fixture
+def run(file, tmp_path):
+    """A run folder as `finish_run` leaves it: predictions, what they are compared with, gates, and their digests."""
+    run = tmp_path / "run"
+    run.mkdir()
+    model = Predictions.load(file)
+    model.save(run / "predictions.parquet")
+    replace(model, probs=np.full_like(model.probs, 1 / 3)).save(run / "zero_shot_predictions.parquet")
+    held_out = replace(model, ids=tuple(f"v{i}" for i in range(len(model))))
+    held_out.save(run / "validation_predictions.parquet")
+    (run / "gates.yaml").write_text("gates:\n  - {metric: accuracy, no_worse_than: zero_shot, margin: 0.2}\n")
+    (run / "artifact").mkdir()
+    (run / "artifact" / "manifest.json").write_text("{}")
+    write_sealed(run / "report.json", {"method": "coop", "files": describe_files(run)})
+    return run
+
+
+def test_a_run_is_read_as_it_was_written_and_goes_on_knowing_its_files(run, capsys, recwarn):
+    assert report(run, out=run / "report") == 0
+    assert gate([run]) == 0
+    told = json.loads((run / "report.json").read_text())
+    assert set(told["files"]) == {
+        "predictions.parquet", "zero_shot_predictions.parquet", "validation_predictions.parquet", "gates.yaml",
+        "artifact/manifest.json",
+    }  # fmt: skip
+    assert told["method"] == "coop"
+    assert "accuracy" in told["overall"]
+    # The report of the run elsewhere is no run.
+    assert report(run, out=run.parent / "elsewhere.json") == 0
+    assert "files" not in json.loads((run.parent / "elsewhere.json").read_text())
+    assert not recwarn.list
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["predictions.parquet", "zero_shot_predictions.parquet", "gates.yaml", "artifact/manifest.json", "report.json"],
+)
+def test_what_changed_in_a_run_is_refused(run, name, capsys):
+    whole = (run / name).read_bytes()
+    other = Predictions.load(run / "predictions.parquet")
+    other = replace(other, ids=other.ids[::-1])
+    other.save(run.parent / "swapped.parquet")
+    draw = np.random.default_rng(0)
+    cases = [whole[:-2], b"", (run.parent / "swapped.parquet").read_bytes()]
+    for _ in range(10):
+        damaged = bytearray(whole)
+        damaged[draw.integers(len(whole))] ^= 1 << int(draw.integers(8))
+        cases.append(bytes(damaged))
+    for content in cases:
+        (run / name).write_bytes(content)
+        for read in (lambda: gate([run]), lambda: report(run)):
+            with pytest.raises(AdaptclipError):
+                read()
+    if name == "predictions.parquet":
+        with pytest.raises(AdaptclipError, match="missing or changed"):
+            compare(run, run, group="cellar")
+        with pytest.raises(AdaptclipError, match="missing or changed"):
+            gate([run.parent / "swapped.parquet"], baseline=run, gates=run / "gates.yaml")
+        (run / name).write_bytes((run.parent / "swapped.parquet").read_bytes())  # by itself a file is nobody's
+        assert gate([run / name], gates=run / "gates.yaml", baseline=run / name) is not None
+    (run / name).unlink()
+    with (
+        pytest.raises(AdaptclipError) if name != "report.json" else pytest.warns(UserWarning, match="keeps no digests")
+    ):
+        gate([run])
+    capsys.readouterr()
+
+
+def test_gates_of_a_run_are_replaced_by_naming_others(run, tmp_path, capsys):
+    (run / "gates.yaml").write_text("gates: []\n")
+    with pytest.raises(StorageError, match=r"gates\.yaml is missing or changed"):
+        gate([run])
+    (tmp_path / "others.yaml").write_text("gates:\n  - {metric: accuracy, at_least: 0.5}\n")
+    assert gate([run], gates=tmp_path / "others.yaml") == 0
+    capsys.readouterr()
+
+
+def test_predictions_that_the_run_did_not_write_are_refused(run, capsys):
+    (run / "new_classes_predictions.parquet").write_bytes((run / "predictions.parquet").read_bytes())
+    with pytest.raises(StorageError, match=r"new_classes_predictions\.parquet is none of the files"):
+        report(run)
+    capsys.readouterr()
+
+
+def test_a_probe_that_changed_is_left_out(run, capsys):
+    for content in ("[]", "{", json.dumps({"format_version": 1, "model": None})):
+        (run / "probe.json").write_text(content)
+        report(run, out=run.parent / "r.json")
+        found = json.loads((run.parent / "r.json").read_text())
+        assert any("probe.json" in caution for caution in found["cautions"])
+        assert "text_probe" not in found
+    capsys.readouterr()

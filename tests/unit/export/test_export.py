@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from adaptclip.artifact import load
 from adaptclip.backbone import load_backbone
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
-from adaptclip.errors import ArtifactError, ConfigError, StorageError
+from adaptclip.errors import AdaptclipError, ArtifactError, BackboneError, ConfigError, StorageError
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import FORMATS, classifier, export_artifact, onnx_graph, stock
 from adaptclip.export.checking import check_pictures
@@ -156,7 +159,7 @@ def run_example(folder: Path, picture: Image.Image | bytes) -> dict[str, Any]:
     """Runs the Python block of an export's README where it stands, on a picture, and returns its names."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "adaptclip" not in code
-    assert len(code.splitlines()) <= 20
+    assert len(code.splitlines()) <= 24
     if isinstance(picture, bytes):
         (folder / "image.png").write_bytes(picture)  # every reader goes by the bytes
     else:
@@ -343,6 +346,92 @@ def test_a_wrong_export_is_not_kept(artifact, tmp_path, pictures, monkeypatch):
     with pytest.raises(ArtifactError, match=r"does not answer.*inf"):
         export_artifact(artifact("lora"), "open_clip", tmp_path / "out", pictures=pictures)
     assert list(tmp_path.iterdir()) == []
+
+
+def printed_or_raised(folder: Path, picture: Image.Image) -> str:
+    """What an export's example prints, or why it ends."""
+    try:
+        return run_example(folder, picture)["printed"]
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("case", "to"), [("gda", "classifier"), ("lora", "open_clip"), ("gda", "onnx"), ("lora", "hf")]
+)
+def test_an_export_that_changed_is_not_loaded(artifact, tmp_path, pictures, case, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    export_artifact(artifact(case), to, out, pictures=pictures[:2])
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    told = json.loads((out / "check.json").read_text())["files"]
+    assert set(told) == set(files) - {"check.json"}
+    assert all(told[name]["sha256"] == hashlib.sha256(files[name]).hexdigest() for name in told)
+    answer = printed_or_raised(out, pictures[0])
+    assert answer == load(artifact(case)).predict([pictures[0]])[0].label
+    draw = np.random.default_rng(0)
+    for name, content in files.items():
+        if name in ("README.md", "check.json"):
+            continue
+        for damaged in (*(flipped(content, draw) for _ in range(4)), content[:-1], b""):
+            (out / name).write_bytes(damaged)
+            assert printed_or_raised(out, pictures[0]) == f"SystemExit: {name} is damaged"
+            if to != "onnx":
+                with pytest.raises(BackboneError, match=f"{re.escape(name)} is missing or changed"):
+                    load_backbone(f"local-dir:{out}")
+        (out / name).write_bytes(content)
+    (out / "README.md").write_bytes(files["README.md"] + b"Edited before it was uploaded.\n")
+    assert printed_or_raised(out, pictures[0]) == answer
+    (out / "check.json").write_bytes(files["check.json"].replace(b'"sha256": "', b'"sha256": "0'))
+    assert printed_or_raised(out, pictures[0]).endswith("is damaged")
+    if to != "onnx":
+        with pytest.raises(BackboneError, match=r"check\.json was changed after it was written"):
+            load_backbone(f"local-dir:{out}")
+
+
+def flipped(content: bytes, draw: np.random.Generator) -> bytes:
+    """The same bytes but for one bit."""
+    damaged = bytearray(content)
+    damaged[draw.integers(len(content))] ^= 1 << int(draw.integers(8))
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, s: (f / "README.md").symlink_to(s), "README.md is a link that leaves the folder"),
+        (lambda f, s: (f / "README.md").symlink_to(s.parent), "README.md is a link that leaves the folder"),
+        (lambda f, s: (f / "README.md").symlink_to("nothing"), "README.md is missing"),
+        (lambda f, s: os.mkfifo(f / "README.md"), "README.md is a device, pipe or socket"),
+        (lambda f, s: (f / "README.md").mkdir(), "README.md is a folder"),
+        (lambda f, s: ((f / "README.md").touch(), os.truncate(f / "README.md", 2**40)), "README.md has 1,099,5"),
+        (lambda f, s: (f / "README.md").write_bytes(b"\xff\xfe"), "is not UTF-8"),
+        (lambda f, s: (f / "README.md").write_text("---\nmodel-index: 3\n---\n"), "README.md is not a model card"),
+        (lambda f, s: (f / "README.md").write_text("---\na: 1\na: 2\n---\n"), "a"),
+    ],
+)
+def test_nothing_of_a_strangers_artifact_is_copied_from_elsewhere(artifact, tmp_path, pictures, change, message):
+    stranger = shutil.copytree(artifact("gda"), tmp_path / "stranger")
+    (tmp_path / "secret").write_text("---\nlicense: mit\n---\n\nsecret\n")
+    (stranger / "README.md").unlink()
+    change(stranger, tmp_path / "secret")
+    with pytest.raises(AdaptclipError, match=message):
+        export_artifact(stranger, "hf", tmp_path / "out", pictures=pictures[:1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "stranger"]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "open_clip_model.safetensors", "open_clip_config.json", "notes.txt"]
+)
+def test_no_file_of_a_bundle_is_followed_out_of_it(artifact, tmp_path, pictures, name):
+    bundle = write_checkpoint(tmp_path / "bundle", "vit")
+    assert load_backbone(f"local-dir:{bundle}").digest
+    outside = tmp_path / "outside"
+    (bundle / name).rename(outside) if (bundle / name).exists() else outside.write_text("{}")
+    (bundle / name).symlink_to(outside)
+    with pytest.raises(BackboneError, match=f"{re.escape(name)} is a link that leaves the folder"):
+        load_backbone(f"local-dir:{bundle}")
 
 
 def test_bad_requests(artifact, tmp_path, digits):
