@@ -350,10 +350,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_parquet(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
-    """Writes an Arrow table as Parquet, atomically.
-
-    `metadata` is JSON under the key "adaptclip", its digest beside it; every page of the table has a checksum.
-    """
+    """Writes an Arrow table as Parquet, its pages with checksums and `metadata` as JSON with a digest, atomically."""
     packed = json.dumps(jsonable(metadata), ensure_ascii=False).encode()
     whole = table.replace_schema_metadata({b"adaptclip": packed, b"adaptclip_sha256": digest(packed).encode()})
     _replace_file(path, lambda temporary: pq.write_table(whole, temporary, write_page_checksum=True))
