@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,12 +38,10 @@ def write_decoder(folder: Path, model: AdaptedModel) -> None:
 
 def load_decoder(folder: Path) -> Callable[[bytes], Image.Image]:
     """Loads the `read_image` of an export that was just written."""
-    spec = importlib.util.spec_from_file_location("exported_read_image", folder / DECODER_FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.read_image
+    # Compiled here and not imported, which would leave compiled code in the export.
+    names: dict[str, Any] = {"__name__": "exported_read_image"}
+    exec(compile((folder / DECODER_FILE).read_text(encoding="utf-8"), DECODER_FILE, "exec"), names)
+    return names["read_image"]
 
 
 def check_decoding(folder: Path, model: AdaptedModel) -> dict[str, Image.Image]:
