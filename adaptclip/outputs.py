@@ -54,7 +54,7 @@ class Kind:
 
 
 _ARTIFACT = {"format_version", "method", "class_names", "verdicts"}
-_INDEX = {"format_version", "model", "transform", "count"}
+_INDEX = {"format_version", "transform", "count"}
 _EXPORT = {"features", "cosines", "probabilities", "tolerance"}
 _BENCH = {"cards", "protocol", "methods", "shots"}
 
