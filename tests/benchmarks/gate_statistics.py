@@ -21,6 +21,7 @@ from scipy.stats import binom
 
 from adaptclip.evaluation.comparisons import difference
 from adaptclip.evaluation.grouping import group_rows
+from adaptclip.evaluation.measuring import sampling_of
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
 from adaptclip.metrics.estimates import mean_of
@@ -57,11 +58,7 @@ def coverage(rng: np.random.Generator, effect: float, n: int, repeats: int, pati
     for _ in range(repeats):
         model = simulate(rng, [0.85, 0.85 - effect], n, patients)
         right = model.pred == model.labels
-        clusters = None if model.clusters is None else np.unique(model.clusters, return_inverse=True)[1]
-        one, other = (
-            mean_of(right[rows], None if clusters is None else clusters[rows])
-            for rows in group_rows(model, "site").values()
-        )
+        one, other = (mean_of(right[rows], sampling_of(model, rows)) for rows in group_rows(model, "site").values())
         low, high = difference(one, other).interval(0.95) or (1.0, -1.0)
         held += low <= effect <= high
     return held / repeats
@@ -79,8 +76,7 @@ def permutation_alarms(rng: np.random.Generator, groups: int, repeats: int, pati
     for seed in range(repeats):
         model = simulate(rng, [0.8] * groups, 100, patients)
         code = np.unique(model.groups["site"], return_inverse=True)[1]
-        clusters = None if model.clusters is None else np.unique(model.clusters, return_inverse=True)[1]
-        test = gap_test(model.pred == model.labels, code, clusters, draws=1000, seed=seed)
+        test = gap_test(model.pred == model.labels, code, sampling_of(model), draws=1000, seed=seed)
         gap += test.p_value <= 0.05
         rest += holm(test.rest_p).min() <= 0.05
     return {"gap": gap / repeats, "any group against the rest": rest / repeats}
@@ -98,7 +94,7 @@ def study(repeats: int, seed: int = 0) -> list[dict[str, Any]]:
     for groups in GROUPS:
         for patients in (0, 5):
             for what, found in permutation_alarms(rng, groups, repeats, patients).items():
-                lines.append({"kind": f"permutation: {what}", "groups": groups, "n": 100,
+                lines.append({"kind": f"equal groups: {what}", "groups": groups, "n": 100,
                               "images per patient": patients or 1, "share": found, "most": 0.05})  # fmt: skip
         floor = GateRule(group="site", at_least=0.8)
         got = verdict_shares(rng, floor, lambda g=groups: simulate(rng, [0.8] * g, 120), repeats)
