@@ -125,6 +125,10 @@ class Question:
         """What the metric rests on."""
         return self.metric.supports(judged(self.predictions, rows))
 
+    def units(self, rows: np.ndarray | None = None) -> int:
+        """Number of units (clusters, or independent images) among the images that the metric is about."""
+        return self.metric.chosen(judged(self.predictions, rows)).sampling.num_units
+
 
 def ask(
     metric: Metric | str,

@@ -37,7 +37,7 @@ from adaptclip.gate_rules import ARGMAX, GateRule
 from adaptclip.gates.fitting import check_rules
 from adaptclip.gates.gap import judge_gap
 from adaptclip.gates.loading import load_gates
-from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
+from adaptclip.gates.sample_size import Claim, More, more_images
 from adaptclip.gates.verdicts import SEVERITY, Conclusion, Verdict, exit_code, overall_verdict
 from adaptclip.gates.wording import excluded_words, family_reason, reason_of
 from adaptclip.metrics.estimates import Measurement
@@ -102,20 +102,21 @@ def _judge_question(rule: GateRule, question: Question, predictions: Predictions
     if rule.attribute is None:
         compared = question.measure(**settings)
         measured = compared.change if rule.no_worse_than and compared.change else compared.model
-        return _judge(rule, None, measured, question.supports(), family=1)
+        return _judge(rule, None, measured, question.supports(), question.units(), family=1)
     everything = group_rows(predictions, rule.attribute)
     excluded = tuple({"group": g, "n": len(rows)} for g, rows in everything.items() if g in rule.exclude)
     by_group = {g: rows for g, rows in everything.items() if g not in rule.exclude}
     found = {g: question.measure(rows, **settings) for g, rows in by_group.items()}
     supports = {g: question.supports(rows) for g, rows in by_group.items()}
+    units = {g: question.units(rows) for g, rows in by_group.items()}
     if rule.gap_at_most is not None:
-        verdict = judge_gap(rule, found, supports, _noise(question, by_group, draws, seed), excluded)
+        verdict = judge_gap(rule, found, supports, units, _noise(question, by_group, draws, seed), excluded)
         return replace(verdict, reason=verdict.reason + excluded_words(rule, excluded))
     parts = {g: c.change if rule.no_worse_than and c.change else c.model for g, c in found.items()}
     family = sum(rule.lacking(supports[g]) is None and m.spread is not None for g, m in parts.items())
     direction = 1 if _asks_at_least(rule) else -1
     ordered = sorted(
-        (_judge(rule, g, m, supports[g], max(family, 1)) for g, m in parts.items()),
+        (_judge(rule, g, m, supports[g], units[g], max(family, 1)) for g, m in parts.items()),
         key=lambda v: (SEVERITY[v.verdict], float("-inf") if v.value is None else direction * v.value),
     )
     reason = family_reason(rule, ordered) + excluded_words(rule, excluded)
@@ -152,7 +153,7 @@ def _limit(rule: GateRule) -> float:
 
 
 def _judge(
-    rule: GateRule, group: str | None, measured: Measurement, supports: Sequence[Support], family: int
+    rule: GateRule, group: str | None, measured: Measurement, supports: Sequence[Support], units: int, family: int
 ) -> Verdict:
     """Judges one set of images; `family` groups share the chance of a wrong "fail"."""
     upwards, limit, alpha = _asks_at_least(rule), _limit(rule), 1 - rule.confidence
@@ -165,31 +166,22 @@ def _judge(
             conclusion = "pass"
         elif (bad < limit) if upwards else (bad > limit):
             conclusion = "fail"
-    more = _more(rule, measured, lacking, family) if conclusion == "inconclusive" else None
+    more = _more(rule, measured, lacking, units, family) if conclusion == "inconclusive" else None
     reason = reason_of(
         rule, group, measured, lacking, conclusion, (good, bad), family, more, limit=limit, upwards=upwards
     )
     low, high = (good, bad) if upwards else (bad, good)
     return Verdict(
         rule.title, rule.measure.name, rule.attribute, group, conclusion, measured.value, low, high, measured.n,
-        rule.confidence, reason, (), "change" if rule.no_worse_than else "level", limit, more,
+        rule.confidence, reason, (), "change" if rule.no_worse_than else "level", limit,
+        more and more.images, (), more and more.clusters,
     )  # fmt: skip
 
 
-def _more(rule: GateRule, measured: Measurement, lacking: Support | None, family: int) -> int | None:
-    """About how many more images would settle a rule, at the present rate."""
-    missing = 0 if lacking is None else lacking.least(rule.min_n) - lacking.count
-    if measured.value is None or measured.spread is None:
-        return missing or None
-    upwards, limit, value, spread = _asks_at_least(rule), _limit(rule), measured.value, measured.spread
-    alpha, right_side = 1 - rule.confidence, (value >= limit) if upwards else (value <= limit)
-
-    def settled(factor: float) -> bool:
-        enlarged = Enlarged(value, spread, factor)
-        if right_side:
-            bound = enlarged.bound("low" if upwards else "high", alpha, exact=True)
-            return bound >= limit if upwards else bound <= limit
-        bound = enlarged.bound("high" if upwards else "low", alpha / family, exact=True)
-        return bound < limit if upwards else bound > limit
-
-    return more_images(measured.n, smallest_factor(settled), missing)
+def _more(rule: GateRule, measured: Measurement, lacking: Support | None, units: int, family: int) -> More | None:
+    """How many more images, of as many to a cluster as now, would settle a rule."""
+    missing, claim = 0 if lacking is None else lacking.least(rule.min_n) - lacking.count, None
+    if measured.value is not None and measured.spread is not None:
+        upwards, alpha = _asks_at_least(rule), 1 - rule.confidence
+        claim = Claim(measured.value, measured.spread, _limit(rule), upwards, alpha, family)
+    return more_images(claim, measured.n, units, missing)

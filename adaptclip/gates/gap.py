@@ -15,33 +15,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from adaptclip.gate_rules import GateRule
-from adaptclip.gates.needed import Enlarged, more_images, smallest_factor
+from adaptclip.gates.sample_size import Claim, More, more_images
 from adaptclip.gates.verdicts import Conclusion, Verdict
-from adaptclip.gates.wording import counted, shown, subject_of
+from adaptclip.gates.wording import more_words, shown, subject_of
 from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.intervals import DifferenceSpread, Side
 from adaptclip.metrics.metric import Support
 
 
-def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float, factor: float = 1.0) -> np.ndarray:
+def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float) -> np.ndarray:
     """One-sided bounds of all differences between groups.
 
     Args:
         parts: G measurements with values and spreads.
         side: which bound.
         alpha: probability that a true difference lies beyond its bound.
-        factor: multiple of the present images that is imagined.
 
     Returns:
         (G, G) bound of group i minus group j; the diagonal is 0.
     """
     values = np.array([part.value for part in parts], dtype=float)
-    spreads = [Enlarged(part.value, part.spread, factor) for part in parts if part.value is not None and part.spread]
+    spreads = [part.spread for part in parts if part.value is not None and part.spread]
     low, high = (np.array([s.bound(end, alpha, exact=True) for s in spreads]) for end in ("low", "high"))
     difference, down, up = values[:, None] - values, values - low, high - values
     if side == "low":
@@ -52,10 +52,23 @@ def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float, factor: 
     return bounds
 
 
+@dataclass(frozen=True)
+class _Largest:
+    """Uncertainty of the largest difference between groups, as the rule bounds it."""
+
+    parts: Sequence[Measurement]
+    method: str = "newcombe, square-and-add, of every pair"
+
+    def bound(self, side: Side, alpha: float, *, exact: bool = False) -> float:
+        """The largest of the pairs' bounds, which always hold their level for certain."""
+        return float(pair_bounds(self.parts, side, alpha).max())
+
+
 def judge_gap(
     rule: GateRule,
     compared: Mapping[str, Comparison],
     supports: Mapping[str, Sequence[Support]],
+    units: Mapping[str, int],
     noise: float | None,
     excluded: Sequence[dict[str, Any]],
 ) -> Verdict:
@@ -65,6 +78,7 @@ def judge_gap(
         rule: the rule.
         compared: group -> its measurement, with the reference's where there is one.
         supports: group -> what its number rests on.
+        units: group -> clusters, or independent images, behind its number.
         noise: gap that equal groups of these sizes stay within, or None where that is not known.
         excluded: groups left out by declaration.
     """
@@ -93,13 +107,16 @@ def judge_gap(
     worst, best = names[worst_first[0]], names[worst_first[-1]]
     more = None
     if conclusion == "inconclusive" and not lower <= limit < upper:
-        more = max((found.least(rule.min_n) - found.count for found in lacking.values()), default=0) or None
+        missing = max((found.least(rule.min_n) - found.count for found in lacking.values()), default=0)
+        more = more_images(None, len(usable), len(usable), missing)
     elif conclusion == "inconclusive":
-        more = _more(rule, parts, pairs, gap, parts[worst_first[0]].n)
+        claim = Claim(gap, _Largest(parts), limit, upwards=False, alpha=alpha, family=pairs)
+        more = more_images(claim, parts[worst_first[0]].n, units[worst])
     sentences = _sentences(rule, gap, (best, worst), (lower, upper), conclusion, guard, shown_small, noise, more)
     return Verdict(
         rule.title, rule.measure.name, rule.attribute, worst, conclusion, gap, max(lower, 0.0), upper,
-        sum(part.n for part in parts), rule.confidence, sentences, (), "gap", limit, more, tuple(excluded),
+        sum(part.n for part in parts), rule.confidence, sentences, (), "gap", limit,
+        more and more.images, tuple(excluded), more and more.clusters,
     )  # fmt: skip
 
 
@@ -204,17 +221,6 @@ def _loses(name: str, usable: Mapping[str, Comparison], sign: int, slack: float,
     return all(sign * _against(usable[name], other, side, alpha) < -slack for other in usable.values())
 
 
-def _more(rule: GateRule, parts: Sequence[Measurement], pairs: int, gap: float, n: int) -> int | None:
-    limit, alpha = rule.gap_at_most or 0.0, 1 - rule.confidence
-
-    def settled(factor: float) -> bool:
-        if gap <= limit:
-            return pair_bounds(parts, "high", alpha, factor).max() <= limit
-        return pair_bounds(parts, "low", alpha / pairs, factor).max() > limit
-
-    return more_images(n, smallest_factor(settled))
-
-
 def _sentences(
     rule: GateRule,
     gap: float,
@@ -224,7 +230,7 @@ def _sentences(
     guard: tuple[Conclusion, str],
     small: str,
     noise: float | None,
-    more: int | None,
+    more: More | None,
 ) -> str:
     def points(value: float, digits: str = ".1f") -> str:
         return shown(rule, value, digits).replace(" %", " points")
@@ -243,9 +249,6 @@ def _sentences(
         said.append(f"Too small for a verdict, or without an interval: {small}.")
     if conclusion == "inconclusive" and lower <= limit < upper:
         said.append(
-            f"About {counted(rule, more).replace(' ', ' more ', 1)} of {worst}, and of the other groups in proportion, "
-            "would settle the gap if the rates stay what they are."
-            if more is not None
-            else "No realistic number of further images would settle it at the present rates."
+            more_words(rule, more, f" of {worst}, and of the other groups in proportion,", it="the gap").strip()
         )
     return " ".join(filter(None, said))

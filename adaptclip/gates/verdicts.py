@@ -32,9 +32,10 @@ class Verdict:
         groups: the verdict on every group, worst first; empty for a rule on all images or on a gap.
         kind: what `value`, `low` and `high` are.
         limit: what the value is compared with: the declared limit, minus the margin for a change.
-        more_images: about how many more images (of `group`) would settle an inconclusive rule if the rate stayed as it
-            is; None where it is settled, or no number of images would settle it.
+        more_images: about how many more images (of `group`) would settle an inconclusive rule, either way, with an
+            even chance; None where it is settled, or ten times the images would not do.
         excluded: groups left out by declaration, each {"group", "n"}.
+        more_clusters: `more_images` as clusters (patients) of the present size; None where images are independent.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Verdict:
     limit: float | None = None
     more_images: int | None = None
     excluded: tuple[dict[str, Any], ...] = ()
+    more_clusters: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-able dict."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adaptclip.gate_rules import GateRule
+from adaptclip.gates.sample_size import POWER, More
 from adaptclip.gates.verdicts import Conclusion, Verdict
 from adaptclip.metrics.estimates import Measurement
 from adaptclip.metrics.metric import Support
@@ -35,12 +36,40 @@ def subject_of(rule: GateRule, group: str | None = None) -> str:
     return words + (f" for {rule.attribute} = {group}" if group is not None else "")
 
 
-def more_words(rule: GateRule, more: int | None, group: str | None) -> str:
-    """How many more images would settle an inconclusive verdict."""
-    of = f" of {rule.attribute} = {group}" if group is not None else ""
-    if more is None:
-        return " The estimate lies so close to the limit that no realistic number of further images would settle it."
-    return f" About {counted(rule, more).replace(' ', ' more ', 1)}{of} would settle it if the rate stays what it is."
+def more_words(rule: GateRule, more: More | None, of: str, lacking: Support | None = None, *, it: str = "it") -> str:
+    """How many more images would settle an inconclusive verdict.
+
+    Args:
+        rule: the rule.
+        more: the numbers.
+        of: of which images, after their number: " of sex = female", or "".
+        lacking: what the number rests on and has too little of, or None.
+        it: what would be settled.
+    """
+    needed, missing = "", 0
+    if lacking is not None:
+        missing = lacking.least(rule.min_n) - lacking.count
+        needed = f" At least {missing:,} more {lacking.what}{of} are needed."
+    if more is None or (lacking is not None and more.images is not None and more.images <= missing):
+        return needed
+    if more.images is None:
+        return needed + f" No realistic number of further images would settle {it}: ten times as many might well not."
+
+    def many(images: int) -> str:
+        if more.per_cluster is None:
+            return counted(rule, images).replace(" ", " more ", 1)
+        each = f"{more.per_cluster:.1f}".removesuffix(".0")
+        return f"{more.clusters_for(images):,} more clusters (patients) of {each} {rule.measure.about}images"
+
+    said = f"{needed} About {many(more.images)}{of} would settle {it}, either way, with an even chance"
+    if more.likely is None:
+        return (
+            f"{said}; for a chance of {100 * POWER:.0f} % no number is realistic, as close as it may be to the limit."
+        )
+    if more.likely > more.images:
+        number = more.likely if more.per_cluster is None else more.clusters_for(more.likely)
+        return f"{said}, about {number:,} with one of {100 * POWER:.0f} %."
+    return f"{said}."
 
 
 def reason_of(
@@ -51,7 +80,7 @@ def reason_of(
     conclusion: Conclusion,
     bounds: tuple[float | None, float | None],
     family: int,
-    more: int | None,
+    more: More | None,
     *,
     limit: float,
     upwards: bool,
@@ -66,7 +95,7 @@ def reason_of(
         conclusion: the verdict.
         bounds: the one that lets the rule pass and the one that lets it fail.
         family: groups that share the chance of a wrong "fail".
-        more: how many more images would settle it.
+        more: how many more images would settle it, or None.
         limit: what the value is compared with.
         upwards: whether it should be high.
     """
@@ -74,11 +103,12 @@ def reason_of(
     subject = subject_of(rule, group)
     if measured.value is None:
         return f"The {subject} is not known: {measured.note}."
+    of = "" if group is None else f" of {rule.attribute} = {group}"
     found = f"The {subject} is {shown(rule, measured.value)} on {counted(rule, measured.n)}"
     if lacking is not None:
         fewer = f" ({lacking.count:,} {lacking.what})" if lacking.count != measured.n else ""
         asked = f"the rule asks for {lacking.least(rule.min_n):,}"
-        return f"{found}{fewer}, too few for a verdict: {asked}.{more_words(rule, more, group)}"
+        return f"{found}{fewer}, too few for a verdict: {asked}.{more_words(rule, more, of, lacking)}"
     if good is None or bad is None:
         return f"{found}; {measured.note}, so the data cannot tell."
     note = f" ({measured.note}.)" if measured.note else ""
@@ -91,7 +121,7 @@ def reason_of(
         return f"{found} and, {sure}{over}, {worse} {shown(rule, bad)}; the rule asks for {better} {wanted}.{note}"
     return (
         f"{found}; the rule asks for {better} {wanted}, but the data only show {better} {shown(rule, good)} ({sure}) "
-        f"and do not rule out {shown(rule, bad)}: they cannot tell.{more_words(rule, more, group)}{note}"
+        f"and do not rule out {shown(rule, bad)}: they cannot tell.{more_words(rule, more, of)}{note}"
     )
 
 
@@ -104,8 +134,15 @@ def family_reason(rule: GateRule, ordered: Sequence[Verdict]) -> str:
         return f"{every} groups pass; the worst: {worst.reason}" if len(ordered) > 1 else worst.reason
     if not alike:
         return worst.reason
-    named = [f"{v.group} (about {v.more_images:,} more)" if v.more_images is not None else str(v.group) for v in alike]
+    named = [str(v.group) + _more_of(v) for v in alike]
     return f"{worst.reason} The same verdict for {', '.join(named)} (of {len(ordered)} groups)."
+
+
+def _more_of(verdict: Verdict) -> str:
+    number, what = (
+        (verdict.more_images, "") if verdict.more_clusters is None else (verdict.more_clusters, " clusters (patients)")
+    )
+    return "" if number is None else f" (about {number:,} more{what})"
 
 
 def excluded_words(rule: GateRule, excluded: Sequence[dict[str, object]]) -> str:

@@ -20,7 +20,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 from scipy.optimize import root_scalar
-from scipy.stats import beta, norm, t
+from scipy.special import betaincinv
+from scipy.stats import norm, t
 
 from adaptclip.errors import DataError
 
@@ -63,8 +64,8 @@ def exact_bound(rate: float, n: float, side: Side, alpha: float) -> float:
     """
     count = rate * n
     if side == "low":
-        return float(beta.ppf(alpha, count, n - count + 1)) if count > 0 else 0.0
-    return float(beta.isf(alpha, count + 1, n - count)) if count < n else 1.0
+        return float(betaincinv(count, n - count + 1, alpha)) if count > 0 else 0.0
+    return 1 - float(betaincinv(n - count, count + 1, alpha)) if count < n else 1.0
 
 
 def tango_bound(gained: float, lost: float, n: float, side: Side, alpha: float) -> float:
