@@ -45,6 +45,13 @@ def test_a_decided_rule_needs_no_factor_and_the_chance_grows_with_it():
     assert found[0] == 0
 
 
+def needed(claim, n, units, missing=0):
+    more = more_images(claim, n, units, missing)
+    assert more is not None
+    assert more.images is not None
+    return more.images
+
+
 def answers(truth, limit, n, repeats=300, seed=0):
     """The answers to inconclusive samples, those of taking the estimate for the truth, and how many were settled."""
     rng = np.random.default_rng(seed)
@@ -54,13 +61,13 @@ def answers(truth, limit, n, repeats=300, seed=0):
         claim = rate(correct / n, n, limit)
         if claim.decided(1.0):
             continue
-        more = cache.setdefault(int(correct), more_images(claim, n, n))
-        ours.append(more.images)
+        more = cache.setdefault(int(correct), needed(claim, n, n))
+        ours.append(more)
         ahead = claim.value - limit
         bound = claim.spread.bound("low" if ahead >= 0 else "high", 0.05, exact=True)
         plain.append(n * (max((bound - claim.value) ** 2 / max(ahead**2, 1e-9), 1) - 1))
-        both = n + more.images
-        settled += bool(rate((correct + rng.binomial(more.images, truth)) / both, both, limit).decided(1.0))
+        both = n + more
+        settled += bool(rate((correct + rng.binomial(more, truth)) / both, both, limit).decided(1.0))
     return np.array(ours), np.array(plain), settled / len(ours)
 
 
@@ -78,11 +85,10 @@ def test_an_even_chance_is_one():
     """Over truths that are as likely as the present images make them, half of the answers settle it."""
     rng, settled, asked = np.random.default_rng(1), 0, 0
     for correct in (155, 158, 160, 163, 166):
-        more = more_images(rate(correct / 200, 200, 0.8), 200, 200)
-        assert more is not None
+        more = needed(rate(correct / 200, 200, 0.8), 200, 200)
         for truth in rng.beta(correct + 0.5, 200 - correct + 0.5, 60):
-            both = 200 + more.images
-            settled += bool(rate((correct + rng.binomial(more.images, truth)) / both, both, 0.8).decided(1.0))
+            both = 200 + more
+            settled += bool(rate((correct + rng.binomial(more, truth)) / both, both, 0.8).decided(1.0))
             asked += 1
     assert abs(settled / asked - 0.5) < 4 * 0.5 / np.sqrt(asked)
 
@@ -90,7 +96,7 @@ def test_an_even_chance_is_one():
 def test_patients_are_counted_and_what_is_missing_is_the_least():
     more = more_images(rate(0.83, 200, 0.8), 200, 40)
     assert more is not None
-    assert more.clusters == -(-more.images // 5)
-    assert more_images(rate(0.95, 50, 0.8), 50, 50, missing=50).images == 50
+    assert more.clusters == -(-needed(rate(0.83, 200, 0.8), 200, 40) // 5)
+    assert needed(rate(0.95, 50, 0.8), 50, 50, missing=50) == 50
     assert more_images(None, 0, 0) is None
-    assert more_images(None, 20, 20, missing=80).images == 80
+    assert needed(None, 20, 20, missing=80) == 80
