@@ -43,6 +43,13 @@ LIMITS = {
 ALWAYS_ALLOWED = 2**27
 """Parameters that a configuration may describe whatever the size of the weights: half a gigabyte is no danger."""
 
+_OTHER_MODELS = {
+    "audio_cfg": "a model of sounds (CLAP)",
+    "genlip_cfg": "a generative model (GenLIP)",
+    "genlap_cfg": "a generative model of sounds (GenLAP)",
+}
+"""What a configuration of open_clip 4 may describe beside a CLIP of pictures and texts, by the entry that says so."""
+
 _ANY_NUMBER = 2**22
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HF_WIDTHS, _HF_LAYERS = ("hidden_size", "d_model"), ("num_hidden_layers", "num_layers", "encoder_layers")
@@ -73,6 +80,9 @@ def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | No
     Raises:
         BackboneError: naming the entry.
     """
+    other = next((kind for entry, kind in _OTHER_MODELS.items() if entry in model_cfg), None)
+    if other is not None:
+        raise BackboneError(f"{where} is {other}, not a CLIP of pictures and texts; name one of those")
     for path, value in _numbers(model_cfg):
         limit = LIMITS.get(path.rpartition(".")[2], _ANY_NUMBER)
         if not abs(value) <= limit:
@@ -82,6 +92,11 @@ def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | No
         encoder = model_cfg["text_cfg"].get("hf_model_name")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BackboneError(f"{where} is not a model configuration of open_clip ({error!r})") from error
+    if "naflex" in str(name):
+        raise BackboneError(
+            f"{where} has the image tower {name!r} (NaFlex), which takes pictures of any shape; adaptclip gives square "
+            "ones only. Name the model of a fixed size instead"
+        )
     if name and (":" in str(name) or not timm.is_model(str(name))):
         near = did_you_mean(str(name), timm.list_models(), limit=5)
         raise BackboneError(f"{where} names the timm model {name!r}, which this timm does not have. {near}")

@@ -170,6 +170,7 @@ def _clean(name: str) -> str:
 def _check_architecture(name: str) -> str:
     architecture = _clean(name)
     if architecture in open_clip.list_models():
+        check_config(open_clip.get_model_config(architecture) or {}, where=architecture)
         return architecture
     hint = ""
     if Path(name).expanduser().is_dir():

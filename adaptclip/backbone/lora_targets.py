@@ -14,7 +14,7 @@ One table for all kinds of tower. A layer's kind is read off the last parts of i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import open_clip
@@ -114,8 +114,7 @@ def count_attention(model: Any, tower: str) -> int:
         return 1
     # The embedded starter has timm's own module for its image tower.
     if isinstance(part, TimmModel) or type(part).__module__.startswith("timm."):
-        named = [name for name, module in part.named_modules() if _ATTENTION.search(type(module).__name__)]
-        return sum(not any(other.startswith(f"{name}.") for other in named) for name in named)
+        return len(_innermost_attention(dict(part.named_modules())))
     raise BackboneError(
         f"the {tower} tower of this model is a {type(part).__name__}, which LoRA does not know; known are open_clip's "
         "own towers, those of timm and Hugging Face encoders"
@@ -176,6 +175,12 @@ def _of_kinds(model: nn.Module, layers: dict[str, nn.Module], wanted: set[str], 
     return chosen
 
 
+def _innermost_attention(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the modules whose class is called attention and inside of which there is no other."""
+    named = [name for name, module in modules.items() if _ATTENTION.search(type(module).__name__)]
+    return [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
+
+
 def _check_attention(model: nn.Module, layers: Sequence[str], tower: str) -> int:
     """Returns the number of attentions of a tower, each of which has its q, k and v among the layers.
 
@@ -188,12 +193,11 @@ def _check_attention(model: nn.Module, layers: Sequence[str], tower: str) -> int
         return wanted
     prefixes = {name.rpartition(".")[0] for names in found.values() for name in names}
     start = "visual." if tower == "image" else ("transformer.", "text.")
+    part = {name: module for name, module in model.named_modules() if name.startswith(start)}
     missed = {
-        type(module).__name__
-        for name, module in model.named_modules()
-        if name.startswith(start)
-        and _ATTENTION.search(type(module).__name__)
-        and not any(f"{prefix}.".startswith(f"{name}.") for prefix in prefixes)
+        type(part[name]).__name__
+        for name in _innermost_attention(part)
+        if not any(f"{prefix}.".startswith(f"{name}.") for prefix in prefixes)
     }
     unknown = f", and none in its {', '.join(sorted(missed))}" if missed else ""
     raise BackboneError(

@@ -259,7 +259,7 @@ def make_text_tower(model: nn.Module, tokenizer: Callable[..., Tensor]) -> TextT
     if isinstance(text, HFTextEncoder):
         return HuggingFaceTextTower(text, tokens=PromptTokens(tokenizer))
     if not isinstance(text, open_clip.CLIP | TextTransformer):
-        raise _unsupported(type(model).__name__, "is not known")
+        raise _unsupported(type(text if isinstance(text, nn.Module) else model).__name__, "is not known")
     parts: Any = text
     tokens = PromptTokens(tokenizer)
     causal = _is_causal(parts.attn_mask)

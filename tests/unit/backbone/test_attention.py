@@ -7,11 +7,18 @@ import copy
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import Attention
 from tiny_clip import make_tiny_backbone
 from tiny_kinds import make_kind
 from torch import nn
 
-from adaptclip.backbone.attention import SplitAttention, fuse_attention, share_weights, split_attention
+from adaptclip.backbone.attention import (
+    SplitAttention,
+    fuse_attention,
+    is_plain_attention,
+    share_weights,
+    split_attention,
+)
 from adaptclip.errors import BackboneError
 
 
@@ -23,7 +30,7 @@ def test_split_is_the_same_function_and_fuse_the_same_bits(kind):
     expected = model.encode_image(images), model.encode_text(tokens)
     names = split_attention(model)
     assert len(names) == 4  # two blocks in either tower
-    assert not any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    assert not any(isinstance(module, nn.MultiheadAttention | Attention) for module in model.modules())
     assert sum(isinstance(module, SplitAttention) for module in model.modules()) == 4
     for got, wanted in zip((model.encode_image(images), model.encode_text(tokens)), expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)
@@ -68,6 +75,36 @@ def test_every_kind_of_fused_attention(batch_first, bias, kdim):
         assert torch.equal(split.fuse().state_dict()[name], value)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"qkv_bias": False},
+        {"qk_norm": True},
+        {"scale_heads": True, "inner_norm": True},
+        {"proj_drop": 0.1, "attn_drop": 0.2},
+    ],
+)
+def test_open_clips_own_attention(settings):
+    """In the custom blocks of open_clip 3 and in all blocks of open_clip 4: same function, same bits, same names."""
+    torch.manual_seed(0)
+    fused = Attention(16, 4, **settings).eval()
+    for parameter in fused.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    split, x = SplitAttention(fused), torch.randn(3, 5, 16)
+    causal = torch.full((5, 5), float("-inf")).triu_(1)
+    for mask in (None, causal, torch.randn(12, 5, 5)):
+        torch.testing.assert_close(split(x, attn_mask=mask), fused(x, attn_mask=mask), atol=1e-6, rtol=1e-5)
+    assert is_plain_attention(fused) == is_plain_attention(split) == (set(settings) <= {"qkv_bias"})
+    again = split.fuse()
+    assert type(again) is Attention
+    assert list(again.state_dict()) == list(fused.state_dict())
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in fused.state_dict().items())
+    assert torch.equal(again(x, attn_mask=causal), fused(x, attn_mask=causal))
+    with pytest.raises(BackboneError, match="boolean mask"):
+        split(x, attn_mask=causal == 0)
+
+
 def test_a_boolean_mask_means_what_it_means_to_the_fused_module():
     """Both libraries use booleans, with opposite meanings (True hides here)."""
     fused = nn.MultiheadAttention(8, 2, batch_first=True).eval()
@@ -98,7 +135,7 @@ def test_a_copy_shares_the_weights_and_nothing_else():
     model = make_tiny_backbone().model
     copied = share_weights(model)
     split_attention(copied)
-    assert any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    assert any(isinstance(module, nn.MultiheadAttention | Attention) for module in model.modules())
     whole = sum(p.untyped_storage().nbytes() for p in model.parameters())
     own = {p.untyped_storage().data_ptr() for p in copied.parameters()}
     assert own == {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -240,8 +240,12 @@ def test_a_class_token_behind_the_fill(tmp_path):
 def test_left_padding_is_refused(tmp_path):
     inner = wordpiece()
     inner.padding_side = "left"
+    tokenizer = hf(inner, tmp_path)
+    if tokenizer.tokenizer.padding_side == "right":  # open_clip 4 sets it itself
+        assert PromptTokens(tokenizer).start_ids
+        return
     with pytest.raises(BackboneError, match="set padding_side to right"):
-        PromptTokens(hf(inner, tmp_path))
+        PromptTokens(tokenizer)
 
 
 def test_an_unknown_tokenizer_is_named():
