@@ -176,7 +176,10 @@ def load(
     check_verdicts(folder, manifest, allow_failed_gates)
     trained = manifest["backbone"]
     check_prompts(folder, manifest, templates)
-    model = load_backbone(backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device)
+    model = load_backbone(
+        backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device,
+        image_size=manifest["transform"]["size"],
+    )  # fmt: skip
     if model.digest != trained["digest"]:
         raise ArtifactError(
             f"{folder} was trained on other weights than {model.name} has here: digest {trained['digest'][:12]} in "

@@ -196,6 +196,7 @@ def load_backbone(
     quick_gelu: bool | None = None,
     preprocess: Mapping[str, Any] | None = None,
     text_weights: Path | None = None,
+    image_size: int = 0,
 ) -> ClipBackbone:
     """Loads a pretrained CLIP by any of open_clip's spellings; a model without its weights is an error.
 
@@ -210,21 +211,29 @@ def load_backbone(
         preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `fill_color` of a checkpoint file; None takes what
             all published weights of the architecture share, or OpenAI's with a warning.
         text_weights: other weights for the text tower of `starter`.
+        image_size: side of the pictures in pixels; 0 is the architecture's own. Where the weights were trained at
+            another one, the image tower's position embeddings are resized, with a warning: features change.
 
     Raises:
-        BackboneError: unknown name or tag, missing, damaged or unfit weights, or no way to download them.
+        BackboneError: unknown name or tag, missing, damaged or unfit weights (position embeddings of another length
+            among them), or no way to download them.
     """
+    if image_size < 0:
+        raise BackboneError(f"image_size should be the side of the pictures in pixels, or 0, got {image_size}")
     if precision not in PRECISIONS:
         raise BackboneError(f"unknown precision {precision!r}. {did_you_mean(precision, PRECISIONS)}")
     if name != STARTER:
         if text_weights is not None:
             raise BackboneError(f"text_weights are for {STARTER!r} only, got name={name!r}")
         source = find_source(name, pretrained, quick_gelu=quick_gelu, preprocess=preprocess)
-        model, tokenizer = create(source, device=device, precision=precision)
+        model, tokenizer = create(source, device=device, precision=precision, image_size=image_size)
     else:
         if pretrained is not None or quick_gelu is not None or preprocess is not None:
             raise BackboneError(f"{STARTER!r} brings its weights and transform; leave pretrained and the others out")
         model, tokenizer = create_starter(text_weights, device=device, precision=precision)
+    side = open_clip.get_model_preprocess_cfg(model)["size"]
+    if image_size and side != image_size and side != (image_size, image_size):
+        raise BackboneError(f"{name} cannot take pictures of {image_size} pixels, only of {side}; leave image_size out")
     return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision)
 
 

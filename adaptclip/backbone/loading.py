@@ -24,6 +24,7 @@ from adaptclip.backbone.config_checks import (
     resolve_text_encoder,
 )
 from adaptclip.backbone.load_errors import explain, first_line
+from adaptclip.backbone.positions import check_positions
 from adaptclip.errors import BackboneError, StorageError, did_you_mean
 from adaptclip.hub import cache_if_unreachable, require_hub
 from adaptclip.seals import CHECK_FILE, check_bundle
@@ -63,6 +64,7 @@ class Source:
         preprocess: entries of the evaluation transform that the spelling does not give.
         text_cfg: the text side of the configuration where it must differ from what the spelling says.
         needs_hub: open_clip may ask the hub (or its cache) while it builds the model.
+        weights: the checkpoint, whoever names it.
     """
 
     spelling: str
@@ -72,6 +74,7 @@ class Source:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     text_cfg: Mapping[str, Any] | None = None
     needs_hub: bool = False
+    weights: Path | None = None
 
 
 def find_source(
@@ -113,13 +116,14 @@ def find_source(
     return _tag_source(architecture, pretrained)
 
 
-def create(source: Source, *, device: str | torch.device, precision: str) -> tuple[nn.Module, Any]:
+def create(source: Source, *, device: str | torch.device, precision: str, image_size: int = 0) -> tuple[nn.Module, Any]:
     """Builds the model of a source with its weights, and its tokenizer.
 
     Args:
         source: what `find_source` returned.
         device: where the weights go.
         precision: one of PRECISIONS.
+        image_size: side of the pictures in pixels; 0 is the architecture's own.
 
     Returns:
         The open_clip model and its tokenizer.
@@ -145,8 +149,13 @@ def create(source: Source, *, device: str | torch.device, precision: str) -> tup
                 force_preprocess_cfg=dict(source.preprocess),
                 require_pretrained=True,
                 weights_only=True,
+                force_image_size=_other_size(source, image_size),
                 **text,
             )
+            if source.weights is not None:
+                check_positions(model, source.weights, what=source.what, image_size=image_size)
+        except BackboneError:
+            raise
         except Exception as error:
             # transformers reports what it cannot get from the hub as an OSError without a number.
             if source.needs_hub and isinstance(error, OSError) and error.errno is None:
@@ -161,6 +170,12 @@ def local_folders(*names: str | None) -> list[Path]:
     """Returns the folders that those of `names` stand for which are spelt `local-dir:FOLDER`."""
     told = [name.removeprefix(LOCAL_PREFIX) for name in names if name is not None and name.startswith(LOCAL_PREFIX)]
     return [Path(folder).expanduser() for folder in told]
+
+
+def _other_size(source: Source, image_size: int) -> int | None:
+    """The size that was asked for where it is not the architecture's own."""
+    config = open_clip.get_model_config(source.spelling) if image_size else None
+    return None if config is None or config["vision_cfg"].get("image_size", 224) == image_size else image_size
 
 
 def _clean(name: str) -> str:
@@ -196,6 +211,7 @@ def _tag_source(architecture: str, tag: str) -> Source:
         spelling=architecture,
         what=f"{what} ({path})",
         checkpoint=Path(path),
+        weights=Path(path),
         # A tag that says nothing leaves the activation to the architecture: some state it there only.
         quick_gelu=bool(config.get("quick_gelu")),
         preprocess={key: config[key] for key in PREPROCESS_KEYS if config.get(key) is not None},
@@ -229,6 +245,7 @@ def _file_source(architecture: str, file: str, quick_gelu: bool | None, preproce
         spelling=architecture,
         what=f"The checkpoint {path} for {architecture}",
         checkpoint=path,
+        weights=path,
         quick_gelu=bool(quick_gelu),
         preprocess=_agreed_preprocess(architecture, settings) if preprocess is None else preprocess,
         needs_hub=_asks_hub(config),
@@ -259,7 +276,7 @@ def _hub_source(name: str) -> Source:
     weights = Path(_fetch(f"{what} (its weights)", lambda: download_pretrained_from_hf(repository)))
     check_config(config, where=name, weights=weights)
     check_archive(weights)
-    return Source(spelling=name, what=what, needs_hub=True)
+    return Source(spelling=name, what=what, needs_hub=True, weights=weights)
 
 
 def _local_source(name: str) -> Source:
@@ -300,6 +317,7 @@ def _local_source(name: str) -> Source:
         spelling=f"{LOCAL_PREFIX}{folder}",
         what=f"The checkpoint {weights}",
         text_cfg=text_cfg,
+        weights=weights,
         # The tokenizer of a folder is always the folder's own.
         needs_hub=text_cfg is None and bool(model_cfg["text_cfg"].get("hf_model_name")),
     )

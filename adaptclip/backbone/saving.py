@@ -56,6 +56,8 @@ def open_clip_config(backbone: ClipBackbone) -> dict[str, Any]:
     encoder = model_cfg["text_cfg"].get("hf_model_name")
     if encoder and Path(encoder).is_absolute():
         model_cfg["text_cfg"]["hf_model_name"] = "text_encoder"
+    if model_cfg["vision_cfg"].get("image_size", 224) not in (backbone.image_size, [backbone.image_size] * 2):
+        model_cfg["vision_cfg"]["image_size"] = backbone.image_size
     if any(isinstance(module, QuickGELU) for module in backbone.model.modules()):
         model_cfg["quick_gelu"] = True  # weights do not show it, and the architecture's name may not say it
     keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
