@@ -17,7 +17,7 @@ from adaptclip.storage import read_yaml, write_yaml
 
 T = TypeVar("T")
 
-_COUNTS = ("batch_size", "accumulate", "epochs", "steps", "views", "save_every")
+_COUNTS = ("batch_size", "accumulate", "epochs", "steps", "views", "save_every", "image_size")
 _RATES = ("lr", "head_lr", "memory_gib")
 
 

@@ -38,6 +38,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 0
     """Training images per class, or in all where the card has captions and no classes; 0 means all."""
     on_bad_image: Literal["error", "skip"] = "error"
@@ -99,7 +101,7 @@ def main(cfg: Config) -> int:
     images, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, images, data.train, accelerator=accelerator, pairs=True)
     other = ac.open_data(ac.load_card(cfg.zero_shot_card), data_root=cfg.data_root) if cfg.zero_shot_card else None
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     interpolate({}, {}, cfg.wise_ft)  # a share out of range, or a model that could not be saved, is refused now
     config = open_clip_config(backbone)
     adapter = ac.ContrastiveTuning(
@@ -161,7 +163,6 @@ def main(cfg: Config) -> int:
     accelerator.wait_for_everyone()
     after = ac.load_backbone(f"local-dir:{folder}", device=accelerator.device)
     accelerator.print(f"{folder}: the tuned model, a stock open_clip folder (--backbone local-dir:FOLDER)")
-
     # The test split is read once, from here on: nothing above has seen it and nothing below chooses.
     code = 0
     if data.test.captions is not None:

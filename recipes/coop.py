@@ -29,6 +29,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 16
     """Labelled training images per class; 0 means all."""
     rule: Literal["nested", "coop"] = "nested"
@@ -93,7 +95,7 @@ def main(cfg: Config) -> int:
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     epochs, views = training_length(cfg)
     accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.CoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, position=cfg.position.removeprefix("csc-"),
         class_specific=cfg.position.startswith("csc-"), seed=cfg.seed, kg_weight=cfg.kg_weight,

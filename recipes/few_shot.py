@@ -55,6 +55,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     protocol: Literal["all-classes", "base-to-new", "cross-dataset", "domain-shift", "imbalanced", "missing-class"] = (
         "all-classes"
     )
@@ -109,7 +111,7 @@ def main(cfg: Config) -> int:
     accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
     data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
     sources = {own.card.name: own for own in data[: len(cfg.cards)]}
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     grid = make_grid(
         sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
         shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget,

@@ -33,6 +33,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 16
     """Labelled training images per class; 0 means all."""
     rule: Literal["nested", "coop"] = "nested"
@@ -84,7 +86,7 @@ def main(cfg: Config) -> int:
     few_shots, held_out = split.select(data)
     # Each process fits the whole head.
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, objective=objective)
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     templates = cfg.templates or card.templates
     adapter = ac.LinearProbe(
         backbone, data.prompt_names, head=cfg.head, templates=templates, objective=objective.name

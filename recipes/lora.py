@@ -32,6 +32,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 16
     """Labelled training images per class; 0 means all."""
     seed: int = 1
@@ -100,7 +102,7 @@ def main(cfg: Config) -> int:
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     new_validation = new and (ac.sample_few_shot(new, shots=cfg.shots, seed=cfg.seed).select(new)[1], new.prompt_names)
     check_setting(cfg.lora_scale, validation)
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.LoRA(
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout,
         projections=cfg.projections, blocks=cfg.blocks, rslora=cfg.variant != "lora", dora=cfg.variant == "dora",

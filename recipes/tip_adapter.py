@@ -35,6 +35,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 16
     """Labelled training images per class; 0 means all."""
     rule: Literal["nested", "coop"] = "nested"
@@ -99,7 +101,7 @@ def main(cfg: Config) -> int:
             f"card {card.name} leaves no validation images to choose alpha and beta on; take the paper's with "
             "--choose fixed, fewer --shots, or a card with a validation part"
         )
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = build(cfg, backbone, data.prompt_names, card.templates).to(accelerator.device)
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,

@@ -32,6 +32,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 16
     """Labelled training images per class; 0 means all."""
     seed: int = 1
@@ -94,7 +96,7 @@ def main(cfg: Config) -> int:
         ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator) for _ in range(2)
     )
     tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     lora = ac.LoRA(
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, dropout=cfg.dropout,
         projections=cfg.projections, seed=cfg.seed, templates=card.templates,

@@ -28,6 +28,8 @@ class Config:
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
+    image_size: int = 0
+    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What an unreadable image does; what was skipped is listed."""
     templates: tuple[str, ...] = ()
@@ -51,7 +53,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     # What is compared with zero-shot would here be compared with itself.
     rules = [rule for rule in ac.choose_gates(cfg.gates, data) if rule.no_worse_than is None]
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, device=accelerator.device)
+    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
     adapter = adapter.to(accelerator.device)
     run = ac.start_run(

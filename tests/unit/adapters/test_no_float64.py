@@ -34,7 +34,9 @@ FITTED: dict[str, Any] = {
     "tip_adapter": lambda b: TipAdapter(b, NAMES),
     "gda": lambda b: GDA(b, NAMES),
     "ss_text": lambda b: SSText(b, NAMES),
-    **{head: lambda b, head=head: LinearProbe(b, NAMES, head=head) for head in ("logistic", "lp++", "clap")},
+    "logistic": lambda b: LinearProbe(b, NAMES, head="logistic"),
+    "lp++": lambda b: LinearProbe(b, NAMES, head="lp++"),
+    "clap": lambda b: LinearProbe(b, NAMES, head="clap"),
 }
 
 
@@ -51,7 +53,7 @@ def test_the_pretended_device_refuses_float64():
         assert isinstance(x, OnDevice)
         assert (x.cpu().double() + 1).sum() == 6
         with pytest.raises(RuntimeError, match="and on the CPU"):
-            x + torch.ones(3)
+            _ = x + torch.ones(3)
         assert mode.operations >= 4
 
 

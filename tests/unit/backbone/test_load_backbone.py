@@ -90,6 +90,14 @@ def test_every_tag_of_open_clip_gets_the_activation_it_was_trained_with(monkeypa
     quick = 0
     for architecture, tag in table:
         wanted = bool(tag_table.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+        if "audio_cfg" in (open_clip.get_model_config(architecture) or {}):  # in open_clip 4
+            with pytest.raises(BackboneError, match="is a model of sounds"):
+                find_source(architecture, tag)
+            continue
+        if "naflex" in architecture:
+            with pytest.raises(BackboneError, match="NaFlex"):
+                find_source(architecture, tag)
+            continue
         source = find_source(architecture, tag)
         by_name = bool((open_clip.get_model_config(architecture) or {}).get("quick_gelu"))
         assert source.quick_gelu or by_name or not wanted
