@@ -92,6 +92,7 @@ def _kind(config: dict[str, Any]) -> str:
 def _adapt(config: dict[str, Any]) -> str:
     import open_clip
     import torch
+    from open_clip.transformer import TextTransformer
 
     from adaptclip.backbone.attention import split_attention
     from adaptclip.backbone.lora_targets import count_attention, find_targets
@@ -108,7 +109,7 @@ def _adapt(config: dict[str, Any]) -> str:
     told = [f"{count_attention(model, tower)} attentions of the {tower} tower" for tower in ("image", "text")]
     for tower in ("image", "text"):
         find_targets(model, tower)  # type: ignore[arg-type]
-    if not encoder and not isinstance(model.text, open_clip.transformer.TextTransformer):
+    if not encoder and not isinstance(model.text, TextTransformer):
         try:
             make_text_tower(model, open_clip.SimpleTokenizer())
         except BackboneError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import open_clip
 import pytest
@@ -111,9 +112,10 @@ def test_custom_blocks_of_open_clip_are_split_and_adapted():
     config = tiny_config()
     config["vision_cfg"] |= {"block_type": "custom", "qk_norm": True, "scale_fc": True}
     torch.manual_seed(0)
-    model = open_clip.CLIP(**config).eval()
+    model: Any = open_clip.CLIP(**config).eval()
     assert not any(isinstance(m, ResidualAttentionBlock) for m in model.visual.modules())
     assert sum(isinstance(m, Attention) for m in model.visual.modules()) == 2
-    adapted, images = inject_lora(model, "image"), torch.randn(2, 3, 32, 32)
+    adapted: Any = inject_lora(model, "image")
+    images = torch.randn(2, 3, 32, 32)
     assert [name.rpartition(".")[2] for name, _ in lora_layers(adapted)] == ["q_proj", "k_proj", "v_proj"] * 2
     torch.testing.assert_close(adapted.encode_image(images), model.encode_image(images), atol=1e-5, rtol=1e-4)
