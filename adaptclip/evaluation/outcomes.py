@@ -15,16 +15,13 @@ import numpy as np
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.evaluation.measuring import judged, measure
 from adaptclip.gate_rules import ARGMAX, Outcome
-from adaptclip.metrics import METRICS, Metric, find_metric
+from adaptclip.metrics import OUTCOME_METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import Comparison
 from adaptclip.metrics.metric import Support
 from adaptclip.types import Predictions
 
 _SIDES = {"sensitivity": 1, "specificity": 0}
 """What a threshold can be chosen to keep -> the side it is a rate of."""
-
-OUTCOME_METRICS = tuple(name for name, metric in METRICS.items() if metric.of_outcome)
-"""Metrics of a two-sided outcome."""
 
 
 def coarsen(predictions: Predictions, level: str) -> Predictions:
@@ -163,7 +160,7 @@ def measure_outcome(
     outcome: Outcome,
     groups: Sequence[np.ndarray | None] = (None,),
     *,
-    metrics: Sequence[Metric | str] = ("sensitivity", "specificity", "selection_rate", "auc"),
+    metrics: Sequence[Metric | str] = OUTCOME_METRICS,
     draws: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Comparison]]:

@@ -24,6 +24,7 @@ from adaptclip.gate_rules import GateRule
 from adaptclip.gates.sample_size import Claim, More, more_images
 from adaptclip.gates.verdicts import Conclusion, Verdict
 from adaptclip.gates.wording import more_words, shown, subject_of
+from adaptclip.metrics import gaps
 from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.intervals import DifferenceSpread, Side
 from adaptclip.metrics.metric import Support
@@ -40,16 +41,8 @@ def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float) -> np.nd
     Returns:
         (G, G) bound of group i minus group j; the diagonal is 0.
     """
-    values = np.array([part.value for part in parts], dtype=float)
-    spreads = [part.spread for part in parts if part.value is not None and part.spread]
-    low, high = (np.array([s.bound(end, alpha, exact=True) for s in spreads]) for end in ("low", "high"))
-    difference, down, up = values[:, None] - values, values - low, high - values
-    if side == "low":
-        bounds = difference - np.hypot(down[:, None], up[None, :])
-    else:
-        bounds = difference + np.hypot(up[:, None], down[None, :])
-    np.fill_diagonal(bounds, 0.0)
-    return bounds
+    known = [(part.value, part.spread) for part in parts if part.value is not None and part.spread is not None]
+    return gaps.pair_bounds([value for value, _ in known], [spread for _, spread in known], side, alpha, exact=True)
 
 
 @dataclass(frozen=True)

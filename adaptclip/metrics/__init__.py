@@ -10,6 +10,7 @@ from adaptclip.errors import DataError, did_you_mean
 from adaptclip.metrics.calibration import BRIER, ECE
 from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.metrics.metric import Metric as Metric
+from adaptclip.metrics.outcome_metrics import NET_BENEFIT, NPV, PPV
 from adaptclip.metrics.ranking import AUC, MACRO_AUC
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
 from adaptclip.metrics.several_labels import SEVERAL_LABELS
@@ -27,14 +28,23 @@ METRICS: dict[str, Metric] = {
         *OUTCOME_RATES,
         AUC,
         *SEVERAL_LABELS,
+        PPV,
+        NPV,
+        NET_BENEFIT,
     )
 }
 """Name -> metric, of all that come with the package."""
 
-GENERAL_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_general)
+GENERAL_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_general and not metric.of_outcome)
 """Metrics of any classifier that every report shows."""
 
-GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_groups)
+GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_groups and not metric.of_outcome)
+"""Those that are shown of every group."""
+
+OUTCOME_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_general and metric.of_outcome)
+"""Metrics of a declared outcome that every report shows."""
+
+OUTCOME_GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_groups and metric.of_outcome)
 """Those that are shown of every group."""
 
 

@@ -81,8 +81,9 @@ class Metric:
         about: which of the images it counts, before "images": "positive ".
         values: images -> (N,) numbers of which it is the mean, where it is one: permutation tests deal these out.
         measure_with: measures in a way of its own (the calibration error's bootstrap); None takes the influence.
-        is_general: any classifier has it, and reports show it.
+        is_general: reports show it of any classifier, or of any declared outcome where it is of one.
         in_groups: reports show it of every group.
+        meaning: what it says in plain words, for pages; "" where its name does.
         hub: its type on the Hugging Face hub, for model cards; "" leaves it out.
     """
 
@@ -107,6 +108,7 @@ class Metric:
     measure_with: Callable[[Judged, Judged | None, Drawing], Comparison] | None = None
     is_general: bool = False
     in_groups: bool = False
+    meaning: str = ""
     hub: str = ""
 
     @classmethod
@@ -142,10 +144,10 @@ class Metric:
         )
 
     def told(self) -> dict[str, Any]:
-        """What a page needs to show the number: JSON-able "words", "short", "per_cent", "better", "scale", "hub"."""
+        """What a page needs to show the number, JSON-able: its words and unit, and "meaning", "hub"."""
         return {
             "words": self.words, "short": self.short, "per_cent": self.per_cent, "better": self.better,
-            "scale": list(self.scale), "hub": self.hub,
+            "scale": list(self.scale), "meaning": self.meaning, "hub": self.hub,
         }  # fmt: skip
 
     @property

@@ -124,5 +124,5 @@ MACRO_AUC = Metric(
 
 AUC = Metric(
     "auc", "AUC", "AUC", _auc, per_cent=False, of_outcome=True, sides=(1, 0), undefined=_one_class_only,
-    support=_smaller_side,
+    support=_smaller_side, is_general=True, in_groups=True,
 )  # fmt: skip

@@ -120,6 +120,7 @@ def _rate(
     side: int | None,
     answer: int,
     better: str,
+    shown: bool = False,
 ) -> Metric:
     """A rate of a two-sided outcome.
 
@@ -130,6 +131,7 @@ def _rate(
         side: of the images it is about: 1 positive, 0 negative, None any.
         answer: which answer it counts.
         better: which way is better.
+        shown: whether reports show it of every declared outcome.
     """
     about = {1: "positive ", 0: "negative ", None: ""}[side]
     selects: Callable[[Judged], np.ndarray] | None = None if side is None else (lambda judged: judged.labels == side)
@@ -137,16 +139,16 @@ def _rate(
         name, words, short, lambda judged: share(judged.answer == answer), better=better,  # type: ignore[arg-type]
         of_outcome=True, sides=() if side is None else (side,), decides=True, selects=selects, about=about,
         support=lambda judged: (Support(len(judged), f"{about}images", MIN_OUTCOMES),),
-        values=lambda judged: (judged.answer == answer).astype(np.float64),
+        values=lambda judged: (judged.answer == answer).astype(np.float64), is_general=shown, in_groups=shown,
     )  # fmt: skip
 
 
 OUTCOME_RATES = (
-    _rate("sensitivity", "sensitivity", "sensitivity", 1, 1, "higher"),
-    _rate("specificity", "specificity", "specificity", 0, 0, "higher"),
+    _rate("sensitivity", "sensitivity", "sensitivity", 1, 1, "higher", shown=True),
+    _rate("specificity", "specificity", "specificity", 0, 0, "higher", shown=True),
     _rate("tpr", "true positive rate", "TPR", 1, 1, "higher"),
     _rate("fpr", "false positive rate", "FPR", 0, 1, "lower"),
     _rate("fnr", "false negative rate", "FNR", 1, 0, "lower"),
-    _rate("selection_rate", "selection rate", "selection rate", None, 1, "neither"),
+    _rate("selection_rate", "selection rate", "selection rate", None, 1, "neither", shown=True),
 )
 """Rates of a two-sided outcome; `tpr` is another name of sensitivity."""

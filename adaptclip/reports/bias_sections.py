@@ -117,11 +117,11 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
     blocks: list[Block] = []
     for outcome in outcomes:
         rows = []
-        for metric in ("sensitivity", "specificity", "selection_rate", "auc"):
-            c = outcome[metric]
-            before = [rate(c["zero_shot"])] if is_paired(c) else []
-            change = [points(c["change"])] if is_paired(c) else []
-            rows.append([text(told(report, metric)["words"]), *before, rate(c["model"]), *change])
+        for metric in outcome.get("metrics", ("sensitivity", "specificity", "selection_rate", "auc")):
+            how, c = told(outcome, metric), outcome[metric]
+            before = [_metric_cell(how, c["zero_shot"])] if is_paired(c) else []
+            change = [_change_cell(how, c["change"])] if is_paired(c) else []
+            rows.append([text(how["words"]), *before, _metric_cell(how, c["model"]), *change])
         paired = is_paired(outcome["sensitivity"])
         header = ["metric", "zero-shot", "adapted", "change in points"] if paired else ["metric", "value"]
         scales = {1: (0.0, 1.0), 2: (0.0, 1.0)} if paired else {1: (0.0, 1.0)}
@@ -137,7 +137,18 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
                 "muted",
             )
         )
+        if explained := list(_explained(outcome)):
+            blocks.append(Bullets(explained))
     return Section("Declared outcomes", "outcomes", blocks)
+
+
+def _explained(outcome: Mapping[str, Any]) -> Iterator[str]:
+    """What its numbers say, and under which conditions."""
+    for metric in outcome.get("metrics", {}):
+        how, note = told(outcome, metric), outcome[metric]["model"]["note"]
+        words = "; ".join(filter(None, (how.get("meaning", ""), note)))
+        if words:
+            yield sentence(f"{how['words']}: {words}")
 
 
 def group_section(attribute: str, table: Mapping[str, Any]) -> Section:
@@ -261,13 +272,21 @@ def _outcome_blocks(outcome: Mapping[str, Any]) -> Iterator[Block]:
         if (gap := outcome.get(f"{metric}_gap")) and gap["value"] > 0
     ]
     named = ("demographic_parity_difference", "equal_opportunity_difference", "equalized_odds_difference")
-    known = [f"{key.replace('_', ' ')} {outcome[key]:.3f}" for key in named if outcome.get(key) is not None]
+    known = [_difference_words(key, outcome) for key in named if outcome.get(key) is not None]
     if known:
-        words.append(f"In fairlearn's names: {', '.join(known)}.")
+        words.append(
+            f"In fairlearn's names: {', '.join(known)}. Brackets are simultaneous bounds over all pairs of groups."
+        )
     if outcome.get("note"):
         words.append(sentence(outcome["note"]))
     if words:
         yield Bullets(words)
+
+
+def _difference_words(key: str, outcome: Mapping[str, Any]) -> str:
+    found = outcome.get("intervals", {}).get(key)
+    ends = "" if not found or found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{key.replace('_', ' ')} {outcome[key]:.3f}{ends}"
 
 
 def _missed(number: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ from adaptclip.evaluation.grouping import group_rows
 from adaptclip.evaluation.measuring import sampling_of
 from adaptclip.evaluation.outcomes import measure_outcome, two_sided
 from adaptclip.gate_rules import Outcome
+from adaptclip.metrics import OUTCOME_GROUP_METRICS, find_metric
+from adaptclip.metrics.estimates import Comparison
+from adaptclip.metrics.gaps import largest_difference
 from adaptclip.metrics.metric import MIN_OUTCOMES
-from adaptclip.reports.numbers import comparison, gap_of_means
+from adaptclip.reports.numbers import comparison, gap_of_means, number
 from adaptclip.types import Predictions
 
 
@@ -29,7 +33,7 @@ def outcome_overall(
 
     Returns:
         JSON-able dict: "name", "level", "positive", "threshold", "rule" (in words), "classes" (those that are
-        positive), "num_positive", "num_negative", and "sensitivity", "specificity", "selection_rate", "auc" compared.
+        positive), "num_positive", "num_negative", "metrics" (name -> `Metric.told`), and each of them compared.
     """
     labels = two_sided(predictions, outcome).labels
     values = predictions.class_names if outcome.level is None else predictions.levels[outcome.level]
@@ -39,6 +43,8 @@ def outcome_overall(
         **_names(outcome),
         "threshold": outcome.threshold,
         "rule": outcome.rule_words,
+        "prevalence": outcome.prevalence,
+        "metrics": {name: find_metric(name).told() for name in measured},
         "classes": classes,
         "num_positive": int(labels.sum()),
         "num_negative": int(len(labels) - labels.sum()),
@@ -84,7 +90,9 @@ def group_outcome(
     by_group = group_rows(predictions, attribute)
     if attribute not in predictions.groups:
         by_group = {name: rows for name, rows in by_group.items() if len(rows) >= min_group}
-    measured = measure_outcome(predictions, baseline, outcome, list(by_group.values()), draws=draws, seed=seed)
+    measured = measure_outcome(
+        predictions, baseline, outcome, list(by_group.values()), metrics=OUTCOME_GROUP_METRICS, draws=draws, seed=seed
+    )
     rows = [
         {
             "group": name,
@@ -105,8 +113,18 @@ def group_outcome(
         "sensitivity_gap": _side_gap(judged, by_group, 1, "sensitivity", settings),
         "specificity_gap": _side_gap(judged, by_group, 0, "specificity", settings),
         **_fairlearn_differences(judged, {name: by_group[name] for name in kept}),
+        "intervals": _intervals([m for name, m in zip(by_group, measured, strict=True) if name in kept], confidence),
         "left_out": left_out,
         "note": f"{note}: {', '.join(left_out)}" if left_out else "",
+    }
+
+
+def _intervals(groups: Sequence[Mapping[str, Comparison]], confidence: float) -> dict[str, dict[str, Any]]:
+    """The differences in both error rates with intervals; those of the false positive rate are the specificity's."""
+    found, false = ([group[name].model for group in groups] for name in ("sensitivity", "specificity"))
+    return {
+        "equal_opportunity_difference": number(largest_difference([found]), confidence),
+        "equalized_odds_difference": number(largest_difference([found, false]), confidence),
     }
 
 
