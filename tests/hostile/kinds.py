@@ -9,6 +9,7 @@ damage is done after which no honest reading is left (`must_refuse`), or after w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -22,7 +23,7 @@ import pytest
 import torch
 from hostile import mutations as m
 from hostile.mutations import BYTES, ENTRY, STRUCTURE, TEXT, VALUES, Mutation
-from hostile.world import World, fresh_process
+from hostile.world import NAMES, World, fresh_process
 from PIL import Image
 
 import adaptclip as ac
@@ -31,6 +32,9 @@ from adaptclip.config import parse
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.data.sources import open_data
 from adaptclip.errors import AdaptclipError
+from adaptclip.experiments.board import Board
+from adaptclip.export import FORMATS
+from adaptclip.export.stock import CHECK
 
 Answer = Any
 
@@ -78,6 +82,25 @@ class Kind:
 def _pictures(world: World) -> list[Image.Image]:
     names = ("red/0", "green/3", "blue/5")
     return [Image.open(world.root / "images" / "test" / f"{name}.png").convert("RGB") for name in names]
+
+
+def read_artifact(world: World, folder: Path) -> Answer:
+    """What a loaded artifact says of three pictures, and of itself."""
+    model = ac.load(folder, allow_failed_gates=False)
+    found = [asdict(p) for p in model.predict(_pictures(world))]
+    manifest = {key: model.manifest[key] for key in ("class_names", "prompt_names", "settings", "verdicts", "method")}
+    return {"predictions": found, "manifest": manifest, "window": model.manifest.get("window")}
+
+
+def read_gate(world: World, folder: Path) -> Answer:
+    """Verdicts, numbers and exit code of `adaptclip gate` on a run folder."""
+    return command("gate", folder)
+
+
+def read_report(world: World, folder: Path) -> Answer:
+    """What `adaptclip report` writes of a run folder."""
+    told = command("report", folder, "--out", folder.parent / "written.json")
+    return told, json.loads((folder.parent / "written.json").read_text())
 
 
 def read_resumed(world: World, folder: Path) -> Answer:
@@ -140,10 +163,31 @@ def read_fingerprints(world: World, folder: Path) -> Answer:
         return _data(world.root / "one" / "data" / "csv.md")  # whose digests are kept in `folder`
 
 
+def read_index(world: World, folder: Path) -> Answer:
+    return command("search", folder, "a photo of a crimson", "--format", "jsonl", "--top-k", 40)
+
+
 def read_bundle(world: World, folder: Path) -> Answer:
     """What an artifact predicts on the model that it was trained on: other weights must not pass for them."""
     model = ac.load(world.root / "one" / "run", backbone=f"local-dir:{folder}", allow_failed_gates=True)
     return [asdict(p) for p in model.predict(_pictures(world))]
+
+
+def read_bundle_alone(world: World, folder: Path) -> Answer:
+    """Features by the model of an exported open_clip folder."""
+    model = ac.load_backbone(f"local-dir:{folder}")
+    pixels = torch.stack([model.transform(picture) for picture in _pictures(world)])
+    return model.encode_image(pixels).tolist(), model.transform_spec, model.encode_text(model.tokenizer(NAMES)).tolist()
+
+
+def read_classifier(world: World, folder: Path) -> Answer:
+    """What the example in the README of an exported classifier does: no adaptclip, so any error of Python will do."""
+    try:
+        exec(compile(CHECK, "README.md", "exec"), {"folder": folder, "json": json, "hashlib": hashlib})
+    except (SystemExit, Exception) as error:
+        raise AdaptclipError(f"the example ends for {folder}: {error!r}") from error
+    names = json.loads((folder / "classes.json").read_text())["class_names"]
+    return names, FORMATS["classifier"].read(folder)(_pictures(world)).logits.tolist()
 
 
 def _data(card: Path) -> Answer:
@@ -168,6 +212,14 @@ def read_config(world: World, folder: Path) -> Answer:
     return parse(world.recipe.Config, ["--config", str(folder / "config.yaml")])
 
 
+def read_bench(world: World, folder: Path) -> Answer:
+    """Results of a bench; a job without one is done again, which gives the same."""
+    board, known = Board(folder / "jobs", "another launch"), Board(world.root / "one" / "bench" / "jobs", "x")
+    keys = sorted(path.stem for path in (world.root / "one" / "bench" / "jobs").glob("*.json"))
+    assert len(keys) == 4
+    return [board.result(key) or known.result(key) for key in keys]
+
+
 _JSON = (*BYTES, *ENTRY, *TEXT, *VALUES, *STRUCTURE)
 _BINARY = (m.flip_early, m.flip_anywhere, *BYTES, *ENTRY, m.other_run)
 _YAML = (*ENTRY, *TEXT, *STRUCTURE, m.alias_bomb, m.empty, m.missing)
@@ -190,6 +242,14 @@ _LOG = (*(change for change in (*BYTES, *ENTRY) if change not in _GONE), *TEXT, 
 """Whether a log that is not there has ever been, nobody can know."""
 
 KINDS: tuple[Kind, ...] = (
+    Kind("artifact", "run/artifact", {"manifest.json": (*_JSON, m.other_run, m.boolean), "adapter.safetensors": _BINARY,
+         "README.md": (m.flip_anywhere, *ENTRY, m.missing)}, read_artifact),
+    Kind("artifact, sigmoid", "sigmoid", {"manifest.json": (*VALUES, *VALUES, *STRUCTURE)}, read_artifact),
+    Kind("artifact, LoRA", "lora", {"manifest.json": (*VALUES, m.other_run), "adapter_config.json": _JSON,
+         "adapter_model.safetensors": _BINARY}, read_artifact),
+    Kind("run, gated", "run", {"predictions.parquet": _BINARY, "zero_shot_predictions.parquet": _BINARY,
+         "gates.yaml": (*BYTES, *_YAML, m.number), "report.json": (*BYTES, *ENTRY)}, read_gate),
+    Kind("run, reported", "run", {"report.json": _JSON, "validation_predictions.parquet": _BINARY}, read_report),
     Kind("run, resumed", "killed", {"run.json": _JSON,
          "split.json": (*_JSON, m.other_run), "config.yaml": (*BYTES, *ENTRY),
          "checkpoints/*.safetensors": (*_BINARY, *BYTES)}, read_resumed),
@@ -198,8 +258,18 @@ KINDS: tuple[Kind, ...] = (
          "*/*.safetensors": (*_BINARY, *BYTES, *BYTES)}, read_features),
     Kind("fingerprint cache", "kept", {"fingerprints/bytes-*.parquet": (*_BINARY, *BYTES),
          "fingerprints/pictures-*.parquet": (*_BINARY, *BYTES)}, read_fingerprints),
+    Kind("index", "index", {"manifest.json": _JSON, "names.json": (*BYTES, *VALUES, *STRUCTURE, m.other_run),
+         "vectors.safetensors": _BINARY}, read_index),
+    Kind("export, classifier", "classifier", {
+         "classifier.safetensors": (*BYTES, m.other_run), "classes.json": (*VALUES, *STRUCTURE, m.cut, m.missing),
+         "open_clip_model.safetensors": BYTES, "open_clip_config.json": (*VALUES, *STRUCTURE),
+         "check.json": (m.letter, m.drop_key, m.not_an_object)}, read_classifier),
+    Kind("export, open_clip", "open_clip", {
+         "open_clip_model.safetensors": (*BYTES, *ENTRY, m.other_run), "open_clip_config.json": _JSON,
+         "check.json": _JSON, "classes.json": (m.fifo, m.link_to_secret, m.letter)}, read_bundle_alone),
     Kind("open_clip bundle", "../model", {"open_clip_config.json": _JSON,
-         "open_clip_model.safetensors": BYTES}, read_bundle),
+         "open_clip_model.safetensors": (*BYTES, *ENTRY)}, read_bundle),
+    Kind("bench store", "bench", {"jobs/*.json": (*_JSON, m.other_run)}, read_bench),
     Kind("card", "data", {"csv.md": _BY_HAND}, read_card("csv.md"), ours=False, must_refuse=_BROKEN),
     Kind("gates file", ".", {"gates.yaml": _BY_HAND}, read_predictions, ours=False, must_refuse=_BROKEN),
     Kind("settings file", "run", {"config.yaml": _BY_HAND}, read_config, ours=False, must_refuse=_BROKEN,

@@ -36,6 +36,7 @@ BAD: dict[str, Callable[[Path], str]] = {
 COMMANDS: dict[str, Callable[[Path, str, Path], tuple[Any, ...]]] = {
     "gate": lambda one, bad, out: ("gate", bad, "--gates", one / "gates.yaml"),
     "gate --gates": lambda one, bad, out: ("gate", one / "predictions.csv", "--gates", bad),
+    "gate --baseline": lambda one, bad, out: ("gate", one / "run", "--baseline", bad),
     "report": lambda one, bad, out: ("report", bad, "--out", out),
     "report --validation": lambda one, bad, out: ("report", one / "run", "--validation", bad, "--out", out),
     "compare": lambda one, bad, out: ("compare", one / "run", bad, "--group", "site", "--out", out),
