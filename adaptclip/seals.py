@@ -201,6 +201,11 @@ def check_run(run: Path, names: Iterable[str]) -> None:
     """
     report = read_report(run)
     files = report.get("files")
+    if not report and os.path.lexists(run / "run.json"):
+        raise StorageError(
+            f"{run} has no {REPORT_FILE}, which every finished run has, and with it nothing that tells whether its files "
+            "are as they were written. Finish the run (--resume), or take a fresh copy."
+        )
     if files is None:
         warnings.warn(
             f"{run} keeps no digests of its files, as runs of early versions do not: whether they are as they were "

@@ -66,7 +66,7 @@ def test_damage_is_refused_or_harmless(
         mutation(path, draw, spare)
     except Unfit:
         record_property("outcome", "nothing to change")
-        pytest.skip("nothing to change")
+        return  # such a file has nothing for this mutation; counted apart
     outcome, detail = _outcome(kind, mutation, world, copy, path, right)
     record_property("outcome", outcome)
     assert outcome in ("clear error", "right answer"), detail

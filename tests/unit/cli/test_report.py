@@ -131,6 +131,13 @@ def test_what_changed_in_a_run_is_refused(run, name, capsys):
     capsys.readouterr()
 
 
+def test_a_run_without_its_report_is_refused(run):
+    (run / "run.json").write_text("{}")
+    (run / "report.json").unlink()
+    with pytest.raises(StorageError, match=r"has no report\.json, which every finished run has"):
+        gate([run])
+
+
 def test_gates_of_a_run_are_replaced_by_naming_others(run, tmp_path, capsys):
     (run / "gates.yaml").write_text("gates: []\n")
     with pytest.raises(StorageError, match=r"gates\.yaml is missing or changed"):
