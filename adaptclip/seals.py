@@ -203,8 +203,8 @@ def check_run(run: Path, names: Iterable[str]) -> None:
     files = report.get("files")
     if not report and os.path.lexists(run / "run.json"):
         raise StorageError(
-            f"{run} has no {REPORT_FILE}, which every finished run has, and with it nothing that tells whether its files "
-            "are as they were written. Finish the run (--resume), or take a fresh copy."
+            f"{run} has no {REPORT_FILE}, which every finished run has, and with it nothing that tells whether its "
+            "files are as they were written. Finish the run (--resume), or take a fresh copy."
         )
     if files is None:
         warnings.warn(
