@@ -13,6 +13,7 @@ from typing import Any, Literal
 from adaptclip.data.card import Card, parse_card
 from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.columns import as_text, is_missing, refuse_several_labels
+from adaptclip.data.drafted_gates import Units, drafted_gates, drafted_outcome
 from adaptclip.data.file_rows import read_image_folder, read_manifest
 from adaptclip.data.image_files import list_images
 from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
@@ -65,6 +66,7 @@ class _Findings:
     class_names: Sequence[str] | None = None
     bins: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    units: Units = field(default_factory=Units)
 
 
 def new_card(
@@ -203,6 +205,7 @@ def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
         bins=proposed.bins,
         labels=labels,
         notes=[*rows.passed_over, *proposed.notes],
+        units=proposed.units,
     )
 
 
@@ -224,18 +227,22 @@ def _card_text(name: str, found: _Findings) -> str:
     more = "" if len(classes) <= 20 else f"\n  #   # and {len(classes) - 20} more"
     columns = f"  columns:\n    {indent(found.columns)}\n" if found.columns else ""
     names = f"  class_names: [{', '.join(map(_quoted, found.class_names))}]\n" if found.class_names else ""
+    named = dict(counts)
     if found.columns and all(label.isdecimal() for label in classes):
-        numbers = ", ".join(_quoted(f"class {i}") for i in range(max(map(int, classes)) + 1))
+        named = {f"class {i}": counts.get(str(i), 0) for i in range(max(map(int, classes)) + 1)}
+        numbers = ", ".join(map(_quoted, named))
         names = (
             "  # The labels are numbers: put the words that CLIP shall read here, in the order of the numbers.\n"
             f"  class_names: [{numbers}]\n"
         )
         if min(map(int, classes)) > 0:
+            named = dict(counts)
             names = (
                 "  # The labels are numbers that do not count from 0, and so names; words go under `aliases`.\n"
                 f"  class_names: [{', '.join(map(_quoted, classes))}]\n"
             )
     bins = "".join(f"  {line}\n" for line in found.bins)
+    outcome = "".join(f"  {line}\n" for line in drafted_outcome(named))
     return f"""---
 # Written by `adaptclip card new`. Every key is explained in data_cards/README.md of adaptclip.
 license: unknown                  # fill in: an identifier of the Hugging Face hub, such as cc-by-4.0 or other
@@ -256,11 +263,9 @@ adaptclip:
   augmentation:
     scale: [0.08, 1.0]            # raise 0.08 where a detail decides
     horizontal_flip: true         # false for text, digits, and what has a left and a right
-  # Conditions for release; set them before you look at results.
+{outcome}  # Conditions for release; set them before you look at results.
   gates:
-    - {{metric: accuracy, no_worse_than: zero_shot}}
-    # - {{metric: accuracy, at_least: 0.8}}
-    # - {{metric: accuracy, group: site, at_least: 0.7}}
+    {indent(drafted_gates(named, found.units))}
   known_issues: []
 ---
 # {name}

@@ -12,6 +12,7 @@ from typing import Any
 
 from adaptclip.data.card_block import normalise_text
 from adaptclip.data.columns import ONE_LABEL, as_number, as_text, is_missing
+from adaptclip.data.drafted_gates import Units
 from adaptclip.data.file_rows import ImagePlaces
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.layouts import class_folder_names
@@ -32,11 +33,13 @@ class Proposal:
         columns: below `columns:`.
         bins: bins of groups that are numbers, commented.
         notes: sentences about what was understood.
+        units: patients and groups, for gates.
     """
 
     columns: list[str]
     bins: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    units: Units = field(default_factory=Units)
 
 
 def column_roles(path: Path) -> dict[str, str]:
@@ -147,6 +150,8 @@ def propose_columns(roles: Mapping[str, str], labels: Sequence[Any], others: Map
     if ids and len(set(map(str, ids))) == len(ids) and not any(map(is_missing, ids)):
         lines.append(f"id: {_quoted(roles['id'])}")
     cluster = _cluster_column(labels, {name: cells for name, cells in others.items() if name not in roles.values()})
+    found: dict[str, Mapping[str, int]] = {}
+    number = 0
     if cluster is not None:
         number = len({as_text(cell) for cell in others[cluster] if not is_missing(cell)})
         lines.append(f"cluster: {_quoted(cluster)}  # {number} of them, none in two parts")
@@ -160,9 +165,11 @@ def propose_columns(roles: Mapping[str, str], labels: Sequence[Any], others: Map
         counts = Counter("unknown" if is_missing(cell) else as_text(cell) for cell in cells)
         edges = _edges(cells)
         if edges:
+            found[name] = {}
             groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # numbers, whose bins stand under `groups:` below")
             bins.append(f"#   {_quoted(name)}: {{bins: [{', '.join(f'{edge:g}' for edge in edges)}]}}")
         elif 2 <= len(counts) <= FEW_VALUES:
+            found[name] = dict(counts.most_common())
             told = ", ".join(f"{shown(value)}: {count}" for value, count in counts.most_common(FEW_VALUES))
             groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {told}")
         classes = {as_text(label) for label in labels if not is_missing(label)}
@@ -173,7 +180,8 @@ def propose_columns(roles: Mapping[str, str], labels: Sequence[Any], others: Map
     if levels:
         lines += ["# Uncomment what is a level of a taxonomy, coarse to fine:", "# levels:", *levels]
     head = ["# Numbers become groups by rising lower edges; uncomment together with the group above:", "# groups:"]
-    return Proposal(lines, [*head, *bins] if bins else [], notes)
+    units = Units(None if cluster is None else (cluster, number), found)
+    return Proposal(lines, [*head, *bins] if bins else [], notes, units)
 
 
 def _quoted(text: str) -> str:
