@@ -18,7 +18,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.gates import check_gates
 from adaptclip.reports.summary import build_report
-from adaptclip.seals import SEAL, describe_files, write_sealed
+from adaptclip.seals import SEAL, describe_files, seal
 from adaptclip.storage import digest
 from adaptclip.types import Features, GateRule, Predictions
 
@@ -96,7 +96,8 @@ def edit_manifest(folder: Path, *, new_files: bool = False, **changes: Any) -> N
     manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
     if new_files:
         manifest["files"] = describe_files(folder, manifest["files"])
-    write_sealed(folder / "manifest.json", manifest)
+    # Written by hand, so that what is no JSON (NaN) can be put into it.
+    (folder / "manifest.json").write_text(json.dumps({**manifest, SEAL: seal(manifest)[SEAL]}))
 
 
 def make_early(folder: Path, **changes: Any) -> None:
