@@ -101,7 +101,12 @@ def save_artifact(
             "method": method,
             "settings": adapter.settings,
             **told,
-            "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "digest": backbone.digest},
+            "backbone": {
+                "name": backbone.name,
+                "pretrained": backbone.pretrained,
+                "digest": backbone.digest,
+                **({"image_size": backbone.asked_size} if backbone.asked_size else {}),
+            },
             "class_names": list(data.class_names),
             "prompt_names": list(data.prompt_names),
             "transform": backbone.transform_spec,
@@ -178,7 +183,7 @@ def load(
     check_prompts(folder, manifest, templates)
     model = load_backbone(
         backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device,
-        image_size=manifest["transform"]["size"],
+        image_size=trained.get("image_size", 0),
     )  # fmt: skip
     if model.digest != trained["digest"]:
         raise ArtifactError(

@@ -39,6 +39,7 @@ class ClipBackbone(nn.Module):
         image_digest: the same of what `encode_image` computes with alone: whose image features these are.
         embed_dim: D, width of the joint embedding space.
         image_size: side of the square input picture in pixels.
+        asked_size: the side that `load_backbone` was asked for; 0 where it is the model's own.
         context_length: L, tokens in a prompt with its start and end tokens.
         transform: PIL picture -> (3, H, W) float32, the checkpoint's own evaluation transform.
         transform_spec: the same as plain values: size, mean, std, interpolation, resize_mode, fill.
@@ -54,6 +55,7 @@ class ClipBackbone(nn.Module):
         precision: str = "fp32",
         digest: str | None = None,
         image_digest: str | None = None,
+        asked_size: int = 0,
     ) -> None:
         """Freezes `model`, reads its evaluation transform and hashes its weights, unless `digest` names them already.
 
@@ -74,6 +76,7 @@ class ClipBackbone(nn.Module):
         if height != width:
             raise BackboneError(f"{name} takes pictures of {height} x {width} pixels; only square ones are supported")
         self.image_size: int = height
+        self.asked_size = asked_size
         self.transform: Any = image_transform_v2(config, is_train=False)
         self.transform_spec = {
             "size": height,
@@ -218,7 +221,7 @@ def load_backbone(
         BackboneError: unknown name or tag, missing, damaged or unfit weights (position embeddings of another length
             among them), or no way to download them.
     """
-    if image_size < 0:
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 0:
         raise BackboneError(f"image_size should be the side of the pictures in pixels, or 0, got {image_size}")
     if precision not in PRECISIONS:
         raise BackboneError(f"unknown precision {precision!r}. {did_you_mean(precision, PRECISIONS)}")
@@ -234,7 +237,7 @@ def load_backbone(
     side = open_clip.get_model_preprocess_cfg(model)["size"]
     if image_size and side != image_size and side != (image_size, image_size):
         raise BackboneError(f"{name} cannot take pictures of {image_size} pixels, only of {side}; leave image_size out")
-    return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision)
+    return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision, asked_size=image_size)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -114,7 +114,12 @@ def with_weights(backbone: ClipBackbone, state: Mapping[str, Tensor]) -> ClipBac
     model = copy.deepcopy(backbone.model)
     model.load_state_dict(state, strict=True)
     return ClipBackbone(
-        model, backbone.tokenizer, name=backbone.name, pretrained=backbone.pretrained, precision=backbone.precision
+        model,
+        backbone.tokenizer,
+        name=backbone.name,
+        pretrained=backbone.pretrained,
+        precision=backbone.precision,
+        asked_size=backbone.asked_size,
     )
 
 

@@ -47,8 +47,8 @@ def checkpoint(tmp_path_factory) -> Path:
 def saved(tmp_path_factory, digits, checkpoint):
     """Saves an artifact whose gate has the given limit on accuracy; returns folder and adapter."""
 
-    def save(folder: Path, at_least: float = 0.01, method: str = "coop"):
-        backbone = load_backbone(f"local-dir:{checkpoint}")
+    def save(folder: Path, at_least: float = 0.01, method: str = "coop", image_size: int = 0):
+        backbone = load_backbone(f"local-dir:{checkpoint}", image_size=image_size)
         names = digits.prompt_names
         adapter = CoOp(backbone, names, n_ctx=4, seed=3) if method == "coop" else ZeroShotClassifier(backbone, names)
         probs = np.full((200, 10), 0.1, np.float32)
@@ -79,6 +79,15 @@ def test_reloaded_equals_live(saved, tmp_path, digits, method):
     pictures = [digits.test.image(i) for i in range(5)]
     assert [p.label for p in model.predict(pictures, batch_size=2)] == [p.label for p in model.predict(pictures)]
     assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".json", ".safetensors", ".md"}
+
+
+def test_a_picture_size_that_was_asked_for_is_asked_for_again(saved, tmp_path):
+    with pytest.warns(UserWarning, match="resized from 4 x 4 to 8 x 8"):
+        saved(tmp_path / "a", image_size=64)
+    with pytest.warns(UserWarning, match="resized from 4 x 4 to 8 x 8"):
+        assert load(tmp_path / "a").backbone.image_size == 64
+    saved(tmp_path / "b")
+    assert "image_size" not in json.loads((tmp_path / "b" / "manifest.json").read_text())["backbone"]
 
 
 def test_paths_bytes_and_pictures_give_the_same(folder, tmp_path, digits):

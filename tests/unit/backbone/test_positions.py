@@ -63,8 +63,9 @@ def test_the_own_size_asks_for_nothing(folder):
 
 
 def test_sizes_that_cannot_be():
-    with pytest.raises(BackboneError, match="image_size should be the side"):
-        load_backbone(image_size=-1)
+    for wrong in (-1, 1.5, True, "336"):
+        with pytest.raises(BackboneError, match="image_size should be the side"):
+            load_backbone(image_size=wrong)  # type: ignore[arg-type]
     with pytest.raises(BackboneError, match="starter cannot take pictures of 336 pixels, only of 128"):
         load_backbone(image_size=336)
 
