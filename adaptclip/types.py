@@ -95,6 +95,7 @@ class Predictions:
         thresholds: (C,) probability from which a class is named by itself, chosen on other images; None for 0.5.
         fixed_classes: whether the study fixed how many images there are of each class (card: sampling); otherwise their
             mix is random, like the images.
+        strata: (N,) the classes whose numbers of images the study fixed, where these are sums of them; None otherwise.
         decided: (N,) the class decided for, where that is not the most probable one; None otherwise.
         asked: the outcome that these two classes answer (`outcomes.two_sided`); None for classes of their own.
     """
@@ -115,6 +116,7 @@ class Predictions:
     positive: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     fixed_classes: bool = False
+    strata: np.ndarray | None = None
     decided: np.ndarray | None = None
     asked: Outcome | None = None
 

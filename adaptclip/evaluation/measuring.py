@@ -24,7 +24,9 @@ def sampling_of(predictions: Predictions, rows: np.ndarray | None = None) -> Sam
     clusters = None if predictions.clusters is None else encode(predictions.clusters)[1]
     whole = Sampling(
         np.arange(len(predictions)) if clusters is None else clusters,
-        predictions.labels if predictions.fixed_classes else None,
+        (predictions.labels if predictions.strata is None else predictions.strata)
+        if predictions.fixed_classes
+        else None,
     )
     return whole if rows is None else whole.take(rows)
 

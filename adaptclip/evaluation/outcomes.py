@@ -91,6 +91,7 @@ def _merge(predictions: Predictions, names: tuple[str, ...], index: np.ndarray) 
     return replace(
         predictions, labels=index[predictions.labels], probs=summed.astype(np.float32), class_names=names, levels={},
         outcomes=(), ranked=None if whole else 1, sigmoid=None, positive=None, thresholds=None, decided=None,
+        strata=predictions.labels if predictions.strata is None else predictions.strata,
     )  # fmt: skip
 
 

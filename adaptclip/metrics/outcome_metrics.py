@@ -180,7 +180,7 @@ def _compare(
     estimates = [estimate(one) for one in both]
     if judged.prevalence is None:
         single = [measured(e, judged.sampling, scale=scale(judged)) for e in estimates]
-        change = changed(*estimates, judged.sampling, scale=scale(judged)) if len(both) > 1 else None
+        change = changed(estimates[0], estimates[1], judged.sampling, scale=scale(judged)) if len(both) > 1 else None
         return Comparison(single[0], single[1] if change else None, change)
     single = []
     for one, found in zip(both, estimates, strict=True):

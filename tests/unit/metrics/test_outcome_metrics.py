@@ -16,7 +16,7 @@ from adaptclip.metrics.intervals import wilson
 from adaptclip.metrics.judged import Judged, Sampling
 
 
-def images(rng, n=400, prevalence=0.3, se=0.8, sp=0.9, threshold=0.2, clusters=None, **fields):
+def images(rng, n=400, prevalence=0.3, se=0.8, sp=0.9, threshold: float | None = 0.2, clusters=None, **fields):
     labels = (rng.random(n) < prevalence).astype(int)
     called = np.where(labels == 1, rng.random(n) < se, rng.random(n) > sp).astype(int)
     probs = np.stack([1 - called * 0.8, called * 0.8], axis=1).astype(np.float32)
@@ -105,7 +105,8 @@ def test_clusters_of_both_sides_that_fail_together_widen_the_interval():
     called = np.where(right, labels, 1 - labels)
     probs = np.stack([1.0 - called, called], axis=1).astype(np.float32)
     both = [Judged(labels, probs, Sampling.of(600, c), decided=called, prevalence=0.1) for c in (None, patient)]
-    width = [np.subtract(*(METRICS["ppv"].compare(one).model.interval(0.95) or (0, 0))[::-1]) for one in both]
+    ends = [METRICS["ppv"].compare(one).model.interval(0.95) or (0.0, 0.0) for one in both]
+    width = [high - low for low, high in ends]
     assert width[1] > 1.8 * width[0]
 
 
