@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,6 +13,9 @@ from adaptclip.metrics.metric import Support
 
 LEVELLING_MARGIN = 0.02
 """How far below the reference's worst group a gate on a gap lets its worst group lie, unless `margin` is given."""
+
+ZERO_SHOT = "zero_shot"
+"""What `no_worse_than` calls the backbone without adaptation; any other name is a run."""
 
 ARGMAX = "argmax"
 """The decision rule of an outcome that has no other: the most probable class."""
@@ -149,6 +152,43 @@ class Outcome(BaseModel):
                 raise DataError(f"outcome {self.name!r}: nothing is {value!r}. {did_you_mean(value, values)}")
         if set(values) <= set(self.positive):
             raise DataError(f"outcome {self.name!r}: every class is positive, so there is nothing to tell apart")
+
+
+class Expected(BaseModel):
+    """What must be among the judged images for a gate that depends on it to pass.
+
+    Attributes:
+        groups: group attribute -> values of which there shall be images.
+        classes: class names of which there shall be images, or "all".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    classes: Literal["all"] | tuple[str, ...] = ()
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _one_value(cls, given: Any) -> Any:
+        return {name: _as_tuple(values) for name, values in given.items()} if isinstance(given, Mapping) else given
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _one_class(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) and given != "all" else given
+
+    @model_validator(mode="after")
+    def _check_something(self) -> Expected:
+        if not self.groups and not self.classes:
+            raise ValueError("names nothing; give groups: {ATTRIBUTE: [VALUE, ...]}, classes: all, or class names")
+        for name, values in self.groups.items():
+            if not values:
+                raise ValueError(f"groups.{name} names no value; list those of which there shall be images")
+        return self
+
+    def of_classes(self, class_names: Sequence[str]) -> tuple[str, ...]:
+        """The expected classes by name, of `class_names` where all are."""
+        return tuple(class_names) if self.classes == "all" else tuple(self.classes)
 
 
 class GateRule(BaseModel):

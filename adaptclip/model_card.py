@@ -12,7 +12,7 @@ from adaptclip.data.card_block import HubSource
 from adaptclip.gates import Verdict, overall_verdict
 from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.reports.bias_sections import told
-from adaptclip.reports.headline import NO_GATES, verdict_of
+from adaptclip.reports.headline import NO_GATES, judged_words, verdict_of
 from adaptclip.reports.render import escape_markdown, to_markdown
 
 _MANY_CLASSES = 60
@@ -47,7 +47,7 @@ def model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any
         "## Limits",
         _limits(card, report),
         "## Gates",
-        _gates(verdicts),
+        _gates(verdicts, report),
         "## Results on the test split",
         _results(report),
     ]
@@ -189,11 +189,12 @@ def _limits(card: Card, report: Mapping[str, Any]) -> str:
     return "\n".join(issues)
 
 
-def _gates(verdicts: Sequence[Verdict]) -> str:
+def _gates(verdicts: Sequence[Verdict], report: Mapping[str, Any]) -> str:
     if not verdicts:
         return NO_GATES
     lines = [f"- **{v.verdict}**: {escape_markdown(v.title)}. {escape_markdown(v.reason)}" for v in verdicts]
-    return f"{verdict_of(verdicts)[1]}\n\n" + "\n".join(lines)
+    belongs, said = judged_words(report)
+    return "\n\n".join([f"{verdict_of(verdicts)[1]} {said}".rstrip(), "\n".join(lines), belongs]).rstrip()
 
 
 def _results(report: Mapping[str, Any]) -> str:

@@ -24,6 +24,9 @@ from pathlib import Path
 from adaptclip.errors import StorageError
 from adaptclip.storage import check_plain, read_json, read_yaml
 
+LEDGER = "judgements.jsonl"
+"""The one file of a run folder that overwriting keeps: how often its test images were judged (`gates.ledger`)."""
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -78,6 +78,7 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     fields["levels"] = levels or _levels(table, labels, names, path)
     fields |= {name: metadata[name] for name in ("ranked", "confident", "fixed_classes") if name in metadata}
     fields["notes"] = (*metadata.get("notes", ()), *fields["notes"])
+    fields |= {"expected": metadata.get("expected"), "made_by": metadata.get("made_by", {})}
     return {**fields, "outcomes": metadata.get("outcomes", ()), "intersections": metadata.get("intersections", ())}
 
 

@@ -23,7 +23,10 @@ from adaptclip.evaluation.outcomes import with_thresholds
 from adaptclip.evaluation.predict import predict
 from adaptclip.evaluation.thresholds import Thresholds, choose_thresholds
 from adaptclip.features import FeatureCache
+from adaptclip.gate_rules import ZERO_SHOT
 from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_gates
+from adaptclip.gates.ledger import note_judgement
+from adaptclip.gates.references import load_references
 from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
 from adaptclip.reports.render import print_report, to_html, to_markdown
@@ -60,6 +63,7 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
             "with images as `test` under `splits:`, or let one be drawn (`splits: {fractions: ...}`)"
         )
     check_rules(rules, data.test)
+    _check_references(rules, load_references(rules, _places(gates, data)), data.test)
     for rule in rules:
         _require_images(rule, data)
     try:
@@ -68,6 +72,30 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
     except DataError as error:
         raise DataError(f"card {data.card.name}: {error}") from error
     return rules
+
+
+def _places(gates: str, data: DomainData) -> list[Path]:
+    """Where a run is looked up that gates name: beside the file they are from, then where the command was given."""
+    source = data.card.path if gates in ("card", REPORT_ONLY) else Path(gates)
+    return [*([source.parent] if source is not None else []), Path()]
+
+
+def _check_references(rules: Sequence[GateRule], references: Mapping[str, Predictions], test: ImageDataset) -> None:
+    """Raises GateError where a run that gates compare with did not judge these images; known before training."""
+    for rule in rules:
+        reference = references.get(rule.no_worse_than or "")
+        if reference is None:
+            continue
+        lacking = set(test.ids) - set(reference.ids)
+        if lacking or len(reference) != len(test) or tuple(reference.class_names) != tuple(test.class_names):
+            what = (
+                "has other classes" if tuple(reference.class_names) != tuple(test.class_names)
+                else f"judged {len(reference):,} images, of which {len(test) - len(lacking):,} are among the "
+                f"{len(test):,} test images of the card"
+            )  # fmt: skip
+            raise GateError(
+                f'card: the gate "{rule.title}" compares with a run on other images: {rule.no_worse_than} {what}'
+            )
 
 
 def _require_images(rule: GateRule, data: DomainData) -> None:
@@ -159,12 +187,16 @@ def finish_run(
     """
     code = [0]
     if accelerator.is_main_process:
-        declared = {"outcomes": data.card.outcomes, "intersections": data.card.intersections}
-        predictions = replace(predictions, **declared)
-        predictions = with_thresholds(predictions, validation)
+        card = data.card
+        declared = {"outcomes": card.outcomes, "intersections": card.intersections, "expected": card.expect}
+        made_by = {"method": method, "backbone": backbone.name}
+        predictions = with_thresholds(replace(predictions, **declared, made_by=made_by), validation)
         # Judged by the same thresholds: another operating point would compare rules, and not models.
-        zero_shot = zero_shot and replace(zero_shot, **{**declared, "outcomes": predictions.outcomes})
-        verdicts = check_gates(predictions, zero_shot, rules)
+        declared["outcomes"] = predictions.outcomes
+        zero_shot = zero_shot and replace(zero_shot, **declared, made_by={"method": ZERO_SHOT})
+        references = load_references(rules, _places(gates, data))
+        verdicts = check_gates(predictions, zero_shot, rules, references=references)
+        judgement = note_judgement(out, f"recipe {method}", predictions, rules)
         thresholds, training = _thresholds(objective, validation, data.class_names, training)
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
         used_for = dict(training or {}).get("validation_used_for", "nothing")
@@ -174,6 +206,7 @@ def finish_run(
             hard_pairs=[pair for pair in data.card.hard_pairs if set(pair) <= set(data.class_names)],
         )  # fmt: skip
         report["method"] = method
+        report["judged"] = judgement.to_dict()  # later judgements of the run must be of the same images
         report["data"] = describe_data(data)
         report["split"] = split and {
             "shots": split.shots, "seed": split.seed, "rule": split.rule, "digest": split.digest,

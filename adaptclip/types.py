@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from adaptclip.errors import DataError, did_you_mean
+from adaptclip.gate_rules import Expected, Outcome
 from adaptclip.gate_rules import GateRule as GateRule
-from adaptclip.gate_rules import Outcome
 from adaptclip.prediction_files import read_predictions
 from adaptclip.storage import write_parquet
 
@@ -97,6 +97,8 @@ class Predictions:
             mix is random, like the images.
         strata: (N,) the classes whose numbers of images the study fixed, where these are sums of them; None otherwise.
         decided: (N,) the class decided for, where that is not the most probable one; None otherwise.
+        expected: groups and classes that must be among the images for gates on them to pass (card: expect), or None.
+        made_by: "method" and "backbone" that made these predictions, as far as they are known.
         asked: the outcome that these two classes answer (`outcomes.two_sided`); None for classes of their own.
     """
 
@@ -119,6 +121,8 @@ class Predictions:
     strata: np.ndarray | None = None
     decided: np.ndarray | None = None
     asked: Outcome | None = None
+    expected: Expected | None = None
+    made_by: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.class_names)
@@ -231,6 +235,8 @@ class Predictions:
             "notes": list(self.notes),
             "fixed_classes": self.fixed_classes,
             "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
+            "expected": self.expected and self.expected.model_dump(mode="json"),
+            "made_by": self.made_by,
         }
         write_parquet(Path(path), pa.table(columns), metadata)
 
@@ -249,6 +255,7 @@ class Predictions:
         fields = read_predictions(Path(path), classes)
         fields["outcomes"] = tuple(Outcome.model_validate(outcome) for outcome in fields["outcomes"])
         fields["intersections"] = tuple(map(tuple, fields["intersections"]))
+        fields["expected"] = fields["expected"] and Expected.model_validate(fields["expected"])
         try:
             return cls(**fields)
         except DataError as error:

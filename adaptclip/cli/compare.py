@@ -37,7 +37,7 @@ def compare(
     written = [out.with_suffix(suffix) for suffix in (".md", ".json")] if out is not None else []
     for path in written:
         check_file(path, files_read(before, after))
-    first, second = (load_predictions(path, None)[0] for path in (before, after))
+    first, second = (load_predictions(path, None).predictions for path in (before, after))
     result = compare_groups(first, second, group, metric=metric, margin=margin, min_n=min_n)
     text = levelling_markdown(result)
     for line in text.rstrip("\n").split("\n"):

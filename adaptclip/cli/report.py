@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,6 @@ def report(
     """
     from adaptclip.evaluation.outcomes import with_thresholds
     from adaptclip.evaluation.thresholds import Thresholds
-    from adaptclip.gates import check_gates, load_gates
     from adaptclip.reports.full import full_report
     from adaptclip.reports.render import print_report
     from adaptclip.types import Predictions
@@ -54,17 +54,17 @@ def report(
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
     for path in _outputs(out) if out is not None else ():
         check_file(path, files_read(predictions, baseline, validation, source, gates))
-    judged, reference = load_predictions(predictions, baseline, classes)
+    given = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
     held_out = validation or of_run(predictions, "validation_predictions.parquet")
     unseen = Predictions.load(held_out, classes=classes or None) if held_out else None
-    judged = with_thresholds(judged, unseen)
+    given = replace(given, predictions=with_thresholds(given.predictions, unseen))
     # The new classes were predicted by zero-shot too, which another baseline is not.
     names = () if baseline else ("new_classes_predictions.parquet", "new_classes_zero_shot_predictions.parquet")
     new = [of_run(predictions, name) for name in names]
     result = full_report(
-        judged,
-        reference,
+        given.predictions,
+        given.baseline,
         validation=unseen,
         new_classes=(Predictions.load(new[0]), Predictions.load(new[1])) if new and new[0] and new[1] else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
@@ -74,8 +74,10 @@ def report(
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
     _add_probe(predictions, result)
-    rules = gates or of_run(predictions, "gates.yaml")
-    verdicts = check_gates(judged, reference, load_gates(rules)) if rules else None
+    rules, verdicts = gates or of_run(predictions, "gates.yaml"), None
+    if rules:
+        verdicts, judgement = given.judge(rules, "report", classes)
+        result["judged"] = judgement.to_dict()
     print_report(result, verdicts)
     if out is not None:
         _write(out, result, verdicts, images)

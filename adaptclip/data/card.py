@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from adaptclip.data.card_block import SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
 from adaptclip.data.layouts import read_layout, require_text
 from adaptclip.errors import CardError, StorageError, did_you_mean, shown
-from adaptclip.gate_rules import GateRule, Outcome
+from adaptclip.gate_rules import Expected, GateRule, Outcome
 from adaptclip.storage import digest, parse_yaml, read_text
 
 _log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "groups": GroupBins,
     "gates": GateRule,
     "outcomes": Outcome,
+    "expect": Expected,
 }
 """Key of the block -> model whose fields are allowed below it."""
 

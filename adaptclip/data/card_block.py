@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from adaptclip.data.declared import check_declared
 from adaptclip.errors import did_you_mean
-from adaptclip.gate_rules import GateRule, Outcome
+from adaptclip.gate_rules import Expected, GateRule, Outcome
 
 PARTS = ("train", "validation", "test")
 """The parts of a data set, in the order in which they are used."""
@@ -287,6 +287,7 @@ class CardBlock(BaseModel):
         allow: checks that may fail, by name (ALLOWABLE).
         hard_pairs: pairs of classes that are known to be hard to tell apart; reports judge each pair by itself.
         show_images: whether reports may hold small pictures of test images.
+        expect: groups and classes of which there shall be test images; gates on absent ones cannot pass.
         gates: conditions for release.
         known_issues: sentences that are shown whenever the card is loaded.
     """
@@ -308,6 +309,7 @@ class CardBlock(BaseModel):
     allow: tuple[str, ...] = ()
     hard_pairs: tuple[tuple[Name, Name], ...] = ()
     show_images: bool = True
+    expect: Expected | None = None
     gates: tuple[GateRule, ...] = ()
     known_issues: tuple[str, ...] = ()
 
@@ -334,7 +336,7 @@ class CardBlock(BaseModel):
                 if self.class_names is not None and name not in self.class_names:
                     raise ValueError(f"hard_pairs has no class {name!r}. {did_you_mean(name, self.class_names)}")
         if self.columns.label is None:
-            for key in ("class_names", "aliases", "hard_pairs", "gates", "outcomes", "probes"):
+            for key in ("class_names", "aliases", "hard_pairs", "expect", "gates", "outcomes", "probes"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is about classes, and this card has captions and no columns.label")
         for crossed in self.intersections:
@@ -355,5 +357,5 @@ class CardBlock(BaseModel):
                 )
         check_declared(
             self.gates, self.outcomes, self.intersections, groups=known, levels=self.columns.levels.keys(),
-            class_names=self.class_names,
+            class_names=self.class_names, expect=self.expect,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from adaptclip.errors import did_you_mean
-from adaptclip.gate_rules import GateRule, Outcome
+from adaptclip.gate_rules import Expected, GateRule, Outcome
 
 
 def check_declared(
@@ -13,6 +13,7 @@ def check_declared(
     outcomes: Sequence[Outcome],
     intersections: Sequence[Sequence[str]],
     *,
+    expect: Expected | None = None,
     groups: Collection[str] | None = None,
     levels: Collection[str] | Mapping[str, Sequence[str]] | None = None,
     class_names: Collection[str] | None = None,
@@ -23,6 +24,7 @@ def check_declared(
         gates: the card's gates.
         outcomes: the card's outcomes.
         intersections: lists of group attributes.
+        expect: groups and classes of which there shall be images, or None.
         groups: names of the group attributes.
         levels: names of the taxonomy levels, or level -> its value for each class.
         class_names: names of the classes.
@@ -37,6 +39,7 @@ def check_declared(
         for i, rule in enumerate(gates):
             names = (rule.group,) if isinstance(rule.group, str) else rule.group or ()
             crossed += [(f"gates.{i}.group", name) for name in names]
+        crossed += [("expect.groups", name) for name in (expect.groups if expect else ())]
         _require("a group that columns.groups lacks", groups, crossed)
     if levels is not None:
         named = [(f"{place}.level", outcome.level) for place, outcome in asked]
@@ -44,6 +47,7 @@ def check_declared(
         _require("a level that columns.levels lacks", levels, [(p, name) for p, name in named if name is not None])
     if class_names is not None:
         named = [(f"{place}.positive", name) for place, o in asked if o.level is None for name in o.positive]
+        named += [("expect.classes", name) for name in (expect.of_classes(()) if expect else ())]
         _require("a class that there is not", class_names, named)
     if isinstance(levels, Mapping):
         for place, o in asked:

@@ -8,7 +8,10 @@ How a rule is judged:
   at most 1 - c. (c = 0.95 uses the ends of the two-sided 90 % interval; reports show two-sided 95 % intervals.)
 - A plain rate of independent images uses the exact Clopper-Pearson bound. Everything else uses the bounds described in
   `metrics.intervals`, with clusters as the unit of resampling where the predictions name them.
-- `no_worse_than: zero_shot` is non-inferiority: the bound of the paired change on the same images against the margin.
+- `no_worse_than: zero_shot`, or of another run, is non-inferiority: the bound of the paired change on the same images
+  against the margin.
+- Nothing passes on copies of rows, on a baseline that is not what it stands for, or without images that the card
+  expects (`gates.doubts`).
 - A rule on a group attribute judges every group. It passes when *each* group passes at level c: this needs no
   correction, since the claim is wrong only if some group is bad, and that one group passes with probability at most
   1 - c (intersection-union test, Berger 1982). It fails when *any* group fails; that bound is Bonferroni-corrected over
@@ -22,18 +25,27 @@ How a rule is judged:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from adaptclip.errors import GateError
+from adaptclip.errors import GateError, did_you_mean
 from adaptclip.evaluation.grouping import align, group_rows
 from adaptclip.evaluation.measuring import judged
 from adaptclip.evaluation.outcomes import Question, ask
-from adaptclip.gate_rules import ARGMAX, GateRule
+from adaptclip.gate_rules import ARGMAX, ZERO_SHOT, GateRule
+from adaptclip.gates.belonging import gates_digest, images_digest
+from adaptclip.gates.doubts import (
+    asks_little,
+    doubts_of_baseline,
+    doubts_of_expected,
+    doubts_of_reference,
+    doubts_of_rows,
+    held,
+)
 from adaptclip.gates.fitting import check_rules
 from adaptclip.gates.gap import judge_gap
 from adaptclip.gates.loading import load_gates
@@ -53,6 +65,8 @@ def check_gates(
     baseline: Predictions | None,
     rules: Sequence[GateRule],
     *,
+    references: Mapping[str, Predictions] | None = None,
+    bound: Predictions | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> list[Verdict]:
@@ -60,9 +74,11 @@ def check_gates(
 
     Args:
         predictions: of the model to be released.
-        baseline: zero-shot predictions of the same images; needed by `no_worse_than` rules, and by `gap_at_most` to
-            tell a closed gap from a levelled-down model.
+        baseline: zero-shot predictions of the same images; needed by `no_worse_than: zero_shot`, and by `gap_at_most`
+            to tell a closed gap from a levelled-down model.
         rules: what was declared; without rules nothing is judged and the list is empty, which is not a pass.
+        references: name of a run -> its predictions of the same images, for rules of `no_worse_than` that name it.
+        bound: the zero-shot predictions that the run was made with, where `baseline` was given in their place.
         draws: bootstrap draws, at least 1,000.
         seed: of the bootstrap.
 
@@ -71,18 +87,39 @@ def check_gates(
 
     Raises:
         GateError: a rule does not fit (no such group, level or class, no baseline, too few classes, no images).
-        DataError: the baseline is of other images.
+        DataError: the baseline or a reference is of other images.
     """
     check_rules(rules, predictions)
-    for rule in rules:
-        if rule.no_worse_than and baseline is None:
-            raise GateError(
-                f'gate "{rule.title}" compares with zero-shot, but no zero-shot predictions were given (--baseline)'
-            )
-    paired = baseline is not None and any(r.no_worse_than or r.gap_at_most for r in rules)
-    base = align(predictions, baseline) if paired and baseline is not None else None
-    progress = tqdm(rules, desc="gates", unit="rule", disable=None, leave=False)
-    return [_judge_rule(rule, predictions, base, draws, seed) for rule in progress]
+    known = dict(references or {}) | ({ZERO_SHOT: baseline} if baseline is not None else {})
+    compared = {rule: _compared_with(rule, known) for rule in rules}
+    aligned = {name: align(predictions, known[name]) for name in dict.fromkeys(compared.values()) if name is not None}
+    of_rows = doubts_of_rows(predictions) if rules else []
+    of_baseline = doubts_of_baseline(predictions, baseline, bound) if ZERO_SHOT in aligned else []
+    images, gates, found = images_digest(predictions), gates_digest(rules), []
+    for rule in tqdm(rules, desc="gates", unit="rule", disable=None, leave=False):
+        name = compared[rule]
+        verdict = _judge_rule(rule, predictions, None if name is None else aligned[name], draws, seed)
+        doubts = [*of_rows, *doubts_of_expected(rule, predictions)]
+        doubts += of_baseline if name == ZERO_SHOT else doubts_of_reference(rule, predictions, known)
+        verdict = held(verdict, doubts)
+        little = verdict.verdict == "pass" and asks_little(rule, predictions)
+        found.append(replace(verdict, images=images, gates=gates, asks_little=little))
+    return found
+
+
+def _compared_with(rule: GateRule, known: Mapping[str, Predictions]) -> str | None:
+    """The name of the predictions that a rule compares with, or None."""
+    if rule.gap_at_most is not None:
+        return ZERO_SHOT if ZERO_SHOT in known else None
+    name = rule.no_worse_than
+    if name == ZERO_SHOT and name not in known:
+        raise GateError(
+            f'gate "{rule.title}" compares with zero-shot, but no zero-shot predictions were given (--baseline)'
+        )
+    if name is not None and name not in known:
+        near = did_you_mean(name, [ZERO_SHOT, *known])
+        raise GateError(f'gate "{rule.title}" compares with {name!r}, whose predictions were not given. {near}')
+    return name
 
 
 def _judge_rule(

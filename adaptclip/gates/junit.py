@@ -14,6 +14,8 @@ def to_junit(judged: Mapping[str, Sequence[Verdict]]) -> str:
     A failed rule is a `failure`. An inconclusive one is an `error`, because a skipped test would count as good; so is
     a run without rules.
 
+    Properties of a suite are the digests of its images and gates.
+
     Args:
         judged: name of the run -> its verdicts.
     """
@@ -25,6 +27,10 @@ def to_junit(judged: Mapping[str, Sequence[Verdict]]) -> str:
             root, "testsuite", name=_printable(run), tests=str(max(len(verdicts), 1)), failures=str(count["fail"]),
             errors=str(errors), skipped="0",
         )  # fmt: skip
+        if verdicts:
+            properties = ElementTree.SubElement(suite, "properties")
+            for name, value in (("images", verdicts[0].images), ("gates", verdicts[0].gates)):
+                ElementTree.SubElement(properties, "property", name=name, value=value)
         for v in verdicts:
             case = ElementTree.SubElement(suite, "testcase", classname=_printable(run), name=_printable(v.title))
             if v.verdict == "pass":

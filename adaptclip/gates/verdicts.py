@@ -22,7 +22,7 @@ class Verdict:
         attribute: the group attribute the rule is about, or None; an intersection reads "sex × age_group".
         group: the group that decides the verdict (the worst one), or None.
         verdict: "pass", "fail" or "inconclusive".
-        value: the estimate: a rate, the paired change against zero-shot, or the gap (see `kind`); None where there is
+        value: the estimate: a rate, the paired change against a reference, or the gap (see `kind`); None where there is
             none.
         low: one-sided lower bound, or None.
         high: one-sided upper bound, or None.
@@ -36,6 +36,9 @@ class Verdict:
             even chance; None where it is settled, or ten times the images would not do.
         excluded: groups left out by declaration, each {"group", "n"}.
         more_clusters: `more_images` as clusters (patients) of the present size; None where images are independent.
+        images: digest of the judged images (`gates.belonging`), to which the verdict belongs.
+        gates: digest of the set of gates that it is part of.
+        asks_little: a model that gives every image the same answer would keep the limit too (`gates.doubts`).
     """
 
     title: str
@@ -55,6 +58,9 @@ class Verdict:
     more_images: int | None = None
     excluded: tuple[dict[str, Any], ...] = ()
     more_clusters: int | None = None
+    images: str = ""
+    gates: str = ""
+    asks_little: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-able dict."""

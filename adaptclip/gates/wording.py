@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaptclip.gate_rules import GateRule
+from adaptclip.gate_rules import ZERO_SHOT, GateRule
 from adaptclip.gates.sample_size import POWER, More
 from adaptclip.gates.verdicts import Conclusion, Verdict
 from adaptclip.metrics.estimates import Measurement
@@ -32,7 +32,7 @@ def subject_of(rule: GateRule, group: str | None = None) -> str:
     elif rule.level is not None:
         words += f" at the level {rule.level}"
     if rule.no_worse_than:
-        words = f"change of {words} against {rule.no_worse_than.replace('_', '-')}"
+        words = f"change of {words} against {'zero-shot' if rule.no_worse_than == ZERO_SHOT else rule.no_worse_than}"
     return words + (f" for {rule.attribute} = {group}" if group is not None else "")
 
 

@@ -27,7 +27,7 @@ from adaptclip.reports.class_sections import (
     shift_section,
     taxonomy_section,
 )
-from adaptclip.reports.headline import NO_GATES, JudgedGate, three_numbers, verdict_of, worries
+from adaptclip.reports.headline import NO_GATES, JudgedGate, judged_words, three_numbers, verdict_of, worries
 from adaptclip.reports.multi_label import multi_label_section, summary
 from adaptclip.reports.plots import confusion_matrix
 from adaptclip.reports.probe_section import probe_section
@@ -52,11 +52,12 @@ def document(
         plots: draw plots (for HTML).
     """
     verdict, words = verdict_of(verdicts)
+    said = judged_words(report)[1] if verdicts is not None else ""
     return Document(
         title="Evaluation report",
         about=_about(report),
         verdict=verdict,
-        verdict_words=words,
+        verdict_words=f"{words} {said}".rstrip(),
         numbers=three_numbers(report),
         worries=worries(report, verdicts),
         sections=_with_anchors(_sections(report, verdicts, pictures, plots)),
@@ -82,11 +83,9 @@ def _sections(
     plots: bool,
 ) -> Iterator[Section | None]:
     if verdicts is not None:
-        yield Section(
-            "Gates",
-            "gates",
-            [gate_rows(verdicts, "Declared conditions for release") if verdicts else Paragraph(NO_GATES)],
-        )
+        blocks = [gate_rows(verdicts, "Declared conditions for release") if verdicts else Paragraph(NO_GATES)]
+        belongs = judged_words(report)[0]
+        yield Section("Gates", "gates", [*blocks, Paragraph(belongs)] if belongs else blocks)
     yield overall_section(report)
     yield outcome_section(report)
     yield multi_label_section(report)
@@ -229,6 +228,11 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
     yield from (Paragraph(f"Note: {sentence(caution)}", "muted") for caution in report["cautions"])
     if verdicts is not None:
         yield gate_rows(verdicts) if verdicts else Paragraph(NO_GATES, "inconclusive")
+        belongs, said = judged_words(report)
+        if belongs:
+            yield Paragraph(belongs, "muted")
+        if said:
+            yield Paragraph(said, "inconclusive")
     fears = [w for w in worries(report, None) if not w.startswith(("No groups were reported", "The data card names"))]
     if fears and "fine_grained" in report:
         yield Bullets(fears[:3], caution=True)

@@ -22,6 +22,10 @@ MUCH_CONFIDENCE = 0.05
 """A surplus of confidence is worth a worry when it is larger than this with the report's confidence."""
 
 
+_DIGITS = 12
+"""So many digits of a digest stand on pages; JSON has all 64."""
+
+
 class JudgedGate(Protocol):
     """What rendering needs of a verdict (gates.Verdict has it)."""
 
@@ -55,7 +59,28 @@ def verdict_of(verdicts: Sequence[JudgedGate] | None) -> tuple[str | None, str]:
     if counts["inconclusive"]:
         several = counts["inconclusive"]
         return "inconclusive", f"The data cannot decide {several} of {total} gates, which is not a pass."
-    return "pass", f"All {total} gates pass." if total > 1 else "The gate passes."
+    words = f"All {total} gates pass" if total > 1 else "The gate passes"
+    if all(getattr(v, "asks_little", False) for v in verdicts):
+        # One gate that asks for something is enough to show something.
+        return "pass", f"{words}, but a model with the same answer for every image would pass too: nothing is shown."
+    return "pass", f"{words}."
+
+
+def judged_words(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What the verdicts belong to, and what the headline has to say of it: other images, or several judgements."""
+    judged = report.get("judged")
+    if not judged:
+        return "", ""
+    belongs = (
+        f"Judged: {judged['num_images']:,} images (digest {judged['images'][:_DIGITS]}) by the gates of digest "
+        f"{judged['gates'][:_DIGITS]}."
+    )
+    said = [sentence(judged["another_set"])] if judged["another_set"] else []
+    if judged["times"] > 1:
+        sets, times = judged["gate_sets"], judged["times"]
+        by = f"with {sets} different sets of gates" if sets > 1 else "with the same gates"
+        said.append(f"These test images were judged {times} times in this run folder, {by}.")
+    return belongs, " ".join(said)
 
 
 def three_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ run.json         adaptclip's version, number of processes, settings, digests of 
 run.lock         locked while a process writes to the folder; run.lock.json says which one
 config.yaml      the settings it was last gone on with, for `--config`
 split.json       the few-shot split; read and compared when a run goes on, never written again
+judgements.jsonl one line for every time that its test images were judged; kept when the run is replaced
 metrics.jsonl    one line per logged step; holds no clock times, so that equal runs write equal files
 checkpoints/     the newest checkpoint
 """
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import SplitError, StorageError, TrainingError
+from adaptclip.outputs import LEDGER
 from adaptclip.storage import check_is_file, parse_json, read_json, write_json, write_text, write_yaml
 from adaptclip.training.checkpoint import newest_checkpoint, step_of
 from adaptclip.training.provenance import changes
@@ -97,7 +99,9 @@ def check_kind(path: Path) -> None:
 
 def _is_empty(path: Path) -> bool:
     """Whether there is nothing but what a run leaves that is killed at once: its lock and a temporary file."""
-    return all(p.name in (LOCK, HOLDER) or (p.name.startswith(".") and p.suffix == ".tmp") for p in path.iterdir())
+    return all(
+        p.name in (LOCK, HOLDER, LEDGER) or (p.name.startswith(".") and p.suffix == ".tmp") for p in path.iterdir()
+    )
 
 
 def check_earlier(
@@ -239,9 +243,9 @@ def prepare_folder(path: Path, record: dict[str, Any], split: FewShotSplit | Non
 
 
 def _empty(path: Path) -> None:
-    """Removes what a run folder holds but its lock; the marker goes last, so that a kill in between leaves a run's."""
+    """Removes what a run folder holds but lock and ledger; the marker goes last, so that a kill leaves a run's."""
     for entry in sorted(path.iterdir(), key=lambda p: p.name == MARKER):
-        if entry.name not in (LOCK, HOLDER):
+        if entry.name not in (LOCK, HOLDER, LEDGER):
             _remove(entry)
 
 

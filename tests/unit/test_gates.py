@@ -118,7 +118,7 @@ def test_no_worse_than_zero_shot_is_paired():
     base = judged(share(150, 300))
     better = judged(share(180, 300))
     assert one(better, base, no_worse_than="zero_shot").verdict == "pass"
-    same = one(base, base, no_worse_than="zero_shot", margin=0.02)
+    same = one(base, dataclasses.replace(base, made_by={"method": "zero_shot"}), no_worse_than="zero_shot", margin=0.02)
     assert (same.verdict, same.value) == ("pass", 0.0)
     assert one(base, base, no_worse_than="zero_shot").verdict == "inconclusive"
     worse = one(judged(share(120, 300)), base, no_worse_than="zero_shot", margin=0.02)
