@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptclip.cli import card, compare, export, gate, inspect, predict, probe, recipes, report, search
+from adaptclip.cli import card, compare, export, gate, inspect, plan, predict, probe, recipes, report, search
 from adaptclip.config import parse_command
 from adaptclip.entrypoint import run_and_exit
 
@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "predict": predict.predict,
     "report": report.report,
     "gate": gate.gate,
+    "plan": plan.plan,
     "compare": compare.compare,
     "export": export.export,
     "embed": search.embed,
