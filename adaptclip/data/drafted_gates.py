@@ -93,6 +93,9 @@ def _of_many(classes: Mapping[str, int]) -> list[str]:
         "# - {metric: accuracy, at_least: 0.8}",
         "# - {metric: mean_per_class_accuracy, at_least: 0.7}",
     ]
+    if len(classes) >= MANY_CLASSES:
+        lines.append("# - {metric: worst_decile, at_least: 0.5}")
+        lines.append("# The last is the mean over the worst tenth of the classes: how bad it gets where it is worst.")
     small = sum(count < MIN_CLASS_IMAGES for count in classes.values())
     if small:
         lines.append(

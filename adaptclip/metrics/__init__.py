@@ -14,6 +14,7 @@ from adaptclip.metrics.outcome_metrics import NET_BENEFIT, NPV, PPV
 from adaptclip.metrics.ranking import AUC, MACRO_AUC
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
 from adaptclip.metrics.several_labels import SEVERAL_LABELS
+from adaptclip.metrics.worst_decile import WORST_DECILE
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -25,6 +26,7 @@ METRICS: dict[str, Metric] = {
         BRIER,
         MACRO_AUC,
         MACRO_F1,
+        WORST_DECILE,
         *OUTCOME_RATES,
         AUC,
         *SEVERAL_LABELS,

@@ -9,21 +9,18 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.measuring import measure, sampling_of
+from adaptclip.evaluation.measuring import judged, measure, sampling_of
 from adaptclip.evaluation.outcomes import coarsen
 from adaptclip.metrics import Metric
 from adaptclip.metrics.estimates import Measurement, linearised, mean_of
 from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.metrics.rates import ACCURACY, top_k
 from adaptclip.metrics.taxonomy import ancestor_heights, least_severe
+from adaptclip.metrics.worst_decile import WORST_DECILE, pick_worst
 from adaptclip.reports.numbers import comparison, number
-from adaptclip.seeding import numpy_generator
 from adaptclip.types import Predictions
 
 TOP_K = (1, 3, 5)
-
-MIN_CLASS_IMAGES = 10
-"""A class with fewer test images is marked insufficient, and is not chosen as one of the worst."""
 
 MAX_CONFUSIONS = 12
 """Confused pairs that a report lists."""
@@ -36,9 +33,6 @@ MAX_MATRIX_CLASSES = 25
 
 MAX_SEVERITY_CLASSES = 4000
 """Above this many classes no matrix of common ancestors is built."""
-
-_HALVINGS = 100
-"""Random halves over which the worst decile is judged."""
 
 
 def fine_grained_report(
@@ -58,7 +52,7 @@ def fine_grained_report(
         hard_pairs: pairs of class names that are known to be hard, of the card.
         confidence: level of all two-sided intervals.
         draws: bootstrap draws.
-        seed: of the bootstrap and of the random halves.
+        seed: of the bootstrap.
 
     Returns:
         JSON-able dict with numbers and comparisons as in `build_report`: "top_k" (list of {"k", **comparison}),
@@ -74,7 +68,7 @@ def fine_grained_report(
     return {
         "top_k": [{"k": k, **_compared(ACCURACY if k == 1 else top_k(k), both, confidence)} for k in asked],
         "macro_f1": _compared(MACRO_F1, both, confidence),
-        "worst_decile": _worst_decile(predictions, seed),
+        "worst_decile": _worst_decile(predictions, confidence),
         "confusions": _confusions(predictions, confidence),
         "matrix": _matrix(predictions),
         "hard_pairs": [_hard_pair(predictions, baseline, pair, settings) for pair in hard_pairs],
@@ -93,45 +87,17 @@ def _compared(metric: Metric, both: Sequence[Predictions], confidence: float) ->
     return comparison(measure(both[0], baseline, metrics=(metric,))[metric.name], confidence)
 
 
-def _class_table(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the numbers of right images and of images per class, each (C,)."""
-    size = len(predictions.class_names)
-    right = predictions.labels[predictions.pred == predictions.labels]
-    return np.bincount(right, minlength=size), np.bincount(predictions.labels, minlength=size)
-
-
-def _worst_decile(predictions: Predictions, seed: int) -> dict[str, Any]:
-    """Mean accuracy of the tenth of the classes that do worst.
-
-    Classes chosen for a low accuracy on the same images look worse than they are. So they are chosen on a random half
-    of each class's images and judged on the other half, over many halvings.
-    """
-    right, sizes = _class_table(predictions)
-    judged = np.flatnonzero(sizes >= MIN_CLASS_IMAGES)
-    result = {"num_classes": 0, "of": len(judged), "classes": [], "value": None, "as_chosen": None, "n": 0, "note": ""}
-    if len(judged) < 2:
-        return result | {"note": f"fewer than two classes have at least {MIN_CLASS_IMAGES} test images"}
-    worst = max(1, round(len(judged) / 10))
-    rates = right[judged] / sizes[judged]
-    chosen = judged[np.argsort(rates, kind="stable")[:worst]]
-    rng = numpy_generator(seed, "worst decile")
-    half = sizes[judged] // 2
-    held = [_half(rng, right[judged], sizes[judged], half, worst) for _ in range(_HALVINGS)]
-    return result | {
-        "num_classes": worst,
-        "classes": [predictions.class_names[i] for i in chosen],
-        "value": float(np.mean(held)),
-        "as_chosen": float(rates[np.argsort(rates, kind="stable")[:worst]].mean()),
-        "n": int(sizes[chosen].sum()),
-        "note": f"chosen on one random half of each class's images, judged on the other; mean of {_HALVINGS} halvings",
-    }
-
-
-def _half(rng: np.random.Generator, right: np.ndarray, sizes: np.ndarray, half: np.ndarray, worst: int) -> float:
-    # How many of a class's right images fall into a random half is hypergeometric: no image need be moved.
-    first = rng.hypergeometric(right, sizes - right, half)
-    order = np.lexsort((rng.random(len(sizes)), first / half))[:worst]
-    return float(((right - first)[order] / (sizes - half)[order]).mean())
+def _worst_decile(predictions: Predictions, confidence: float) -> dict[str, Any]:
+    """Mean accuracy of the tenth of the classes that do worst, as the metric of that name measures it."""
+    images = judged(predictions)
+    picked, found = pick_worst(images), WORST_DECILE.compare(images).model
+    bounds = found.interval(confidence) or (None, None)
+    return {
+        "num_classes": len(picked.classes), "of": len(picked.of),
+        "classes": [predictions.class_names[i] for i in picked.classes], "value": found.value, "low": bounds[0],
+        "high": bounds[1], "as_chosen": picked.accuracy, "n": int(images.counts[picked.classes].sum()),
+        "note": found.note,
+    }  # fmt: skip
 
 
 def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from adaptclip.cli.card import check
 from adaptclip.data.card import Card, load_card
+from adaptclip.data.drafted_gates import Units, drafted_gates
 from adaptclip.data.scaffold import new_card
 from adaptclip.gate_rules import GateRule, Outcome
 
@@ -63,6 +64,12 @@ def test_many_classes_ask_for_the_mean_over_the_classes(tmp_path):
     assert [g.metric for g in card.gates] == ["accuracy", "mean_per_class_accuracy"]
     assert len(uncommented(text)) == 4
     assert "3 of 3 classes have fewer than 10 images" in text
+
+
+def test_from_twenty_classes_on_the_worst_tenth_is_proposed():
+    for number, proposed in ((19, False), (20, True)):
+        lines = drafted_gates({f"c{i}": 50 for i in range(number)}, Units())
+        assert any("worst_decile" in line for line in lines) == proposed
 
 
 def test_patients_and_groups_have_gates_of_their_own_with_what_was_counted(tmp_path):
