@@ -32,7 +32,7 @@ def plan(
         icc: correlation of a patient's images, 0 to 1.
         prevalence: share of positive images, for gates on sensitivity and the like.
         groups: how many groups an attribute has, such as sex=2.
-        num_classes: number of classes; a card with class_names says it itself.
+        num_classes: number of classes, for means over the classes; a card with class_names says it itself.
         changed: for gates against a reference, share of the images whose answer changes.
         power: chance with which each gate shall pass.
         format: text, or JSON with one object per line.
@@ -42,16 +42,23 @@ def plan(
     from adaptclip.gates.planning import plan as planned
 
     if Path(gates).suffix in (".yaml", ".yml"):
-        rules, named = load_gates(gates), 0
+        rules, named = load_gates(gates), None
     else:
         from adaptclip.data.card import load_card
 
         card = load_card(gates)
-        rules, named = list(card.gates), len(card.class_names or ())
+        rules, named = list(card.gates), len(card.class_names or ()) or None
     if not rules:
         raise GateError(f"{gates} declares no gates, so there is nothing to plan")
     assumed = Assumed(
-        expect, patients_with, icc, prevalence, dict(map(_group, groups)), num_classes or named or 2, changed, power
+        expect,
+        patients_with,
+        icc,
+        prevalence,
+        dict(map(_group, groups)),
+        named if num_classes is None else num_classes,
+        changed,
+        power,
     )
     for one in planned(rules, assumed):
         if format == "json":

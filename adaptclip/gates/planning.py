@@ -38,7 +38,7 @@ class Assumed:
         icc: correlation of a patient's images, 0 to 1.
         prevalence: share of positive images (patients, where there are any).
         groups: attribute -> number of equally large groups.
-        classes: number of equally frequent classes.
+        classes: number of equally frequent classes; needed by means over the classes.
         changed: for paired rules, the share of images whose answer changes, half of them for the better.
         power: chance with which a rule shall pass.
     """
@@ -48,7 +48,7 @@ class Assumed:
     icc: float = 0.3
     prevalence: float | None = None
     groups: Mapping[str, int] = field(default_factory=dict)
-    classes: int = 2
+    classes: int | None = None
     changed: float = 0.1
     power: float = POWER
 
@@ -66,7 +66,7 @@ class Assumed:
             raise GateError(f"power must be at least 0.5 and below 1, got {self.power:g}; {POWER:g} and 0.9 are usual")
         if not 0 <= self.icc <= 1:
             raise GateError(f"icc must lie within 0 and 1, got {self.icc:g}")
-        counts = {"images per patient": self.per_patient, "classes": self.classes - 1}
+        counts = {"images per patient": self.per_patient, "classes": 2 if self.classes is None else self.classes - 1}
         counts |= {f"groups of {name}": number for name, number in self.groups.items()}
         for name, number in counts.items():
             if number < 1:
@@ -135,6 +135,8 @@ def _plan(rule: GateRule, assumed: Assumed) -> Planned:
         unknown = f"How much {metric.words} varies from image to image is not known before there are predictions."
     if unknown:
         return Planned(rule.title, None, None, number, None, None, metric.about, None, unknown)
+    if metric.over_classes and assumed.classes is None:
+        raise GateError(f'gate "{rule.title}" is a mean over the classes: how many are there? Say --num-classes')
     _claim(rule, assumed, 2)  # names what is missing
     share = _share(rule, assumed)
     units = _fewest(rule, assumed, share, number)
@@ -164,7 +166,7 @@ def _claim(rule: GateRule, assumed: Assumed, units: int) -> Claim:
     size = images / (1 + (assumed.per_patient - 1) * assumed.icc)
     df = float(max(units - 1, 1)) if assumed.per_patient > 1 else None
     if rule.measure.over_classes:
-        df = float(max(units - assumed.classes, 1))
+        df = float(max(units - (assumed.classes or 1), 1))
     if rule.no_worse_than:
         if rule.margin == 0:
             raise GateError(
@@ -190,7 +192,7 @@ def _enough(rule: GateRule, assumed: Assumed, units: int) -> float:
     """Chance that there is enough of what the metric rests on, with so many units of which every image counts."""
     if assumed.per_patient > 1 and units < MIN_CLUSTERS:
         return 0.0
-    images, classes = units * assumed.per_patient, assumed.classes if rule.measure.over_classes else 2
+    images, classes = units * assumed.per_patient, (rule.measure.over_classes and assumed.classes) or 2
     labels = np.arange(classes * 10) % classes
     pattern = Judged(labels, np.full((len(labels), classes), 1 / classes, np.float32), Sampling.of(len(labels)))
     chance = 1.0

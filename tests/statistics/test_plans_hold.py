@@ -49,7 +49,8 @@ def test_a_study_of_the_planned_size_passes_in_the_stated_share(fields, assumed)
     (found,) = plan([rule], assumed)
     assert found.in_group is not None
     assert found.power is not None
-    shares = (1 / assumed.classes,) * assumed.classes
+    classes = assumed.classes or 2
+    shares = (1 / classes,) * classes
     if assumed.prevalence is not None:
         shares = (1 - assumed.prevalence, assumed.prevalence)
     recalls = (assumed.expect or 0.9,) * len(shares)

@@ -29,6 +29,8 @@ def images(fields, assumed):
         ({"at_least": 0.9, "group": "sex"}, Assumed(0.95), "--groups"),
         ({"at_least": 0.9, "group": "sex"}, Assumed(0.95, groups={"sxe": 2}), 'Did you mean "sex"'),
         ({"at_least": 0.9, "metric": "sensitivity", "positive": "ill"}, Assumed(0.95), "--prevalence"),
+        ({"at_least": 0.8, "metric": "mean_per_class_accuracy"}, Assumed(0.95), "Say --num-classes"),
+        ({"at_least": 0.8}, Assumed(0.95, classes=1), "classes is too small"),
         ({"no_worse_than": "zero_shot"}, Assumed(), "has no margin"),
     ],
 )
