@@ -125,10 +125,10 @@ def asks_little(rule: GateRule, predictions: Predictions) -> bool:
     unskilled = replace(predictions, probs=np.ascontiguousarray(constant), sigmoid=None, ranked=None, confident=True)
     question = ask(rule.metric, unskilled, None, rule.level, rule.outcome_among(predictions.outcomes))
     groups = {"": None} if rule.attribute is None else group_rows(predictions, rule.attribute)
-    for group, rows in groups.items():
-        value = None if group in rule.exclude else rule.measure.value(judged(question.predictions, rows))
-        if group in rule.exclude:
-            continue
-        if value is None or not (value >= rule.at_least if rule.at_least is not None else value <= rule.at_most):
+    for rows in (rows for group, rows in groups.items() if group not in rule.exclude):
+        value = rule.measure.value(judged(question.predictions, rows))
+        if value is None or (rule.at_least is not None and value < rule.at_least):
+            return False
+        if rule.at_most is not None and value > rule.at_most:
             return False
     return True

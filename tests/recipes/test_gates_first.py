@@ -14,6 +14,7 @@ from adaptclip.data.base_new import base_and_new
 from adaptclip.errors import DataError, GateError, SplitError
 from adaptclip.gate_rules import Outcome
 from adaptclip.results import choose_gates
+from adaptclip.types import Predictions
 
 WRONG = {
     "group: writer, at_least: 0.5": "no group attribute 'writer'",
@@ -111,3 +112,19 @@ def test_an_empty_test_part_is_refused_with_gates_and_without(digits, setting):
         empty = replace(digits, card=card, test=digits.test.select([]))
         with pytest.raises(SplitError, match="there is no test image, so nothing that is learnt could be judged"):
             choose_gates(setting, empty)
+
+
+def test_a_run_that_gates_compare_with_is_looked_at_first(gates, digits):
+    def judged(ids):
+        n, names = len(ids), digits.class_names
+        probs = np.full((n, len(names)), 1 / len(names), np.float32)
+        return Predictions(tuple(ids), digits.test.labels[:n], probs, names)
+
+    gates.write_text("gates:\n  - {metric: accuracy, no_worse_than: coop.parquet}\n")
+    with pytest.raises(GateError, match=r"compares with 'coop\.parquet', and there is no such run folder"):
+        choose_gates(str(gates), digits)
+    judged(digits.test.ids[:100]).save(gates.parent / "coop.parquet")
+    with pytest.raises(GateError, match=r"on other images: coop\.parquet judged 100 images, of which 100 are among"):
+        choose_gates(str(gates), digits)
+    judged(digits.test.ids).save(gates.parent / "coop.parquet")
+    assert [rule.no_worse_than for rule in choose_gates(str(gates), digits)] == ["coop.parquet"]
