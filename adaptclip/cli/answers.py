@@ -55,12 +55,14 @@ class Answers:
         self._headings, self._out, self._raw = tuple(headings), out, raw_csv
         self._rows: list[Sequence[str]] = []
         self.count = 0
-        if out is not None and out.exists():
-            raise StorageError(f"{out} exists already; choose another name, or remove it yourself")
+        for path in () if out is None else (out, self._partial):  # a link to nothing is there, too
+            if os.path.lexists(path):
+                what = " (unfinished rows of an earlier command are called so)" if path != out else ""
+                raise StorageError(f"{path} exists already{what}; choose another name, or remove it yourself")
         try:
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-            self._stream: TextIO = sys.stdout if out is None else self._partial.open("w", encoding="utf-8", newline="")
+            self._stream: TextIO = sys.stdout if out is None else self._partial.open("x", encoding="utf-8", newline="")
         except OSError as error:
             raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
         if self.form == "csv":

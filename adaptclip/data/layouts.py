@@ -238,14 +238,18 @@ def _refuse_doubtful(folder: Path, found: dict[str, Path]) -> None:
     }  # those without any image are classes without images, of which the checks speak
     inner = {name: {p.name for p in _folders(path) if images_below(p)} for name, path in found.items()}
     same = next(iter(inner.values())) if len(inner) > 1 and len(set(map(frozenset, inner.values()))) == 1 else set()
-    parts = {split_part(name)[0] for name in with_images if not split_part(name)[1]} - {None}
+    # "trainA" and "testA" share what they say besides; "steam_train" and "crash_test" do not.
+    parts: dict[str, set[str]] = {}
+    for part, rest in map(split_part, with_images):
+        if part is not None:
+            parts.setdefault(rest, set()).add(part)
     shares = [share_of(name) for name in found]
     names = list(found)
     if len(names) > 1 and all(map(is_fold, names)):
         why = "look like the folds of a cross-validation"
     elif len(names) > 1 and None not in shares and abs(sum(s or 0 for s in shares) - 100) < 1:
         why = "look like shares of one set"
-    elif len(parts) > 1:
+    elif any(len(shared) > 1 for shared in parts.values()):
         why = "look like splits, and hold images without class folders"
     elif same:
         why = f"all have the same folders in them ({_some(sorted(same))})"

@@ -130,7 +130,7 @@ def test_a_run_that_is_the_same_file_as_another_is_left_out(tmp_path, capsys):
 
 
 def test_expected_groups_and_classes_that_are_absent_hold_the_gates_that_depend_on_them(tmp_path):
-    expected = Expected(groups={"sex": ("female", "male"), "site": "x"}, classes="all")
+    expected = Expected(groups={"sex": ("female", "male"), "site": ("x",)}, classes="all")
     made = replace(
         drawn(300, groups={"sex": ("female",) * 300, "site": ("x",) * 300}), expected=expected,
         class_names=("a", "b", "c", "d"), probs=np.c_[drawn(300).probs, np.zeros(300, np.float32)],
@@ -150,20 +150,20 @@ def test_expected_groups_and_classes_that_are_absent_hold_the_gates_that_depend_
     # What does not depend on it passes: another side of an outcome.
     assert judge(metric="specificity", positive=("b", "c", "d"), at_least=0.7, min_n=30).verdict == "pass"
     assert judge(metric="sensitivity", positive=("b", "d"), at_least=0.7, min_n=30).verdict == "inconclusive"
-    whole = replace(made, expected=Expected(groups={"sex": "female"}, classes=("a", "b")))
+    whole = replace(made, expected=Expected(groups={"sex": ("female",)}, classes=("a", "b")))
     assert check_gates(whole, None, [GateRule(group="sex", at_least=0.7)])[0].verdict == "pass"
-    left_out = GateRule(group="sex", at_least=0.7, exclude="male", reason="none were examined")
+    left_out = GateRule(group="sex", at_least=0.7, exclude=("male",), reason="none were examined")
     with pytest.raises(GateError, match="no group here"):
         check_gates(whole, None, [left_out])
 
 
 def test_what_is_expected_is_checked_when_the_card_is_read():
     known = {"groups": ["sex"], "class_names": ["a", "b"]}
-    check_declared((), (), (), expect=Expected(groups={"sex": "female"}, classes="all"), **known)
+    check_declared((), (), (), expect=Expected(groups={"sex": ("female",)}, classes="all"), **known)
     with pytest.raises(ValueError, match=r"expect\.groups names a group that columns\.groups lacks: 'sx'"):
-        check_declared((), (), (), expect=Expected(groups={"sx": "female"}), **known)
+        check_declared((), (), (), expect=Expected(groups={"sx": ("female",)}), **known)
     with pytest.raises(ValueError, match=r"expect\.classes names a class that there is not: 'z'"):
-        check_declared((), (), (), expect=Expected(classes="z"), **known)
+        check_declared((), (), (), expect=Expected(classes=("z",)), **known)
     with pytest.raises(ValidationError, match="names nothing"):
         Expected()
     with pytest.raises(ValidationError, match="names no value"):

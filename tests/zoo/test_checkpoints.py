@@ -56,7 +56,7 @@ def half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-SAME: dict[str, Callable[[Path], None]] = {
+SAME: dict[str, Callable[[Path], object]] = {
     "open_clip's own folder": lambda folder: None,
     "the pickle of older versions": replaced("open_clip_pytorch_model.bin", dict),
     "a file of another name": replaced("my_weights.safetensors", dict),

@@ -103,6 +103,10 @@ REFUSED: dict[str, tuple[dict[str, int], str]] = {
         {"train": 2, "test": 2},
         r"train, test|test, train look like splits, and hold images without class folders, .* not taken for classes",
     ),
+    "two divisions of one name": (
+        {"trainA": 2, "trainB": 2, "testA": 2, "testB": 2},
+        r"look like splits, and hold images without class folders, .* not taken for classes",
+    ),
     "unlabelled test images": (
         {"train/a": 2, "train/b": 2, "test": 2},
         r"folder 'train' but none for the test images; test holds images without class folders",

@@ -95,12 +95,30 @@ def test_a_file_has_its_name_when_it_is_complete(artifact, folder, tmp_path, cap
     partial = out.with_name(out.name + ".partial")
     assert len(partial.read_text().splitlines()) == 2 + (form == "csv")
     assert "the 2 rows that were done are in" in capsys.readouterr().err
+    rows = partial.read_text()
+    assert run("predict", artifact, folder, "--out", out, "--on-bad-image", "skip") == 1
+    assert "unfinished rows of an earlier command" in capsys.readouterr().err
+    assert partial.read_text() == rows
+    partial.unlink()
     assert run("predict", artifact, folder, "--out", out, "--on-bad-image", "skip") == 0
     assert capsys.readouterr().out == ""
     assert len(out.read_text().splitlines()) == 4 + (form == "csv")
     assert not partial.exists()
     assert run("predict", artifact, folder, "--out", out) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["answers.csv", "answers.csv.partial"])
+@pytest.mark.parametrize("target", ["photo.png", "nothing"])
+def test_rows_are_never_written_through_a_link(artifact, folder, tmp_path, capsys, name, target):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes((folder / "3.png").read_bytes())
+    (tmp_path / name).symlink_to(tmp_path / target)
+    assert run("predict", artifact, photo, "--out", tmp_path / "answers.csv") == 1
+    assert "exists already" in capsys.readouterr().err
+    assert photo.read_bytes() == (folder / "3.png").read_bytes()
+    assert (tmp_path / name).is_symlink()
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_formats_that_do_not_go_together(artifact, folder, tmp_path, capsys):
