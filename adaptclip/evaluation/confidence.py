@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -50,7 +51,8 @@ def fit_temperature(predictions: Predictions) -> float:
     def loss(log_t: float) -> float:
         return -float(log_softmax(logits / math.exp(log_t), axis=1)[rows, predictions.labels].mean())
 
-    found = minimize_scalar(loss, bounds=(-_LARGEST_LOG_T, _LARGEST_LOG_T), method="bounded", options={"xatol": 1e-6})
+    bounds = -_LARGEST_LOG_T, _LARGEST_LOG_T
+    found: Any = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return math.exp(float(found.x))
 
 

@@ -142,12 +142,13 @@ def test_sets_of_classes_are_measured_as_scikit_learn_does():
     assert (p.positive.sum(axis=1) == 0).any()
     found = {name: metric.value(judged(p)) for name, metric in METRICS.items() if metric.of_labels}
     precision, recall, f1, _ = precision_recall_fscore_support(p.positive, said, average="macro")
+    one: Any = 1
     micro = precision_recall_fscore_support(p.positive, said, average="micro")
     expected = {
         "subset_accuracy": accuracy_score(p.positive, said),
         "hamming_loss": hamming_loss(p.positive, said),
-        "example_jaccard": jaccard_score(p.positive, said, average="samples", zero_division=1),
-        "example_f1": f1_score(p.positive, said, average="samples", zero_division=1),
+        "example_jaccard": jaccard_score(p.positive, said, average="samples", zero_division=one),
+        "example_f1": f1_score(p.positive, said, average="samples", zero_division=one),
         "labels_macro_precision": precision, "labels_macro_sensitivity": recall, "labels_macro_f1": f1,
         "labels_micro_precision": micro[0], "labels_micro_sensitivity": micro[1], "labels_micro_f1": micro[2],
         "labels_macro_auc": roc_auc_score(p.positive, sigmoid_of(p), average="macro"),
@@ -158,6 +159,8 @@ def test_sets_of_classes_are_measured_as_scikit_learn_does():
 
 def test_metrics_of_one_class_an_image_are_silent_about_several(tmp_path):
     p = several()
+    assert p.positive is not None
+    assert p.thresholds is not None
     assert METRICS["accuracy"].value(judged(p)) is None
     note = METRICS["accuracy"].compare(judged(p)).model.note
     assert "several classes, or none" in note
