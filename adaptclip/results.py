@@ -189,7 +189,8 @@ def finish_run(
     if accelerator.is_main_process:
         card = data.card
         declared = {"outcomes": card.outcomes, "intersections": card.intersections, "expected": card.expect}
-        made_by = {"method": method, "backbone": backbone.name}
+        # By digest and without its place: a run that is done again elsewhere writes the same bytes.
+        made_by = {"method": method, "backbone": f"{Path(backbone.name).name} ({backbone.digest})"}
         predictions = with_thresholds(replace(predictions, **declared, made_by=made_by), validation)
         # Judged by the same thresholds: another operating point would compare rules, and not models.
         declared["outcomes"] = predictions.outcomes

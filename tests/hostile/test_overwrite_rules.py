@@ -331,7 +331,9 @@ def test_files(home, command, target):
     if expected == WRITTEN:
         call(home, home / name)
         assert (home / name).read_text() not in ("", "earlier")
-        assert {path for path in snapshot(home) if path not in before} <= {str(home / "out.json"), str(home / name)}
+        # A run's ledger notes that it was judged, which is no output of the command.
+        written = {str(home / "out.json"), str(home / name), str(home / "run" / "judgements.jsonl")}
+        assert {path for path in snapshot(home) if path not in before} <= written
     else:
         with pytest.raises(AdaptclipError, match=expected):
             call(home, home / name)

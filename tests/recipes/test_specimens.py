@@ -16,6 +16,7 @@ import adaptclip as ac
 from adaptclip.cli.probe import probe
 from adaptclip.cli.report import report as report_command
 from adaptclip.errors import ArtifactError, CardError, DataError
+from adaptclip.seals import write_sealed
 from adaptclip.types import Predictions
 
 recipe = load_recipe("linear_probe")
@@ -144,7 +145,7 @@ def test_the_report_of_the_run_shows_the_probe_of_its_own_model(planted, folder,
         assert "a faded drawing" in text
     other = json.loads((planted / "probe.json").read_text()) | {"model": "of another"}
     kept = (planted / "probe.json").read_bytes()
-    (planted / "probe.json").write_text(json.dumps(other))
+    write_sealed(planted / "probe.json", other)
     report_command(planted, out=tmp_path / "again.md")
     (planted / "probe.json").write_bytes(kept)
     text = (tmp_path / "again.md").read_text()

@@ -129,7 +129,7 @@ def test_without_the_floor_a_class_of_five_makes_the_mean_certain(monkeypatch):
 
 
 def test_without_degrees_of_freedom_small_classes_are_too_sure(monkeypatch):
-    world = World("5 classes of 40, one of 4", (1 / 6,) * 6, (0.99,) * 5 + (0.5,), counts=(40,) * 5 + (4,))
+    world = World("a class of 200 and one of 6", (0.5, 0.5), (0.95, 0.7), counts=(200, 6))
     with_it = covered(world, "mean_per_class_accuracy")
     monkeypatch.setattr(estimates._Cells, "degrees", property(lambda self: 1e6))
     assert with_it >= LEAST_COVERED

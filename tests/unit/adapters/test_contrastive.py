@@ -269,7 +269,9 @@ def test_the_saved_folder_is_stock_open_clip(backbone, batch, tmp_path):
     state = tuner.tuned_state()
     folder = tmp_path / "model"
     save_open_clip(folder, state, with_folder(backbone, tmp_path))
-    assert {p.name for p in folder.iterdir()} == {"open_clip_config.json", "open_clip_model.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        "open_clip_config.json", "open_clip_model.safetensors", "check.json",
+    }  # fmt: skip
     stock = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
     assert all(torch.equal(value, state[name]) for name, value in stock.state_dict().items())
     loaded = load_backbone(f"local-dir:{folder}")

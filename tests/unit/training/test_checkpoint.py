@@ -106,7 +106,7 @@ def test_newest_is_by_number_and_foreign_files_do_not_count(tmp_path):
         step_of(tmp_path / "step-99.safetensors")
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace", "mkstemp"])
+@pytest.mark.parametrize("failing", ["fsync", "replace", "open"])
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, failing):
     parts = _parts()
     save_checkpoint(tmp_path, 1, *parts)
@@ -115,7 +115,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, failing
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    owner = {"fsync": "os.fsync", "replace": "pathlib.Path.replace", "mkstemp": "tempfile.mkstemp"}[failing]
+    owner = {"fsync": "os.fsync", "replace": "pathlib.Path.replace", "open": "os.open"}[failing]
     with monkeypatch.context() as patch:
         patch.setattr(owner, fail)
         with pytest.raises(StorageError, match="No space left on device"):
