@@ -165,14 +165,6 @@ def check_file(folder: Path, name: str, told: Any, *, most_bytes: int = MOST_FIL
     return file
 
 
-def check_files(folder: Path, files: Any, *, most_bytes: int = MOST_FILE_BYTES) -> None:
-    """Compares all files that a folder tells of with what it says of them. Raises StorageError, see `check_file`."""
-    if not isinstance(files, Mapping):
-        raise StorageError(f"{folder} should tell its files as an object, got {type(files).__name__}")
-    for name, told in files.items():
-        check_file(folder, name, told, most_bytes=most_bytes)
-
-
 def check_bundle(folder: Path) -> None:
     """Compares a folder with its check.json, where it has one with digests; its README may have been edited.
 

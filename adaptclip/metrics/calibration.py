@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from adaptclip.metrics.estimates import Comparison, Estimate, Measurement, few_clusters, mean
+from adaptclip.metrics.estimates import Comparison, Estimate, Measurement, few_clusters, mean, too_few
 from adaptclip.metrics.intervals import CalibrationParts, CalibrationSpread
 from adaptclip.metrics.judged import Judged
-from adaptclip.metrics.metric import Drawing, Metric, too_few_clusters
+from adaptclip.metrics.metric import Drawing, Metric
 from adaptclip.metrics.resampling import bootstrap_sums
 
 ECE_BINS = 15
@@ -93,10 +93,8 @@ def _compare_ece(judged: Judged, baseline: Judged | None, drawing: Drawing) -> C
     both = [judged] if baseline is None else [judged, baseline]
     sampling, n = judged.sampling, len(judged)
     thin = [_thin_bins(one) if drawing.full_bins else "" for one in both]
-    few = too_few_clusters(judged)
-    if not few and sampling.num_units < 2:
-        few = "no interval: a single image cannot be resampled"
-    elif not few and len(sampling.strata) - len(np.unique(sampling.strata)) < 1:
+    few = too_few(sampling)
+    if not few and len(sampling.strata) - len(np.unique(sampling.strata)) < 1:
         few = few_clusters(sampling.num_units)
     cut = [ece_parts(one) for one in both]
     values = [ece(one).value for one in both]

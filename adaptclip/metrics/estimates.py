@@ -124,8 +124,8 @@ def few_clusters(units: int) -> str:
     return f"no interval: {units} cluster{'s' * (units != 1)}, and at least {MIN_CLUSTERS} are needed"
 
 
-def _too_few(sampling: Sampling) -> str:
-    """Why there is no interval, or nothing."""
+def too_few(sampling: Sampling) -> str:
+    """Why numbers of these images have no interval, or ""."""
     if sampling.clustered and sampling.num_units < MIN_CLUSTERS:
         return few_clusters(sampling.num_units)
     return "no interval: a single image says nothing of others" if sampling.num_units < 2 else ""
@@ -242,7 +242,7 @@ def measured(
     value, n = float(estimate.value), len(estimate.influence) if estimate.n is None else estimate.n
     if not (low < high and low - 1e-9 <= value <= high + 1e-9):
         raise DataError(f"a number on the scale {low:g} to {high:g} was expected, got {value:g}")
-    few = _too_few(sampling)
+    few = too_few(sampling)
     notes = "; ".join(filter(None, (estimate.note, note, few)))
     if few:
         return Measurement(value, n, None, notes)
@@ -279,7 +279,7 @@ def changed(
     """
     reach, n = scale[1] - scale[0], len(after.influence) if after.n is None else after.n
     value = float(after.value - before.value)
-    few = _too_few(sampling)
+    few = too_few(sampling)
     notes = "; ".join(filter(None, (after.note, note, few)))
     if few:
         return Measurement(value, n, None, notes)

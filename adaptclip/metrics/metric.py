@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from adaptclip.metrics.estimates import MIN_CLUSTERS as MIN_CLUSTERS
-from adaptclip.metrics.estimates import Comparison, Estimate, Measurement, changed, few_clusters, measured
+from adaptclip.metrics.estimates import Comparison, Estimate, Measurement, changed, measured
 from adaptclip.metrics.judged import Judged
 
 Better = Literal["higher", "lower", "neither"]
@@ -222,14 +222,3 @@ def _left_out(function: Callable[[np.ndarray, np.ndarray], float], judged: Judge
         one = out & (judged.sampling.unit == judged.sampling.unit[out.argmax()])
         influence[one] = (value - left) * (1 - out.mean()) / one.sum()
     return Estimate(value, influence - influence.mean())
-
-
-def too_few_clusters(judged: Judged) -> str:
-    """Why clustered images have no interval, or ""."""
-    units = judged.sampling.num_units
-    return few_clusters(units) if judged.sampling.clustered and units < MIN_CLUSTERS else ""
-
-
-def names_of(metrics: Sequence[Metric]) -> tuple[str, ...]:
-    """The names, in order."""
-    return tuple(metric.name for metric in metrics)

@@ -17,13 +17,12 @@ from adaptclip.evaluation.comparisons import sign_test
 from adaptclip.evaluation.grouping import align
 from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.metrics.gaps import holm
+from adaptclip.metrics.metric import MIN_CLASS_IMAGES
 from adaptclip.reports.numbers import number
 from adaptclip.types import Predictions
 
 MAX_CLASSES = 10
 """Classes that the audit lists."""
-
-MIN_CLASS_IMAGES = 10
 
 NOTE = (
     "The audit shows what words do and chooses none: to use other names or templates, put them into the data card and "

@@ -11,14 +11,12 @@ from adaptclip.gate_rules import ARGMAX
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.gaps import gap_test, holm
 from adaptclip.metrics.judged import Sampling
+from adaptclip.metrics.metric import MIN_CLASS_IMAGES
 from adaptclip.reports.numbers import MIN_GROUP, number
 from adaptclip.types import Predictions
 
 MOST_CLASSES = 20
 """Classes that are listed, those with the largest difference of true positive rates first."""
-
-MIN_CLASS_IMAGES = 10
-"""Images of a class that a group needs for its true positive rate to be compared."""
 
 
 def class_rates(

@@ -14,6 +14,7 @@ from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.gate_rules import BETWEEN
 from adaptclip.metrics import GENERAL_METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import mean_of
+from adaptclip.metrics.metric import MIN_CLASS_IMAGES
 from adaptclip.metrics.rates import absent_classes
 from adaptclip.reports.bias import group_table
 from adaptclip.reports.numbers import comparison, number
@@ -21,9 +22,6 @@ from adaptclip.reports.outcomes import outcome_overall
 from adaptclip.types import Predictions
 
 FORMAT_VERSION = 1
-
-MIN_CLASS_IMAGES = 10
-"""A class with fewer test images is marked insufficient."""
 
 
 def build_report(
