@@ -92,7 +92,7 @@ def multi_label_report(
     return {
         "thresholds": thresholds.to_dict(),
         "labels_per_image": float(marks.named.sum(axis=1).mean()),
-        "unnamed": number(mean_of(~marks.named.any(axis=1), sampling), confidence),
+        "unnamed": number(mean_of(marks.named.sum(axis=1) == 0, sampling), confidence),
         **{name: number(value, confidence) for name, value in whole.items()},
         "per_class": per_class,
         "macro": {name: number(value, confidence) for name, value in macro.items()},
