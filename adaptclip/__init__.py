@@ -18,21 +18,21 @@ _HOMES = {
     "AdaptclipError": "errors",
     "AdaptedModel": "artifact",
     "CaptionLoader": "data.captions",
-    "CoCoOp": "adapters",
-    "CoOp": "adapters",
-    "ContrastiveTuning": "adapters",
+    "CoCoOp": "methods",
+    "CoOp": "methods",
+    "ContrastiveTuning": "methods",
     "FeatureCache": "features",
     "FeatureLoader": "training.steps",
     "Features": "types",
-    "GDA": "adapters",
-    "LinearProbe": "adapters",
-    "LoRA": "adapters",
+    "GDA": "methods",
+    "LinearProbe": "methods",
+    "LoRA": "methods",
     "PixelLoader": "training.pixels",
     "Predictions": "types",
-    "SSText": "adapters",
-    "TipAdapter": "adapters",
-    "TwoStage": "adapters",
-    "ZeroShotClassifier": "adapters",
+    "SSText": "methods",
+    "TipAdapter": "methods",
+    "TwoStage": "methods",
+    "ZeroShotClassifier": "methods",
     "backward_and_step": "training.steps",
     "build_mitigation": "training.mitigation",
     "build_optimizer": "training.optim",
@@ -50,12 +50,12 @@ _HOMES = {
     "load_card": "data.card",
     "load_checkpoint": "training.checkpoint",
     "make_accelerator": "training.tracking",
-    "nearest_words": "adapters.prompt_reading",
+    "nearest_words": "methods.prompt_reading",
     "open_data": "data.sources",
-    "parse_objective": "adapters.objective",
+    "parse_objective": "methods.objective",
     "predict": "evaluation.predict",
     "predict_held_out": "results",
-    "read_prompt": "adapters.prompt_reading",
+    "read_prompt": "methods.prompt_reading",
     "sample_few_shot": "data.fewshot",
     "save_artifact": "artifact",
     "save_checkpoint": "training.checkpoint",
@@ -120,20 +120,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from adaptclip.adapters import (
-        GDA,
-        CoCoOp,
-        ContrastiveTuning,
-        CoOp,
-        LinearProbe,
-        LoRA,
-        SSText,
-        TipAdapter,
-        TwoStage,
-        ZeroShotClassifier,
-    )
-    from adaptclip.adapters.objective import parse_objective
-    from adaptclip.adapters.prompt_reading import nearest_words, read_prompt
     from adaptclip.artifact import AdaptedModel, load, save_artifact
     from adaptclip.backbone import load_backbone
     from adaptclip.data.captions import CaptionLoader
@@ -146,6 +132,20 @@ if TYPE_CHECKING:
     from adaptclip.evaluation.predict import predict
     from adaptclip.features import FeatureCache
     from adaptclip.gates import check_gates
+    from adaptclip.methods import (
+        GDA,
+        CoCoOp,
+        ContrastiveTuning,
+        CoOp,
+        LinearProbe,
+        LoRA,
+        SSText,
+        TipAdapter,
+        TwoStage,
+        ZeroShotClassifier,
+    )
+    from adaptclip.methods.objective import parse_objective
+    from adaptclip.methods.prompt_reading import nearest_words, read_prompt
     from adaptclip.reports.full import full_report
     from adaptclip.reports.levelling import compare_groups
     from adaptclip.reports.summary import build_report

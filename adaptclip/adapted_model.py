@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from adaptclip.adapters import Adapter
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.decode import decode_image
 from adaptclip.errors import DataError, ResourceError
 from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.methods import Adapter
 from adaptclip.types import Batch
 
 

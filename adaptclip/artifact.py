@@ -22,8 +22,6 @@ import adaptclip
 from adaptclip.adapted_model import AdaptedModel as AdaptedModel
 from adaptclip.adapted_model import Prediction as Prediction
 from adaptclip.adapted_model import Unreadable as Unreadable
-from adaptclip.adapters import ADAPTERS, Adapter
-from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact_checks import (
     MANIFEST_FILE,
     README_FILE,
@@ -42,6 +40,8 @@ from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import ArtifactError, did_you_mean
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
 from adaptclip.gates import Verdict
+from adaptclip.methods import ADAPTERS, Adapter
+from adaptclip.methods.objective import objective_of
 from adaptclip.model_card import model_card
 from adaptclip.outputs import atomic_folder
 from adaptclip.seals import check_file, describe_files, read_report, seal, stays_inside

@@ -12,8 +12,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from adaptclip.adapters import Adapter
-from adaptclip.adapters.objective import Objective
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData, ImageDataset
@@ -27,6 +25,8 @@ from adaptclip.gate_rules import ZERO_SHOT
 from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_gates
 from adaptclip.gates.ledger import note_judgement
 from adaptclip.gates.references import load_references
+from adaptclip.methods import Adapter
+from adaptclip.methods.objective import Objective
 from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
 from adaptclip.reports.render import print_report, to_html, to_markdown

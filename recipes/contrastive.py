@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import adaptclip as ac
-from adaptclip.adapters.contrastive import interpolate, pair_texts
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.saving import open_clip_config, save_open_clip
 from adaptclip.data.dataset import DomainData
 from adaptclip.evaluation.wise_ft import curve_markdown, judge_retrieval, wise_ft_curve
+from adaptclip.methods.contrastive import interpolate, pair_texts
 from adaptclip.storage import write_json, write_text
 
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import adaptclip as ac
-from adaptclip.adapters.contrastive import caption_tokens
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.caption_teacher import caption_directions, sentence_embeddings
 from adaptclip.backbone.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
@@ -36,6 +35,7 @@ from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.errors import DataError
 from adaptclip.evaluation.measuring import measure
 from adaptclip.evaluation.wise_ft import Yardstick
+from adaptclip.methods.contrastive import caption_tokens
 from adaptclip.metrics.intervals import wilson
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.reports.numbers import number

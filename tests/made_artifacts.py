@@ -12,11 +12,11 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from adaptclip.adapters import ADAPTERS
 from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.gates import check_gates
+from adaptclip.methods import ADAPTERS
 from adaptclip.reports.summary import build_report
 from adaptclip.seals import SEAL, describe_files, seal
 from adaptclip.storage import digest

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "errors", "terminal", "storage", "seals", "outputs", "seeding", "metrics", "gate_rules", "prediction_files",
-    "types", "config", "hub", "data", "backbone", "prompts", "features", "adapters", "training", "evaluation",
+    "types", "config", "hub", "data", "backbone", "prompts", "features", "methods", "training", "evaluation",
     "reports", "gates", "artifact_checks", "model_card", "adapted_model", "artifact", "export", "search", "results",
     "experiments", "entrypoint", "cli",
 )  # fmt: skip

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip import artifact
-from adaptclip.adapters import ADAPTERS, ContrastiveTuning, TwoStage
-from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact import load, save_artifact
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.backbone.saving import save_open_clip
@@ -26,6 +24,8 @@ from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import Kind, export_artifact
+from adaptclip.methods import ADAPTERS, ContrastiveTuning, TwoStage
+from adaptclip.methods.objective import objective_of
 from adaptclip.reports.summary import build_report
 from adaptclip.training.mitigation import Mitigation
 from adaptclip.types import Batch, Features, Predictions

@@ -12,7 +12,7 @@ from adaptclip.errors import shown
 from adaptclip.terminal import console
 
 if TYPE_CHECKING:
-    from adaptclip.adapters.applicability import Applicability
+    from adaptclip.methods.applicability import Applicability
 
 
 def inspect(
@@ -26,10 +26,10 @@ def inspect(
         classes: how many classes the parameters are counted for.
         json: print everything as JSON.
     """
-    from adaptclip.adapters.applicability import methods_for
     from adaptclip.backbone import load_backbone
     from adaptclip.backbone.describe import describe_backbone
     from adaptclip.errors import ConfigError
+    from adaptclip.methods.applicability import methods_for
 
     if classes < 1:
         raise ConfigError(f"classes must be at least 1, got {classes}")

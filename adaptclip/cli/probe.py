@@ -40,13 +40,13 @@ def probe(
         on_bad_image: stop at the first unreadable image, or leave it out.
         allow_failed_gates: probe a model although one of its gates failed.
     """
-    from adaptclip.adapters import ZeroShotClassifier
     from adaptclip.artifact import artifact_folder, load
     from adaptclip.data.card import load_card
     from adaptclip.data.sources import open_data
     from adaptclip.evaluation.predict import predict
     from adaptclip.evaluation.probing import is_comparable, probe_scores
     from adaptclip.features import FeatureCache
+    from adaptclip.methods import ZeroShotClassifier
     from adaptclip.outputs import check_file
     from adaptclip.reports.text_probe import check_words, probe_report
     from adaptclip.seals import write_sealed

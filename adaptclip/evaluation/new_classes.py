@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from accelerate import Accelerator
 
-from adaptclip.adapters.zero_shot import ZeroShotClassifier
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData
 from adaptclip.evaluation.predict import predict
 from adaptclip.features import FeatureCache
+from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.types import Predictions
 
 

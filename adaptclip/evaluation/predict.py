@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adaptclip.adapters.base import check_features
-from adaptclip.adapters.objective import objective_of
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import DataError
+from adaptclip.methods.base import check_features
+from adaptclip.methods.objective import objective_of
 from adaptclip.types import Batch, Features, Predictions
 
 if TYPE_CHECKING:

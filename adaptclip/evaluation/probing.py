@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from adaptclip.adapters import Adapter
 from adaptclip.evaluation.predict import evaluation_mode
+from adaptclip.methods import Adapter
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch, Features
 

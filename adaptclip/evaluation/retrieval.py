@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from adaptclip.adapters.contrastive import encode_packed, packed_tower
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import DataError
+from adaptclip.methods.contrastive import encode_packed, packed_tower
 from adaptclip.metrics.intervals import wilson_bound
 
 KS = (1, 5, 10)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from adaptclip.adapters.lora_layers import check_scale
 from adaptclip.data.base_new import harmonic_mean
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import ConfigError
 from adaptclip.evaluation.measuring import judged as judged_images
 from adaptclip.evaluation.predict import predict
 from adaptclip.features import FeatureCache
+from adaptclip.methods.lora_layers import check_scale
 from adaptclip.metrics.calibration import ece
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Predictions

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.adapters.objective import ThresholdRule
 from adaptclip.errors import DataError
+from adaptclip.methods.objective import ThresholdRule
 from adaptclip.types import Predictions
 
 FALLBACK = 0.5

@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from adaptclip.adapters.contrastive import caption_tokens, interpolate
-from adaptclip.adapters.zero_shot import ZeroShotClassifier
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.saving import with_weights
 from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.evaluation.predict import predict
 from adaptclip.evaluation.retrieval import KS, encode_captions, retrieval
 from adaptclip.features import FeatureCache
+from adaptclip.methods.contrastive import caption_tokens, interpolate
+from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.metrics.intervals import wilson
 from adaptclip.storage import write_json, write_text
 from adaptclip.types import Features

@@ -12,8 +12,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from adaptclip.adapters import GDA, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage, ZeroShotClassifier
-from adaptclip.adapters.base import Adapter
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment, train_augment
@@ -21,6 +19,8 @@ from adaptclip.errors import ConfigError
 from adaptclip.experiments.loop import train_by_steps
 from adaptclip.experiments.store import FeatureStore
 from adaptclip.features import FeatureCache
+from adaptclip.methods import GDA, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage, ZeroShotClassifier
+from adaptclip.methods.base import Adapter
 from adaptclip.prompts import TEMPLATES
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.pixels import training_loader

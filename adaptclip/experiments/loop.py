@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adaptclip.adapters import Adapter
+from adaptclip.methods import Adapter
 from adaptclip.training.steps import Loader, backward_and_step, train_steps
 from adaptclip.types import Batch
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from adaptclip.adapters.base import Adapter
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.experiments.fits import (
     Fitted,
@@ -25,6 +24,7 @@ from adaptclip.experiments.fits import (
     with_ensemble,
     with_templates,
 )
+from adaptclip.methods.base import Adapter
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.adapters.objective import objective_of
 from adaptclip.artifact import AdaptedModel
 from adaptclip.errors import ArtifactError
+from adaptclip.methods.objective import objective_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptclip.adapters.contrastive import caption_tokens
 from adaptclip.artifact import load
 from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.data.card import Card, load_card
@@ -19,6 +18,7 @@ from adaptclip.data.decode import decode_image, read_file
 from adaptclip.data.fingerprints import content_digest
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ConfigError, DataError, did_you_mean
+from adaptclip.methods.contrastive import caption_tokens
 
 PARTS = ("all", "train", "validation", "test")
 """Parts of a data card that can be indexed."""

@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from adaptclip.adapters.base import Adapter
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import ConfigError
 from adaptclip.features import FeatureCache
+from adaptclip.methods.base import Adapter
 from adaptclip.seeding import derive_seed
 from adaptclip.training.steps import FeatureLoader, StepPlan
 from adaptclip.types import Batch

@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.adapters import CoOp
 from adaptclip.backbone import ClipBackbone
+from adaptclip.methods import CoOp
 from adaptclip.storage import write_json
 from adaptclip.types import Batch
 

@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 import adaptclip as ac
-from adaptclip.adapters.coop import initial_context
 from adaptclip.experiments.jobs import Job, Worker, make_grid
 from adaptclip.experiments.methods import choose_methods, read_settings
 from adaptclip.experiments.store import FeatureStore
+from adaptclip.methods.coop import initial_context
 from adaptclip.storage import write_json
 from adaptclip.training.pixels import PixelLoader
 

@@ -23,8 +23,8 @@ from measuring import GIB, PeakMemory, class_names, timed
 from open_clip.tokenizer import HFTokenizer
 from torch.nn import functional as F
 
-from adaptclip.adapters import CoOp, LoRA
 from adaptclip.backbone import ClipBackbone
+from adaptclip.methods import CoOp, LoRA
 from adaptclip.storage import write_json
 from adaptclip.types import Batch
 

@@ -2,7 +2,7 @@
 
 Shapes of ViT-B/32 (image tower at 224 px, 50 tokens; text tower of 77 tokens) with random weights, rank 2 on query, key
 and value of both towers, a batch of 32 images, float32. The published step sends every class's prompt through the text
-tower at its full 77 tokens; ours is the forward and backward of `adaptclip.adapters.LoRA`. The two take turns, so that
+tower at its full 77 tokens; ours is the forward and backward of `adaptclip.methods.LoRA`. The two take turns, so that
 other work on the machine slows both. Every row runs in a process of its own, so that its peak memory can be read.
 
 Run     python tests/benchmarks/lora_step.py results.json
@@ -29,10 +29,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.adapters import LoRA
-from adaptclip.adapters.lora_layers import lora_parameters
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.attention import PROJECTIONS, share_weights
+from adaptclip.methods import LoRA
+from adaptclip.methods.lora_layers import lora_parameters
 from adaptclip.storage import write_json
 from adaptclip.types import Batch
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/unit/backbone", "tests/unit/adapters")
+TESTS = ("tests/unit/backbone", "tests/unit/methods")
 
 
 def source_folder(path: Path) -> Path:

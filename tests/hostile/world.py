@@ -25,12 +25,12 @@ from recipe_files import load_recipe
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
-from adaptclip.adapters.lora import LoRA
 from adaptclip.artifact import save_artifact
 from adaptclip.data.sources import open_data
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import export_artifact
 from adaptclip.gates import check_gates, load_gates
+from adaptclip.methods.lora import LoRA
 from adaptclip.reports.summary import build_report
 from adaptclip.search import build_index, load_encoder
 from adaptclip.types import Predictions

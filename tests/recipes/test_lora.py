@@ -18,10 +18,10 @@ from recipe_files import CPU, ROOT, load_recipe
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
-from adaptclip.adapters import LoRA
 from adaptclip.cli.report import report as report_command
 from adaptclip.errors import AdaptclipError
 from adaptclip.evaluation.predict import predict
+from adaptclip.methods import LoRA
 from adaptclip.storage import read_tensors, read_yaml
 from adaptclip.training.pixels import PixelLoader
 from adaptclip.types import Predictions

@@ -18,10 +18,10 @@ from recipe_files import load_recipe
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
-from adaptclip.adapters.objective import ThresholdRule
 from adaptclip.cli import main as command
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.evaluation.thresholds import best_thresholds
+from adaptclip.methods.objective import ThresholdRule
 from adaptclip.storage import read_json, read_tensors
 from adaptclip.types import Predictions
 

@@ -18,8 +18,8 @@ from recipe_files import CPU, ROOT, load_recipe
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
-from adaptclip.adapters import LoRA
 from adaptclip.errors import AdaptclipError
+from adaptclip.methods import LoRA
 from adaptclip.storage import read_tensors
 from adaptclip.training.pixels import PixelLoader
 from adaptclip.training.steps import FeatureLoader

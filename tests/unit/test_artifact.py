@@ -19,7 +19,6 @@ from PIL import Image
 from tiny_clip import write_tiny_checkpoint
 
 import adaptclip
-from adaptclip.adapters import CoOp, ZeroShotClassifier
 from adaptclip.artifact import load, save_artifact
 from adaptclip.backbone import load_backbone
 from adaptclip.data.card import load_card
@@ -27,6 +26,7 @@ from adaptclip.data.fewshot import sample_few_shot
 from adaptclip.data.sources import open_data
 from adaptclip.errors import AdaptclipError, ArtifactError, DataError, StorageError
 from adaptclip.gates import check_gates
+from adaptclip.methods import CoOp, ZeroShotClassifier
 from adaptclip.reports.summary import build_report
 from adaptclip.seals import SEAL, describe_files, write_sealed
 from adaptclip.storage import write_json

@@ -14,13 +14,13 @@ import torch
 from made_artifacts import edit_manifest
 from tiny_clip import write_tiny_checkpoint
 
-from adaptclip.adapters import LoRA, ZeroShotClassifier
 from adaptclip.artifact import load, save_artifact
 from adaptclip.backbone import load_backbone
 from adaptclip.backbone.attention import split_attention
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError
+from adaptclip.methods import LoRA, ZeroShotClassifier
 from adaptclip.reports.summary import build_report
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.types import Batch, Predictions

@@ -10,9 +10,9 @@ from tiny_clip import make_tiny_backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.adapters.lora_layers import inject_lora, lora_layers, lora_parameters
 from adaptclip.backbone import class_token, load_backbone
 from adaptclip.backbone.class_token import encode_image, pools_class_token
+from adaptclip.methods.lora_layers import inject_lora, lora_layers, lora_parameters
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

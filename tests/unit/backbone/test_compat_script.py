@@ -25,7 +25,7 @@ def script():
 def test_a_dry_run(script, capsys, tmp_path):
     installed = Path(open_clip.__file__).parents[1]
     assert script.main([str(installed), "--dry-run"]) == 0
-    assert f"tests/unit/backbone, tests/unit/adapters with PYTHONPATH={installed}" in capsys.readouterr().out
+    assert f"tests/unit/backbone, tests/unit/methods with PYTHONPATH={installed}" in capsys.readouterr().out
     (tmp_path / "src" / "open_clip").mkdir(parents=True)
     (tmp_path / "src" / "open_clip" / "version.py").touch()
     assert script.source_folder(tmp_path) == tmp_path / "src"

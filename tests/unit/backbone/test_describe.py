@@ -8,10 +8,10 @@ import pytest
 from tiny_clip import write_tiny_checkpoint
 from tiny_kinds import KINDS, PREPROCESS, make_kind
 
-from adaptclip.adapters import ADAPTERS, CoOp, LoRA
-from adaptclip.adapters.applicability import methods_for
 from adaptclip.backbone.describe import describe_backbone
 from adaptclip.cli import main
+from adaptclip.methods import ADAPTERS, CoOp, LoRA
+from adaptclip.methods.applicability import methods_for
 
 # A FastViT has 4 stages of one block here, and 3 reductions between them.
 EXPECTED = {

@@ -13,11 +13,11 @@ from tiny_clip import make_tiny_backbone, tiny_config
 from tiny_kinds import KINDS, MORE_KINDS, make_kind
 from torch import nn
 
-from adaptclip.adapters.lora_layers import inject_lora, lora_layers
 from adaptclip.backbone import load_backbone
 from adaptclip.backbone.attention import split_attention
 from adaptclip.backbone.lora_targets import count_attention, find_targets
 from adaptclip.errors import BackboneError
+from adaptclip.methods.lora_layers import inject_lora, lora_layers
 
 ATTENTIONS = {
     "ViT-B-16": (2, 2),

@@ -12,12 +12,12 @@ from tiny_kinds import KINDS, MORE_KINDS, SENTENCES, byte_level, gemma, make_kin
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.adapters import CoOp
-from adaptclip.adapters.coop import suffix_ids
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.prompt_tokens import PromptTokens
 from adaptclip.backbone.text import make_text_tower
 from adaptclip.errors import BackboneError
+from adaptclip.methods import CoOp
+from adaptclip.methods.coop import suffix_ids
 
 # Image towers of these differ, their text towers do not.
 TEXT_KINDS = [k for k in (*KINDS, *MORE_KINDS) if k not in ("RN50", "convnext_base", "efficientnet", "EVA01-g-14")]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptclip.adapters import LoRA
 from adaptclip.data.base_new import base_and_new
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.evaluation.new_classes import predict_new_classes
+from adaptclip.methods import LoRA
 from adaptclip.types import Batch
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from adaptclip.adapters import LoRA
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.base_new import base_and_new
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ConfigError
 from adaptclip.evaluation.scale_curve import SCALES, best_scale, check_setting, choose_scale, scale_curve
+from adaptclip.methods import LoRA
 from adaptclip.types import Batch
 
 TEMPLATES = ("a photo of the digit {}.", "the number {}.")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, precision_recall_curve
 
-from adaptclip.adapters.objective import ThresholdRule
 from adaptclip.errors import DataError
 from adaptclip.evaluation.thresholds import FALLBACK, Thresholds, best_thresholds, choose_thresholds
+from adaptclip.methods.objective import ThresholdRule
 from adaptclip.types import Predictions
 
 F1 = ThresholdRule()

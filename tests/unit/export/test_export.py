@@ -21,7 +21,6 @@ from made_artifacts import IMAGE_TOWERS, save, write_checkpoint
 from PIL import Image
 from tiny_kinds import KINDS, write_kind
 
-from adaptclip.adapters import ADAPTERS
 from adaptclip.artifact import load
 from adaptclip.backbone import load_backbone
 from adaptclip.data.card import load_card
@@ -32,6 +31,7 @@ from adaptclip.export import FORMATS, classifier, export_artifact, onnx_graph, s
 from adaptclip.export.checking import check_pictures
 from adaptclip.export.decoding import image_kinds
 from adaptclip.export.heads import HEADS, WITHOUT_HEAD
+from adaptclip.methods import ADAPTERS
 from adaptclip.storage import read_tensors, write_tensors
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,9 +17,9 @@ from recipe_files import CPU, RECIPES, ROOT, load_recipe
 from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
-from adaptclip.adapters import CoCoOp, CoOp, LoRA, TipAdapter, TwoStage
 from adaptclip.errors import ConfigError
 from adaptclip.experiments.loop import train_by_steps
+from adaptclip.methods import CoCoOp, CoOp, LoRA, TipAdapter, TwoStage
 from adaptclip.seeding import seed_everything
 from adaptclip.training.launcher import settled
 from adaptclip.training.optim import build_optimizer, build_scheduler

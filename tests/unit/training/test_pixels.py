@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaptclip.adapters import LoRA
 from adaptclip.data.card import load_card
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.data.fingerprints import content_digest
@@ -19,6 +18,7 @@ from adaptclip.data.sources import open_data
 from adaptclip.data.transforms import train_augment
 from adaptclip.errors import ConfigError, DataError
 from adaptclip.features import FeatureCache
+from adaptclip.methods import LoRA
 from adaptclip.training.pixels import PixelLoader, training_loader
 from adaptclip.training.steps import FeatureLoader, train_steps
 from adaptclip.training.tracking import make_accelerator

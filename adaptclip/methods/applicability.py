@@ -1,0 +1,69 @@
+"""Which methods apply to a model, how many numbers each learns, and why one does not apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import AdaptclipError
+from adaptclip.methods import ADAPTERS, ContrastiveTuning, TwoStage
+
+
+@dataclass(frozen=True)
+class Applicability:
+    """Whether a method applies to a model at its default settings.
+
+    Attributes:
+        method: a key of ADAPTERS, or "contrastive" (its LoRA form).
+        applies: whether it can be built.
+        consumes: "features" or "pixels"; None where it does not apply.
+        learnt: numbers it learns, of all its stages; 0 for a closed form. None where it does not apply.
+        stored: numbers its artifact holds. None where it does not apply.
+        reason: the error in words where it does not apply, else "".
+    """
+
+    method: str
+    applies: bool
+    consumes: str | None
+    learnt: int | None
+    stored: int | None
+    reason: str = ""
+
+
+def methods_for(backbone: ClipBackbone, *, num_classes: int = 10) -> list[Applicability]:
+    """Builds every method on a model, without training.
+
+    Args:
+        backbone: any loaded model.
+        num_classes: classes the counts are for. Heads grow with them; Tip-Adapter's cache, here one image per class,
+            grows with the images.
+    """
+    names = [f"class {i}" for i in range(1, num_classes + 1)]
+
+    def build(kind: Any, **settings: Any) -> Callable[[], Any]:
+        return lambda: kind(backbone, names, **settings)
+
+    makers: dict[str, Callable[[], Any]] = {name: build(kind) for name, kind in ADAPTERS.items()}
+    makers["tip_adapter"] = build(ADAPTERS["tip_adapter"], num_keys=num_classes)
+    makers["contrastive"] = lambda: ContrastiveTuning(backbone, how="lora")
+    return [_try(method, make) for method, make in makers.items()]
+
+
+def _try(method: str, make: Callable[[], Any]) -> Applicability:
+    try:
+        adapter = make()
+    except AdaptclipError as error:
+        return Applicability(method, False, None, None, None, str(error))
+    learnt = adapter.trainable_parameters()
+    if isinstance(adapter, TwoStage):
+        learnt = [*learnt, *adapter.lora.trainable_parameters()]
+    stored = adapter.adapter_state().values()
+    return Applicability(method, True, adapter.consumes, _count(learnt), _count(stored))
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,198 @@
+"""Tip-Adapter: the training images themselves are kept as keys, and vote for their classes by similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import ArtifactError, ConfigError
+from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.support import Choice, check_factor, choose_by_accuracy, support_rows, validation_rows
+from adaptclip.prompts import zero_shot_weights
+from adaptclip.types import Batch, Features
+
+ALPHAS = tuple(round(0.1 * 500 ** (i / 19), 4) for i in range(20))
+"""Candidates for alpha: 20 from 0.1 to 50, at equal ratios.
+
+The published search has 20 equally spaced values from 0.1 to an upper end that its authors set for each data set, 3 on
+ImageNet and up to 50 where the text alone does poorly. One grid for all data sets has to span all of these.
+"""
+
+BETAS = tuple(round(0.1 * 500 ** (i / 49), 4) for i in range(50))
+"""Candidates for beta: 50 from 0.1 to 50, at equal ratios; in the published search, 200 up to 7 to 50 by data set."""
+
+
+class TipAdapter(nn.Module):
+    """Tip-Adapter and Tip-Adapter-F (Zhang et al. 2022, arXiv:2207.09519), a key-value cache beside zero-shot CLIP.
+
+    With the unit-norm feature f of an image, the text features t_c, the keys k_j and their classes y_j (sec. 3.1):
+
+        logit_c = scale · f·t_c  +  alpha · sum over j with y_j = c of exp(-beta · (1 - f·k_j))
+
+    A key is the mean of the unit-norm features of one training image's augmented views, normalised again. Tip-Adapter
+    keeps the keys; Tip-Adapter-F starts from them and learns them by gradient descent (and does not normalise them
+    any more), with the values and the text features frozen. The scale is the backbone's own (100 in the paper).
+
+    Without keys (before `fit`), and with alpha 0, it is the zero-shot classifier.
+
+    Args:
+        backbone: frozen CLIP.
+        class_names: C names in the order of the label ids.
+        templates: prompts with one `{}`; their features are averaged per class.
+        alpha: weight of the cache against the text, 0 or more; the paper's value is 1.
+        beta: sharpness of the similarity, 0 or more; the paper's value is 5.5.
+        learn_keys: the keys are trainable (Tip-Adapter-F).
+        num_keys: keys of a state that will be loaded; `fit` makes as many as there are images.
+
+    Raises:
+        ConfigError: alpha, beta or num_keys is out of range.
+        BackboneError: a prompt is longer than the context.
+    """
+
+    consumes: Literal["features", "pixels"] = "features"
+    text: Tensor
+    key_labels: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        alpha: float = 1.0,
+        beta: float = 5.5,
+        learn_keys: bool = False,
+        num_keys: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_keys < 0:
+            raise ConfigError(f"num_keys must be 0 or more, got {num_keys}")
+        self.alpha, self.beta = check_factor("alpha", alpha), check_factor("beta", beta)
+        self.backbone, self.templates, self.learn_keys = backbone, tuple(templates), learn_keys
+        text = zero_shot_weights(backbone, tuple(class_names), self.templates)
+        self.register_buffer("text", text, persistent=False)
+        self.register_buffer("key_labels", torch.empty(0, dtype=torch.long), persistent=False)
+        self.register_buffer("values", torch.empty(0), persistent=False)
+        # Keys of no class yet: they vote for none.
+        self._set_keys(torch.zeros(num_keys, text.shape[1]), torch.full((num_keys,), -1))
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The backbone."""
+        return self.backbone
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        return {
+            "templates": list(self.templates),
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "learn_keys": self.learn_keys,
+            "num_keys": len(self.keys),
+        }
+
+    def fit(self, features: Features) -> None:
+        """Makes the cache: one key per training image. Call it before an optimizer is built over the keys.
+
+        Args:
+            features: of the training images, (V, N, D); the paper takes V = 10 augmented views.
+
+        Raises:
+            DataError: there are no images, a label is out of range, or the features come from another backbone.
+        """
+        rows, labels = support_rows(features, self.backbone, len(self.text))
+        self._set_keys(F.normalize(rows.mean(dim=0), dim=-1).float(), labels)
+
+    def choose(
+        self, validation: Features, *, alphas: Sequence[float] = ALPHAS, betas: Sequence[float] = BETAS
+    ) -> Choice:
+        """Takes over the pair of alpha and beta that classifies the validation images best.
+
+        Ties are frequent with few images: see `choose_by_accuracy`; what is then still equal goes to the smaller
+        beta, then the smaller alpha, where the grids ascend. The published code chooses on the test images of most
+        data sets, which this does not.
+
+        Args:
+            validation: features of images that neither `fit` nor training has seen, (1, N, D).
+            alphas: candidates for alpha.
+            betas: candidates for beta.
+
+        Raises:
+            ConfigError: a candidate is out of range, or there is none.
+            DataError: there are no validation images, or the features do not fit.
+        """
+        rows, labels = validation_rows(validation, self.backbone, len(self.text))
+        alphas = [check_factor("alpha", alpha) for alpha in alphas]
+        betas = [check_factor("beta", beta) for beta in betas]
+        choice = choose_by_accuracy(self._candidates(rows, alphas, betas), labels)
+        self.alpha, self.beta = choice.values["alpha"], choice.values["beta"]
+        return choice
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of a batch of image features."""
+        features = batch_features(batch, self.text.shape[1])
+        zero_shot = scaled_logits(features, self.text, self.backbone.logit_scale)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            similarity = features.float() @ self.keys.float().T
+            return zero_shot + self.alpha * (torch.exp(-self.beta * (1 - similarity)) @ self.values)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns the keys of Tip-Adapter-F; nothing for Tip-Adapter."""
+        return [self.keys] if self.learn_keys else []
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns the (K, D) keys and their (K,) class ids, K training images."""
+        return {"keys": self.keys.detach(), "key_labels": self.key_labels}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over keys and their classes. Raises ArtifactError when they do not fit."""
+        shapes = {"keys": self.keys.shape, "key_labels": self.key_labels.shape}
+        check_state(state, shapes, f"a Tip-Adapter with {len(self.keys)} keys")
+        labels = state["key_labels"]
+        last = len(self.text) - 1
+        if labels.is_floating_point() or bool(((labels < -1) | (labels > last)).any()):
+            raise ArtifactError(
+                f"'key_labels' in this state of a Tip-Adapter should be class ids from 0 to {last}; it was "
+                "trained with other classes"
+            )
+        with torch.no_grad():
+            self.keys.copy_(state["keys"])  # in place: an optimizer may hold the parameter
+        self._set_labels(labels)
+
+    def penalty(self) -> Tensor:
+        """Returns 0."""
+        return torch.zeros((), device=self.text.device)
+
+    def class_weights(self) -> Tensor:
+        """Returns the (C, D) unit-norm text features; the keys are not among them."""
+        return self.text
+
+    def _candidates(
+        self, rows: Tensor, alphas: Sequence[float], betas: Sequence[float]
+    ) -> Iterator[tuple[dict[str, float], Tensor]]:
+        """Yields each pair with its (N, C) logits, in double precision on the CPU."""
+        labels = self.key_labels.cpu()
+        voting = labels >= 0
+        similarity = rows @ self.keys.detach().cpu().double()[voting].T
+        zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
+        for beta in betas:
+            votes = torch.exp(-beta * (1 - similarity))
+            cache = torch.zeros_like(zero_shot).index_add_(1, labels[voting], votes)
+            for alpha in alphas:
+                yield {"alpha": alpha, "beta": beta}, zero_shot + alpha * cache
+
+    def _set_keys(self, keys: Tensor, labels: Tensor) -> None:
+        self.keys = nn.Parameter(keys.to(self.text.device), requires_grad=self.learn_keys)
+        self._set_labels(labels)
+
+    def _set_labels(self, labels: Tensor) -> None:
+        """Keeps the keys' class ids and their one-hot values (K, C); the id -1 is of no class."""
+        self.key_labels = labels.to(self.text.device)
+        self.values = (self.key_labels[:, None] == torch.arange(len(self.text), device=self.text.device)).float()

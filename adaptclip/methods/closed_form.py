@@ -1,0 +1,313 @@
+"""Linear heads in closed form, from the features of the training images: GDA and SS-Text. Nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import DataError
+from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.support import (
+    Choice,
+    check_factor,
+    choose_by_accuracy,
+    class_means,
+    support_rows,
+    validation_rows,
+)
+from adaptclip.prompts import zero_shot_weights
+from adaptclip.types import Batch, Features
+
+GDA_ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+"""Candidates for alpha of GDA, those of the published search."""
+
+_NO_SPREAD = 1e-10
+"""Summed squared distance of unit-norm rows from their mean that rounding alone can make."""
+
+
+def gaussian_discriminant(rows: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Gaussian discriminant analysis with one covariance for all classes (Wang et al. 2024, arXiv:2402.04087).
+
+    Classes are N(mu_c, Sigma) with equal priors, so the log posterior of a feature x is, up to what all classes share,
+
+        x·w_c + b_c   with   w_c = P mu_c,   b_c = log(1 / C) - mu_c · P mu_c / 2
+
+    The precision P comes from the empirical-Bayes ridge estimator of Kubokawa & Srivastava (2008), which exists for
+    fewer rows than dimensions. With S the scatter of the R rows around their classes' means and Sigma = S / (R - 1):
+
+        P = D · (S + tr(Sigma) · I)^-1
+
+    What the paper leaves open:
+
+    - S is zero where no class has two different rows (one image per class and one view of each). The scatter around
+      the mean of all rows takes its place: an upper bound that still knows the directions. If that is zero too, P is
+      the identity.
+    - A class without rows gets the mean score of the other classes, so that its zero-shot logit decides.
+
+    Args:
+        rows: (R, D) float64 features; the augmented views of an image are rows of their own.
+        labels: (R,) class ids.
+        num_classes: C.
+
+    Returns:
+        Weights (C, D) and biases (C,), float64.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    if len(rows) == 0:
+        raise DataError("a Gaussian needs at least one image; got none")
+    means, counts = class_means(rows, labels, num_classes)
+    covariance = _ridge_covariance(rows - means[labels])
+    if covariance is None:
+        covariance = _ridge_covariance(rows - rows.mean(dim=0))
+    weights = means if covariance is None else torch.linalg.solve(covariance, means.T).T
+    biases = -torch.log(torch.tensor(float(num_classes), dtype=rows.dtype)) - (weights * means).sum(dim=1) / 2
+    present = counts > 0
+    weights[~present], biases[~present] = weights[present].mean(dim=0), biases[present].mean()
+    return weights, biases
+
+
+def _ridge_covariance(centred: Tensor) -> Tensor | None:
+    """Returns the inverse of P, (D, D), from the rows (R, D) less their means; None where they do not differ."""
+    total = centred.square().sum()
+    if total <= _NO_SPREAD:
+        return None
+    num_rows, width = centred.shape
+    return (centred.T @ centred + total / (num_rows - 1) * torch.eye(width, dtype=centred.dtype)) / width
+
+
+def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float) -> Tensor:
+    """The head of SS-Text (Silva-Rodriguez et al. 2025, arXiv:2506.17500), anchored at the text features.
+
+    It is the minimiser over W of
+
+        -(1 / N) · sum over i of scale · f_i·w_(y_i)  +  sum over c of (lambda_c / 2) · |w_c - t_c|²
+
+    that is, of the cross-entropy's linear part (what pulls a class to its images; the log-partition is left out) and a
+    quadratic anchor. Its gradient is zero at
+
+        w_c = t_c + scale / (lambda_c · N) · sum over i with y_i = c of f_i
+
+    with lambda_c = 1 / (number of images of c): the more images a class has, the further it may leave its text. A
+    class without images keeps its text feature exactly.
+
+    Args:
+        rows: (N, D) float64 features f, one per image.
+        labels: (N,) class ids.
+        text: (C, D) float64 unit-norm text features t.
+        scale: of the logits, 1 / temperature.
+
+    Returns:
+        (C, D) float64 weights, not normalised.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    if len(rows) == 0:
+        raise DataError("SS-Text needs at least one image; got none")
+    means, counts = class_means(rows, labels, len(text))
+    # scale / (lambda · N) · sum = scale · count / N · (count · mean)
+    return text + scale / len(rows) * counts.square()[:, None] * means
+
+
+class GDA(nn.Module):
+    """Zero-shot logits plus those of a Gaussian discriminant (Wang et al. 2024, "A hard-to-beat baseline").
+
+        logit_c = scale · f·t_c  +  alpha · (f·w_c + b_c)
+
+    with w and b from `gaussian_discriminant`. Before `fit`, and with alpha 0, it is the zero-shot classifier.
+
+    Args:
+        backbone: frozen CLIP.
+        class_names: C names in the order of the label ids.
+        templates: prompts with one `{}`; their features are averaged per class.
+        alpha: weight of the Gaussian's log posterior, 0 or more; 1 adds it as it is.
+
+    Raises:
+        ConfigError: alpha is out of range.
+        BackboneError: a prompt is longer than the context.
+    """
+
+    consumes: Literal["features", "pixels"] = "features"
+    text: Tensor
+    weights: Tensor
+    biases: Tensor
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        alpha: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.alpha = check_factor("alpha", alpha)
+        self.backbone, self.templates = backbone, tuple(templates)
+        text = zero_shot_weights(backbone, tuple(class_names), self.templates)
+        self.register_buffer("text", text, persistent=False)
+        self.register_buffer("weights", torch.zeros_like(text), persistent=False)
+        self.register_buffer("biases", torch.zeros_like(text[:, 0]), persistent=False)
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The backbone."""
+        return self.backbone
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        return {"templates": list(self.templates), "alpha": self.alpha}
+
+    def fit(self, features: Features) -> None:
+        """Estimates means and covariance, in double precision.
+
+        Args:
+            features: of the training images, (V, N, D); each of the V · N rows counts as one. The published code takes
+                V = 10 augmented views.
+
+        Raises:
+            DataError: there are no images, a label is out of range, or the features come from another backbone.
+        """
+        rows, labels = support_rows(features, self.backbone, len(self.text))
+        weights, biases = gaussian_discriminant(rows.flatten(0, 1), labels.repeat(len(rows)), len(self.text))
+        self.weights.copy_(weights)
+        self.biases.copy_(biases)
+
+    def choose(self, validation: Features, *, alphas: Sequence[float] = GDA_ALPHAS) -> Choice:
+        """Takes over the alpha that classifies the validation images best (ties: see `choose_by_accuracy`).
+
+        Args:
+            validation: features of images that `fit` has not seen, (1, N, D).
+            alphas: candidates.
+
+        Raises:
+            ConfigError: a candidate is out of range, or there is none.
+            DataError: there are no validation images, or the features do not fit.
+        """
+        rows, labels = validation_rows(validation, self.backbone, len(self.text))
+        zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
+        gaussian = rows @ self.weights.cpu().double().T + self.biases.cpu().double()
+        alphas = [check_factor("alpha", alpha) for alpha in alphas]
+        choice = choose_by_accuracy((({"alpha": a}, zero_shot + a * gaussian) for a in alphas), labels)
+        self.alpha = choice.values["alpha"]
+        return choice
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of a batch of image features."""
+        features = batch_features(batch, self.text.shape[1])
+        zero_shot = scaled_logits(features, self.text, self.backbone.logit_scale)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return zero_shot + self.alpha * (features.float() @ self.weights.T + self.biases)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns nothing: there is no training."""
+        return []
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns the (C, D) weights and (C,) biases of the Gaussian discriminant."""
+        return {"weights": self.weights, "biases": self.biases}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over weights and biases. Raises ArtifactError when they do not fit."""
+        check_state(state, {"weights": self.weights.shape, "biases": self.biases.shape}, "GDA")
+        self.weights.copy_(state["weights"])
+        self.biases.copy_(state["biases"])
+
+    def penalty(self) -> Tensor:
+        """Returns 0."""
+        return torch.zeros((), device=self.text.device)
+
+    def class_weights(self) -> Tensor:
+        """Returns the (C, D) unit-norm text features; the Gaussian's weights are not among them."""
+        return self.text
+
+
+class SSText(nn.Module):
+    """A linear head in closed form between text and image features (SS-Text, arXiv:2506.17500).
+
+    Images are compared with the direction of each class's `text_anchored` weights:
+
+        logit_c = scale · f·w_c / |w_c|
+
+    There is nothing to choose, so no validation image is used. Before `fit` it is the zero-shot classifier.
+
+    Args:
+        backbone: frozen CLIP.
+        class_names: C names in the order of the label ids.
+        templates: prompts with one `{}`; their features are averaged per class.
+
+    Raises:
+        BackboneError: a prompt is longer than the context.
+    """
+
+    consumes: Literal["features", "pixels"] = "features"
+    text: Tensor
+    weights: Tensor
+
+    def __init__(
+        self, backbone: ClipBackbone, class_names: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> None:
+        super().__init__()
+        self.backbone, self.templates = backbone, tuple(templates)
+        text = zero_shot_weights(backbone, tuple(class_names), self.templates)
+        self.register_buffer("text", text, persistent=False)
+        self.register_buffer("weights", text.clone(), persistent=False)
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The backbone."""
+        return self.backbone
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        return {"templates": list(self.templates)}
+
+    def fit(self, features: Features) -> None:
+        """Computes the head, in double precision.
+
+        Args:
+            features: of the training images, (V, N, D); an image's feature is the mean over its views. The published
+                code takes the evaluation transform alone.
+
+        Raises:
+            DataError: there are no images, a label is out of range, or the features come from another backbone.
+        """
+        rows, labels = support_rows(features, self.backbone, len(self.text))
+        scale = float(self.backbone.logit_scale)
+        weights = text_anchored(rows.mean(dim=0), labels, self.text.cpu().double(), scale)
+        seen = torch.bincount(labels, minlength=len(self.text))[:, None] > 0
+        self.weights.copy_(torch.where(seen, F.normalize(weights, dim=-1), self.text.cpu().double()))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of a batch of image features."""
+        features = batch_features(batch, self.text.shape[1])
+        return scaled_logits(features, self.weights, self.backbone.logit_scale)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns nothing: there is no training."""
+        return []
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns the (C, D) unit-norm class weights."""
+        return {"class_weights": self.weights}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the class weights. Raises ArtifactError when they do not fit."""
+        check_state(state, {"class_weights": self.weights.shape}, "SS-Text")
+        self.weights.copy_(state["class_weights"])
+
+    def penalty(self) -> Tensor:
+        """Returns 0."""
+        return torch.zeros((), device=self.text.device)
+
+    def class_weights(self) -> Tensor:
+        """Returns the (C, D) unit-norm class weights."""
+        return self.weights

@@ -1,0 +1,379 @@
+"""Linear heads on the frozen image features: a matrix of class weights, fitted in seconds from the cache."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import ConfigError, DataError, TrainingError, did_you_mean
+from adaptclip.methods.base import batch_features, check_features, check_state, scaled_logits
+from adaptclip.methods.linear_fits import (
+    ImageBalance,
+    fit_from_text,
+    fit_logistic,
+    score_logits,
+    search_exponent,
+    warn_of_unseen,
+    zero_shot_confidence,
+)
+from adaptclip.methods.lp_plus_plus import fit_lp_plus_plus, step_sizes
+from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
+from adaptclip.prompts import zero_shot_weights
+from adaptclip.types import Batch, Features
+
+Head = Literal["logistic", "text-init", "clap", "lp++"]
+
+BATCH_SIZE = 256
+"""Images per step of text-init and clap (Silva-Rodríguez et al. 2024)."""
+
+_DEFAULTS: dict[str, dict[str, float | None]] = {
+    "logistic": {"c": None},
+    "text-init": {"lr": 0.1, "epochs": 300},
+    "clap": {"lr": 0.1, "epochs": 300, "clap_weight": 1.0},
+    "lp++": {"epochs": 300},
+}
+"""Head -> the settings of `fit` that it has, and their published values; a C of None is chosen on validation images."""
+
+
+class LinearProbe(nn.Module):
+    """A linear classifier on frozen image features.
+
+    The heads, with f a unit-norm feature and t_c the zero-shot text features:
+
+    - `logistic`: logits f · w_c + b_c by logistic regression, the linear probe of CLIP and CoOp (Radford et al. 2021,
+      app. A.3; Zhou et al. 2022). CLIP's own probe reads features that are not normalised, for its ViTs from before the
+      projection into the shared space; these are normalised and projected, so the best C is larger than published ones.
+    - `text-init`: logits scale · cos(f, w_c) with w_c starting at t_c (ZS-LP of Silva-Rodríguez et al. 2024,
+      arXiv:2312.12730). The unit-norm w_c is kept, which is all that the logits see.
+    - `clap`: the same, with each w_c held near t_c the more, the surer zero-shot CLIP is of class c (same paper).
+    - `lp++`: logits f · (w_c + alpha_c t_c) (Huang et al. 2024, arXiv:2404.02285).
+
+    Before `fit`, the last three give the zero-shot logits, and `logistic` gives 0 everywhere. Nothing here learns by
+    gradients from outside.
+
+    Args:
+        backbone: frozen CLIP.
+        class_names: C names in the order of the label ids.
+        head: which of the four.
+        templates: prompts of the text features; not read by `logistic`.
+        objective: "sigmoid" (text-init and clap) learns a bias for each class beside the weights, see `ClassBias`.
+
+    Raises:
+        ConfigError: an unknown head or objective, no class names, or a template without exactly one `{}`.
+        BackboneError: a prompt is longer than the context.
+    """
+
+    consumes: Literal["features", "pixels"] = "features"
+    text: Tensor
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        head: Head = "logistic",
+        templates: Sequence[str] = ("a photo of a {}.",),
+        objective: ObjectiveName = "softmax",
+    ) -> None:
+        super().__init__()
+        if head not in get_args(Head):
+            raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(Head))}")
+        check_objective(objective)
+        if objective == "sigmoid" and head not in ("text-init", "clap"):
+            raise ConfigError(
+                f"the head {head!r} is fitted to the softmax; the objective sigmoid takes text-init or clap"
+            )
+        if not class_names:
+            raise ConfigError("a linear probe needs at least one class name, got none")
+        self.backbone = backbone
+        self.class_names = tuple(class_names)
+        self.head: Head = head
+        self.objective: ObjectiveName = objective
+        self.templates = tuple(templates)
+        shape = (len(self.class_names), backbone.embed_dim)
+        state = {"weight": torch.zeros(shape, device=backbone.device)}
+        text = torch.zeros(0, shape[1], device=backbone.device)  # `logistic` reads no words
+        if head == "logistic":
+            state["bias"] = torch.zeros(shape[0], device=backbone.device)
+        else:
+            text = zero_shot_weights(backbone, self.class_names, self.templates)
+        if head == "lp++":
+            state["alpha"] = backbone.logit_scale.detach().float().expand(shape[0]).clone()
+        elif head != "logistic":
+            state["weight"] = text.clone()
+        if objective == "sigmoid":
+            state["bias"] = ClassBias(backbone, shape[0]).start
+        self.learnt = nn.ParameterDict({name: nn.Parameter(t, requires_grad=False) for name, t in state.items()})
+        self.register_buffer("text", text, persistent=False)
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The backbone."""
+        return self.backbone
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        settings = {"head": self.head, "templates": list(self.templates)}
+        return settings | ({} if self.objective == "softmax" else {"objective": self.objective})
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of a batch of image features."""
+        features = batch_features(batch, self.backbone.embed_dim)
+        weight = self._weight()
+        if self.head in ("text-init", "clap"):
+            return scaled_logits(features, weight, self.backbone.logit_scale, self.class_bias())
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            logits = features.float() @ weight.T
+            return logits + self.learnt["bias"] if self.head == "logistic" else logits
+
+    def fit(
+        self,
+        features: Features,
+        validation: Features | None = None,
+        *,
+        c: float | None = None,
+        lr: float | None = None,
+        epochs: int | None = None,
+        clap_weight: float | None = None,
+        seed: int = 0,
+        balance: ImageBalance | None = None,
+    ) -> dict[str, Any]:
+        """Fits the head. The same features and settings give the same head; with several processes, each fits it.
+
+        `logistic` and `lp++` take several views as that many images; `text-init` and `clap` take them in turn, one
+        per epoch.
+
+        Args:
+            features: of the training images, (V, N, D) unit norm.
+            validation: of the validation images, (1, N, D); read only by `logistic` without `c`.
+            c: inverse strength of `logistic`'s penalty; None chooses it on `validation` (`search_exponent`).
+            lr: peak learning rate of `text-init` and `clap`; None is 0.1.
+            epochs: of `text-init`, `clap` and `lp++`; None is 300.
+            clap_weight: multiplies the penalties of `clap`; None is 1, and 0 makes it `text-init`.
+            seed: of the order of images in `text-init` and `clap`.
+            balance: of groups or classes among the N images, see `check_balance`; None for none.
+
+        Returns:
+            JSON-able: `seconds`, `schedule` (in words), `chosen` (settings used, and what followed from the data),
+            `validation_used_for` (in words).
+
+        Raises:
+            ConfigError: a setting is out of range or not one of this head, or C is to be chosen without validation
+                images.
+            DataError: the features are of another backbone, there are none, or labels do not fit.
+            TrainingError: the weights are not finite.
+
+        Warns:
+            UserWarning: `logistic` has classes without a training image, which it can then never predict.
+        """
+        settings = self.fit_settings(c=c, lr=lr, epochs=epochs, clap_weight=clap_weight)
+        self.check_balance(balance)
+        self._check(features, "training")
+        started = time.perf_counter()
+        with torch.no_grad(), torch.autocast(device_type=self.learnt["weight"].device.type, enabled=False):
+            if self.head == "logistic":
+                told = self._fit_logistic(features, validation, settings["c"], balance)
+            elif self.head == "lp++":
+                told = self._fit_lp_plus_plus(features, int(settings["epochs"]))
+            else:
+                told = self._fit_from_text(features, settings, seed, balance)
+        return {"seconds": time.perf_counter() - started, "validation_used_for": "nothing", **told}
+
+    def fit_settings(
+        self,
+        *,
+        c: float | None = None,
+        lr: float | None = None,
+        epochs: int | None = None,
+        clap_weight: float | None = None,
+    ) -> dict[str, Any]:
+        """Returns the settings of `fit` that this head has: those given, and the published values for the others.
+
+        Raises:
+            ConfigError: a given setting is not one of this head, or is out of range.
+        """
+        given: dict[str, float | None] = {"c": c, "lr": lr, "epochs": epochs, "clap_weight": clap_weight}
+        allowed = _DEFAULTS[self.head]
+        for name, value in given.items():
+            if value is not None and name not in allowed:
+                owners = " and ".join(head for head, names in _DEFAULTS.items() if name in names)
+                raise ConfigError(
+                    f"the head {self.head!r} has no setting {_flag(name)} (got {value:g}): it belongs to {owners}. "
+                    "Leave it out, or take another head."
+                )
+        settings = {name: default if given[name] is None else given[name] for name, default in allowed.items()}
+        for name, value in settings.items():
+            least = {"clap_weight": "0 or more", "epochs": "1 or more"}.get(name, "above 0")
+            if value is not None and not _in_range(value, least):
+                raise ConfigError(f"{_flag(name)} must be a number {least}, got {value:g}")
+        return settings
+
+    def check_balance(self, balance: ImageBalance | None) -> None:
+        """Refuses a balance of groups or classes that the head cannot take.
+
+        Raises:
+            ConfigError: `lp++` with any (its start and its step sizes follow from all images alike), or `logistic` with
+                another than fixed weights (it sees all images at once, so that nothing is drawn and no group's turn
+                comes).
+        """
+        if balance is None or (balance.weights is None and balance.strata is None):
+            return
+        if self.head == "lp++":
+            raise ConfigError("lp++ takes its start and step sizes from all images alike; balance clap or text-init")
+        if self.head == "logistic" and balance.weights is None:
+            raise ConfigError(
+                "logistic sees all images at once and draws none: it takes class-weights and class-balanced. For "
+                "sampling or group DRO take the head text-init or clap."
+            )
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns what `fit` learns: the weights, with the biases (logistic) or alpha (lp++)."""
+        return list(self.learnt.values())
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns the learnt tensors, and the (C, D) text features where logits are made with them (lp++)."""
+        state: dict[str, Tensor] = {name: self.learnt[name].detach() for name in self.learnt}
+        return state | {"text": self.text} if self.head == "lp++" else state
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+        own = self.adapter_state()
+        check_state(state, {name: tensor.shape for name, tensor in own.items()}, f"a linear probe ({self.head})")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def penalty(self) -> Tensor:
+        """Returns 0: all of the loss is inside `fit`."""
+        return self.learnt["weight"].new_zeros(())
+
+    def class_weights(self) -> Tensor:
+        """Returns the (C, D) unit-norm direction of each class's weights (0 for a class `logistic` has not seen)."""
+        return F.normalize(self._weight(), dim=-1)
+
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective; None under softmax."""
+        return self.learnt["bias"].detach() if self.objective == "sigmoid" else None
+
+    def _weight(self) -> Tensor:
+        """(C, D) weights that multiply the features."""
+        weight = self.learnt["weight"]
+        return weight + self.learnt["alpha"][:, None] * self.text if self.head == "lp++" else weight
+
+    def _check(self, features: Features, part: str) -> None:
+        check_features(features, self.backbone)
+        if not len(features):
+            raise DataError(f"there are no {part} images to fit a linear head on")
+        low, high = int(features.labels.min()), int(features.labels.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"the {part} images have label ids {low}..{high}; this head has {len(self.class_names)} classes, "
+                f"0..{len(self.class_names) - 1}"
+            )
+
+    def _fit_logistic(
+        self, features: Features, validation: Features | None, c: float | None, balance: ImageBalance | None
+    ) -> dict[str, Any]:
+        x, y = _stacked(features)
+        rows, labels = x.numpy(), y.numpy()
+        fixed = None if balance is None or balance.weights is None else balance.weights.double().numpy()
+        weights = None if fixed is None else np.tile(fixed, len(features.values))
+        fit_at = partial(fit_logistic, rows, labels, len(self.class_names), weights=weights)
+        chosen: dict[str, Any] = {}
+        best = c
+        if best is None:
+            if validation is None or not len(validation):
+                raise ConfigError(
+                    "C is to be chosen on the validation images, and there are none. Give it (--C; 10 is of the right "
+                    "order for unit-norm features), or fewer --shots, so that images are left for validation."
+                )
+            self._check(validation, "validation")
+            judged, truth = (t.numpy() for t in _stacked(validation))
+            exponent, tried = search_exponent(lambda e: score_logits(fit_at(c=10.0**e).logits(judged), truth))
+            best = 10.0**exponent
+            chosen["validation_accuracy"] = tried[exponent][0]
+            chosen["tried"] = [{"C": 10.0**e, "accuracy": a, "loss": loss} for e, (a, loss) in tried.items()]
+        warn_of_unseen(labels, self.class_names)
+        fit = fit_at(c=best)
+        self._take(weight=torch.from_numpy(fit.weight), bias=torch.from_numpy(fit.bias))
+        return {
+            "schedule": "L-BFGS from zero, at most 1000 iterations",
+            "chosen": {"C": best, **chosen, "iterations": fit.iterations, "converged": fit.converged},
+            "validation_used_for": "choosing C" if chosen else "nothing",
+        }
+
+    def _fit_from_text(
+        self, features: Features, settings: Mapping[str, Any], seed: int, balance: ImageBalance | None
+    ) -> dict[str, Any]:
+        scale = float(self.backbone.logit_scale)
+        labels = features.labels.to(self.text.device)
+        chosen: dict[str, Any] = {**settings, "batch_size": BATCH_SIZE, "views": len(features.values)}
+        penalty = None
+        if self.head == "clap":
+            confidence = zero_shot_confidence(features.values, labels, self.text, scale)
+            penalty = settings["clap_weight"] * confidence
+            chosen["lambda_mean"], chosen["lambda_min"], chosen["lambda_max"] = (
+                float(v) for v in (confidence.mean(), confidence.min(), confidence.max())
+            )
+        learnt: dict[str, Tensor] = {}
+        if self.objective == "sigmoid":
+            start = ClassBias(self.backbone, len(self.class_names))
+            start.begin(features, self.text, self.backbone.logit_scale)
+            learnt["bias"] = start.start
+        weight = fit_from_text(
+            features.values, labels, self.text, scale, penalty=penalty, lr=settings["lr"], epochs=settings["epochs"],
+            batch_size=BATCH_SIZE, seed=seed, balance=balance, bias=learnt.get("bias"),
+        )  # fmt: skip
+        self._take(weight=F.normalize(weight, dim=-1), **learnt)
+        return {
+            "schedule": f"SGD (momentum 0.9) in batches of {BATCH_SIZE}, {settings['epochs']} epochs of a cosine from "
+            f"{settings['lr']:g}, the first at 1e-5; last step",
+            "chosen": chosen,
+        }
+
+    def _fit_lp_plus_plus(self, features: Features, epochs: int) -> dict[str, Any]:
+        x, y = (t.to(self.text.device) for t in _stacked(features))
+        lr_w, lr_alpha = step_sizes(x, self.text)
+        weight, alpha = fit_lp_plus_plus(x, y, self.text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=epochs)
+        self._take(weight=weight, alpha=alpha)
+        return {
+            "schedule": f"full-batch gradient descent (momentum 0.9), {epochs} epochs, alpha every tenth; last step",
+            "chosen": {
+                "epochs": epochs, "views": len(features.values), "lr_w": lr_w, "lr_alpha": lr_alpha,
+                "alpha_mean": float(alpha.mean()),
+            },
+        }  # fmt: skip
+
+    def _take(self, **learnt: Tensor) -> None:
+        for name, value in learnt.items():
+            if not torch.isfinite(value).all():
+                raise TrainingError(
+                    f"the {name} of the linear head ({self.head}) came out not finite; try a tenth of the learning "
+                    "rate, and check that the features are finite"
+                )
+        for name, value in learnt.items():
+            self.learnt[name].copy_(value)
+
+
+def _in_range(value: float, least: str) -> bool:
+    fine = {"0 or more": value >= 0, "1 or more": value >= 1, "above 0": value > 0}[least]
+    return math.isfinite(value) and fine
+
+
+def _flag(name: str) -> str:
+    """The recipe's spelling of a setting."""
+    return "--C" if name == "c" else f"--{name.replace('_', '-')}"
+
+
+def _stacked(features: Features) -> tuple[Tensor, Tensor]:
+    """Views one below the other: (V·N, D) features and (V·N,) labels."""
+    return features.values.flatten(0, 1), features.labels.repeat(len(features.values))

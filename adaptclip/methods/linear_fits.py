@@ -1,0 +1,328 @@
+"""Fits of linear heads on cached features: logistic regression, and gradient descent from the text features."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from tqdm import tqdm
+
+from adaptclip.data.balance import balanced_order
+from adaptclip.errors import DataError
+from adaptclip.methods.objective import sigmoid_losses
+from adaptclip.seeding import generator
+
+MAX_ITERATIONS = 1000
+"""Most L-BFGS iterations (Radford et al. 2021, app. A.3)."""
+
+COARSE_EXPONENTS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+"""Powers of ten at which the search for C starts; its range is from the first to the last."""
+
+FINEST_STEP = 1 / 8
+"""Resolution of the search for C in decades: 8 steps per decade."""
+
+_NEVER = 104.0
+"""exp(-104) is 0 in float32."""
+
+
+class ImageBalance(Protocol):
+    """What balances groups or classes of the N training images (`training.mitigation.Mitigation`)."""
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(N,) weight of each image in the loss, mean 1, where it is fixed; None otherwise."""
+        ...
+
+    @property
+    def strata(self) -> Tensor | None:
+        """(N,) what an epoch shows equally often, see `balanced_order`; None shows every image once."""
+        ...
+
+    def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
+        """Returns (B,) weights of the images `index` (B,), given their losses (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """A fitted logistic regression, its classes spread over all C.
+
+    Attributes:
+        weight: (C, D) float32.
+        bias: (C,) float32.
+        iterations: L-BFGS iterations taken.
+        converged: whether they ended before MAX_ITERATIONS.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    iterations: int
+    converged: bool
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Returns (N, C) float64 logits of (N, D) features."""
+        return features.astype(np.float64) @ self.weight.T.astype(np.float64) + self.bias
+
+
+def fit_logistic(
+    features: np.ndarray, labels: np.ndarray, num_classes: int, *, c: float, weights: np.ndarray | None = None
+) -> LogisticFit:
+    """Multinomial logistic regression with an L2 penalty by scikit-learn's L-BFGS, started at zero.
+
+    It minimises c · (sum of the cross-entropies) + |W|²/2; the bias is not penalised. Two classes share one weight w in
+    scikit-learn, which becomes the rows -w/2 and w/2 here. A class without images has the row 0 and a bias so low that
+    its probability is 0 for every unit-norm feature.
+
+    Args:
+        features: (N, D) float32, unit norm.
+        labels: (N,) class ids in 0..C-1.
+        num_classes: C.
+        c: inverse strength of the penalty, above 0.
+        weights: (N,) factor of each image's cross-entropy; None for 1.
+
+    Raises:
+        DataError: the images are all of one class.
+    """
+    if len(np.unique(labels)) < 2:
+        raise DataError("logistic regression needs training images of at least two classes, got one class")
+    model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
+        model.fit(features, labels, sample_weight=weights)
+    rows, offsets = model.coef_, model.intercept_
+    if len(rows) == 1:
+        rows, offsets = np.concatenate([-rows, rows]) / 2, np.concatenate([-offsets, offsets]) / 2
+    lowest = (offsets - np.linalg.norm(rows, axis=1)).min()
+    weight = np.zeros((num_classes, features.shape[1]), dtype=np.float32)
+    bias = np.full(num_classes, lowest - _NEVER, dtype=np.float32)
+    weight[model.classes_], bias[model.classes_] = rows, offsets
+    iterations = int(model.n_iter_.max())
+    return LogisticFit(weight, bias, iterations, iterations < MAX_ITERATIONS)
+
+
+def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Warns of classes that no image of `labels` (N,) belongs to, from within a fit of a logistic head."""
+    unseen = [class_names[i] for i in sorted({*range(len(class_names))} - {*labels.tolist()})]
+    if unseen:
+        listed = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
+        warnings.warn(
+            f"{len(unseen)} of {len(class_names)} classes have no training image ({listed}); a logistic head "
+            "can never predict them. The heads text-init, clap and lp++ know every class by its words.",
+            stacklevel=4,
+        )
+
+
+def search_exponent(score: Callable[[float], tuple[float, float]]) -> tuple[float, dict[float, tuple[float, float]]]:
+    """CLIP's search for the strength of the penalty (Radford et al. 2021, app. A.3), on exponents of ten.
+
+    It starts with 1e-6, 1e-4, …, 1e6 and tries the two neighbours of the best value at half the distance, again and
+    again, until the distance is an eighth of a decade: at most 15 fits.
+
+    Args:
+        score: gives (validation accuracy, validation loss) of an exponent. Few images tie often: a tie in accuracy goes
+            to the lower loss, and a tie in both to the smaller exponent, which is the stronger penalty.
+
+    Returns:
+        The best exponent, and the scores of all that were tried in the order of trying.
+    """
+    tried = {exponent: score(exponent) for exponent in COARSE_EXPONENTS}
+    step = COARSE_EXPONENTS[1] - COARSE_EXPONENTS[0]
+    while step > FINEST_STEP:
+        step /= 2
+        best = _best(tried)
+        for exponent in (best - step, best + step):
+            if COARSE_EXPONENTS[0] <= exponent <= COARSE_EXPONENTS[-1] and exponent not in tried:
+                tried[exponent] = score(exponent)
+    return _best(tried), tried
+
+
+def _best(tried: Mapping[float, tuple[float, float]]) -> float:
+    return min(tried, key=lambda exponent: (-tried[exponent][0], tried[exponent][1], exponent))
+
+
+def score_logits(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Returns accuracy (0 to 1) and mean cross-entropy (nats) of (N, C) logits."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(axis=1))
+    loss = log_sum - shifted[np.arange(len(labels)), labels]
+    return float((logits.argmax(axis=1) == labels).mean()), float(loss.mean())
+
+
+def zero_shot_confidence(values: Tensor, labels: Tensor, text: Tensor, scale: float) -> Tensor:
+    """CLAP's weight of each class's penalty: how sure zero-shot CLIP is of the class on its own training images.
+
+    lambda_c is the mean over the images of class c of the softmax probability that the zero-shot classifier gives to c
+    (Silva-Rodríguez et al. 2024, arXiv:2312.12730). The mean is over all views of the images too. The paper has no
+    class without images; here such a class gets 1, the most the formula can give, because its words are all that is
+    known of it.
+
+    Args:
+        values: (V, N, D) unit-norm image features.
+        labels: (N,) class ids.
+        text: (C, D) unit-norm text features.
+        scale: the logit scale.
+
+    Returns:
+        (C,) values in 0..1.
+    """
+    scaled = scale * text.T
+    of_image = torch.zeros(len(labels), device=text.device)
+    for view in values:
+        probs = torch.softmax(view.to(text.device) @ scaled, dim=1)
+        of_image += probs.gather(1, labels[:, None]).squeeze(1)
+    member = torch.nn.functional.one_hot(labels, len(text)).to(text.dtype)
+    count = member.sum(dim=0)
+    mean = of_image @ member / len(values) / count.clamp(min=1)
+    return torch.where(count > 0, mean, torch.ones_like(mean))
+
+
+def cosine_gradient(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    scale: float,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Gradient of the mean cross-entropy of the logits scale · cos(f, w_c) with respect to the weights.
+
+    With p the softmax, y the labels as one-hot rows and g_c = sum over images of (p_c - y_c) f, it is
+    scale / (B |w_c|) · (g_c - (g_c · w_c) w_c / |w_c|²): what is left of g_c across w_c.
+
+    Args:
+        features: (B, D) unit norm.
+        labels: (B,) class ids.
+        weight: (C, D) of any norm but 0.
+        scale: the logit scale.
+        weigh: turns the images' (B,) cross-entropies into the (B,) factors of their losses; None for 1.
+
+    Returns:
+        (C, D).
+    """
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    # (C, B) and not (B, C): both products are quicker with the classes as rows.
+    logits = (weight * (scale / norm)) @ features.T
+    own = labels, torch.arange(len(labels), device=labels.device)
+    error = torch.softmax(logits, dim=0)
+    error[own] -= 1
+    if weigh is not None:
+        error *= weigh(torch.logsumexp(logits, dim=0) - logits[own])
+    return _across(error, features, weight, norm, scale)
+
+
+def sigmoid_gradient(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float,
+    weigh: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the mean of `sigmoid_losses` of the logits scale · cos(f, w_c) + b_c, as `cosine_gradient`.
+
+    Args:
+        features: see `cosine_gradient`, as for the others.
+        labels: (B,).
+        weight: (C, D).
+        bias: (C,).
+        scale: the logit scale.
+        weigh: turns the images' (B,) losses into the (B,) factors of their losses; None for 1.
+
+    Returns:
+        (C, D) of the weights and (C,) of the bias.
+    """
+    norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    logits = (weight * (scale / norm)) @ features.T + bias[:, None]
+    error = torch.sigmoid(logits)
+    error[labels, torch.arange(len(labels), device=labels.device)] -= 1
+    if weigh is not None:
+        error *= weigh(sigmoid_losses(logits.T, labels))
+    return _across(error, features, weight, norm, scale), error.mean(dim=1)
+
+
+def _across(error: Tensor, features: Tensor, weight: Tensor, norm: Tensor, scale: float) -> Tensor:
+    """What is left of the errors' gradient across each class's weights, for a mean over the images."""
+    gradient = error @ features
+    radial = (gradient * weight).sum(dim=1, keepdim=True) / norm.square()
+    return gradient.addcmul_(weight, radial, value=-1).mul_(scale / error.shape[1] / norm)
+
+
+def epoch_rate(epoch: int, *, epochs: int, lr: float, warmup_lr: float = 1e-5) -> float:
+    """Learning rate of an epoch, counted from 0: `warmup_lr` in the first, then CoOp's cosine over `epochs`."""
+    return warmup_lr if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
+def fit_from_text(
+    values: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    scale: float,
+    *,
+    penalty: Tensor | None,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    balance: ImageBalance | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Gradient descent on the class weights of a cosine classifier that starts as the zero-shot one.
+
+    This is ZS-LP, and with `penalty` CLAP (Silva-Rodríguez et al. 2024, arXiv:2312.12730): mini-batch SGD with momentum
+    0.9 and without weight decay on
+
+        cross-entropy(scale · cos(f, w_c)) + 1/C · sum over c of penalty_c · |w_c - t_c|²
+
+    Epoch e reads view e mod V in an order of its own; a last batch that is not full is left out where there is a full
+    one.
+
+    Args:
+        values: (V, N, D) float32 unit-norm image features.
+        labels: (N,) class ids on the device of `text`.
+        text: (C, D) unit-norm text features t.
+        scale: the logit scale.
+        penalty: (C,) weights of the pull towards the text; None for none.
+        lr: peak learning rate (`epoch_rate`).
+        epochs: passes over the images.
+        batch_size: images per step.
+        seed: of the order.
+        balance: of groups or classes; None for none.
+        bias: (C,) where it starts; given, the loss is `sigmoid_losses` and the bias is learnt in place.
+
+    Returns:
+        (C, D) weights, not normalised.
+    """
+    weight, velocity = text.clone(), torch.zeros_like(text)
+    drift = None if bias is None else torch.zeros_like(bias)
+    pull = None if penalty is None else (2 / len(text) * penalty)[:, None]
+    rows, strata = len(labels), None if balance is None else balance.strata
+    used = rows - rows % batch_size if rows >= batch_size else rows
+    for epoch in tqdm(range(epochs), desc="fitting", unit="epoch", disable=None, leave=False, delay=2):
+        rate = epoch_rate(epoch, epochs=epochs, lr=lr)
+        if strata is None:
+            order = torch.randperm(rows, generator=generator(seed, "order of the linear head", epoch))[:used]
+        else:
+            order = balanced_order(strata, seed=seed, epoch=epoch)[:used]
+        features = values[epoch % len(values)].index_select(0, order.to(values.device)).to(text.device)
+        of_epoch = labels[order.to(labels.device)]
+        for start in range(0, used, batch_size):
+            batch = slice(start, start + batch_size)
+            weigh = None if balance is None else partial(balance.weigh, index=order[batch])
+            if bias is None or drift is None:
+                gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale, weigh)
+            else:
+                gradient, slope = sigmoid_gradient(features[batch], of_epoch[batch], weight, bias, scale, weigh)
+                bias.sub_(drift.mul_(0.9).add_(slope), alpha=rate)
+            if pull is not None:
+                gradient.addcmul_(weight - text, pull)
+            velocity.mul_(0.9).add_(gradient)
+            weight.sub_(velocity, alpha=rate)
+    return weight

@@ -1,0 +1,364 @@
+"""LoRA on the towers of a CLIP: CLIP-LoRA by default, any tower, projection, block, rank or DoRA as settings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.backbone.attention import share_weights
+from adaptclip.backbone.class_token import encode_image
+from adaptclip.backbone.lora_targets import Towers
+from adaptclip.backbone.text import make_text_tower
+from adaptclip.data.dataset import ImageDataset
+from adaptclip.errors import BackboneError, DataError
+from adaptclip.features import FeatureCache
+from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
+from adaptclip.methods.lora_layers import (
+    check_scale,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+    magnitudes,
+    merge_lora,
+    read_peft,
+    save_peft,
+    set_lora_scale,
+)
+from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
+from adaptclip.prompts import fill, zero_shot_weights
+from adaptclip.storage import read_tensors, write_tensors
+from adaptclip.types import Batch
+
+BIAS_FILE = "class_bias.safetensors"
+"""What the sigmoid objective learns beside PEFT's own files."""
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The adapted model at one state of its parameters, frozen, for evaluation.
+
+    Attributes:
+        state: the parameters it was taken at.
+        encoder: both towers as a backbone of their own.
+        class_weights: (C, D) text features.
+    """
+
+    state: dict[str, Tensor]
+    encoder: ClipBackbone
+    class_weights: Tensor
+
+
+class LoRA(nn.Module):
+    """Low-rank adapters on a frozen CLIP (CLIP-LoRA, Zanella and Ben Ayed 2024, arXiv:2405.18541).
+
+    The prompts stay the card's own; what is compared with the pictures are the text features of the adapted text tower.
+    Where the image tower is adapted the method trains on pixels, otherwise on cached features. In training, prompts end
+    at their EOT and the classes are shared out over the processes; without dropout in the text tower they also share
+    the tokens they have in common, which is exact. Where dropout is active they do not: each class then has its own.
+
+    Args:
+        backbone: frozen CLIP, not changed.
+        class_names: C names in the order of the label ids.
+        towers: which towers are adapted: image, text or both.
+        rank: see `inject_lora`, as for the next ones up to `seed`.
+        alpha: numerator of the update's scale.
+        dropout: of the layers' inputs, in training.
+        projections: which projections, any of q, k, v, out, mlp, conv.
+        blocks: "all", "top-N" or numbers such as "0,5,11".
+        targets: endings of layer names, instead of `projections`.
+        rslora: scale by the root of the rank.
+        dora: learn magnitudes apart from directions.
+        seed: of the initial A.
+        templates: prompts with one `{}` for the class name; their unit-norm features are averaged.
+        scale: how much of the trained update is used, from 0 (zero-shot) to 1; below 1 only for evaluation.
+        objective: "sigmoid" learns a bias for each class beside the update, see `ClassBias`.
+        memory_budget_bytes: most bytes of the text tower's activations kept for the backward pass.
+        checkpointing: computes the image tower's blocks a second time in the backward pass instead of keeping them.
+        fast: False encodes whole prompts up to their EOT.
+
+    Raises:
+        ConfigError: a setting is out of range, or names layers that do not exist.
+        BackboneError: a prompt is too long, or a tower is of a kind that cannot be adapted.
+    """
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        towers: Towers = "both",
+        rank: int = 2,
+        alpha: float = 1.0,
+        dropout: float = 0.25,
+        projections: Sequence[str] = ("q", "k", "v"),
+        blocks: str = "all",
+        targets: Sequence[str] = (),
+        rslora: bool = True,
+        dora: bool = False,
+        seed: int = 0,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        scale: float = 1.0,
+        objective: ObjectiveName = "softmax",
+        memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+        checkpointing: bool = False,
+        fast: bool = True,
+    ) -> None:
+        super().__init__()
+        check_objective(objective)
+        prompts = [prompt for prompts in fill(templates, class_names) for prompt in prompts]
+        backbone.tokenize(prompts)  # a prompt that is too long is better known now
+        self._layers: dict[str, Any] = {
+            "towers": towers, "rank": rank, "alpha": float(alpha), "dropout": float(dropout), "blocks": blocks,
+            "projections": list(projections), "targets": list(targets), "rslora": rslora, "dora": dora, "seed": seed,
+        }  # fmt: skip
+        self.backbone, self.class_names = backbone, tuple(class_names)
+        check_scale(scale)
+        self.templates, self.scale = tuple(templates), float(scale)
+        self.objective: ObjectiveName = objective
+        self.bias = ClassBias(backbone, len(class_names)) if objective == "sigmoid" else None
+        self.model: Any = inject_lora(backbone.model, **self._layers)
+        self.adapts_text, self.adapts_image = towers != "image", towers != "text"
+        self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
+        self._start_magnitudes = magnitudes(self.model)
+        self._encode_image: Callable[[nn.Module, Tensor], Tensor] = encode_image
+        self._snapshot: _Snapshot | None = None
+        self._fixed_text: Tensor | None = None
+        self._prompt_ids: list[list[int]] = []
+        if self.adapts_text:
+            self._text = {"memory_budget_bytes": memory_budget_bytes, "fast": fast}
+            tower = make_text_tower(self.model, backbone.tokenizer)
+            words = tower.word_ids(prompts)
+            self._prompt_ids = [[*tower.start_ids, *ids, *tower.end_ids] for ids in words]
+            self._whole = ClassEncoder(tower, self._prompt_ids, prefix_length=0, **self._text)
+            self._shared = self._prefix_encoder(self.model)
+        if checkpointing and self.adapts_image:
+            _checkpoint_image_tower(self.model)
+        self.train(False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        objective = {} if self.bias is None else {"objective": self.objective}
+        return {**self._layers, "templates": list(self.templates), "scale": self.scale, **objective}
+
+    def train(self, mode: bool = True) -> LoRA:
+        """Wakes up LoRA's own dropout and magnitudes; the towers stay in evaluation mode, batch statistics included."""
+        super().train(False)
+        self.training = mode
+        for _, layer in lora_layers(self.model):
+            layer.lora_dropout.train(mode)
+            layer.lora_magnitude_vector.train(mode)
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of pictures, or outside of training of features that `encoder` made.
+
+        Raises:
+            DataError: the batch has what the method does not learn from.
+        """
+        if not self.training and not torch.is_grad_enabled():
+            snapshot = self._take_snapshot()
+            features = (
+                batch_features(batch, snapshot.encoder.embed_dim)
+                if batch.images is None
+                else snapshot.encoder.encode_image(batch.images)
+            )
+            return scaled_logits(features, snapshot.class_weights, self.backbone.logit_scale, self.class_bias())
+        if self.adapts_image and batch.images is None:
+            raise DataError(
+                "LoRA on the image tower learns from pixels, but the batch has none; take PixelLoader, or adapt the "
+                'text tower alone (towers="text")'
+            )
+        if self.adapts_image:
+            assert batch.images is not None
+            dtype = open_clip.get_input_dtype(self.backbone.precision) or torch.float32
+            features = F.normalize(self._encode_image(self.model, batch.images.to(dtype)).float(), dim=-1)
+        else:
+            features = batch_features(batch, self.backbone.embed_dim)
+        bias = None if self.bias is None else self.bias()
+        return scaled_logits(features, self.text_features(), self.backbone.logit_scale, bias)
+
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective at the present scale; None under softmax."""
+        return None if self.bias is None else self.bias(self.scale).detach()
+
+    def begin_from(self, images: ImageDataset, cache: FeatureCache, *, accelerator: Accelerator | None = None) -> None:
+        """Sets where the bias of the sigmoid objective starts, from training images; encodes them only if needed.
+
+        Args:
+            images: that it will be trained on.
+            cache: of the frozen tower's features.
+            accelerator: divides the encoding.
+        """
+        if self.bias is not None and not self.bias.from_model:
+            features = cache.get(self.backbone, images, accelerator=accelerator)
+            self.bias.begin(features, self.class_weights(), self.backbone.logit_scale)
+
+    def text_features(self) -> Tensor:
+        """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
+        if not self.adapts_text:
+            if self._fixed_text is None or self._fixed_text.device != self.backbone.device:
+                # The first call may stand under the autocast of training, and evaluation is in full precision.
+                with torch.inference_mode(False), torch.autocast(self.backbone.device.type, enabled=False):
+                    self._fixed_text = zero_shot_weights(self.backbone, self.class_names, self.templates)
+            return self._fixed_text
+        # With dropout, what the prompts have in common would also share its random draws.
+        dropped = self.training and self._layers["dropout"] > 0
+        encoder = self._whole if dropped else self._shared
+        return self._encode(encoder, share=self.training, preserve_rng_state=dropped)
+
+    def _encode(self, encoder: ClassEncoder, *, share: bool = False, preserve_rng_state: bool = False) -> Tensor:
+        """(C, D) unit-norm features of the prompts, the mean over the templates."""
+        ids = torch.tensor(self._prompt_ids[0][: encoder.prefix_length], dtype=torch.long, device=self.backbone.device)
+        prefix = encoder.tower.embed_tokens(ids)
+        features = encoder.encode(prefix, share=share, preserve_rng_state=preserve_rng_state)
+        if len(self.templates) == 1:
+            return features
+        return F.normalize(features.unflatten(0, (len(self.class_names), -1)).mean(dim=1), dim=-1)
+
+    def _prefix_encoder(self, model: nn.Module) -> ClassEncoder:
+        """Encodes the prompts by a model's text tower, the tokens that all begin with only once."""
+        tower, ids = make_text_tower(model, self.backbone.tokenizer), self._prompt_ids
+        common = 0
+        if tower.supports_prefix and self._text["fast"]:
+            while common < min(map(len, ids)) - 1 and len({row[common] for row in ids}) == 1:
+                common += 1
+        return ClassEncoder(tower, [row[common:] for row in ids], prefix_length=common, **self._text)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns A and B of every layer, with DoRA the magnitudes, and under sigmoid the offset of the bias."""
+        return [*lora_parameters(self.model).values(), *([] if self.bias is None else [self.bias.offset])]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns A and B of every adapted layer, with DoRA the magnitudes, by name, and under sigmoid the bias."""
+        return {**self._update(), **({} if self.bias is None else self.bias.state())}
+
+    def _update(self) -> dict[str, Tensor]:
+        """What changes the towers."""
+        return {name: parameter.detach() for name, parameter in lora_parameters(self.model).items()}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+        check_state(state, {name: value.shape for name, value in self.adapter_state().items()}, "LoRA")
+        with torch.no_grad():
+            for name, parameter in lora_parameters(self.model).items():
+                parameter.copy_(state[name])
+        if self.bias is not None:
+            self.bias.load_state(state)
+
+    def save_adapter(self, folder: Path) -> list[Path]:
+        """Writes a PEFT folder: adapter_config.json and adapter_model.safetensors. Returns the written files.
+
+        Under sigmoid the bias is a file beside them, which PEFT does not read.
+        """
+        files = save_peft(self.model, folder, base=self.backbone.name)
+        if self.bias is not None:
+            write_tensors(folder / BIAS_FILE, self.bias.state())
+            files.append(folder / BIAS_FILE)
+        return files
+
+    def load_adapter(self, folder: Path) -> None:
+        """Reads what `save_adapter` wrote. Raises StorageError or ArtifactError when it is damaged or does not fit."""
+        bias = {} if self.bias is None else read_tensors(folder / BIAS_FILE)
+        self.load_adapter_state({**read_peft(folder, self.model), **bias})
+
+    def compile_image_tower(self) -> None:
+        """Builds the image tower's forward and backward in training with torch.compile, when it is first called.
+
+        Raises:
+            BackboneError: the image tower is not adapted, or there is no C++ compiler on a machine without GPU.
+        """
+        if not self.adapts_image:
+            raise BackboneError('there is no image tower to compile: towers="text" trains on cached features')
+        names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+        if self.backbone.device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+            raise BackboneError(
+                "torch.compile needs a C++ compiler on a CPU, and none was found (CXX, c++, g++, clang++); install "
+                "one, or leave compilation off"
+            )
+        self._encode_image = torch.compile(encode_image)
+
+    def penalty(self) -> Tensor:
+        """Returns 0."""
+        return torch.zeros((), device=self.backbone.device)
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The adapted towers at the present scale, frozen as they are now: makes features that `forward` takes."""
+        return self._take_snapshot().encoder
+
+    def class_weights(self) -> Tensor:
+        """Returns (C, D) unit-norm text features of the adapted text tower, without gradients."""
+        return self._take_snapshot().class_weights
+
+    def set_scale(self, scale: float) -> None:
+        """Turns the trained update down, for evaluation: 0 is zero-shot, 1 as trained (see `set_lora_scale`).
+
+        Raises:
+            ConfigError: the scale is not from 0 to 1.
+        """
+        check_scale(scale)
+        self.scale, self._snapshot = float(scale), None
+
+    def merged_model(self) -> nn.Module:
+        """Returns a stock open_clip model with the update, at the present scale, added to its weights."""
+        return merge_lora(self._scaled_copy())
+
+    def _scaled_copy(self) -> nn.Module:
+        """The adapted model at the present scale: frozen weights shared, adapters copied."""
+        copied = share_weights(self.model, also_trainable=False)
+        set_lora_scale(copied, self.scale, self._start_magnitudes)
+        return copied
+
+    @torch.inference_mode(False)
+    def _take_snapshot(self) -> _Snapshot:
+        """Returns the snapshot of the present parameters, made anew only when one of them changed."""
+        state = self._update()
+        known = self._snapshot
+        if known is None or known.encoder.device != self.backbone.device or not _equal(known.state, state):
+            state = {name: value.clone() for name, value in state.items()}
+            base = self.backbone
+            digest = self._digest(state)
+            image_digest = digest if self.adapts_image else base.image_digest
+            encoder = ClipBackbone(
+                self._scaled_copy(), base.tokenizer, name=f"{base.name} with LoRA", pretrained=base.pretrained,
+                precision=base.precision, digest=digest, image_digest=image_digest,
+            )  # fmt: skip
+            with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
+                text = self._encode(self._prefix_encoder(encoder.model)) if self.adapts_text else self.text_features()
+            known = self._snapshot = _Snapshot(state, encoder, text)
+        return known
+
+    def _digest(self, state: Mapping[str, Tensor]) -> str:
+        """SHA-256 of all that decides what the adapted towers compute."""
+        sha = hashlib.sha256(f"{self.backbone.digest} {self.scale} {self._layers}".encode())
+        for name in sorted(state):
+            sha.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+
+def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return all(value.device == first[name].device and torch.equal(first[name], value) for name, value in second.items())
+
+
+def _checkpoint_image_tower(model: Any) -> None:
+    """Switches on gradient checkpointing of the image tower. Raises BackboneError where it has none."""
+    try:
+        model.visual.set_grad_checkpointing(True)
+    except Exception as error:
+        raise BackboneError(
+            f"this image tower has no gradient checkpointing ({error}); leave checkpointing off"
+        ) from error

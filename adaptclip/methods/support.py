@@ -1,0 +1,146 @@
+"""What the methods share that compute on the whole support set at once: its checks, and the choice on validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import ConfigError, DataError
+from adaptclip.methods.base import check_features
+from adaptclip.types import Features
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Hyper-parameters chosen on validation images, and how clear the choice was.
+
+    Attributes:
+        values: name -> chosen value.
+        accuracy: share of validation images that they classify rightly, 0 to 1.
+        loss: their mean cross-entropy in nats.
+        grid: name -> lowest candidate, highest candidate and number of different ones.
+        num_images: validation images.
+        num_tried: candidates on the grid.
+        num_tied: candidates of that accuracy, the chosen one included; many mean that the images decide little.
+    """
+
+    values: dict[str, float]
+    accuracy: float
+    loss: float
+    grid: dict[str, tuple[float, float, int]]
+    num_images: int
+    num_tried: int
+    num_tied: int
+
+    def describe(self) -> str:
+        """Says among what was chosen, and by how many images, for a report."""
+        ranges = [f"{name} {low:g} to {high:g} ({count})" for name, (low, high, count) in self.grid.items()]
+        return (
+            f"{' × '.join(ranges)}: the highest accuracy on {self.num_images} images ({100 * self.accuracy:.1f} %, "
+            f"reached by {self.num_tied} of {self.num_tried}; of these the lowest cross-entropy)"
+        )
+
+
+def choose_by_accuracy(candidates: Iterable[tuple[dict[str, float], Tensor]], labels: Tensor) -> Choice:
+    """Takes the candidate with the highest accuracy; among equals the lowest mean cross-entropy, then the first.
+
+    A few validation images give few different accuracies, so many candidates tie. The published searches keep the
+    first they meet; the cross-entropy is a finer judgement by the same images.
+
+    Args:
+        candidates: pairs of hyper-parameters and the (N, C) logits they give.
+        labels: (N,) class ids, N at least 1.
+
+    Raises:
+        ConfigError: there is no candidate.
+    """
+    best: tuple[int, float, dict[str, float]] | None = None
+    seen: dict[str, set[float]] = {}
+    tried = tied = 0
+    for values, logits in candidates:
+        tried += 1
+        for name, value in values.items():
+            seen.setdefault(name, set()).add(value)
+        hits = int((logits.argmax(dim=1) == labels).sum())
+        if best is not None and hits < best[0]:
+            continue
+        loss = float(F.cross_entropy(logits, labels))
+        if best is None or hits > best[0]:
+            best, tied = (hits, loss, values), 1
+        else:
+            best, tied = (hits, loss, values) if loss < best[1] else best, tied + 1
+    if best is None:
+        raise ConfigError("the grid of candidates is empty; give at least one value of each hyper-parameter")
+    hits, loss, values = best
+    grid = {name: (min(found), max(found), len(found)) for name, found in seen.items()}
+    return Choice(values, hits / len(labels), loss, grid, len(labels), tried, tied)
+
+
+def support_rows(features: Features, encoder: ClipBackbone, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Checks training features and returns them in double precision, for closed forms.
+
+    Args:
+        features: of the training images, (V, N, D).
+        encoder: the model that should have made them.
+        num_classes: C.
+
+    Returns:
+        (V, N, D) float64 on the CPU, and the (N,) labels.
+
+    Raises:
+        DataError: there are no images, a label is out of range, or the features come from another backbone.
+    """
+    check_features(features, encoder)
+    if len(features) == 0:
+        raise DataError("there are no training images to fit on; draw at least one (shots of the split)")
+    low, high = int(features.labels.min()), int(features.labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"training labels run from {low} to {high}; with {num_classes} classes 0..{num_classes - 1}")
+    return features.values.detach().cpu().double(), features.labels.cpu()
+
+
+def validation_rows(features: Features, encoder: ClipBackbone, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Checks validation features and returns them in double precision.
+
+    Args:
+        features: of the validation images, (1, N, D), evaluation transform.
+        encoder: the model that should have made them.
+        num_classes: C.
+
+    Returns:
+        (N, D) float64 on the CPU, and the (N,) labels.
+
+    Raises:
+        DataError: there are no images, there are augmented views, a label is out of range, or the features come from
+            another backbone.
+    """
+    if len(features) == 0:
+        raise DataError(
+            "there are no validation images to choose hyper-parameters on; keep some (val_shots of the split, or a "
+            "validation part in the card), or keep the paper's fixed values and do not call `choose`"
+        )
+    values, labels = support_rows(features, encoder, num_classes)
+    if len(values) != 1:
+        raise DataError(
+            f"hyper-parameters are chosen on the evaluation transform, one view per image; got {len(values)} views"
+        )
+    return values[0], labels
+
+
+def check_factor(name: str, value: float) -> float:
+    """Returns a hyper-parameter as a float. Raises ConfigError unless it is finite and at least 0."""
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{name} must be a finite number from 0 up, got {value}")
+    return float(value)
+
+
+def class_means(rows: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Returns the (C, D) class means of (R, D) rows, zero for a class without rows, and the (C,) numbers of rows."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    sums = torch.zeros(num_classes, rows.shape[1], dtype=rows.dtype).index_add_(0, labels, rows)
+    return sums / counts.clamp(min=1)[:, None], counts

@@ -1,0 +1,138 @@
+"""Two stages: the towers are adapted first, then a linear head is trained on their features (2SFS)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.errors import ConfigError
+from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.lora import LoRA
+from adaptclip.prompts import clean_class_name, zero_shot_weights
+from adaptclip.storage import read_tensors, write_tensors
+from adaptclip.types import Batch
+
+
+class TwoStage(nn.Module):
+    """A linear head on LoRA-adapted towers (2SFS, Farina et al. 2025, arXiv:2503.11609).
+
+    In the first stage `lora` is trained as ever. In the second it is fixed, its features are cached, and only the head
+    learns, starting from the adapted text features of the classes. Classes of the training data are judged by the
+    head, others by the adapted text tower (`class_weights_of`).
+
+    Args:
+        backbone: frozen CLIP, not changed.
+        class_names: C names in the order of the label ids.
+        lora: the first stage's adapter, of the same backbone and classes; None makes a new one from `settings`.
+        **settings: of `LoRA`, where `lora` is not given.
+
+    Raises:
+        ConfigError: see `LoRA`, or `lora` is of another backbone, of other classes, or given beside settings.
+    """
+
+    consumes: Literal["features", "pixels"] = "features"
+
+    def __init__(
+        self, backbone: ClipBackbone, class_names: Sequence[str], *, lora: LoRA | None = None, **settings: Any
+    ) -> None:
+        super().__init__()
+        self.backbone, self.class_names = backbone, tuple(class_names)
+        if lora is not None:
+            _check_first_stage(lora, backbone, self.class_names, settings)
+        self.lora = LoRA(backbone, class_names, **settings) if lora is None else lora
+        if self.lora.objective != "softmax":
+            raise ConfigError(f"two-stage adaptation learns softmax only, got the objective {self.lora.objective!r}")
+        self.lora.requires_grad_(False)
+        self.head = nn.Parameter(self.lora.class_weights().clone())
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The adapted towers."""
+        return self.lora.encoder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments of the first stage."""
+        return self.lora.settings
+
+    def train(self, mode: bool = True) -> TwoStage:
+        """Changes the mode of the head; the first stage stays in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of features that `encoder` made: scaled cosines with the rows of the head."""
+        features = batch_features(batch, self.head.shape[1])
+        return scaled_logits(features, F.normalize(self.head.float(), dim=-1), self.backbone.logit_scale)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns the (C, D) head."""
+        return [self.head]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns the head and the first stage's parameters."""
+        return {"head": self.head.detach(), **self.lora.adapter_state()}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+        check_state({"head": state["head"]} if "head" in state else {}, {"head": self.head.shape}, "a two-stage head")
+        self.lora.load_adapter_state({name: value for name, value in state.items() if name != "head"})
+        with torch.no_grad():
+            self.head.copy_(state["head"])
+
+    def save_adapter(self, folder: Path) -> list[Path]:
+        """Writes a PEFT folder and the head as adapter.safetensors. Returns the written files."""
+        head = folder / "adapter.safetensors"
+        files = self.lora.save_adapter(folder)
+        write_tensors(head, {"head": self.head.detach()})
+        return [*files, head]
+
+    def load_adapter(self, folder: Path) -> None:
+        """Reads what `save_adapter` wrote. Raises StorageError or ArtifactError when it is damaged or does not fit."""
+        self.lora.load_adapter(folder)
+        state = read_tensors(folder / "adapter.safetensors")
+        self.load_adapter_state({**state, **self.lora.adapter_state()})
+
+    def penalty(self) -> Tensor:
+        """Returns 0."""
+        return torch.zeros((), device=self.head.device)
+
+    def class_weights(self) -> Tensor:
+        """Returns the (C, D) unit-norm rows of the head, without gradients."""
+        return F.normalize(self.head.detach().float(), dim=-1)
+
+    def class_weights_of(self, class_names: Sequence[str]) -> Tensor:
+        """Returns (C', D) unit-norm weights of any classes: rows of the head for those it knows, else text features.
+
+        Args:
+            class_names: C' names; a class is known by its name.
+        """
+        known = {clean_class_name(name): row for name, row in zip(self.class_names, self.class_weights(), strict=True)}
+        weights = zero_shot_weights(self.lora.encoder, class_names, self.lora.templates)
+        return torch.stack(
+            [known.get(clean_class_name(name), text) for name, text in zip(class_names, weights, strict=True)]
+        )
+
+
+def _check_first_stage(
+    lora: LoRA, backbone: ClipBackbone, class_names: tuple[str, ...], settings: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError unless a given first stage is of this backbone and these classes, and brings its settings."""
+    if settings:
+        raise ConfigError(
+            f"a given first stage brings its own settings, got {', '.join(sorted(settings))} beside it; leave them out"
+        )
+    if lora.class_names != class_names:
+        raise ConfigError(
+            f"the first stage was made for the {len(lora.class_names)} classes {list(lora.class_names[:3])}…, the head "
+            f"is for {len(class_names)}, {list(class_names[:3])}…; give both the same names in the same order"
+        )
+    if lora.backbone.digest != backbone.digest:
+        raise ConfigError(f"the first stage adapts {lora.backbone.name}, with other weights than {backbone.name} here")
