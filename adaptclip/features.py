@@ -292,6 +292,19 @@ def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]
     try:
         if os.path.lexists(path):
             check_is_file(path)
+        with path.open("rb") as file:  # what cannot be read now is no damage, and may be read the next time
+            file.read(1)
+    except FileNotFoundError:
+        return [], torch.empty(0)  # another program found it damaged
+    except OSError as error:
+        warnings.warn(
+            f"the feature cache file {path} cannot be read ({error}); its images are encoded again", stacklevel=4
+        )
+        return [], torch.empty(0)
+    except StorageError as error:
+        _drop(path, error)
+        return [], torch.empty(0)
+    try:
         with safetensors.safe_open(path, "pt") as shard:
             told = parse_json((shard.metadata() or {})["shard"], where=f"the contents of {path}")
             if told["key"] != path.parent.name:
@@ -304,10 +317,15 @@ def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]
     except FileNotFoundError:
         pass  # another program found it damaged
     except (OSError, ValueError, KeyError, TypeError, StorageError, safetensors.SafetensorError) as error:
-        warnings.warn(f"the feature cache file {path} is damaged ({error}); its images are encoded again", stacklevel=4)
-        with contextlib.suppress(OSError):
-            path.unlink()
+        _drop(path, error)
     return [], torch.empty(0)
+
+
+def _drop(path: Path, error: Exception) -> None:
+    """Removes a shard that is damaged, and says so."""
+    warnings.warn(f"the feature cache file {path} is damaged ({error}); its images are encoded again", stacklevel=5)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _check_digest(path: Path) -> None:

@@ -2,10 +2,11 @@
 
 The rules, which every command, recipe and saving function shares:
 
-- A folder is replaced only when it carries adaptclip's own marker of the same kind (`KINDS`) and overwriting was asked
-  for. A new path and an empty folder need no such word.
+- A folder is replaced only when it carries adaptclip's own marker of the same kind (`KINDS`), holds nothing but what
+  adaptclip wrote there (`strangers`), and overwriting was asked for. A new path and an empty folder need no such word.
 - Nothing is written through a link, and no folder in the place of a file or a file in the place of a folder.
-- An output never is, holds or lies in what is read to make it.
+- An output never is, holds or lies in what is read to make it; a cache may lie in it behind a hidden folder.
+- Nothing is put into an artifact, index, export or saved model afterwards, and into a run only by what judges it.
 - All of this is checked before anything is moved, and again before the one rename that replaces.
 """
 
@@ -16,8 +17,8 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -37,21 +38,29 @@ class Kind:
         marker: the file by which it is known.
         keys: what that file says at least.
         early: patterns of names that a killed process may leave without a marker, where files are written one by one.
+        listing: the file whose "files" has the names of what was written.
+        files: patterns of what may lie in it besides, as paths below it.
+        parts: name of a folder in it -> the kind of that folder.
+        closed: it is complete once it is written, and nothing is put into it later.
     """
 
     words: str
     marker: str
     keys: frozenset[str]
     early: tuple[str, ...] = ()
+    listing: str = ""
+    files: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    closed: bool = True
 
     def made(self, folder: Path) -> bool:
         """Whether `folder` carries this kind's marker, as a file of its own."""
         file = folder / self.marker
-        if file.is_symlink() or not file.is_file():
-            return False
         try:
+            if file.is_symlink() or not file.is_file():
+                return False
             content = read_yaml(file) if file.suffix == ".yaml" else read_json(file)
-        except StorageError:
+        except (OSError, StorageError):
             return False
         return isinstance(content, dict) and self.keys <= set(content)
 
@@ -60,15 +69,42 @@ _ARTIFACT = {"format_version", "method", "class_names", "verdicts"}
 _INDEX = {"format_version", "transform", "count"}
 _EXPORT = {"features", "cosines", "probabilities", "tolerance"}
 _BENCH = {"cards", "protocol", "methods", "shots"}
+_RUN = {"adaptclip", "num_processes", "config"}
+_OF_A_RUN = (
+    *("run.json", "run.lock", "run.lock.json", "config.yaml", "split.json", LEDGER, "metrics.jsonl", ".*.tmp"),
+    *("*predictions.parquet", "gates.yaml", "report.json", "report.md", "report.html", "probe.json", "evaluation.json"),
+    *("retrieval.json", "retrieval.md", "wise_ft.json", "wise_ft.md", "text_tower.safetensors"),
+    *("checkpoints/step-*.safetensors", "checkpoints/.*.tmp", "adaptclip/*"),  # the last by trackers
+)
 
 KINDS = {
-    "artifact": Kind("an artifact", "manifest.json", frozenset(_ARTIFACT)),
-    "index": Kind("an index", "manifest.json", frozenset(_INDEX)),
-    "export": Kind("an export", "check.json", frozenset(_EXPORT)),
-    "open_clip": Kind("a saved model", "open_clip_config.json", frozenset({"adaptclip", "model_cfg"})),
-    "bench": Kind("a bench folder", "config.yaml", frozenset(_BENCH), early=(".*.tmp", "jobs")),
-}
-"""Name -> a kind of folder, and what says that adaptclip wrote it; a run folder is known by `training.run_folder`."""
+    "artifact": Kind(
+        "an artifact", "manifest.json", frozenset(_ARTIFACT), listing="manifest.json",
+        files=("manifest.json", "README.md"),
+    ),
+    "index": Kind(
+        "an index", "manifest.json", frozenset(_INDEX), listing="manifest.json",
+        files=("manifest.json", "vectors.safetensors", "names.json"),
+    ),
+    "export": Kind("an export", "check.json", frozenset(_EXPORT), listing="check.json", files=("check.json",)),
+    "open_clip": Kind(
+        "a saved model", "open_clip_config.json", frozenset({"adaptclip", "model_cfg"}), listing="check.json",
+        files=("open_clip_config.json", "open_clip_model.safetensors", "check.json"),
+    ),
+    "bench": Kind(
+        "a bench folder", "config.yaml", frozenset(_BENCH), early=(".*.tmp", "jobs"), files=("*",), closed=False,
+    ),
+    "run": Kind(
+        "a run folder", "run.json", frozenset(_RUN), files=_OF_A_RUN, closed=False,
+        parts={"artifact": "artifact", "model": "open_clip", "head": "run"},
+    ),
+}  # fmt: skip
+"""Name -> a kind of folder, how it is known, what adaptclip writes there; a bench that goes on removes nothing."""
+
+_DEBRIS = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", "*.pyc", ".nfs*")
+"""Patterns of names of what systems and Python leave in any folder, which is nobody's work."""
+
+_NAMED = 5
 
 
 def check_folder(
@@ -111,19 +147,135 @@ def check_folder(
         )
     if not overwrite:
         raise StorageError(f"{path} exists already; choose another folder, or overwrite it on purpose")
+    refuse_strangers(path, kind)
     return True
 
 
-def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
-    """Refuses a file that may not be written: a link, a folder, a device, or one of `inputs`. Raises StorageError."""
+def strangers(folder: Path, kind: str) -> list[str]:
+    """Returns the files below a folder of a kind that adaptclip did not write there, as sorted paths below it.
+
+    Known are what its listing names, and what always has its name. Links are not followed.
+
+    Raises:
+        OSError: a folder cannot be looked into.
+    """
+    known, found = KINDS[kind], []
+    names = _listed(folder / known.listing) if known.listing else set()
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=stop):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in (*files, *links):
+            path = (here / name).relative_to(folder).as_posix()
+            ours = path in (*names, *known.parts) or any(fnmatch(path, pattern) for pattern in known.files)
+            if not ours and not any(fnmatch(name, pattern) for pattern in _DEBRIS):
+                found.append(path)
+        parts = [name for name in folders if here == folder and name in known.parts and name not in links]
+        folders[:] = [name for name in folders if name not in parts]
+        for part in parts:
+            found += [f"{part}/{path}" for path in strangers(folder / part, known.parts[part])]
+    return sorted(found)
+
+
+def _listed(listing: Path) -> set[str]:
+    try:
+        told = read_json(listing)
+    except StorageError:
+        return set()
+    files = told.get("files") if isinstance(told, dict) else None
+    return set(files) if isinstance(files, dict) else set()
+
+
+def refuse_strangers(folder: Path, kind: str, parts: bool = False) -> None:
+    """Raises StorageError where a folder that is to be replaced holds a file that adaptclip did not write there.
+
+    Args:
+        folder: of the kind.
+        kind: a key of KINDS.
+        parts: only its parts are to be replaced.
+    """
+    try:
+        found = [path for path in strangers(folder, kind) if not parts or path.split("/")[0] in KINDS[kind].parts]
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error}") from error
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise StorageError(
+            f"{folder} holds what adaptclip did not write there and is not replaced: {', '.join(found[:_NAMED])}{more}."
+            " Move it elsewhere, or choose another folder."
+        )
+
+
+def check_file(path: Path, inputs: Iterable[Path] = (), *, judges_runs: bool = False) -> None:
+    """Refuses a file that may not be written: a link, a folder, a device, one of `inputs`, or in a folder of ours.
+
+    Args:
+        path: the output.
+        inputs: what is read.
+        judges_runs: it may lie in a run folder.
+
+    Raises:
+        StorageError: the message says which rule.
+    """
     check_plain(path)
     for given in inputs:
         if _identity(path) is not None and _identity(path) == _identity(given):
             raise StorageError(f"{path} is itself what is read; choose another name for the output")
+    _check_open(path, [known for name, known in KINDS.items() if known.closed or (name == "run" and not judges_runs)])
 
 
-def check_apart(path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] = ()) -> None:
-    """Refuses a folder that is a link, or is, holds or lies in an input. Raises StorageError; see `check_folder`."""
+def _check_open(path: Path, kinds: Iterable[Kind]) -> None:
+    """Raises StorageError where an output would lie in a folder that nothing is put into."""
+    kinds = list(kinds)
+    try:
+        above = path.absolute().parent.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
+    for folder in (above, *above.parents):
+        for known in kinds:
+            if known.made(folder):
+                raise StorageError(f"{path} would lie in {known.words} ({folder}); choose a place outside it")
+
+
+def check_cache(cache: Path | None, inputs: Iterable[Path] = (), roots: Iterable[Path] = ()) -> None:
+    """Refuses a cache that is, holds or lies in an input, so that what is read now is what is read next time.
+
+    It may lie in one behind a hidden folder, as `.cache/features` does where one works among one's images: no list of
+    images goes there. It may be a link, to a disk with more room.
+
+    Args:
+        cache: the folder; None keeps nothing.
+        inputs: files and folders that are read.
+        roots: folders that it may lie in, but neither be nor hold.
+
+    Raises:
+        StorageError: the message says which rule.
+    """
+    if cache is None:
+        return
+    try:
+        check_apart(cache.resolve(), inputs, roots, hidden=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StorageError(f"cannot write the cache {cache}: {error}") from error
+    except StorageError as error:
+        raise StorageError(f"the cache cannot be there: {error} (--cache)") from error
+
+
+def check_apart(path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] = (), *, hidden: bool = False) -> None:
+    """Refuses a folder that is a link, or is, holds or lies in an input, or lies in what is complete.
+
+    Args:
+        path: the output.
+        inputs: see `check_folder`.
+        roots: see `check_folder`.
+        hidden: it may lie in an input where a folder between them is hidden.
+
+    Raises:
+        StorageError: the message says which rule.
+    """
     try:
         if path.is_symlink():
             raise StorageError(f"{path} is a link, and nothing is written through one; name the folder that is meant")
@@ -137,10 +289,18 @@ def check_apart(path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] =
                 if own is not None and own in {_identity(folder) for folder in (read, *read.parents)}:
                     what = "is" if own == _identity(read) else "holds"
                     raise StorageError(f"{path} {what} what is read ({given}); choose another folder, which is not")
-                if not may_lie_in and _identity(read) in above:
+                if not may_lie_in and _identity(read) in above and not (hidden and _is_hidden(real, read)):
                     raise StorageError(f"{path} lies in what is read ({given}); choose a folder outside it")
     except (OSError, RuntimeError, ValueError) as error:  # may not be looked into, links in a circle, NUL in the name
         raise StorageError(f"cannot write {path}: {error}") from error
+    _check_open(path, [known for known in KINDS.values() if known.closed])
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a folder between `folder` and `path`, or `path` itself, is hidden."""
+    between = [path, *path.parents]
+    ends = next((i for i, place in enumerate(between) if _identity(place) == _identity(folder)), 0)
+    return any(place.name.startswith(".") for place in between[:ends])
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

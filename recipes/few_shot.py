@@ -30,7 +30,7 @@ from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_target
 from adaptclip.experiments.runner import run_jobs, take_place
 from adaptclip.experiments.search import Budget
 from adaptclip.experiments.store import FeatureStore
-from adaptclip.outputs import check_folder
+from adaptclip.outputs import check_cache, check_folder
 from adaptclip.storage import write_yaml
 from adaptclip.terminal import say
 
@@ -98,8 +98,10 @@ def main(cfg: Config) -> int:
     cards = [ac.load_card(name) for name in (*cfg.cards, *cfg.targets)]
     check_names([card.name for card in cards])
     places = [card_places(card, cfg.data_root) for card in cards]
-    read = [cfg.cache, *local_folders(cfg.backbone), *(path for own, _ in places for path in own)]
-    check_folder(cfg.out, "bench", overwrite=True, inputs=read, roots=[path for _, roots in places for path in roots])
+    read = [*local_folders(cfg.backbone), *(path for own, _ in places for path in own)]
+    roots = [path for _, around in places for path in around]
+    check_folder(cfg.out, "bench", overwrite=True, inputs=[*read, cfg.cache], roots=roots)
+    check_cache(cfg.cache, read, roots)
     place = take_place(cfg.threads)
     methods = choose_methods(cfg.methods, new_names=PROTOCOLS[cfg.protocol].new_names)
     changes = cfg.settings

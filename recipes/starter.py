@@ -32,11 +32,13 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.caption_teacher import caption_directions, sentence_embeddings
 from adaptclip.backbone.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
 from adaptclip.data.dataset import ImageDataset, MemoryStore
+from adaptclip.data.rows import card_places
 from adaptclip.errors import DataError
 from adaptclip.evaluation.measuring import measure
 from adaptclip.evaluation.wise_ft import Yardstick
 from adaptclip.methods.contrastive import caption_tokens
 from adaptclip.metrics.intervals import wilson
+from adaptclip.outputs import check_cache
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.reports.numbers import number
 from adaptclip.seeding import numpy_generator
@@ -187,7 +189,9 @@ class Corpus:
     def __init__(self, cfg: Config, backbone: ClipBackbone) -> None:
         self.cfg = cfg
         tiny, imagenet = (PictureSet(cfg.data_root, name) for name in ("tiny_imagenet", "imagenet1k_one_each"))
-        flickr = ac.open_data(ac.load_card("flickr8k"), data_root=cfg.data_root).train
+        card = ac.load_card("flickr8k")
+        check_cache(cfg.cache, *card_places(card, cfg.data_root))
+        flickr = ac.open_data(card, data_root=cfg.data_root).train
         self.digests = {"tiny_imagenet": tiny.images.digest, "flickr8k": flickr.digest}
         self.digests["imagenet1k_one_each"] = imagenet.images.digest
         names = zip(imagenet.by_class("label_name"), imagenet.by_class("synonyms"), strict=True)

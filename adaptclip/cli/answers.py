@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, TextIO
 
 from adaptclip.errors import ConfigError, StorageError, shown
+from adaptclip.outputs import check_file
 from adaptclip.terminal import console, encodable, json_line, safe_cell
 
 Format = Literal["table", "csv", "jsonl"]
@@ -27,46 +28,52 @@ class Answers:
     is called NAME.partial until then.
     """
 
-    def __init__(
-        self,
-        columns: Sequence[str],
-        headings: Sequence[str],
-        *,
-        form: Format | None = None,
-        out: Path | None = None,
-        raw_csv: bool = False,
-    ) -> None:
-        """Opens the output.
+    def __init__(self, *, form: Format | None = None, out: Path | None = None, raw_csv: bool = False) -> None:
+        """Checks where the rows will go, before they are computed; nothing is written yet.
 
         Args:
-            columns: names of the cells of a row in CSV.
-            headings: of the columns of a table.
             form: None goes by the ending of `out`, and is a table without one.
             out: a new file; None is standard output.
             raw_csv: leave text in CSV as it is, though a spreadsheet may run it.
 
         Raises:
             ConfigError: the format is a table, or unknown, and there is a file to write.
-            StorageError: the file exists or cannot be written.
+            StorageError: the file exists, or may not be written there (see `adaptclip.outputs`).
         """
         self.form: Format = form or _by_ending(out)
         if out is not None and self.form == "table":
             raise ConfigError("a table is for the terminal: with --out, --format is csv or jsonl")
-        self._headings, self._out, self._raw = tuple(headings), out, raw_csv
+        self._out, self._raw = out, raw_csv
+        self._headings: Sequence[str] = ()
         self._rows: list[Sequence[str]] = []
+        self._stream: TextIO = sys.stdout
         self.count = 0
         for path in () if out is None else (out, self._partial):  # a link to nothing is there, too
             if os.path.lexists(path):
                 what = " (unfinished rows of an earlier command are called so)" if path != out else ""
                 raise StorageError(f"{path} exists already{what}; choose another name, or remove it yourself")
+            check_file(path)
+
+    def start(self, columns: Sequence[str], headings: Sequence[str]) -> Answers:
+        """Opens the output, for a `with` block.
+
+        Args:
+            columns: names of the cells of a row in CSV.
+            headings: of the columns of a table.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        self._headings = headings
         try:
-            if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-            self._stream: TextIO = sys.stdout if out is None else self._partial.open("x", encoding="utf-8", newline="")
+            if self._out is not None:
+                self._out.parent.mkdir(parents=True, exist_ok=True)
+                self._stream = self._partial.open("x", encoding="utf-8", newline="")
         except OSError as error:
-            raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
+            raise StorageError(f"cannot write {self._out}: {error.strerror or error}") from error
         if self.form == "csv":
             self._write_csv(columns)
+        return self
 
     @property
     def _partial(self) -> Path:

@@ -64,7 +64,8 @@ def new(folder: Path, /, *, out: Path = Path("card.md"), classes: Literal["auto"
     """Write a data card for a folder of images or a table of image paths, to be filled in.
 
     Args:
-        folder: class folders, train/test folders of class folders, or a folder with a CSV or JSONL table.
+        folder: class folders, train/test folders of class folders, a folder with a CSV, TSV or JSONL table, or the
+            table itself.
         out: the card to write; an existing file is never overwritten.
         classes: "folders" takes the folders for classes even where they look like splits or hold only folders.
     """

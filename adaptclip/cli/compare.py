@@ -36,7 +36,7 @@ def compare(
 
     written = [out.with_suffix(suffix) for suffix in (".md", ".json")] if out is not None else []
     for path in written:
-        check_file(path, files_read(before, after))
+        check_file(path, files_read(before, after), judges_runs=True)
     first, second = (load_predictions(path, None).predictions for path in (before, after))
     result = compare_groups(first, second, group, metric=metric, margin=margin, min_n=min_n)
     text = levelling_markdown(result)

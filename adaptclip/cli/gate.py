@@ -40,7 +40,7 @@ def gate(
     if not predictions:
         raise GateError("name at least one run folder or file of predictions")
     if junit is not None:
-        check_file(junit, files_read(*predictions, baseline, gates))
+        check_file(junit, files_read(*predictions, baseline, gates), judges_runs=True)
     judged, seen = {}, {}
     for path in dict.fromkeys(predictions):
         given = load_predictions(path, baseline, classes)

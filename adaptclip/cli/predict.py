@@ -48,19 +48,19 @@ def predict(
 
     from adaptclip.artifact import Unreadable, load
 
+    answers = Answers(form=format, out=out, raw_csv=raw_csv)
     paths, passed = find_images(images)
     if passed:
         say(f"passed over: {passed}", to=sys.stderr)
     model = load(artifact, device=device, allow_failed_gates=allow_failed_gates)
     top_k, several = min(top_k, len(model.class_names)), model.thresholds is not None
     columns = [f"{what}_{k}" for k in range(1, top_k + 1) for what in ("label", "probability")]
-    answers = Answers(
-        ["image", *["labels"] * several, *columns],
-        ["image", *["labels"] * several, *(f"top {k}" for k in range(1, top_k + 1))],
-        form=format, out=out, raw_csv=raw_csv,
-    )  # fmt: skip
+    headings = ["image", *["labels"] * several, *(f"top {k}" for k in range(1, top_k + 1))]
     skipped = 0
-    with answers, tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar:
+    with (
+        answers.start(["image", *["labels"] * several, *columns], headings),
+        tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar,
+    ):
         for found in model.stream(paths, batch_size=batch_size):
             bar.update()
             if not isinstance(found, Unreadable):
@@ -79,7 +79,9 @@ def predict(
 
 def _stopped_at(reason: str, done: int, number: int) -> str:
     more = "" if "--on-bad-image" in reason else " Leave such images out with `--on-bad-image skip`."
-    return f"{reason}{more}\n{done} of {number} images were predicted before it, and their rows are written."
+    return (
+        f"{reason.rstrip('.')}.{more}\n{done} of {number} images were predicted before it, and their rows are written."
+    )
 
 
 def _row(p: Prediction, top_k: int, *, several: bool) -> tuple[dict[str, Any], list[str], list[str]]:

@@ -42,21 +42,24 @@ def probe(
     """
     from adaptclip.artifact import artifact_folder, load
     from adaptclip.data.card import load_card
+    from adaptclip.data.rows import card_places
     from adaptclip.data.sources import open_data
     from adaptclip.evaluation.predict import predict
     from adaptclip.evaluation.probing import is_comparable, probe_scores
     from adaptclip.features import FeatureCache
     from adaptclip.methods import ZeroShotClassifier
-    from adaptclip.outputs import check_file
+    from adaptclip.outputs import check_cache, check_file
     from adaptclip.reports.text_probe import check_words, probe_report
     from adaptclip.seals import write_sealed
     from adaptclip.storage import digest
 
     described = load_card(card)
+    places, roots = card_places(described, data_root)
+    check_cache(cache, [*places, model], roots)
     if out is not None:
         own = artifact_folder(model)
         read = [words, described.path, *(p for p in own.rglob("*") if p.is_file())]
-        check_file(out, [path for path in read if path is not None])
+        check_file(out, [path for path in read if path is not None], judges_runs=True)
     kinds = _kinds(described, words)
     adapted = load(model, device=device, allow_failed_gates=allow_failed_gates)
     check_words(kinds, (*adapted.class_names, *adapted.manifest["prompt_names"]))

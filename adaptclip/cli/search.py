@@ -50,14 +50,16 @@ def embed(
     from adaptclip.data.card import load_card
     from adaptclip.data.rows import card_places
     from adaptclip.features import FeatureCache
-    from adaptclip.outputs import check_folder
+    from adaptclip.outputs import check_cache, check_folder
     from adaptclip.search import build_index, card_as_images, files_as_images, load_encoder
 
     is_card = not Path(images).exists() or Path(images).suffix.lower() == ".md"
     card = load_card(images) if is_card else None
     read, roots = card_places(card, data_root) if card else ([Path(images)], [])
-    read += [cache, *local_folders(backbone), *(Path(given) for given in (model, pretrained) if given)]
-    check_folder(out, "index", overwrite=overwrite, inputs=read, roots=roots)
+    read += [*local_folders(backbone), *(Path(given) for given in (model, pretrained) if given)]
+    check_folder(out, "index", overwrite=overwrite, inputs=[*read, cache], roots=roots)
+    check_cache(cache, read, roots)
+    read.append(cache)
     if card is None:
         paths, passed = find_images([Path(images)])
         found, skipped = files_as_images(paths, skip_bad=on_bad_image == "skip")
@@ -108,6 +110,7 @@ def search(
     """
     from adaptclip.search import encode_picture, encode_texts, load_encoder, load_named, open_index
 
+    answers = Answers(form=format, out=out, raw_csv=raw_csv)
     opened = open_index(index)
     is_image = Path(query).suffix.lower() in IMAGE_SUFFIXES
     if is_image and not Path(query).is_file():
@@ -124,7 +127,7 @@ def search(
     if cut:
         say(f"the query is longer than the {encoder.context_length} tokens the model reads; it was cut", to=sys.stderr)
     hits = opened.search(encoder, vector, k=top_k, engine=engine)[0]
-    with Answers(["image", "score"], ["image", "score"], form=format, out=out, raw_csv=raw_csv) as answers:
+    with answers.start(["image", "score"], ["image", "score"]):
         for hit in hits:
             values = {"image": hit.name, "score": round(hit.score, 6)}
             answers.add(values, [hit.name, f"{hit.score:.6f}"], [hit.name, f"{hit.score:.3f}"])

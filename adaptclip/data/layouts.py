@@ -154,19 +154,26 @@ def _refuse_half(base: Path, top: Sequence[Path], found: dict[str, str]) -> None
     """Raises CardError about a division without training or test images; returns where the folder is a class."""
     if len(top) > len(found) and not any(_holds_only_folders(base / name) for name in found.values()):
         return
-    loose = [path.name for path in top if split_part(path.name)[0] and path.name not in found.values()]
-    if loose:
-        has = f"; {shown(loose[0])} holds images without class folders, so nothing says what they show"
-    elif "train" in found:
-        has = ""
-    else:
-        has = "; to judge models on them alone, write a card with `splits: {test: " + next(iter(found.values())) + "}`"
     lacks = "test" if "train" in found else "training"
+    train, test = shown(found.get("train", "...")), shown(found.get("test", "..."))
+    loose = [path for path in top if split_part(path.name)[0] and path.name not in found.values()]
+    alike = [path.name for path in loose if _folders(path)]
+    has = ""
+    if alike:
+        has = f"; {shown(alike[0])} may hold some, which its name does not say for certain"
+        train, test = (shown(alike[0]), test) if lacks == "training" else (train, shown(alike[0]))
+    elif loose:
+        has = f"; {shown(loose[0].name)} holds images without class folders, so nothing says what they show"
+    elif lacks == "training":
+        own = shown(found.get("test") or next(iter(found.values())))
+        has = "; to judge models on them alone, write a card with `splits: {test: " + own + "}`"
+        if "test" in found and "validation" in found:  # a development set is what some learn from
+            train = shown(found["validation"])
     names = ", ".join(repr(shown(name)) for name in found.values())
     raise CardError(
         f"{shown(base)} has a folder {names} but none for the {lacks} images{has}. Add one; or say in a card which "
-        "folder plays which part, `splits: {train: ..., test: ...}`, or let the images of all of them be divided anew, "
-        "`splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
+        f"folder plays which part, `splits: {{train: {train}, test: {test}}}`, or let the images of all of them be "
+        "divided anew, `splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
     )
 
 
@@ -219,7 +226,11 @@ def _class_folders(folder: Path, asked: frozenset[str]) -> dict[str, Path]:
         if not is_text(name):
             raise DataError(f"the class folder {shown(path)} has a name that is not UTF-8 text; rename it")
         if name in found:
-            raise DataError(f"{folder} has two folders that read {name!r} in different Unicode forms; merge them")
+            both = [path.name, found[name].name]
+            how = "blanks around it" if len({own.strip() for own in both}) == 1 else "its Unicode form"
+            raise DataError(
+                f"{shown(folder)} has two folders that differ from {shown(name)!r} only in {how}; merge them"
+            )
         found[name] = path
     if not found:
         raise DataError(

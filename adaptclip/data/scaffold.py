@@ -76,12 +76,12 @@ def new_card(
     classes: Literal["auto", "folders"] = "auto",
     say: Callable[[str], object] = lambda sentence: None,
 ) -> Path:
-    """Writes a commented card for a folder, with what can be found out filled in.
+    """Writes a commented card for a folder or a table, with what can be found out filled in.
 
     A folder with a CSV, TSV or JSONL table at its top is read through the table; any other by its class folders.
 
     Args:
-        folder: class folders, split folders of class folders, or images with a table of their paths.
+        folder: class folders, split folders of class folders, images with a table of their paths, or that table.
         out: the card to write; its paths are made relative to its own folder.
         classes: "folders" takes the folders for classes whatever they look like; "auto" asks where there is a doubt.
         say: gets each sentence about what was understood and what was left aside.
@@ -96,23 +96,31 @@ def new_card(
         StorageError: `out` cannot be written.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    if not folder.is_dir():
-        raise CardError(f"{folder} is not a folder; give the one that holds the images, or the table of their paths")
+    is_table = folder.is_file() and folder.suffix.lower() in TABLE_SUFFIXES
+    if not is_table and not folder.is_dir():
+        raise CardError(
+            f"{shown(folder)} is neither a folder nor a table of image paths ({', '.join(TABLE_SUFFIXES)}); give the "
+            "folder that holds the images, or the table of their paths"
+        )
+    if is_table and classes == "folders":
+        raise CardError(f"{shown(folder)} is a table, which has no folders for classes; give the folder of the images")
     if out.suffix != ".md":
         raise CardError(f"a card is a Markdown file: {out} should end in .md")
     if not out.exists():
         check_file(out)  # a link that leads nowhere is not followed
     else:
         raise CardError(f"{out} exists already and may hold your work; choose another name, or remove it yourself")
-    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
-    base = out.resolve().parent
     for path in (folder, out):
         require_text(path)
-    aside = describing_classes(folder, tables)
+    given, folder = (folder, folder.resolve().parent) if is_table else (None, folder)
+    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
+    base = out.resolve().parent
+    aside = {} if given else describing_classes(folder, tables)
+    tables = [given] if given else tables
     tables = [table for table in tables if table not in aside]
     by_table = bool(tables) and classes == "auto"
     found = _of_tables(folder, tables, base) if by_table else _of_folder(folder, base, asked=classes == "folders")
-    text = _card_text(folder.resolve().name, found)
+    text = _card_text(given.stem if given else folder.resolve().name, found)
     parse_card(text, name=out.stem, path=out)  # a card that adaptclip itself refuses must never be written
     write_text(out, text)
     for sentence in (understood(Counter(as_text(label) for label in found.labels)), *found.notes, *aside.values()):

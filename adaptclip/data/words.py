@@ -24,7 +24,7 @@ _PARTS = {
 }
 _NEUTRAL = _words(
     "set data dataset split splits part folder dir images image imgs img pictures photos seg cls "
-    "classification class classes real raw final full new all jpg png"
+    "classification class classes real raw final full new all jpg png v version rev revision"
 )
 """Words beside "train" and "test" that change nothing about what a folder is."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,14 @@ from adaptclip.storage import digest
 
 
 def launch_id() -> str:
-    """Returns a name that the processes of one launch share and no other launch has."""
+    """Returns a name that the processes of one launch share on a machine, and no other launch has.
+
+    Address and port are always the same under `accelerate launch`: what tells its launches apart is the launcher, which
+    is the parent of its processes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-        return digest([os.environ.get(name, "") for name in names])[:16]
+        return digest([*(os.environ.get(name, "") for name in names), socket.gethostname(), str(os.getppid())])[:16]
     return uuid.uuid4().hex[:16]
 
 

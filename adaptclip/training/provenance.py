@@ -61,12 +61,11 @@ def places_read(config: Mapping[str, Any], data: DomainData | None) -> tuple[lis
     """Returns files and folders that a run reads, and folders that only hold some of those; see `outputs.check_apart`.
 
     Args:
-        config: the run's settings; of use are `cache`, `backbone`, `pretrained`, `zero_shot_card` and `data_root`.
+        config: the run's settings; of use are `backbone`, `pretrained`, `zero_shot_card` and `data_root`.
         data: the images.
     """
     root = Path(config["data_root"]) if config.get("data_root") else None
-    read = [Path(config["cache"])] if config.get("cache") else []
-    read += local_folders(config.get("backbone"))
+    read = local_folders(config.get("backbone"))
     if config.get("pretrained") and Path(config["pretrained"]).is_file():
         read.append(Path(config["pretrained"]))
     roots = [root] if root is not None else []

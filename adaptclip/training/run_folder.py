@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import SplitError, StorageError, TrainingError
-from adaptclip.outputs import LEDGER
+from adaptclip.outputs import LEDGER, refuse_strangers
 from adaptclip.storage import check_is_file, parse_json, read_json, write_json, write_text, write_yaml
 from adaptclip.training.checkpoint import newest_checkpoint, step_of
 from adaptclip.training.provenance import changes
@@ -113,7 +113,7 @@ def check_earlier(
     overwrite: bool,
     may_change: Collection[str],
 ) -> None:
-    """Raises TrainingError unless this run may go on in the folder, or replace what is there; changes nothing.
+    """Raises an error unless this run may go on in the folder, or replace what is there; changes nothing.
 
     Args:
         path: the folder, locked.
@@ -122,10 +122,16 @@ def check_earlier(
         resume: an earlier run is to be gone on with.
         overwrite: an earlier run is to be replaced.
         may_change: settings that may differ.
+
+    Raises:
+        TrainingError: it may not.
+        StorageError: what would be replaced holds somebody's own files.
     """
     if _is_empty(path):
         return
     earlier = _read_marker(path / MARKER)
+    if overwrite or resume:
+        refuse_strangers(path, "run", parts=resume)  # a run that is gone on with replaces its artifact, and no more
     if overwrite:
         return
     if not resume:

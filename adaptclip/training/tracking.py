@@ -27,7 +27,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import AdaptclipError, ConfigError, StorageError, TrainingError, did_you_mean
-from adaptclip.outputs import check_apart
+from adaptclip.outputs import check_apart, check_cache
 from adaptclip.storage import parse_json
 from adaptclip.training.interruption import Pace
 from adaptclip.training.launcher import (
@@ -262,7 +262,10 @@ def start_run(
     locks: list[FileLock] = []
 
     def open_folder() -> int:
-        check_apart(path, *places_read(config, data))
+        cache = Path(config["cache"]) if config.get("cache") else None
+        read, roots = places_read(config, data)
+        check_apart(path, [*read, cache] if cache else read, roots)
+        check_cache(cache, read, roots)
         check_kind(path)
         locks.append(lock_folder(path))
         check_earlier(path, record, split, resume=resume, overwrite=overwrite, may_change=may_change)

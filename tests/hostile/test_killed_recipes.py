@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from adaptclip.outputs import strangers
+
 HERE = Path(__file__).resolve().parent
 RESULTS = ("metrics.jsonl", "split.json", "*.parquet", "*.safetensors")
 """What must not differ by a bit; the name of a checkpoint holds the digest of weights, optimizer and generators."""
@@ -45,6 +47,11 @@ def test_resumed_equals_undisturbed_bit_for_bit(ran):
         assert undisturbed.keys() == disturbed.keys(), recipe
         assert len(undisturbed) >= 5, recipe
         assert [name for name in undisturbed if undisturbed[name] != disturbed[name]] == [], recipe
+
+
+def test_a_run_holds_nothing_that_overwriting_would_stop_at(ran):
+    folder, events = ran
+    assert {name: strangers(folder / name / "disturbed", "run") for name in events} == {name: [] for name in events}
 
 
 def test_the_signals_met_running_processes(ran):

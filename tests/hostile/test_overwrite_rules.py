@@ -26,39 +26,45 @@ from adaptclip.cli.card import new
 from adaptclip.cli.compare import compare
 from adaptclip.cli.export import export
 from adaptclip.cli.gate import gate
+from adaptclip.cli.predict import predict
 from adaptclip.cli.probe import probe
 from adaptclip.cli.recipes import copy as copy_recipes
 from adaptclip.cli.recipes import folder as recipes_folder
 from adaptclip.cli.report import report
-from adaptclip.cli.search import embed
+from adaptclip.cli.search import embed, search
 from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.data.image_files import list_images
 from adaptclip.errors import AdaptclipError, StorageError
-from adaptclip.outputs import KINDS, Kind, atomic_folder, check_folder
+from adaptclip.outputs import KINDS, atomic_folder, check_folder, strangers
 from adaptclip.training.tracking import make_accelerator, start_run
 from adaptclip.types import Predictions
 
 WRITTEN = ""
 
 
-RUN = Kind("a run folder", "run.json", frozenset({"adaptclip", "num_processes", "config"}))
-"""Run folders have a reader of their own; this is what it knows them by."""
-
-MARKED = {**KINDS, "run": RUN}
-
-
-def plant(kind: str, folder: Path) -> None:
-    """Makes a folder carry the marker of a kind."""
+def plant(kind: str, folder: Path, *own: str, extra: Callable[[Path], object] = lambda folder: None) -> None:
+    """Makes a folder carry the marker of a kind and files that adaptclip wrote there; `extra` makes what it did not."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / MARKED[kind].marker
+    marker = folder / KINDS[kind].marker
     known = json.loads(marker.read_text()) if marker.is_file() else {}
     marker.unlink(missing_ok=True)  # it may be a hard link
-    marker.write_text(json.dumps({**dict.fromkeys(MARKED[kind].keys, 0), "adaptclip": "0", "config": {}, **known}))
+    known = {**dict.fromkeys(KINDS[kind].keys, 0), "adaptclip": "0", "config": {}, **known}
+    listing = folder / KINDS[kind].listing
+    if listing == marker:
+        known["files"] = {name: {} for name in own}
+    marker.write_text(json.dumps(known))
+    if KINDS[kind].listing and listing != marker:
+        listing.write_text(json.dumps({"files": {name: {} for name in own}}))
+    for name in own:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("written by adaptclip")
+    extra(folder)
 
 
 def other_kind(kind: str) -> str:
     """A kind with the same marker file where there is one, so that only its content tells them apart."""
-    same = [k for k in MARKED if k != kind and MARKED[k].marker == MARKED[kind].marker]
-    return (same or [k for k in MARKED if k != kind])[0]
+    same = [k for k in KINDS if k != kind and KINDS[k].marker == KINDS[kind].marker]
+    return (same or [k for k in KINDS if k != kind])[0]
 
 
 def foreign(folder: Path) -> None:
@@ -69,13 +75,13 @@ def foreign(folder: Path) -> None:
 def someone_elses(kind: str, folder: Path) -> None:
     """A folder with a file of the marker's name and other content."""
     foreign(folder)
-    (folder / MARKED[kind].marker).write_text('{"name": "my-app", "start_url": "/"}')
+    (folder / KINDS[kind].marker).write_text('{"name": "my-app", "start_url": "/"}')
 
 
 def marked_by_link(kind: str, folder: Path) -> None:
     plant(kind, folder.parent / "own")
     foreign(folder)
-    (folder / MARKED[kind].marker).symlink_to(folder.parent / "own" / MARKED[kind].marker)
+    (folder / KINDS[kind].marker).symlink_to(folder.parent / "own" / KINDS[kind].marker)
 
 
 def link(path: Path, to: Path, make: Callable[[Path], object] | None = None) -> Path:
@@ -96,6 +102,24 @@ FOLDERS: dict[str, tuple[Callable[..., Any], bool, str]] = {
     "an empty folder": (lambda kind, home, read: (home / "out").mkdir(), False, WRITTEN),
     "its own kind": (lambda kind, home, read: plant(kind, home / "out"), False, "exists already"),
     "its own kind, overwrite": (lambda kind, home, read: plant(kind, home / "out"), True, WRITTEN),
+    "its own kind with a file of one's own": (
+        lambda kind, home, read: plant(kind, home / "out", extra=lambda out: (out / "thesis.txt").write_text("x")),
+        True, r"did not write there and is not replaced: thesis\.txt\. Move",
+    ),
+    "its own kind with folders of one's own": (
+        lambda kind, home, read: plant(kind, home / "out", extra=lambda out: foreign(out / "mine")),
+        True, r"did not write there and is not replaced: mine/thesis\.txt\. Move",
+    ),
+    "its own kind with a link of one's own": (
+        lambda kind, home, read: plant(kind, home / "out", extra=lambda out: link(out / "mine", home / "in")),
+        True, r"did not write there and is not replaced: mine\. Move",
+    ),
+    "below an export": (
+        lambda kind, home, read: plant("export", home / "done") or home / "done" / "out", False, "lie in an export",
+    ),
+    "below an index": (
+        lambda kind, home, read: plant("index", home / "done") or home / "done" / "a" / "out", True, "lie in an index",
+    ),
     "another kind of ours": (lambda kind, home, read: plant(other_kind(kind), home / "out"), True, "is not an? "),
     "a foreign folder": (lambda kind, home, read: foreign(home / "out"), True, "never replaced"),
     "a foreign folder, no overwrite": (lambda kind, home, read: foreign(home / "out"), False, "exists already"),
@@ -188,8 +212,9 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return found
 
 
-def run_embed(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
-    embed(str(home / "in" / "photos"), out=out, backbone=world.model, cache=home.parent / "cache", overwrite=overwrite)
+def run_embed(world: World, home: Path, out: Path, *, overwrite: bool, cache: Path | None = None) -> None:
+    cache = cache or home.parent / "cache"
+    embed(str(home / "in" / "photos"), out=out, backbone=world.model, cache=cache, overwrite=overwrite)
 
 
 def run_export(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
@@ -216,11 +241,10 @@ class ReachedError(Exception):
     """A recipe has got past what it checks first."""
 
 
-def run_bench(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
+def run_bench(world: World, home: Path, out: Path, *, overwrite: bool, cache: Path | None = None) -> None:
     recipe = load_recipe("few_shot")
-    cfg = recipe.Config(
-        cards=(str(home / "in" / "photos"),), backbone=world.model, out=out, cache=home.parent / "cache"
-    )
+    cache = cache or home.parent / "cache"
+    cfg = recipe.Config(cards=(str(home / "in" / "photos"),), backbone=world.model, out=out, cache=cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "take_place", lambda threads: (_ for _ in ()).throw(ReachedError()))
         try:
@@ -229,10 +253,11 @@ def run_bench(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
             plant("bench", out)
 
 
-def run_start(world: World, home: Path, out: Path, *, overwrite: bool) -> None:
+def run_start(world: World, home: Path, out: Path, *, overwrite: bool, cache: Path | None = None) -> None:
     photos = home / "in" / "photos"
     data = ac.open_data(ac.load_card(photos), check=False)
-    config = {"card": str(photos), "cache": home.parent / "cache", "data_root": None, "backbone": world.model}
+    cache = cache or home.parent / "cache"
+    config = {"card": str(photos), "cache": cache, "data_root": None, "backbone": world.model}
     run = start_run(out, config=config, accelerator=make_accelerator(cpu=True), data=data, overwrite=overwrite)
     run.finish()
 
@@ -248,7 +273,8 @@ COMMANDS: dict[str, tuple[str, str, Callable[..., None]]] = {
 """Command -> kind of its folder, what it reads, how it is called."""
 
 OTHERWISE = {
-    "few_shot.py": {"its own kind": WRITTEN},  # the bench goes on in its own folder without being asked
+    # The bench goes on in its own folder without being asked, and removes nothing there.
+    "few_shot.py": dict.fromkeys((name for name in FOLDERS if name.startswith("its own kind")), WRITTEN),
     "every other recipe": {
         "its own kind": "holds an earlier run",
         "a foreign folder": "holds files and is not a run folder",
@@ -271,7 +297,7 @@ def test_folders(world, home, command, target):
     before = snapshot(home)
     if expected == WRITTEN:
         call(world, home, out, overwrite=overwrite)
-        assert MARKED[kind].made(out)
+        assert KINDS[kind].made(out)
         own = str(out.resolve())
         after = {path: what for path, what in snapshot(home).items() if not f"{path}/".startswith(f"{own}/")}
         kept = {path: what for path, what in before.items() if not f"{path}/".startswith(f"{own}/")}
@@ -369,6 +395,119 @@ def test_a_probe_is_not_written_over_what_it_reads(home):
     assert snapshot(home) == before
 
 
+def run_predict(home: Path, out: Path) -> None:
+    predict(home / "run", [home / "in" / "photos"], out=out)
+
+
+def run_search(home: Path, out: Path) -> None:
+    search(home / "done", "a cat", out=out)
+
+
+def run_probe(home: Path, out: Path) -> None:
+    probe(home / "run", card="specimens", out=out)
+
+
+def run_recipes_copy(home: Path, out: Path) -> None:
+    copy_recipes(["coop"], out=out.parent)
+
+
+INTO: dict[str, tuple[str, bool, Callable[[Path, Path], None]]] = {
+    **{name: (out, name != "card new", call) for name, (out, _, call) in FILE_COMMANDS.items()},
+    "predict": ("out.csv", False, run_predict),
+    "search": ("out.jsonl", False, run_search),
+    "probe": ("out.json", True, run_probe),
+    "recipes copy": ("coop.py", False, run_recipes_copy),
+}
+"""Command -> name of its output, whether it judges runs and may write into one, how it is called."""
+
+
+COMPLETE = [
+    (command, kind)
+    for command, (_, judges_runs, _) in INTO.items()
+    for kind in KINDS
+    if kind not in ("bench", *["run"] * judges_runs)
+]
+
+
+@pytest.mark.parametrize("where", ["", "below"])
+@pytest.mark.parametrize(("command", "kind"), COMPLETE)
+def test_nothing_is_put_into_what_is_complete(home, monkeypatch, command, kind, where):
+    name, _, call = INTO[command]
+    plant(kind, home / "done")
+    before = snapshot(home)
+    monkeypatch.setattr("adaptclip.artifact.load", None)  # it is refused before a model is loaded
+    with pytest.raises(StorageError, match=rf"would lie in {KINDS[kind].words} \(.*done\); choose a place outside it"):
+        call(home, home / "done" / where / name)
+    assert snapshot(home) == before
+
+
+CACHES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "beside the images": (lambda home: home / "in" / "cache", WRITTEN),
+    "a link to another place": (lambda home: link(home / "in" / "cache", home / "room", Path.mkdir), WRITTEN),
+    "hidden among the images": (lambda home: home / "in" / "photos" / ".cache" / "features", WRITTEN),
+    "the images' own folder": (lambda home: home / "in" / "photos", "is what is read"),
+    "among the images": (lambda home: home / "in" / "photos" / "cache", "lies in what is read"),
+    "in a class": (lambda home: home / "in" / "photos" / "cat" / "features", "lies in what is read"),
+    "a link among the images": (lambda home: link(home / "c", home / "in" / "photos" / "cat"), "lies in what is read"),
+    "around the images": (lambda home: home / "in", "holds what is read"),
+    "in an artifact": (lambda home: home / "run" / "artifact" / "cache", "would lie in an artifact"),
+    "in an artifact, hidden": (lambda home: home / "run" / "artifact" / ".cache", "would lie in an artifact"),
+    "where a link leads in circles": (lambda home: link(home / "c", home / "c"), "cannot write the cache|is a link"),
+}
+"""Place of --cache -> where that is, what is said."""
+
+
+@pytest.mark.parametrize("place", CACHES)
+@pytest.mark.parametrize("command", ["embed", "few_shot.py", "every other recipe"])
+def test_caches(world, home, command, place):
+    make, expected = CACHES[place]
+    _, _, call = COMMANDS[command]
+    cache = make(home)
+    before, known = snapshot(home), ac.load_card(home / "in" / "photos").source
+    if expected == WRITTEN:
+        call(world, home, home / "out", overwrite=False, cache=cache)
+        assert ac.load_card(home / "in" / "photos").source == known
+        assert [path.suffix for path in list_images(home / "in" / "photos").images] == [".png"] * 8
+    else:
+        with pytest.raises(StorageError, match=expected):
+            call(world, home, home / "out", overwrite=False, cache=cache)
+        assert snapshot(home) == before
+
+
+def test_the_cache_of_a_probe_keeps_clear_of_the_model(home):
+    with pytest.raises(StorageError, match=r"the cache cannot be there: .* lies in what is read"):
+        probe(home / "run", card="specimens", cache=home / "run" / "cache")
+
+
+def test_a_run_that_goes_on_does_not_lose_what_was_put_into_its_artifact(home, world):
+    out = home / "out"
+    run_start(world, home, out, overwrite=False)
+    shutil.copytree(home / "run" / "artifact", out / "artifact")
+    (out / "notes.txt").write_text("beside the run's own files, where it stays")
+    photos = home / "in" / "photos"
+    config = {"card": str(photos), "cache": home.parent / "cache", "data_root": None, "backbone": world.model}
+    go_on: dict[str, Any] = {"config": config, "accelerator": make_accelerator(cpu=True), "resume": True}
+    go_on["data"] = ac.open_data(ac.load_card(photos), check=False)
+    start_run(out, **go_on).finish()
+    (out / "artifact" / "notes.txt").write_text("mine")
+    before = snapshot(out)
+    with pytest.raises(StorageError, match=r"did not write there and is not replaced: artifact/notes\.txt\. Move"):
+        start_run(out, **go_on)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._report.html", "Thumbs.db", "__pycache__/read_image.cpython-311.pyc"])
+def test_what_systems_leave_behind_is_nobodys_work(tmp_path, name):
+    plant("export", tmp_path / "out", "weights.safetensors", "text_encoder/config.json")
+    (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / name).touch()
+    assert strangers(tmp_path / "out", "export") == []
+    (tmp_path / "out" / "text_encoder" / "model.safetensors").touch()
+    (tmp_path / "out" / ".git").mkdir()
+    (tmp_path / "out" / ".git" / "HEAD").touch()
+    assert strangers(tmp_path / "out", "export") == [".git/HEAD", "text_encoder/model.safetensors"]
+
+
 RECIPES = {
     "a new path": (lambda home: None, WRITTEN),
     "an empty folder": (lambda home: (home / "out").mkdir(), WRITTEN),
@@ -461,8 +600,7 @@ def test_the_folder_where_one_is_can_be_written(tmp_path, monkeypatch):
 def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, kill):
     """A process of its own is killed; what it leaves is the old or the new, and the next call finds it in its place."""
     out = tmp_path / "out"
-    plant("index", out)
-    (out / "old").touch()
+    plant("index", out, "old")
     pid = os.fork()
     if pid == 0:
         renames = {"before the first rename": 0, "between the renames": 1, "after the second": 2}[kill]
@@ -477,8 +615,7 @@ def test_a_kill_leaves_the_old_or_the_new_folder_whole(tmp_path, kill):
         Path.rename = counted  # type: ignore[method-assign]
         shutil.rmtree = lambda *args, **kwargs: os._exit(9)  # type: ignore[assignment]
         with atomic_folder(out, "index", overwrite=True) as folder:
-            plant("index", folder)
-            (folder / "new").touch()
+            plant("index", folder, "new")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     with pytest.raises(StorageError, match="exists already"), atomic_folder(out, "index"):

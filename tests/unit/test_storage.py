@@ -99,12 +99,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         fill(fail=True)
     assert list(tmp_path.iterdir()) == []
     fill(fail=False)
-    (target / "b").write_text("2")
+    (target / "names.json").write_text("2")
     with pytest.raises(StorageError, match="exists already"):
         fill(fail=False)
     with pytest.raises(KeyboardInterrupt):
         fill(fail=True, overwrite=True)
-    assert sorted(p.name for p in target.iterdir()) == ["b", "manifest.json"]
+    assert sorted(p.name for p in target.iterdir()) == ["manifest.json", "names.json"]
     fill(fail=False, overwrite=True)
     assert [p.name for p in target.iterdir()] == ["manifest.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]

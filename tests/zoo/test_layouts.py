@@ -42,6 +42,10 @@ UNDERSTOOD: dict[str, tuple[dict[str, int], str]] = {
         {"trainval/a": 2, "trainval/b": 1, "test/a": 1, "test/b": 1},
         "trainval: a 2, b 1; test: a 1, b 1",
     ),
+    "versions": (
+        {"train/a": 2, "train/b": 2, "validation/a": 1, "test-v3/a": 1, "test-v3/b": 1},
+        "train: a 2, b 2; validation: a 1; test-v3: a 1, b 1",
+    ),
     "dev and holdout": (
         {"train/a": 2, "train/b": 2, "dev/a": 1, "dev/b": 1, "hold-out/a": 1, "hold-out/b": 1},
         "train: a 2, b 2; dev: a 1, b 1; hold-out: a 1, b 1",
@@ -110,6 +114,22 @@ REFUSED: dict[str, tuple[dict[str, int], str]] = {
     "unlabelled test images": (
         {"train/a": 2, "train/b": 2, "test": 2},
         r"folder 'train' but none for the test images; test holds images without class folders",
+    ),
+    "a test folder whose name says more": (
+        {"train/a": 1, "validation/a": 1, "test_autumn/a": 1, "test_autumn/b": 1},
+        r"none for the test images; test_autumn may hold some.*`splits: \{train: train, test: test_autumn\}`",
+    ),
+    "development and holdout": (
+        {"development/a": 2, "development/b": 2, "holdout/a": 1, "holdout/b": 1},
+        r"none for the training images; .*`splits: \{test: holdout\}`.*`splits: \{train: development, test: holdout\}`",
+    ),
+    "two folders that differ in a blank": (
+        {"cat": 1, "cat ": 1, "dog": 1},
+        r"two folders that differ from 'cat' only in blanks around it; merge them",
+    ),
+    "two folders of one name in two Unicode forms": (
+        {"\u00fcber": 1, "u\u0308ber": 1, "dog": 1},
+        r"differ from '\u00fcber' only in its Unicode form; merge them",
     ),
     "train and val": ({"train/a": 1, "val/a": 1}, r"folder 'train', 'val' but none for the test images"),
     "a test folder alone": (

@@ -147,6 +147,28 @@ def test_a_table_without_splits_gets_fractions(tmp_path):
     assert splits.fractions == {"train": 0.6, "validation": 0.1, "test": 0.3}
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_table_itself_is_taken_as_a_folder_with_it_is(tmp_path, inside):
+    _table(tmp_path / "survey", _rows())
+    table = tmp_path / "survey" / "table.csv"
+    of_folder = new_card(tmp_path / "survey", tmp_path / "survey.md").read_text(encoding="utf-8")
+    (tmp_path / "survey" / "other.csv").write_text("a,b\n1,2\n")  # which of several is meant is said by naming it
+    out = (table.parent if inside else tmp_path) / "own.md"
+    text = new_card(table, out).read_text(encoding="utf-8")
+    assert load_card(out).source.files == ("table.csv" if inside else "survey/table.csv")
+    named = text.replace('pretty_name: "table"', 'pretty_name: "survey"').replace("# table\n", "# survey\n")
+    assert named.replace('files: "table.csv"', 'files: "survey/table.csv"') == of_folder
+
+
+def test_a_table_has_no_folders_for_classes(tmp_path):
+    _table(tmp_path, _rows())
+    with pytest.raises(CardError, match="is a table, which has no folders for classes"):
+        new_card(tmp_path / "table.csv", tmp_path / "card.md", classes="folders")
+    (tmp_path / "table.xlsx").touch()
+    with pytest.raises(CardError, match=r"neither a folder nor a table of image paths \(\.csv, \.tsv, \.jsonl"):
+        new_card(tmp_path / "table.xlsx", tmp_path / "card.md")
+
+
 def test_an_existing_card_is_never_overwritten(tmp_path):
     _class_folders(tmp_path / "images", ("a", "b"), 3)
     (tmp_path / "card.md").write_text("my work")
@@ -157,7 +179,7 @@ def test_an_existing_card_is_never_overwritten(tmp_path):
 
 def test_unusable_folders_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CardError, match="is not a folder"):
+    with pytest.raises(CardError, match="is neither a folder nor a table"):
         new_card(tmp_path / "nowhere", tmp_path / "card.md")
     with pytest.raises(CardError, match="holds no image and no table"):
         new_card(tmp_path / "empty", tmp_path / "card.md")

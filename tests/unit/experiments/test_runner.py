@@ -137,6 +137,11 @@ def test_a_place_is_taken_from_the_launcher_once(monkeypatch):
     assert launch_id() == first
     monkeypatch.setenv("MASTER_PORT", "6")
     assert launch_id() != first
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # `accelerate launch` gives every launch the same address and port
+    assert launch_id() != first
+    monkeypatch.undo()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     place = take_place(threads)
     assert (place.rank, place.size) == (0, 2)
     assert "WORLD_SIZE" not in os.environ
