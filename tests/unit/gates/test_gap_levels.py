@@ -1,12 +1,14 @@
 """Every share of alpha in gates on gaps: the verdict turns exactly where the bound at that level does.
 
-Uncertainties are plain normal ones, so that each bound is value ± z · error, written out here.
+Uncertainties are normal ones, so that each bound that holds for certain is value ± z · error, written out here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
+import normal_spread
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -20,32 +22,21 @@ from adaptclip.metrics.metric import Support
 ALPHA, NEAR = 0.05, 1e-6
 
 
-@dataclass(frozen=True)
-class Normal:
-    value: float
-    error: float
-    method: str = "normal"
-
-    def bound(self, side, alpha, *, exact=False):
-        half = norm.isf(alpha) * self.error
-        return self.value - half if side == "low" else self.value + half
-
-
 def number(value, error, n=1000):
-    return Measurement(value, n, Normal(value, error))
+    return normal_spread.number(value, error, n, exactly=1.0, plainly=0.5)
 
 
 @pytest.fixture(params=["accuracy", "fnr"])
 def judge(request):
     """Judges accuracies as they are, or as error rates of a metric that is better when lower: all turned round."""
     turned = request.param == "fnr"
-    about = {"metric": "fnr", "positive": ("ill",)} if turned else {}
+    about: dict[str, Any] = {"metric": "fnr", "positive": ("ill",)} if turned else {}
 
-    def flip(part, change=False):
+    def flip(part, change=False) -> Any:
         if part is None or not turned:
             return part
         value = -part.value if change else 1 - part.value
-        return replace(part, value=value, spread=part.spread and Normal(value, part.spread.error))
+        return replace(part, value=value, spread=part.spread and replace(part.spread, value=value))
 
     def run(after, before=None, change=None, *, floor=None, small=(), noise=None, **rule) -> Verdict:
         if floor is not None:
@@ -64,7 +55,7 @@ def judge(request):
     return run
 
 
-THREE = {"a": number(0.90, 0.010), "b": number(0.84, 0.015), "c": number(0.87, 0.030)}
+THREE: dict[str, Any] = {"a": number(0.90, 0.010), "b": number(0.84, 0.015), "c": number(0.87, 0.030)}
 PAIRS = [(i, j) for i in THREE for j in THREE if i != j]
 
 
@@ -106,7 +97,7 @@ def test_every_group_keeps_a_floor_at_alpha_and_misses_it_at_a_share_of_it(judge
     assert "Every group keeps" in judge(THREE, floor=0.5, gap_at_most=0.5).reason
 
 
-BEFORE = {"a": number(0.80, 0.010), "b": number(0.70, 0.012), "c": number(0.90, 0.014)}
+BEFORE: dict[str, Any] = {"a": number(0.80, 0.010), "b": number(0.70, 0.012), "c": number(0.90, 0.014)}
 
 
 def judged_beside(judge, after, change, slack):
@@ -193,7 +184,7 @@ def test_the_verdict_names_worst_and_best_and_says_what_noise_gives(judge):
     assert " and at least " not in judge(alike, floor=0.5, gap_at_most=0.5).reason
     apart = {"a": number(0.9, 0.001), "b": number(0.5, 0.001)}
     assert (
-        " and at least 39.6 points; the rule asks for at most 5 points"
+        " and at least 39.7 points; the rule asks for at most 5 points"
         in judge(apart, floor=0.1, gap_at_most=0.05).reason
     )
 

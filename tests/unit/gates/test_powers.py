@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import asin, ceil, sqrt
+from typing import Any
 
 import pytest
 from scipy.optimize import brentq
@@ -11,10 +12,10 @@ from scipy.stats import beta, norm, t
 from adaptclip.gates.sample_size import Claim, More, more_images, smallest_factor
 from adaptclip.metrics.intervals import PairedSpread, RateSpread, ScaledSpread, ScoreSpread, tango_bound
 
-Z = norm.isf(0.05)
+Z = float(norm.isf(0.05))
 
 
-def critical(n, limit, alpha, side):
+def critical(n, limit, alpha, side) -> Any:
     """The rate of n images whose Clopper-Pearson bound is the limit."""
     if side == "low":
         return brentq(lambda p: beta.ppf(alpha, p * n, n - p * n + 1) - limit, limit, 1 - 1e-9)
@@ -66,9 +67,9 @@ def test_power_of_a_score_has_the_root_of_the_images_and_students_t(factor):
 
 def test_power_of_a_paired_change_has_the_bound_of_so_many_pairs():
     claim = Claim(0.0, PairedSpread(0.05, 0.05, 100, 80, 20), -0.06, upwards=True, alpha=0.05)
-    n = 4 * 80 * (norm.isf(0.05) / t.isf(0.05, 4 * 20)) ** 2
+    n = float(4 * 80 * (Z / t.isf(0.05, 4 * 20)) ** 2)
     half = max(-tango_bound(0.05, 0.05, n, "low", 0.05), Z * sqrt(0.1 / n))
-    present = 80 * (norm.isf(0.05) / t.isf(0.05, 20)) ** 2
+    present = float(80 * (Z / t.isf(0.05, 20)) ** 2)
     error = -tango_bound(0.05, 0.05, present, "low", 0.05) / Z
     assert claim.power(4) == pytest.approx(norm.cdf((0.06 - half) / (error / 2)), abs=1e-6)
 
@@ -105,7 +106,7 @@ def test_further_images_are_those_of_an_even_chance_and_of_four_in_five():
     claim = rate(0.84, 200, 0.8)
     more = more_images(claim, 200, 200)
     factors = [smallest_factor(claim.decided, asked) or 0 for asked in (0.5, 0.8)]
-    assert more == More(*(ceil(200 * (factor - 1)) for factor in factors), None)
+    assert more == More(ceil(200 * (factors[0] - 1)), ceil(200 * (factors[1] - 1)), None)
     assert more is not None
     assert more.clusters is None
     assert more_images(claim, 200, 200, missing=100_000) == More(100_000, 100_000)

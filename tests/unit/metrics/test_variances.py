@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.stats import norm, t
@@ -23,6 +25,8 @@ from adaptclip.metrics.intervals import PairedSpread, RateSpread, ScaledSpread, 
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.rates import mean_of_classes
 
+approx: Any = pytest.approx
+
 
 def answers(labels, right, sampling=None, classes=None):
     """Images of which some are right; a wrong answer is the next class."""
@@ -36,8 +40,8 @@ def answers(labels, right, sampling=None, classes=None):
 def test_variance_of_a_mean_of_independent_images_is_the_textbooks():
     values = np.random.default_rng(0).random(17)
     found = variance(mean(values), Sampling.of(17), 1.0)
-    assert found.value == pytest.approx(values.var(ddof=1) / 17)
-    assert (found.df, found.trials, found.units) == pytest.approx((16, 17, 17))
+    assert found.value == approx(values.var(ddof=1) / 17)
+    assert (found.df, found.trials, found.units) == approx((16, 17, 17))
 
 
 def left_out(values, unit):
@@ -64,8 +68,8 @@ def test_variance_of_clusters_is_that_of_leaving_each_out_mixed_with_doubt(most)
     sizes = np.bincount(unit)
     units = 50**2 / (sizes**2).sum()
     found = variance(mean(values), Sampling.of(50, unit), most)
-    assert found.value == pytest.approx(doubted(left_out(values, unit), by_unit, most, units))
-    assert (found.df, found.trials, found.units) == pytest.approx((units - 1, 50, units))
+    assert found.value == approx(doubted(left_out(values, unit), by_unit, most, units))
+    assert (found.df, found.trials, found.units) == approx((units - 1, 50, units))
 
 
 def test_a_unit_of_more_than_half_the_images_counts_at_most_double():
@@ -75,7 +79,7 @@ def test_a_unit_of_more_than_half_the_images_counts_at_most_double():
     by_unit /= np.where(np.bincount(unit) > 28, 0.5, 1 - 1 / 57)
     by_unit = (by_unit - by_unit.mean()) * np.sqrt(7 / 8)
     found = variance(mean(values), Sampling.of(57, unit), 1e-9)
-    assert found.value == pytest.approx(doubted((by_unit**2).sum(), by_unit, 0, 1))
+    assert found.value == approx(doubted((by_unit**2).sum(), by_unit, 0, 1))
     assert found.df == 0.5, "as good as one unit has the fewest degrees of freedom that there are"
 
 
@@ -94,9 +98,9 @@ def test_variance_of_a_mean_of_classes_is_that_of_the_classes_means(fixed):
     sampling = Sampling.of(75, None, labels if fixed else None)
     found = variance(mean_of_classes(judged), sampling, 1.0)
     expected = sum(judged.right[labels == c].var(ddof=1) / sizes[c] for c in range(3)) / 9
-    assert found.value == pytest.approx(expected)
-    assert found.df == pytest.approx((1 / sizes).sum() ** 2 / (1 / sizes**2 / (sizes - 1)).sum())
-    assert found.trials == pytest.approx(9 / (1 / sizes).sum())
+    assert found.value == approx(expected)
+    assert found.df == approx((1 / sizes).sum() ** 2 / (1 / sizes**2 / (sizes - 1)).sum())
+    assert found.trials == approx(9 / (1 / sizes).sum())
 
 
 def test_a_fixed_mix_takes_the_differences_between_classes_out_of_the_accuracy():
@@ -104,9 +108,9 @@ def test_a_fixed_mix_takes_the_differences_between_classes_out_of_the_accuracy()
     labels = np.repeat([0, 1], [30, 70])
     hits = rng.random(100) < np.where(labels == 0, 0.95, 0.4)
     within = sum((labels == c).mean() ** 2 * hits[labels == c].var(ddof=1) / (labels == c).sum() for c in (0, 1))
-    assert variance(share(hits), Sampling.of(100, None, labels), 0.25).value == pytest.approx(within)
+    assert variance(share(hits), Sampling.of(100, None, labels), 0.25).value == approx(within)
     random_mix = variance(share(hits), Sampling.of(100), 0.25).value
-    assert random_mix == pytest.approx(hits.var(ddof=1) / 100)
+    assert random_mix == approx(hits.var(ddof=1) / 100)
     assert random_mix > 1.2 * within
 
 
@@ -120,7 +124,7 @@ def test_a_class_of_a_handful_varies_no_less_than_laplace_says(images, right, fi
     rate = (right + 1) / (images + 2)
     own = hits[:images].var(ddof=1) / images
     small = max(own, rate * (1 - rate) / images) if images < FEW_UNITS else own
-    assert found == pytest.approx((small + hits[images:].var(ddof=1) / 40) / 4)
+    assert found == approx((small + hits[images:].var(ddof=1) / 40) / 4)
 
 
 def test_where_the_number_is_no_rate_a_handful_varies_as_an_image_at_its_value():
@@ -130,7 +134,7 @@ def test_where_the_number_is_no_rate_a_handful_varies_as_an_image_at_its_value()
     means = np.array([values[labels == c].mean() for c in (0, 1)])
     estimate = Estimate(float(means.mean()), weights * (values - means[labels]), weights, labels)
     found = variance(estimate, Sampling.of(44), 0.21).value
-    assert found == pytest.approx((0.21 / 4 + values[4:].var(ddof=1) / 40) / 4)
+    assert found == approx((0.21 / 4 + values[4:].var(ddof=1) / 40) / 4)
 
 
 def test_a_class_of_few_patients_counts_its_patients_and_not_its_images():
@@ -145,8 +149,8 @@ def test_a_class_of_few_patients_counts_its_patients_and_not_its_images():
     usual = 9 / 14 * 5 / 14 / 3 / 4
     plain = (by_unit**2).sum() + max(usual - own, 0)
     units = 1 / (3 * (1 / 6) ** 2 + 60 * (1 / 120) ** 2)
-    assert found.units == pytest.approx(units)
-    assert found.value == pytest.approx(doubted(plain, by_unit, 0.25, units))
+    assert found.units == approx(units)
+    assert found.value == approx(doubted(plain, by_unit, 0.25, units))
 
 
 def test_the_least_variance_of_an_estimate_is_kept():
@@ -174,7 +178,7 @@ def test_an_effective_number_is_the_variance_of_one_image_by_that_of_the_mean():
     spread = measured(share(hits), sampling).spread
     size = rate * (1 - rate) / found.value
     assert size < 100
-    assert spread == RateSpread(rate, pytest.approx(size), pytest.approx(100), found.df)
+    assert spread == RateSpread(rate, approx(size), approx(100), found.df)
 
 
 def test_patients_that_differ_less_than_chance_are_worth_no_more_than_their_images():
@@ -182,7 +186,7 @@ def test_patients_that_differ_less_than_chance_are_worth_no_more_than_their_imag
     hits[1:8:2], hits[8:16:2] = True, False
     spread = measured(share(hits), Sampling.of(40, unit)).spread
     assert isinstance(spread, RateSpread)
-    assert spread.size == spread.cap == pytest.approx(40)
+    assert spread.size == spread.cap == approx(40)
 
 
 def test_means_on_a_scale_have_effective_numbers_on_it():
@@ -193,22 +197,22 @@ def test_means_on_a_scale_have_effective_numbers_on_it():
     inner = spread.spread
     assert isinstance(inner, RateSpread)
     rate = (values.mean() - 1) / 2
-    assert inner.rate == pytest.approx(rate)
-    assert inner.size == pytest.approx(rate * (1 - rate) / (values.var(ddof=1) / 30 / 4))
+    assert inner.rate == approx(rate)
+    assert inner.size == approx(rate * (1 - rate) / (values.var(ddof=1) / 30 / 4))
     assert inner.cap == np.inf
-    assert inner.df == pytest.approx(29)
+    assert inner.df == approx(29)
     assert isinstance(mean_of(values - 1, low=0.0, high=2.0).spread, ScaledSpread)
     assert isinstance(mean_of(values / 3).spread, RateSpread)
 
 
 def test_numbers_that_do_not_vary_count_each_unit_once():
     unit = np.repeat(np.arange(12), 3)
-    assert mean_of(np.full(36, 0.25), unit).spread == RateSpread(0.25, pytest.approx(12), pytest.approx(12))
+    assert mean_of(np.full(36, 0.25), unit).spread == RateSpread(0.25, approx(12), approx(12))
     labels = np.repeat([0, 1], [4, 20])
     perfect = measured(mean_of_classes(answers(labels, np.ones(24))), Sampling.of(24)).spread
     units = 1 / (1 / 16 + 1 / 80)
     assert isinstance(perfect, RateSpread)
-    assert (perfect.rate, perfect.size, perfect.cap) == pytest.approx((1.0, units, units))
+    assert (perfect.rate, perfect.size, perfect.cap) == approx((1.0, units, units))
     assert perfect.df is not None
 
 
@@ -238,7 +242,7 @@ def test_notes_and_numbers_of_images_go_with_the_number():
     found = measured(estimate, Sampling.of(4), note="given")
     assert (found.n, found.note) == (3, "own; given")
     paired = changed(estimate, Estimate(0.4, np.zeros(4), n=9), Sampling.of(4), note="given")
-    assert (paired.n, paired.note, paired.value) == (3, "own; given", pytest.approx(0.1))
+    assert (paired.n, paired.note, paired.value) == (3, "own; given", approx(0.1))
     plain = Estimate(0.5, np.array([0.1, -0.1]))
     assert measured(plain, Sampling.of(2)).n == changed(plain, plain, Sampling.of(2)).n == 2
     assert mean_of(np.zeros(0)).note == "no images"
@@ -249,14 +253,14 @@ def test_notes_and_numbers_of_images_go_with_the_number():
 def test_influences_are_centred():
     influence = np.random.default_rng(7).normal(0, 0.01, 30)
     centred, moved = (linearised(0.5, part).interval(0.95) for part in (influence, influence + 0.3))
-    assert centred == pytest.approx(moved)
+    assert centred == approx(moved)
 
 
 def test_a_change_of_a_share_counts_gains_and_losses_of_independent_images():
     now, before = np.arange(60) < 45, (np.arange(60) >= 10) & (np.arange(60) < 40)
     found = changed(share(now), share(before), Sampling.of(60))
-    assert found.value == pytest.approx(0.25)
-    assert found.spread == PairedSpread(pytest.approx(15 / 60), pytest.approx(0.0), 60.0, 60.0)
+    assert found.value == approx(0.25)
+    assert found.spread == PairedSpread(approx(15 / 60), approx(0.0), 60.0, 60.0)
 
 
 def test_a_change_of_a_share_of_clusters_has_an_effective_number():
@@ -269,8 +273,8 @@ def test_a_change_of_a_share_of_clusters_has_an_effective_number():
     found = variance(Estimate(difference.mean(), (difference - difference.mean()) / 60), sampling, one)
     spread = changed(share(now), share(before), sampling).spread
     assert isinstance(spread, PairedSpread)
-    assert (spread.gained, spread.lost) == pytest.approx(((now & ~before).mean(), (before & ~now).mean()))
-    assert (spread.size, spread.cap, spread.df) == pytest.approx((one / found.value, 60, found.df))
+    assert (spread.gained, spread.lost) == approx(((now & ~before).mean(), (before & ~now).mean()))
+    assert (spread.size, spread.cap, spread.df) == approx((one / found.value, 60, found.df))
     fixed = Sampling.of(60, None, np.arange(60) % 2)
     of_fixed = changed(share(now), share(before), fixed).spread
     assert isinstance(of_fixed, PairedSpread)
@@ -285,23 +289,23 @@ def test_a_change_of_a_mean_of_classes_weighs_gains_by_class():
     spread = changed(after_, before_, Sampling.of(50)).spread
     weights = np.where(labels == 0, 1 / 20, 1 / 80)
     assert isinstance(spread, PairedSpread)
-    assert spread.gained == pytest.approx(weights[now & ~before].sum())
-    assert spread.lost == pytest.approx(weights[before & ~now].sum())
+    assert spread.gained == approx(weights[now & ~before].sum())
+    assert spread.lost == approx(weights[before & ~now].sum())
     difference = now.astype(float) - before
     within = sum(difference[labels == c].var(ddof=1) / (labels == c).sum() for c in (0, 1)) / 4
     one = spread.gained + spread.lost - (spread.gained - spread.lost) ** 2
-    assert (spread.size, spread.cap) == (pytest.approx(one / within), np.inf)
+    assert (spread.size, spread.cap) == (approx(one / within), np.inf)
 
 
 def test_no_change_at_all_leaves_the_units_to_say_how_sure_that_is():
     hits, unit = np.arange(48) % 3 > 0, np.repeat(np.arange(12), 4)
     same = changed(share(hits), share(hits), Sampling.of(48, unit)).spread
-    assert same == PairedSpread(0.0, 0.0, pytest.approx(12), pytest.approx(12))
+    assert same == PairedSpread(0.0, 0.0, approx(12), approx(12))
     labels = np.repeat([0, 1], [8, 40])
     of_classes = mean_of_classes(answers(labels, hits))
     still = changed(of_classes, of_classes, Sampling.of(48)).spread
     assert isinstance(still, PairedSpread)
-    assert still.size == pytest.approx(1 / (1 / 32 + 1 / 160))
+    assert still.size == approx(1 / (1 / 32 + 1 / 160))
     assert still.df is not None
 
 
@@ -311,18 +315,18 @@ def test_a_change_of_a_mean_is_the_paired_t_interval():
     found = changed(mean(now), mean(before), Sampling.of(25), scale=(0.0, 2.0))
     error = (now - before).std(ddof=1) / 5
     assert found.spread == ScoreSpread(
-        pytest.approx((now - before).mean()), pytest.approx(error), pytest.approx(25), pytest.approx(24), (-2.0, 2.0)
+        approx((now - before).mean()), approx(error), approx(25), approx(24), (-2.0, 2.0)
     )
     half = t.isf(0.025, 24) * error
     value = (now - before).mean()
-    assert found.interval(0.95) == pytest.approx((value - half, value + half))
+    assert found.interval(0.95) == approx((value - half, value + half))
 
 
 def test_no_change_of_a_mean_is_as_uncertain_as_tango_has_it():
     values = np.linspace(0, 1, 25)
     nothing = norm.isf(0.05) ** 2
     low, high = changed(mean(values), mean(values), Sampling.of(25)).interval(0.9) or (0, 0)
-    assert (low, high) == pytest.approx((-nothing / (25 + nothing), nothing / (25 + nothing)))
+    assert (low, high) == approx((-nothing / (25 + nothing), nothing / (25 + nothing)))
 
 
 def test_a_clustered_change_of_a_mean_is_doubted_on_the_width_of_its_scale():
@@ -334,10 +338,10 @@ def test_a_clustered_change_of_a_mean_is_doubted_on_the_width_of_its_scale():
     expected = doubted(left_out(difference, unit), by_unit, 9.0, 10)
     spread = changed(mean(now), mean(before), Sampling.of(30, unit), scale=(-1.0, 2.0)).spread
     assert isinstance(spread, ScoreSpread)
-    assert spread.error == pytest.approx(np.sqrt(expected))
+    assert spread.error == approx(np.sqrt(expected))
 
 
 def test_two_sided_intervals_put_half_of_alpha_on_each_side():
     found = mean_of(np.arange(40) < 31)
-    assert found.interval(0.9) == pytest.approx(wilson(31, 40, 0.9))
-    assert found.bound("low", 0.05) == pytest.approx(wilson(31, 40, 0.9)[0])
+    assert found.interval(0.9) == approx(wilson(31, 40, 0.9))
+    assert found.bound("low", 0.05) == approx(wilson(31, 40, 0.9)[0])
