@@ -67,7 +67,7 @@ def _metadata(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]
     }
     numbers = {name: compared["model"] for name, compared in report["overall"].items()}
     if fine := report.get("fine_grained"):
-        numbers[MACRO_F1.name] = fine["macro_f1"]["model"]
+        numbers[MACRO_F1.name] = fine["overall"][MACRO_F1.name]["model"]
     results = [
         EvalResult(
             task_type="image-classification",

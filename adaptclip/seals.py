@@ -218,6 +218,18 @@ def check_run(run: Path, names: Iterable[str]) -> None:
                 raise StorageError(f"{run / name} is none of the files that this run wrote; take it away")
 
 
+def run_file(run: Path, name: str) -> Path | None:
+    """Returns a file of a run folder, compared with what the run wrote; None where it has none.
+
+    Raises:
+        StorageError: it, or the artifact that was judged with it, was changed, swapped or taken away since.
+    """
+    # With a file of the run comes the question whose it is: the artifact beside it must be the one that was judged.
+    artifact = ("artifact/manifest.json",) if (run / "artifact").exists() else ()
+    check_run(run, (name, *artifact))
+    return run / name if (run / name).exists() else None
+
+
 def read_report(run: Path) -> Mapping[str, Any]:
     """Returns the report.json of a run folder; {} where it has none. Raises StorageError when it was changed."""
     if not os.path.lexists(run / REPORT_FILE):

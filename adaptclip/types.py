@@ -100,6 +100,7 @@ class Predictions:
         expected: groups and classes that must be among the images for gates on them to pass (card: expect), or None.
         made_by: "method" and "backbone" that made these predictions, as far as they are known.
         asked: the outcome that these two classes answer (`outcomes.two_sided`); None for classes of their own.
+        features: (N, D) float32 features of the images, where they are at hand; they are not saved.
     """
 
     ids: tuple[str, ...]
@@ -123,6 +124,7 @@ class Predictions:
     asked: Outcome | None = None
     expected: Expected | None = None
     made_by: dict[str, str] = field(default_factory=dict)
+    features: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.class_names)
@@ -150,6 +152,8 @@ class Predictions:
                 + (f" and values from {own.min()} to {own.max()}" if own.size else "")
             )
         self._check_marks()
+        if self.features is not None and (self.features.ndim != 2 or len(self.features) != n):
+            raise DataError(f"features should have a row for each of {n} images, got shape {self.features.shape}")
         if len(set(self.class_names)) != c:
             raise DataError("predictions have repeated class names; each class needs its own")
         columns = self.groups if self.clusters is None else {**self.groups, "cluster": self.clusters}

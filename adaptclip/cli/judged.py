@@ -91,14 +91,9 @@ def of_run(path: Path, name: str) -> Path | None:
     Raises:
         StorageError: it was changed, swapped or taken away since.
     """
-    from adaptclip.seals import check_run
+    from adaptclip.seals import run_file
 
-    if not path.is_dir():
-        return None
-    # With a file of the run comes the question whose it is: the artifact beside it must be the one that was judged.
-    artifact = ("artifact/manifest.json",) if (path / "artifact").exists() else ()
-    check_run(path, (name, *artifact))
-    return path / name if (path / name).exists() else None
+    return run_file(path, name) if path.is_dir() else None
 
 
 def _differs(run: Path, predictions: Predictions) -> str:

@@ -73,6 +73,8 @@ def report(
         thresholds=Thresholds.from_dict(known["multi_label"]["thresholds"]) if known.get("multi_label") else None,
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
+    if validation is None and known.get("slices"):
+        result["slices"] = known["slices"]  # by the features of the images, which predictions do not keep
     _add_probe(predictions, result)
     rules, verdicts = gates or of_run(predictions, "gates.yaml"), None
     if rules:

@@ -74,6 +74,7 @@ def predict(
         clusters=dataset.clusters,
         levels=dict(dataset.levels),
         fixed_classes=dataset.fixed_classes,
+        features=features.values[0].float().cpu().numpy(),
     )
 
 

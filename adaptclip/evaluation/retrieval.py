@@ -15,7 +15,7 @@ from tqdm import tqdm
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import DataError
 from adaptclip.methods.contrastive import encode_packed, packed_tower
-from adaptclip.metrics.intervals import wilson_bound
+from adaptclip.metrics.estimates import mean_of
 
 KS = (1, 5, 10)
 
@@ -27,16 +27,16 @@ class Recall:
     Attributes:
         k: how many answers are looked at.
         value: the share, 0 to 1.
-        low: lower bound of the 95 % interval.
-        high: upper bound.
+        low: lower bound of the 95 % interval; None where the queries are of too few images for one.
+        high: upper bound; likewise.
         correct: how many queries.
         n: of how many.
     """
 
     k: int
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     correct: int
     n: int
 
@@ -73,8 +73,8 @@ def retrieval(
     candidates that are at least as similar: a tie counts against the model, so the result depends neither on the order
     of the candidates nor on chance. A k beyond the number of candidates is always right.
 
-    Intervals are Wilson's at 95 %. Texts of one image are no independent queries: where there are several, n is
-    replaced by an effective number from the variance between images (linearised; Korn & Graubard 1998).
+    Intervals are those of every share (`metrics.estimates.mean_of`), at 95 %: Wilson's, and where images have several
+    texts, which are no independent queries, with the images as units.
 
     Args:
         images: (N, D) unit-norm features.
@@ -98,9 +98,8 @@ def retrieval(
     to_image = [
         _ranks(texts[part] @ images.T, owner[part, None] == rows[None, :]) for part in _parts(len(texts), chunk)
     ]
-    alone = np.arange(len(images))
     return {
-        "image_to_text": _summary(torch.cat(to_text).cpu().numpy(), alone, len(texts), ks),
+        "image_to_text": _summary(torch.cat(to_text).cpu().numpy(), None, len(texts), ks),
         "text_to_image": _summary(torch.cat(to_image).cpu().numpy(), owner.cpu().numpy(), len(images), ks),
     }
 
@@ -133,34 +132,13 @@ def _ranks(similarity: Tensor, right: Tensor) -> Tensor:
     return 1 + ((similarity >= best) & ~right).sum(dim=1)
 
 
-def _summary(ranks: np.ndarray, clusters: np.ndarray, num_candidates: int, ks: Sequence[int]) -> Retrieval:
+def _summary(ranks: np.ndarray, clusters: np.ndarray | None, num_candidates: int, ks: Sequence[int]) -> Retrieval:
     recalls = []
     for k in ks:
         hits = ranks <= k
-        value, size = float(hits.mean()), _effective_size(hits, clusters)
-        low, high = (wilson_bound(value, size, side, 0.025) for side in ("low", "high"))
-        recalls.append(Recall(k, value, low, high, int(hits.sum()), len(hits)))
+        low, high = mean_of(hits, clusters).interval(0.95) or (None, None)
+        recalls.append(Recall(k, float(hits.mean()), low, high, int(hits.sum()), len(hits)))
     return Retrieval(len(ranks), num_candidates, float(np.median(ranks)), tuple(recalls))
-
-
-def _effective_size(hits: np.ndarray, clusters: np.ndarray) -> float:
-    """Number of independent queries with the variance of these: p (1 - p) over the variance between clusters' sums.
-
-    Args:
-        hits: (q,) whether each query was answered rightly.
-        clusters: (q,) what each belongs to.
-
-    Returns:
-        Between 1 and q; the number of clusters where all hits are alike and nothing can be estimated.
-    """
-    num_clusters, value = len(np.unique(clusters)), hits.mean()
-    if num_clusters == len(hits):
-        return float(len(hits))
-    if num_clusters < 2 or value in (0, 1):
-        return float(num_clusters)
-    sums = np.bincount(clusters, weights=hits - value)
-    variance = num_clusters / (num_clusters - 1) * (sums**2).sum() / len(hits) ** 2
-    return float(np.clip(value * (1 - value) / variance, 1, len(hits))) if variance > 0 else float(len(hits))
 
 
 def _check(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int], chunk: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adaptclip.errors import AdaptclipError, GateError, did_you_mean
 from adaptclip.gate_rules import ZERO_SHOT, GateRule
+from adaptclip.seals import run_file
 from adaptclip.types import Predictions
 
 _FILES = (".parquet", ".csv", ".tsv")
@@ -26,7 +27,8 @@ def load_references(
         The name as the rule has it -> predictions.
 
     Raises:
-        GateError: nothing is there by that name, or it is no run and no file of predictions.
+        GateError: nothing is there by that name, it is no run and no file of predictions, or a file of the run was
+            changed after it was written.
     """
     found: dict[str, Predictions] = {}
     for rule in rules:
@@ -35,12 +37,11 @@ def load_references(
             continue
         where = f'gate "{rule.title}"'
         path = _find(name, places, where)
-        if path.is_dir():
-            path = path / "predictions.parquet"
-            if not path.is_file():
-                raise GateError(f"{where}: {path.parent} is not a finished run: it has no predictions.parquet")
         try:
-            found[name] = Predictions.load(path, classes=classes)
+            file = run_file(path, "predictions.parquet") if path.is_dir() else path
+            if file is None:
+                raise GateError(f"{path} is not a finished run: it has no predictions.parquet")
+            found[name] = Predictions.load(file, classes=classes)
         except AdaptclipError as error:
             raise GateError(f"{where}: {error}") from error
     return found

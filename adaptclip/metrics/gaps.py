@@ -99,6 +99,7 @@ class GapTest:
         null_quantile: gap that noise alone stays within, with the asked probability.
         rest: (G,) each group's mean minus that of all other images.
         rest_p: (G,) two-sided p-value of each, not corrected for their number.
+        below_p: (G,) one-sided p-value that each is lower than the others, not corrected.
         method: how the null distribution was found, in words.
     """
 
@@ -109,6 +110,7 @@ class GapTest:
     null_quantile: float
     rest: np.ndarray
     rest_p: np.ndarray
+    below_p: np.ndarray
     method: str
 
 
@@ -152,6 +154,7 @@ def gap_test(
     # Ties count against the finding; sums in another order differ in the last digits.
     reached = (gaps >= gap - 1e-9).sum()
     rest_reached = (np.abs(null_rest) >= np.abs(rest) - 1e-9).sum(axis=0)
+    below = (null_rest <= rest + 1e-9).sum(axis=0)
     return GapTest(
         value=gap,
         best=int(means.argmax()),
@@ -160,6 +163,7 @@ def gap_test(
         null_quantile=float(np.quantile(gaps, confidence)),
         rest=rest,
         rest_p=(1 + rest_reached) / (1 + draws),
+        below_p=(1 + below) / (1 + draws),
         method=method,
     )
 

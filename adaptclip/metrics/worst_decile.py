@@ -165,7 +165,7 @@ def _compare(judged: Judged, baseline: Judged | None, drawing: Drawing) -> Compa
     spread = None
     if after.spread is not None and before.spread is not None:
         spread = ApartSpread(after.spread, before.spread)
-    note = after.note if spread is None else ""
+    note = after.note if spread is None else "each model has a worst tenth of its own"
     return Comparison(after, before, Measurement(after.value - before.value, after.n, spread, note))
 
 

@@ -42,7 +42,12 @@ def is_paired(compared: Mapping[str, Any]) -> bool:
 
 def overall_section(report: Mapping[str, Any]) -> Section:
     """All images together."""
-    blocks: list[Block] = [overall_rows(report, "words", "All images")]
+    return Section("Overall", "overall", overall_blocks(report, "All images"))
+
+
+def overall_blocks(report: Mapping[str, Any], title: str) -> list[Block]:
+    """The metrics of a report, or of a part of one, in a table, and what to know when reading them."""
+    blocks: list[Block] = [overall_rows(report, "words", title)]
     notes = sorted(
         {
             f"{told(report, metric)['words']}: {number['note']}"
@@ -53,7 +58,7 @@ def overall_section(report: Mapping[str, Any]) -> Section:
     )
     if notes:
         blocks.append(Bullets([sentence(note) for note in notes]))
-    return Section("Overall", "overall", blocks)
+    return blocks
 
 
 def overall_rows(report: Mapping[str, Any], words: str, title: str, *, sign: str = " %") -> Rows:

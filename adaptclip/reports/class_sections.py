@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptclip.reports.bias_sections import is_paired, sentence
+from adaptclip.reports.bias_sections import is_paired, overall_blocks, sentence
 from adaptclip.reports.blocks import (
     Block,
     Bullets,
@@ -37,7 +37,7 @@ def class_section(report: Mapping[str, Any], *, plots: bool) -> Section:
     blocks: list[Block] = []
     fine = report.get("fine_grained")
     if fine:
-        blocks.append(_summary_rows(fine))
+        blocks += overall_blocks(fine, "How finely it distinguishes")
     if plots and len(report["per_class"]) >= _MANY_CLASSES:
         rows = [row for row in report["per_class"] if row["accuracy"]["value"] is not None]
         ends = sorted(rows, key=lambda row: row["accuracy"]["value"])
@@ -58,25 +58,6 @@ def class_section(report: Mapping[str, Any], *, plots: bool) -> Section:
         words = "Insufficient: fewer than 10 test images; such an accuracy says next to nothing."
         blocks.append(Paragraph(words, "muted"))
     return Section("Classes", "classes", blocks)
-
-
-def _summary_rows(fine: Mapping[str, Any]) -> Rows:
-    listed = [(f"top-{entry['k']} accuracy", entry) for entry in fine["top_k"]] + [("macro-F1", fine["macro_f1"])]
-    paired = is_paired(fine["macro_f1"])
-    rows = []
-    for name, c in listed:
-        before = [rate(c["zero_shot"])] if paired else []
-        rows.append([text(name), *before, rate(c["model"]), *[points(c["change"])] * paired])
-    worst = fine["worst_decile"]
-    if worst["value"] is not None:
-        name = f"mean of the worst {worst['num_classes']} of {worst['of']} classes"
-        cell = Cell(f"{100 * worst['value']:.1f} %", numeric=True, bar=(worst["value"], None, None))
-        rows.append([text(name), *[Cell("", numeric=True)] * paired, cell, *[Cell("", numeric=True)] * paired])
-    header = ["", "zero-shot", "adapted", "change in points"] if paired else ["", "value"]
-    scales = {1: (0.0, 1.0), 2: (0.0, 1.0)} if paired else {1: (0.0, 1.0)}
-    if paired:
-        scales[3] = change_scale(rows, 3)
-    return Rows("How fine it distinguishes", header, rows, scales, {3: 0.0} if paired else {})
 
 
 def _class_rows(report: Mapping[str, Any]) -> Rows:

@@ -31,6 +31,7 @@ from adaptclip.reports.headline import NO_GATES, JudgedGate, judged_words, three
 from adaptclip.reports.multi_label import multi_label_section, summary
 from adaptclip.reports.plots import confusion_matrix
 from adaptclip.reports.probe_section import probe_section
+from adaptclip.reports.slices import slice_section
 
 _SKIPPED = 10
 """So many sentences about what was not used are shown."""
@@ -91,6 +92,7 @@ def _sections(
     yield multi_label_section(report)
     for attribute, table in report["groups"].items():
         yield group_section(attribute, table)
+    yield slice_section(report)
     yield shift_section(report)
     yield class_section(report, plots=plots)
     counts = (report.get("fine_grained") or {}).get("matrix")

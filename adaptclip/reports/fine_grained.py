@@ -11,7 +11,6 @@ import numpy as np
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.evaluation.measuring import judged, measure, sampling_of
 from adaptclip.evaluation.outcomes import coarsen
-from adaptclip.metrics import Metric
 from adaptclip.metrics.estimates import Measurement, linearised, mean_of
 from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.metrics.rates import ACCURACY, top_k
@@ -55,9 +54,11 @@ def fine_grained_report(
         seed: of the bootstrap.
 
     Returns:
-        JSON-able dict with numbers and comparisons as in `build_report`: "top_k" (list of {"k", **comparison}),
-        "macro_f1", "worst_decile", "confusions" (list), "matrix", "hard_pairs" (list), "levels" (list), "severity"
-        (None without a taxonomy).
+        JSON-able dict with numbers and comparisons as in `build_report`: "overall" (metric -> comparison: top-k
+        accuracies, macro-F1, the worst tenth of the classes), "metrics" (name -> `Metric.told`), "worst_classes" (those
+        with the lowest accuracy, "classes", of how many, "of", and their accuracy on the images that picked them,
+        "as_chosen"), "confusions" (list), "matrix", "hard_pairs" (list), "levels" (list), "severity" (None without a
+        taxonomy).
 
     Raises:
         DataError: a hard pair names an unknown class.
@@ -65,10 +66,12 @@ def fine_grained_report(
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
     both = (predictions,) if baseline is None else (predictions, baseline)
     asked = [k for k in TOP_K if k < len(predictions.class_names) and k <= (predictions.ranked or k)]
+    metrics = [*(ACCURACY if k == 1 else top_k(k) for k in asked), MACRO_F1, WORST_DECILE]
+    compared = measure(predictions, baseline, metrics=metrics, draws=draws, seed=seed)
     return {
-        "top_k": [{"k": k, **_compared(ACCURACY if k == 1 else top_k(k), both, confidence)} for k in asked],
-        "macro_f1": _compared(MACRO_F1, both, confidence),
-        "worst_decile": _worst_decile(predictions, confidence),
+        "overall": {name: comparison(found, confidence) for name, found in compared.items()},
+        "metrics": {metric.name: metric.told() for metric in metrics},
+        "worst_classes": _worst_classes(predictions),
         "confusions": _confusions(predictions, confidence),
         "matrix": _matrix(predictions),
         "hard_pairs": [_hard_pair(predictions, baseline, pair, settings) for pair in hard_pairs],
@@ -82,22 +85,11 @@ def example_ids(fine: Mapping[str, Any]) -> list[str]:
     return [example["id"] for pair in fine["confusions"] for example in pair["examples"]]
 
 
-def _compared(metric: Metric, both: Sequence[Predictions], confidence: float) -> dict[str, Any]:
-    baseline = both[1] if len(both) > 1 else None
-    return comparison(measure(both[0], baseline, metrics=(metric,))[metric.name], confidence)
-
-
-def _worst_decile(predictions: Predictions, confidence: float) -> dict[str, Any]:
-    """Mean accuracy of the tenth of the classes that do worst, as the metric of that name measures it."""
-    images = judged(predictions)
-    picked, found = pick_worst(images), WORST_DECILE.compare(images).model
-    bounds = found.interval(confidence) or (None, None)
-    return {
-        "num_classes": len(picked.classes), "of": len(picked.of),
-        "classes": [predictions.class_names[i] for i in picked.classes], "value": found.value, "low": bounds[0],
-        "high": bounds[1], "as_chosen": picked.accuracy, "n": int(images.counts[picked.classes].sum()),
-        "note": found.note,
-    }  # fmt: skip
+def _worst_classes(predictions: Predictions) -> dict[str, Any]:
+    """The tenth of the classes with the lowest accuracy; how low it truly is, the metric of that name says."""
+    picked = pick_worst(judged(predictions))
+    names = [predictions.class_names[i] for i in picked.classes]
+    return {"classes": names, "of": len(picked.of), "as_chosen": picked.accuracy}
 
 
 def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:

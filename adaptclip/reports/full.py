@@ -13,6 +13,7 @@ from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import fine_grained_report
 from adaptclip.reports.multi_label import multi_label_report
 from adaptclip.reports.shift import base_new, class_changes, domain_shift
+from adaptclip.reports.slices import slice_report
 from adaptclip.reports.summary import build_report
 from adaptclip.types import Predictions
 
@@ -39,7 +40,7 @@ def full_report(
         predictions: the judged (adapted) model.
         baseline: zero-shot predictions of the same images in any order, or None.
         validation: the judged model on images that are neither trained on nor judged: a temperature and sets of classes
-            are fitted on them.
+            are fitted on them, and slices that nobody named are looked for among them.
         validation_used_for: what else these images chose, in words.
         source: the judged model on the domain it was adapted to, where `predictions` are of another.
         new_classes: (adapted, zero-shot) predictions of classes that were not learnt, judged among themselves; a
@@ -54,7 +55,8 @@ def full_report(
 
     Returns:
         JSON-able dict: what `build_report` gives, and "fine_grained", "calibration" (None without probabilities),
-        "shift" (None without a baseline and a source) and "multi_label" (None without probabilities of single classes).
+        "slices" (None without validation images), "shift" (None without a baseline and a source) and "multi_label"
+        (None without probabilities of single classes).
 
     Raises:
         DataError: no images, other images in the baseline, images of the test among those of the validation, or an
@@ -70,6 +72,7 @@ def full_report(
         if predictions.confident
         else None
     )
+    report["slices"] = slice_report(predictions, validation, **options)
     shift: dict[str, Any] = {} if base is None else class_changes(predictions, base, **options)
     if new_classes is not None:
         if base is None:

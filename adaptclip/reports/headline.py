@@ -7,9 +7,11 @@ from typing import Any, Protocol
 
 from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS
+from adaptclip.metrics.worst_decile import WORST_DECILE
 from adaptclip.reports.bias_sections import sentence
 from adaptclip.reports.blocks import one_line, show_points, show_rate
 from adaptclip.reports.probe_section import probe_worries
+from adaptclip.reports.slices import slice_worries
 
 NO_GATES = "No gates were declared: nothing was judged, which is not a pass."
 
@@ -113,11 +115,15 @@ def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
         # Of many groups one is the lowest by luck, and its interval does not know that it was picked.
         about += f"; the lowest of {total} groups, in which chance may have a part" if total > 1 else ""
         return "Lowest accuracy of a group", show_rate(group), about
-    decile = (report.get("fine_grained") or {}).get("worst_decile")
-    if decile and decile["value"] is not None:
-        names = ", ".join(one_line(name) for name in decile["classes"][:3])
-        more = ", …" if len(decile["classes"]) > 3 else ""
-        return "Worst tenth of the classes", f"{100 * decile['value']:.1f} %", f"mean accuracy of {names}{more}"
+    fine = report.get("fine_grained")
+    decile = fine["overall"][WORST_DECILE.name] if fine else None
+    if fine and decile and decile["model"]["value"] is not None:
+        picked = fine["worst_classes"]["classes"]
+        names = ", ".join(one_line(name) for name in picked[:3]) + ", …" * (len(picked) > 3)
+        about = f"mean accuracy of the tenth that truly is the worst; lowest on these images: {names}"
+        if decile["zero_shot"] is not None:
+            about += f"; zero-shot, of its own worst tenth, {show_rate(decile['zero_shot'])}"
+        return "Worst tenth of the classes", show_rate(decile["model"]), about
     return "Lowest accuracy of a group", "–", "no groups of 2 or more were given"
 
 
@@ -144,14 +150,19 @@ def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) -> list[str]:
-    """What to worry about, most important first, at most MAX_WORRIES sentences."""
-    of_data = (report.get("data") or {}).get("worries", [])
+    """What to worry about, at most MAX_WORRIES sentences: who is served badly, then what is in doubt or not known.
+
+    What is of one kind stands in one sentence, so that three leaks do not hide a group that is missed.
+    """
     found = [
         *_gate_worries(verdicts or []),
-        *of_data,
-        *_class_worries(report),
         *_group_worries(report),
-        *_other_worries(report),
+        *_class_worries(report),
+        *slice_worries(report),
+        *_confidence_worries(report),
+        *probe_worries(report),
+        *_data_worries(report),
+        *_unknown_worries(report),
     ]
     kept = [sentence(worry) for worry in found]
     if len(kept) > MAX_WORRIES:
@@ -173,44 +184,52 @@ def _class_worries(report: Mapping[str, Any]) -> Iterator[str]:
     shift = report.get("shift")
     if shift and shift.get("worse"):
         lost = {row["class"]: row for row in shift["classes"]}
-        named = [f"{one_line(n)} ({show_points(lost[n]['change'])} points)" for n in shift["worse"][:3]]
-        more = f" and {len(shift['worse']) - 3} more" if len(shift["worse"]) > 3 else ""
-        yield f"Found less often than by zero-shot, beyond chance: {', '.join(named)}{more}"
+        named = [f"{one_line(n)} ({show_points(lost[n]['change'])} points)" for n in shift["worse"]]
+        yield f"Found less often than by zero-shot, beyond chance: {_some(named)}"
     domains = (shift or {}).get("domains")
     if domains and (domains["accuracy"]["change"]["high"] or 0) < 0:
         yield f"Accuracy drops on the target domain: {show_points(domains['accuracy']['change'])} points"
-    few = [row for row in report["per_class"] if not row["sufficient"]]
-    if few:
-        yield f"{len(few)} of {report['num_classes']} classes have fewer than 10 test images: nothing is known of them"
 
 
 def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
     """What groups have to fear; p-values are Holm-corrected over the attributes, and over attributes and outcomes."""
     level, tables = 1 - report["confidence"], report["groups"]
-    differing = _beyond_noise([table["gap"] for table in tables.values()], level)
-    missing = _beyond_noise([o.get("sensitivity_gap") for t in tables.values() for o in t.get("outcomes", [])], level)
+    gaps = [
+        (attribute, outcome["name"], outcome.get("sensitivity_gap"))
+        for attribute, table in tables.items()
+        for outcome in table.get("outcomes", [])
+    ]
+    missing = _beyond_noise([gap for *_, gap in gaps], level)
+    for attribute, outcome, gap in gaps:
+        if gap and any(gap is found for found in missing):
+            yield (
+                f"Missed more often for {one_line(attribute)} = {one_line(gap['worst_group'])} than for "
+                f"{one_line(gap['best_group'])}: {one_line(outcome)}, by {100 * gap['value']:.1f} points, more than "
+                "noise explains"
+            )
     losing = _losing(tables, level)
-    for attribute, table in tables.items():
-        name, gap = one_line(attribute), table["gap"]
-        if any(gap is found for found in differing):
-            lowest = one_line(gap["worst_group"])
-            points = f"{100 * gap['value']:.1f} points"
-            yield f"Accuracy differs by {name} more than noise explains: {points}, lowest for {lowest}"
-        worse = [
-            f"{one_line(row['group'])} ({show_points(row['accuracy']['change'])} points)"
-            for row in table["rows"]
-            if any(row is lost for lost in losing)
-        ]
-        if worse:
-            yield f"Less accurate than zero-shot for {name}: {', '.join(worse[:3])}"
-        for outcome in table.get("outcomes", []):
-            gap = outcome.get("sensitivity_gap")
-            if any(gap is found for found in missing):
-                yield (
-                    f"Missed more often for {name} = {one_line(gap['worst_group'])} than for "
-                    f"{one_line(gap['best_group'])}: {one_line(outcome['name'])}, by {100 * gap['value']:.1f} points, "
-                    "more than noise explains"
-                )
+    lost = [
+        f"{one_line(attribute)} = {one_line(row['group'])} ({show_points(row['accuracy']['change'])} points)"
+        for attribute, table in tables.items()
+        for row in table["rows"]
+        if any(row is found for found in losing)
+    ]
+    if lost:
+        yield f"Less accurate than zero-shot for {_some(lost)}"
+    differing = _beyond_noise([table["gap"] for table in tables.values()], level)
+    differ = [
+        (one_line(attribute), f"{100 * gap['value']:.1f} points, lowest for {one_line(gap['worst_group'])}")
+        for attribute, table in tables.items()
+        if (gap := table["gap"]) and any(gap is found for found in differing)
+    ]
+    if differ:
+        others = "".join(f"; by {name} too: {words}" for name, words in differ[1:])
+        yield f"Accuracy differs by {differ[0][0]} more than noise explains: {differ[0][1]}{others}"
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _losing(tables: Mapping[str, Mapping[str, Any]], level: float) -> list[Mapping[str, Any]]:
@@ -231,7 +250,7 @@ def _beyond_noise(gaps: Sequence[Mapping[str, Any] | None], level: float) -> lis
     return [gap for gap, p in zip(known, holm([gap["p_value"] for gap in known]), strict=True) if p <= level]
 
 
-def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:
+def _confidence_worries(report: Mapping[str, Any]) -> Iterator[str]:
     calibration = report.get("calibration")
     if calibration:
         surplus = calibration["scores"]["surplus"]
@@ -243,7 +262,22 @@ def _other_worries(report: Mapping[str, Any]) -> Iterator[str]:
                 else ""
             )
             yield f"Too confident: mean confidence less accuracy is {show_points(surplus)} points{helped}"
-    yield from probe_worries(report)
+
+
+def _data_worries(report: Mapping[str, Any]) -> Iterator[str]:
+    """What puts every number in doubt, such as allowed leaks: the first of them, the others under Data."""
+    found = (report.get("data") or {}).get("worries", [])
+    if found:
+        others = len(found) - 1
+        more = f" ({others} more finding{'s' * (others > 1)} of this kind: see Data)" if others else ""
+        yield f"{one_line(found[0]).removesuffix('.')}{more}"
+
+
+def _unknown_worries(report: Mapping[str, Any]) -> Iterator[str]:
+    few = [row for row in report["per_class"] if not row["sufficient"]]
+    if few:
+        known = "next to nothing is known of these"
+        yield f"{len(few)} of {report['num_classes']} classes have fewer than 10 test images: {known}"
     if not report["groups"]:
         yield "No groups were reported: without group columns, differences between groups cannot be assessed"
     issues = (report.get("data") or {}).get("known_issues", [])

@@ -14,10 +14,11 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from worlds import lines, tally
+from worlds import lines
 
 
 def main() -> int:
@@ -25,18 +26,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--repeats", type=int, default=1000)
-    parser.add_argument("--metric", default="", help="only this metric")
+    parser.add_argument("--metric", default="*", help="only these metrics, such as 'npv' or '*_accuracy'")
     parser.add_argument("--world", default="", help="only worlds whose name holds this")
     args = parser.parse_args()
     found = []
-    for world, metric, change in lines():
-        if (args.metric and metric != args.metric) or args.world not in world.name:
+    for world, metric, change, tally in lines():
+        if not fnmatch(metric, args.metric) or args.world not in world:
             continue
         started = time.perf_counter()
-        result = tally(world, metric, args.repeats, change=change)
-        found.append({"world": world.name, "metric": metric, "change": change, **asdict(result)})
+        result = tally(args.repeats)
+        found.append({"world": world, "metric": metric, "change": change, **asdict(result)})
         sys.stdout.write(
-            f"{metric:24} {'change' if change else '':6} {world.name:60} covered {100 * result.covered:5.1f}  "
+            f"{metric:24} {'change' if change else '':6} {world:60} covered {100 * result.covered:5.1f}  "
             f"wrong pass {100 * result.passed:4.1f}  wrong fail {100 * result.failed:4.1f}  "
             f"undecided {100 * result.unknown:5.1f}  {time.perf_counter() - started:.0f} s\n"
         )

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from adaptclip.cli.compare import compare
 from adaptclip.cli.gate import gate
 from adaptclip.cli.report import report
-from adaptclip.errors import AdaptclipError, ConfigError, StorageError
+from adaptclip.errors import AdaptclipError, ConfigError, GateError, StorageError
 from adaptclip.seals import describe_files, write_sealed
 from adaptclip.types import Predictions
 
@@ -128,6 +128,18 @@ def test_what_changed_in_a_run_is_refused(run, name, capsys):
         pytest.raises(AdaptclipError) if name != "report.json" else pytest.warns(UserWarning, match="keeps no digests")
     ):
         gate([run])
+    capsys.readouterr()
+
+
+def test_a_changed_run_is_not_compared_with(run, tmp_path, capsys):
+    rules = tmp_path / "others.yaml"
+    rules.write_text("gates:\n  - {metric: accuracy, no_worse_than: run, margin: 0.2}\n")
+    model = Predictions.load(run / "predictions.parquet")
+    model.save(tmp_path / "model.parquet")
+    assert gate([tmp_path / "model.parquet"], gates=rules) == 3  # the model itself
+    replace(model, probs=np.full_like(model.probs, 1 / 3)).save(run / "predictions.parquet")
+    with pytest.raises(GateError, match=r"^gate .* no worse than run .*predictions\.parquet is missing or changed"):
+        gate([tmp_path / "model.parquet"], gates=rules)
     capsys.readouterr()
 
 

@@ -5,7 +5,8 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.retrieval import _effective_size, encode_captions, retrieval
+from adaptclip.evaluation.retrieval import Recall, encode_captions, retrieval
+from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.intervals import wilson
 
 
@@ -46,7 +47,7 @@ def test_brute_force_with_several_captions_per_image(chunk):
             assert recall.correct == (ranks <= recall.k).sum()
             assert recall.n == len(ranks)
             assert recall.value == pytest.approx((ranks <= recall.k).mean())
-            assert recall.low <= recall.value <= recall.high
+            assert recall.low is None or (recall.high is not None and recall.low <= recall.value <= recall.high)
         assert direction.recall[-1].value == 1.0, "k beyond the candidates"
     assert [(r.low, r.high) for r in found["image_to_text"].recall] == [
         pytest.approx(wilson(r.correct, 10)) for r in found["image_to_text"].recall
@@ -73,25 +74,33 @@ def test_ties_count_against_the_model():
 
 
 def test_captions_of_one_image_are_no_independent_queries():
+    """The interval is that of every other share: five captions of an image that are alike count once."""
     clusters = np.repeat(np.arange(40), 5)
     rng = np.random.default_rng(0)
-    same = np.repeat(rng.random(40) < 0.4, 5)
-    alone = rng.random(200) < 0.4
-    # All alike within an image: as many independent queries as images, by the textbook factor (n - 1) / n.
-    assert _effective_size(same, clusters) == pytest.approx(39)
-    assert _effective_size(same, np.arange(200)) == 200
-    assert 80 < _effective_size(alone, clusters) <= 200
-    assert _effective_size(np.ones(200, bool), clusters) == 40
-    # The variance it stands for, against a bootstrap of whole images.
-    mixed = np.where(rng.random(200) < 0.6, same, alone)
-    draws = rng.integers(0, 40, (4000, 40))
-    spread = mixed.reshape(40, 5)[draws].mean(axis=(1, 2)).var()
-    p = mixed.mean()
-    assert _effective_size(mixed, clusters) == pytest.approx(p * (1 - p) / spread, rel=0.15)
-    texts = torch.eye(40)[torch.from_numpy(np.where(same, clusters, (clusters + 1) % 40))]
-    recall = retrieval(torch.eye(40), texts, torch.from_numpy(clusters), ks=(1,))["text_to_image"].recall[0]
-    assert recall.n == 200
-    assert (recall.low, recall.high) == pytest.approx(wilson(int(same.sum()) // 5, 40), abs=0.01)
+    same, alone = np.repeat(rng.random(40) < 0.4, 5), rng.random(200) < 0.4
+
+    def found(right: np.ndarray) -> Recall:
+        texts = torch.eye(40)[torch.from_numpy(np.where(right, clusters, (clusters + 1) % 40))]
+        return retrieval(torch.eye(40), texts, torch.from_numpy(clusters), ks=(1,))["text_to_image"].recall[0]
+
+    def width(recall: Recall) -> float:
+        assert recall.low is not None
+        assert recall.high is not None
+        return recall.high - recall.low
+
+    for right in (same, alone):
+        assert found(right).n == 200
+        assert (found(right).low, found(right).high) == mean_of(right, clusters).interval(0.95)
+    low, high = wilson(int(same.sum()) // 5, 40)
+    assert width(found(same)) == pytest.approx(high - low, rel=0.1)
+    low, high = wilson(int(alone.sum()), 200)
+    assert width(found(alone)) == pytest.approx(high - low, rel=0.3)
+
+
+def test_captions_of_a_handful_of_images_have_no_interval():
+    owner = torch.arange(4).repeat_interleave(3)
+    recall = retrieval(torch.eye(4), torch.eye(4)[owner], owner, ks=(1,))["text_to_image"].recall[0]
+    assert (recall.value, recall.low, recall.high, recall.n) == (1.0, None, None, 12)
 
 
 def test_to_dict_names_the_recalls():

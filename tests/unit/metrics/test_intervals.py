@@ -16,6 +16,8 @@ from adaptclip.metrics.intervals import (
     PairedSpread,
     RateSpread,
     exact_bound,
+    normal_quantile,
+    student_quantile,
     tango_bound,
     wilson,
     wilson_bound,
@@ -33,6 +35,13 @@ def test_wilson_and_exact_agree_with_scipy(counts, confidence):
     alpha = (1 - confidence) / 2
     exact = exact_bound(correct / n, n, "low", alpha), exact_bound(correct / n, n, "high", alpha)
     assert exact == pytest.approx(tuple(test.proportion_ci(confidence, method="exact")), abs=1e-9)
+
+
+def test_quantiles_are_scipys():
+    for alpha in (0.4, 0.05, 0.025, 1e-9):
+        assert normal_quantile(alpha) == pytest.approx(norm.isf(alpha), rel=1e-12)
+        for df in (0.5, 1.0, 3.3, 1e6):
+            assert student_quantile(alpha, df) == pytest.approx(t.isf(alpha, df), rel=1e-12)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 4)])

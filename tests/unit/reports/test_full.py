@@ -38,11 +38,11 @@ def predictions(seed=0, *, n=400, skill=1.5, prefix="i", **fields: Any):
 def test_top_k_macro_f1_and_confusions_are_scikit_learns():
     p = predictions()
     fine = fine_grained_report(p)
-    for entry in fine["top_k"]:
-        expected = top_k_accuracy_score(p.labels, p.probs, k=entry["k"], labels=np.arange(8))
-        assert entry["model"]["value"] == pytest.approx(expected)
-    assert [entry["k"] for entry in fine["top_k"]] == [1, 3, 5]
-    assert fine["macro_f1"]["model"]["value"] == pytest.approx(f1_score(p.labels, p.pred, average="macro"))
+    assert list(fine["overall"]) == ["accuracy", "top3_accuracy", "top5_accuracy", "macro_f1", "worst_decile"]
+    for k, name in zip((1, 3, 5), fine["overall"], strict=False):
+        expected = top_k_accuracy_score(p.labels, p.probs, k=k, labels=np.arange(8))
+        assert fine["overall"][name]["model"]["value"] == pytest.approx(expected)
+    assert fine["overall"]["macro_f1"]["model"]["value"] == pytest.approx(f1_score(p.labels, p.pred, average="macro"))
     matrix = confusion_matrix(p.labels, p.pred)
     assert fine["matrix"] == matrix.tolist()
     off = matrix - np.diag(np.diag(matrix))
@@ -94,10 +94,12 @@ def test_the_worst_classes_are_not_judged_on_the_images_that_chose_them():
         wrong = rng.random(400) > 0.7
         probs = np.eye(20, dtype=np.float32)[np.where(wrong, (labels + 1) % 20, labels)]
         p = Predictions(tuple(map(str, range(400))), labels, probs, tuple(f"c{i}" for i in range(20)))
-        worst = fine_grained_report(p)["worst_decile"]
-        assert worst["num_classes"] == 2
+        fine = fine_grained_report(p)
+        assert len(fine["worst_classes"]["classes"]) == 2
+        worst = fine["overall"]["worst_decile"]["model"]
+        assert worst["low"] <= worst["value"] <= worst["high"]
         honest.append(worst["value"])
-        chosen.append(worst["as_chosen"])
+        chosen.append(fine["worst_classes"]["as_chosen"])
     assert np.mean(honest) == pytest.approx(0.7, abs=0.05)
     assert np.mean(chosen) < 0.55
 
@@ -232,4 +234,4 @@ def test_decisions_without_probabilities_have_no_calibration():
     bare = Predictions(p.ids, p.labels, p.probs, NAMES, p.groups, ranked=1, confident=False)
     report = full_report(bare)
     assert report["calibration"] is None
-    assert [entry["k"] for entry in report["fine_grained"]["top_k"]] == [1]
+    assert list(report["fine_grained"]["overall"]) == ["accuracy", "macro_f1", "worst_decile"]

@@ -49,8 +49,8 @@ def walk(report: Mapping[str, Any]) -> Iterator[tuple[Named, Mapping[str, Any]]]
     """Every number of a report under the name of what it is, wherever it stands."""
     for name, found in report["overall"].items():
         yield from numbers(name, "", found)
-    for row in report["fine_grained"]["top_k"]:
-        yield from numbers("accuracy" if row["k"] == 1 else f"top{row['k']}_accuracy", "", row)
+    for name, found in report["fine_grained"]["overall"].items():
+        yield from numbers(name, "", found)
     for name, found in report["calibration"]["scores"].items():
         yield from numbers(name, "", found)
     for row in report["per_class"]:

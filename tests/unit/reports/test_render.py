@@ -131,14 +131,16 @@ def test_nothing_is_called_fair():
     assert not re.search(r"\bfair|unbiased", text, re.IGNORECASE)
 
 
-def test_what_puts_the_data_in_doubt_stands_first_under_what_to_worry_about():
+def test_what_puts_the_data_in_doubt_is_one_line_under_what_to_worry_about():
     leak = "3 of 240 test images look the same as a train image: a = b (allowed by the card: similar_pictures)"
     report = full_report(predictions())
     report["data"] = {
         "name": "n", "source": "manifest", "images": {"test": 240}, "known_issues": [], "allowed": [leak],
-        "worries": [leak], "skipped": [f"left out {i}.png: cannot be decoded" for i in range(12)],
+        "worries": [leak, "another", "a third"], "skipped": [f"left out {i}.png: cannot be decoded" for i in range(12)],
     }  # fmt: skip
-    assert worries(report, None)[0].removesuffix(".") == leak
+    first, second = worries(report, None)[:2]
+    assert first == "Accuracy differs by site more than noise explains: 13.7 points, lowest for y."
+    assert second == f"{leak} (2 more findings of this kind: see Data)."
     markdown = to_markdown(report, None)
     assert markdown.index("worry about") < markdown.index(leak.replace("_", "\\_")) < markdown.index("Overall")
     assert "left out 9.png: cannot be decoded" in markdown
