@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,12 +60,19 @@ class Run:
 
 
 def plan_runs(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[Run, ...]:
-    """Joins neighbouring groups of suffixes as long as they are small.
+    """Joins neighbouring groups of suffixes as long as they are small; remembered, as every step asks for the same.
 
     Args:
         shapes: (G, l) of groups of suffixes of one length, in the order in which they are packed.
         device: where the index tensors go.
     """
+    return _plan_runs(tuple(shapes), device)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _plan_runs(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Run, ...]:
+    # Made anew in every step, each of these tensors would be copied to a GPU that the program then waits for.
     joined: list[list[tuple[int, int]]] = []
     for shape in shapes:
         together = [*joined[-1], shape] if joined else [shape]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import GIB, PeakMemory, available_bytes, class_names, timed, untrained_vit_b32
+from measuring import GIB, PeakMemory, autocast, available_bytes, class_names, timed, untrained
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -47,35 +47,50 @@ MOST_PUBLISHED_CLASSES = 1000
 
 
 def published_step(
-    backbone: ClipBackbone, names: list[str], images: Tensor, labels: Tensor, context: Tensor
+    backbone: ClipBackbone,
+    names: list[str],
+    images: Tensor,
+    labels: Tensor,
+    context: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[], Tensor]:
     """Returns the step as it was published: live image features, prompts of 77 tokens, all of them at once.
 
-    The step returns the gradient of the (16, T) context, as `our_step` does.
+    The step returns the gradient of the (16, T) context, as `our_step` does. With `dtype`, the forward pass is under
+    autocast.
     """
     model: Any = backbone.model
-    tokens = backbone.tokenize([" ".join(["X"] * N_CTX) + f" {name}." for name in names])
+    tokens = backbone.tokenize([" ".join(["X"] * N_CTX) + f" {name}." for name in names]).to(backbone.device)
+    every = torch.arange(len(names), device=tokens.device)
     with torch.no_grad():
         embedded = model.token_embedding(tokens)
     start, end = embedded[:, :1], embedded[:, 1 + N_CTX :]
     context = context.clone().requires_grad_()
 
     def step() -> Tensor:
-        with torch.no_grad():
-            features = backbone.encode_image(images)
-        x = torch.cat([start, context.expand(len(names), -1, -1), end], dim=1)
-        x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
-        x = model.ln_final(x)[torch.arange(len(names)), tokens.argmax(-1)] @ model.text_projection
-        logits = backbone.logit_scale * features @ F.normalize(x, dim=-1).T
-        return torch.autograd.grad(F.cross_entropy(logits, labels), context)[0]
+        with autocast(tokens.device, dtype):
+            with torch.no_grad():
+                features = backbone.encode_image(images)
+            x = torch.cat([start, context.expand(len(names), -1, -1), end], dim=1)
+            x = model.transformer(x + model.positional_embedding, attn_mask=model.attn_mask)
+            x = model.ln_final(x)[every, tokens.argmax(-1)] @ model.text_projection
+            logits = backbone.logit_scale * features @ F.normalize(x, dim=-1).T
+            loss = F.cross_entropy(logits, labels)
+        return torch.autograd.grad(loss, context)[0]
 
     return step
 
 
-def our_step(coop: CoOp, features: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def our_step(coop: CoOp, features: Tensor, labels: Tensor, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
     """Returns our step: cached image features, packed suffixes behind a shared prefix."""
     batch = Batch(labels=labels, index=torch.arange(len(labels)), features=features)
-    return lambda: torch.autograd.grad(F.cross_entropy(coop(batch), labels), coop.context)[0]
+
+    def step() -> Tensor:
+        with autocast(labels.device, dtype):
+            loss = F.cross_entropy(coop(batch), labels)
+        return torch.autograd.grad(loss, coop.context)[0]
+
+    return step
 
 
 def measure(count: int, repeats: int, budget_bytes: int, seed: int = 0) -> dict[str, Any]:
@@ -87,7 +102,7 @@ def measure(count: int, repeats: int, budget_bytes: int, seed: int = 0) -> dict[
         favours it, as its time per class grows with the number of classes.
     """
     torch.manual_seed(seed)
-    backbone = untrained_vit_b32()
+    backbone = untrained("ViT-B-32")
     names = class_names(count)
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.randint(0, min(count, 10), (BATCH,))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from typing import Any
 
 import open_clip
 import torch
-from measuring import GIB, PeakMemory, class_names, timed
+from measuring import GIB, PeakMemory, class_names, timed, untrained
 from open_clip.tokenizer import HFTokenizer
 from torch.nn import functional as F
 
@@ -32,11 +32,11 @@ MODELS = ("ViT-B-16", "ViT-L-14", "ViT-B-16-SigLIP2-256")
 METHODS = {"coop": CoOp, "lora": LoRA}
 
 
-def untrained(name: str) -> ClipBackbone:
-    """A model of the published shapes with random weights; hashing them would only take time."""
-    model = open_clip.create_model(name, pretrained=None)
+def model_of(name: str) -> ClipBackbone:
+    """A model of the published shapes with random weights."""
     if "SigLIP2" not in name:
-        return ClipBackbone(model, open_clip.get_tokenizer(name), name=name, digest="untrained")
+        return untrained(name)
+    model = open_clip.create_model(name, pretrained=None)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tiny_kinds import gemma
 
@@ -49,7 +49,7 @@ def untrained(name: str) -> ClipBackbone:
 def measure(name: str, method: str, num_classes: int, batch_size: int) -> dict[str, Any]:
     """Builds one model and adapter, and takes one step of AdamW."""
     torch.manual_seed(0)
-    backbone = untrained(name)
+    backbone = model_of(name)
     adapter = METHODS[method](backbone, class_names(num_classes)).train()
     side = backbone.image_size
     images, labels = torch.randn(batch_size, 3, side, side), torch.arange(batch_size) % num_classes

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import GIB, PeakMemory, available_bytes, class_names, timed, untrained_vit_b32
+from measuring import GIB, PeakMemory, autocast, available_bytes, class_names, timed, untrained
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -113,37 +113,64 @@ def published_model(backbone: ClipBackbone, learnt: dict[str, nn.Parameter], dro
 
 
 def published_step(
-    model: Any, learnt: dict[str, nn.Parameter], tokens: Tensor, images: Tensor, labels: Tensor, scale: Tensor
+    model: Any,
+    learnt: dict[str, nn.Parameter],
+    tokens: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Step:
     """Returns the published step: all prompts at 77 tokens, all pictures, loss, gradients. `tokens` (C, 77) are given,
-    though the published step makes them anew in every step.
+    though the published step makes them anew in every step. With `dtype`, the forward pass is under autocast.
     """
     parameters = list(learnt.values())
 
     def step() -> tuple[Tensor, ...]:
-        text = F.normalize(model.encode_text(tokens), dim=-1)
-        loss = F.cross_entropy(scale * F.normalize(model.encode_image(images), dim=-1) @ text.T, labels)
+        with autocast(images.device, dtype):
+            text = F.normalize(model.encode_text(tokens), dim=-1)
+            loss = F.cross_entropy(scale * F.normalize(model.encode_image(images), dim=-1) @ text.T, labels)
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     return step
 
 
-def image_step(model: Any, learnt: dict[str, nn.Parameter], images: Tensor) -> Callable[[], object]:
+def image_step(
+    model: Any, learnt: dict[str, nn.Parameter], images: Tensor, dtype: torch.dtype | None = None
+) -> Callable[[], object]:
     """Returns the image tower's part of the published step, for scaling up the rest."""
     parameters = [p for name, p in learnt.items() if name.startswith("visual.")]
-    return lambda: torch.autograd.grad(F.normalize(model.encode_image(images), dim=-1).sum(), parameters)
+
+    def step() -> object:
+        with autocast(images.device, dtype):
+            features = F.normalize(model.encode_image(images), dim=-1).sum()
+        return torch.autograd.grad(features, parameters)
+
+    return step
 
 
-def our_step(adapter: LoRA, images: Tensor, labels: Tensor) -> Step:
+def our_step(adapter: LoRA, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None) -> Step:
     """Returns our step on the same pixels."""
     batch = Batch(labels=labels, index=torch.arange(len(labels)), images=images)
     parameters = adapter.trainable_parameters()
 
     def step() -> tuple[Tensor, ...]:
-        loss = F.cross_entropy(adapter(batch), labels)
+        with autocast(images.device, dtype):
+            loss = F.cross_entropy(adapter(batch), labels)
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     return step
+
+
+def drawn_update(adapter: LoRA) -> dict[str, Tensor]:
+    """Returns a state with a drawn B: where it is zero, as at the start, half of the gradients are zero too."""
+    return {n: p if ".lora_A" in n else torch.randn_like(p) * 0.02 for n, p in adapter.adapter_state().items()}
+
+
+def published_parameters(adapter: LoRA) -> dict[str, nn.Parameter]:
+    """Returns copies of an adapter's A and B, by the names that `published_model` knows them by."""
+    names = lora_parameters(adapter.model)
+    return {name.replace(".default.weight", ""): nn.Parameter(p.detach().clone()) for name, p in names.items()}
 
 
 def compare(ours: Step, published: Step) -> dict[str, float]:
@@ -174,18 +201,16 @@ def measure(count: int, dropout: float, repeats: int, settings: argparse.Namespa
         favours it, as its time per class grows with the number of classes.
     """
     torch.manual_seed(0)
-    backbone = untrained_vit_b32()
+    backbone = untrained("ViT-B-32")
     names = class_names(count)
     images, labels = torch.randn(BATCH, 3, 224, 224), torch.randint(0, min(count, 10), (BATCH,))
     budget = int(settings.budget_gib * GIB)
-    # Drawn B: at the start, where B is zero, half of the gradients are zero and would compare equal.
     adapters = {p: LoRA(backbone, names, dropout=p, memory_budget_bytes=budget) for p in {dropout, 0.0}}
-    drawn = {n: p if ".lora_A" in n else torch.randn_like(p) * 0.02 for n, p in adapters[0.0].adapter_state().items()}
+    drawn = drawn_update(adapters[0.0])
     for adapter in adapters.values():
         adapter.load_adapter_state(drawn)
         adapter.train()
-    own_names = lora_parameters(adapters[0.0].model)
-    learnt = {name.replace(".default.weight", ""): nn.Parameter(drawn[name].clone()) for name in own_names}
+    learnt = published_parameters(adapters[0.0])
     tokens = backbone.tokenize([TEMPLATE.format(name) for name in names])
 
     room = max(1, int((available_bytes() - 4 * GIB) / PUBLISHED_BYTES_PER_CLASS))

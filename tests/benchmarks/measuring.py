@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
+import torch
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
 from adaptclip.backbone import ClipBackbone
@@ -23,16 +24,29 @@ def class_names(count: int) -> list[str]:
     return names[:count]
 
 
-def untrained_vit_b32() -> ClipBackbone:
-    """Returns a ViT-B/32 with random weights, drawn from torch's global generator."""
-    model = open_clip.create_model("ViT-B-32", pretrained=None)
-    return ClipBackbone(model, open_clip.get_tokenizer("ViT-B-32"), name="ViT-B-32")
+def untrained(name: str, precision: str = "fp32") -> ClipBackbone:
+    """Returns a model of open_clip's with random weights, drawn from torch's global generator, and not hashed."""
+    model = open_clip.create_model(name, pretrained=None, precision=precision)
+    return ClipBackbone(model, open_clip.get_tokenizer(name), name=name, precision=precision, digest="untrained")
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Returns the seconds of one call."""
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Returns the context of a forward pass: autocast to `dtype`, or none."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when all work that was given to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], object], device: torch.device | None = None) -> float:
+    """Returns the seconds of one call, with the work that it gave to a device."""
     start = time.perf_counter()
     step()
+    if device is not None:
+        wait_for(device)
     return time.perf_counter() - start
 
 
