@@ -14,6 +14,7 @@ The loop itself stays in the recipe:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -234,23 +235,26 @@ def backward_and_step(
     """
     if isinstance(scheduler, AcceleratedScheduler):
         raise TrainingError("leave the scheduler out of accelerator.prepare: it would be stepped once per process")
-    _stop_unless_finite(accelerator, loss, step)
     accelerator.backward(loss)
     if not accelerator.sync_gradients:
+        _stop_unless_finite(accelerator, loss, step)
         return None
     accelerator.unscale_gradients(optimizer)
     params = [p for p in model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in params if p.grad is not None])
-    if accelerator.scaler is None and not torch.isfinite(norm):
+    # To read a number is to wait for a GPU, so both are read here, where it has been given all work before the step.
+    _stop_unless_finite(accelerator, loss, step)
+    length = norm.item()
+    if accelerator.scaler is None and not math.isfinite(length):
         # All processes hold the same reduced gradient, so all of them arrive here.
-        raise TrainingError(_not_finite("gradient", norm.item(), step))
+        raise TrainingError(_not_finite("gradient", length, step))
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
     optimizer.step()
     if not accelerator.optimizer_step_was_skipped:
         scheduler.step()
     optimizer.zero_grad()
-    return norm.item()
+    return length
 
 
 def _stop_unless_finite(accelerator: Accelerator, loss: Tensor, step: int) -> None:

@@ -28,12 +28,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adaptclip.adapters import ADAPTERS, CoCoOp, ContrastiveTuning, CoOp, LoRA, ZeroShotClassifier
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.card import load_card
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.sources import open_data
 from adaptclip.features import FeatureCache
+from adaptclip.methods import ADAPTERS, CoCoOp, ContrastiveTuning, CoOp, LoRA, ZeroShotClassifier
 from adaptclip.seeding import seed_everything
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
 from adaptclip.training.mitigation import Mitigation

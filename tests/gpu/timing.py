@@ -35,10 +35,10 @@ from tiny_clip import make_tiny_backbone
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.adapters import CoOp, LoRA, class_encoder
 from adaptclip.backbone import ClipBackbone, packed
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.features import FeatureCache
+from adaptclip.methods import CoOp, LoRA, class_encoder
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.steps import backward_and_step
 from adaptclip.types import Batch

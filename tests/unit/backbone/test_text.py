@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from adaptclip.backbone.packed import _plan_runs, plan_runs
 from adaptclip.backbone.padded_text import PaddedTextTower
 from adaptclip.backbone.text import CausalTextTower, make_text_tower
 from adaptclip.errors import BackboneError
@@ -127,6 +128,21 @@ def test_packed_path_has_the_plain_gradient(model_and_tower, path):
     expected = context_gradient(tower, ids, "plain")
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(context_gradient(tower, ids, path), expected, atol=1e-5, rtol=0)
+
+
+def test_runs_are_planned_once_and_serve_training_after_inference():
+    _plan_runs.cache_clear()
+    _, tower = build()
+    ids = TOKENIZER(SENTENCES)
+    suffixes, _ = packed(tower, ids)
+    with torch.inference_mode():
+        tower.encode_packed(tower.embed_tokens(ids[0, :PREFIX]), suffixes)
+    planned = _plan_runs.cache_info().misses
+    assert planned == 2  # the prefix and the suffixes
+    assert context_gradient(tower, ids, "together").any()
+    assert _plan_runs.cache_info().misses == planned
+    shapes = [tuple(suffix.shape[:2]) for suffix in suffixes]
+    assert plan_runs(shapes, suffixes[0].device) is plan_runs(shapes, suffixes[0].device)
 
 
 def test_one_class_and_equal_lengths():

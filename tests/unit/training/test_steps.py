@@ -198,6 +198,14 @@ def test_gradient_that_is_not_finite_stops_before_the_weights_are_lost():
     assert torch.equal(model.weight.detach(), torch.zeros(NUM_CLASSES, WIDTH))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loss_that_is_not_finite_stops_before_the_weights_are_lost(accumulate):
+    model = Linear()
+    with pytest.raises(TrainingError, match=r"the loss of step 9 is not finite \(here: inf\)"):
+        _one_step(make_accelerator(accumulate=accumulate, cpu=True), (model.weight.sum() + 1) / 0, model)
+    assert torch.equal(model.weight.detach(), torch.zeros(NUM_CLASSES, WIDTH))
+
+
 class _Fp16Accelerator:
     """Answers like an accelerator whose loss scaler found an overflow, or none."""
 
