@@ -147,17 +147,19 @@ def classification_loss(adapter: Any, batch: Batch) -> Tensor:
 
 def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images: Batch, **settings: Any) -> Any:
     """An adapter trained the way its recipe does."""
-    adapter: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
+    made: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
+    adapter = made.to(backbone.device)
     if isinstance(adapter, TwoStage):
         train_two_steps(adapter.lora.requires_grad_(True), images, classification_loss)
         trained = adapter.lora
         trained.requires_grad_(False)
-        adapter = TwoStage(backbone, data.prompt_names, lora=trained)
+        adapter = TwoStage(backbone, data.prompt_names, lora=trained).to(backbone.device)
     batch = images if adapter.consumes == "pixels" else with_features(adapter.encoder, images)
     if hasattr(adapter, "fit"):
         assert batch.features is not None
         ids = tuple(map(str, range(len(batch.labels))))
-        features = Features(batch.features[None], batch.labels, ids, weights=backbone.image_digest)
+        # As `FeatureCache` gives them, on the CPU.
+        features = Features(batch.features[None].cpu(), batch.labels.cpu(), ids, weights=backbone.image_digest)
         adapter.fit(features, **({"c": 1.0} if method == "linear_probe" and not settings else {}))
     if any(p.requires_grad for p in adapter.trainable_parameters()):
         train_two_steps(adapter, batch, classification_loss)

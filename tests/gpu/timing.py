@@ -316,7 +316,7 @@ def waits_of(step: Callable[[], object], device: torch.device) -> dict[str, int]
     places: dict[str, int] = {}
 
     def remember(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" not in str(message):
+        if "called a synchronizing" not in str(message):
             return
         frames = traceback.extract_stack()
         own = [f for f in frames if "/adaptclip/" in f.filename] or frames[:-1]
