@@ -41,6 +41,7 @@ from adaptclip.errors import ArtifactError, did_you_mean
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
 from adaptclip.gates import Verdict
 from adaptclip.methods import ADAPTERS, Adapter
+from adaptclip.methods.earlier import complete_settings
 from adaptclip.methods.objective import objective_of
 from adaptclip.model_card import model_card
 from adaptclip.outputs import atomic_folder
@@ -194,8 +195,9 @@ def load(
         raise ArtifactError(
             f"{folder} was trained with the transform {manifest['transform']}, {model.name} has {model.transform_spec}"
         )
+    settings = complete_settings(manifest["method"], manifest["settings"])
     try:
-        adapter = ADAPTERS[manifest["method"]](model, manifest["prompt_names"], **manifest["settings"])
+        adapter = ADAPTERS[manifest["method"]](model, manifest["prompt_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} is damaged: {manifest['method']} cannot have its settings ({error})") from error
     with as_damage(folder):

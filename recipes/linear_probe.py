@@ -47,6 +47,10 @@ class Config:
     """How the weights are found: logistic regression, descent from the text features, that held near them, or LP++."""
     C: float = 0.0
     """Inverse strength of the penalty of logistic; 0 chooses it on the few-shot validation images."""
+    start_norm: float = 0.0
+    """Norm at which the weights of text-init and clap start; 0 takes the root of the logit scale (OpenAI's: 10)."""
+    reading: Literal["", "code", "paper"] = ""
+    """LP++ as its code has it (the default and the published numbers: alpha, bias, best epoch) or as its paper has."""
     lr: float = 0.0
     """Peak learning rate of text-init and clap; 0 takes the paper's 0.1."""
     epochs: int = 0
@@ -89,8 +93,9 @@ def main(cfg: Config) -> int:
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     templates = cfg.templates or card.templates
     adapter = ac.LinearProbe(
-        backbone, data.prompt_names, head=cfg.head, templates=templates, objective=objective.name
-    ).to(accelerator.device)
+        backbone, data.prompt_names, head=cfg.head, templates=templates, objective=objective.name,
+        start_norm=cfg.start_norm or None, reading=cfg.reading or None,
+    ).to(accelerator.device)  # fmt: skip
     # 0 stands for "as published"; what the head does not have is refused here, before anything is encoded.
     settings = adapter.fit_settings(
         c=cfg.C or None, lr=cfg.lr or None, epochs=cfg.epochs or None, clap_weight=cfg.clap_weight
@@ -108,9 +113,9 @@ def main(cfg: Config) -> int:
     )
     views = PUBLISHED_VIEWS[cfg.head] if cfg.views is None else cfg.views
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
-    # Only logistic without --C chooses anything; the other heads have no use for the validation images.
-    chooses = cfg.head == "logistic" and not cfg.C and len(held_out) > 0
-    validation = cache.get(backbone, held_out, accelerator=accelerator) if chooses else None
+    # Logistic without --C chooses by them and lp++ keeps its best epoch; the other heads have no use for them.
+    reads = adapter.reads_validation(settings.get("c")) and len(held_out) > 0
+    validation = cache.get(backbone, held_out, accelerator=accelerator) if reads else None
     fitted = adapter.fit(features, validation, **settings, seed=cfg.seed, balance=mitigation)
     num_learnt = sum(p.numel() for p in adapter.trainable_parameters())
     accelerator.print(f"{cfg.head}: {num_learnt:,} weights fitted in {fitted['seconds']:.1f} s")

@@ -1,10 +1,10 @@
-"""Tip-Adapter, Tip-Adapter-F, GDA and SS-Text: adapt with the training images' features, in seconds.
+"""Tip-Adapter, Tip-Adapter-F, GDA, SS-Text and SS-Text+: adapt with the training images' features, in seconds.
 
 Paper     tip, tip-f  Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP", ECCV 2022, arXiv:2207.09519
           gda         Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", arXiv:2402.04087
-          ss-text     Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
+          ss-text(+)  Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
 Run       accelerate launch recipes/tip_adapter.py --card my_images/ --backbone ViT-B-16 --pretrained openai
-          (--variant tip, tip-f, gda or ss-text)
+          (--variant tip, tip-f, gda, ss-text or ss-text+)
 Smoke     accelerate launch recipes/tip_adapter.py      (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
@@ -20,12 +20,13 @@ from typing import Any, Literal
 import adaptclip as ac
 from adaptclip.errors import ConfigError, did_you_mean
 
-METHODS = {"tip": "tip_adapter", "tip-f": "tip_adapter", "gda": "gda", "ss-text": "ss_text"}
+METHODS = {"tip": "tip_adapter", "tip-f": "tip_adapter", "gda": "gda", "ss-text": "ss_text", "ss-text+": "ss_text"}
+"""Variant -> the adapter's name in an artifact."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Four ways to use the training images' features. Defaults follow the papers."""
+    """Five ways to use the training images' features. Defaults follow the papers."""
 
     card: str = "digits"
     """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
@@ -45,7 +46,7 @@ class Config:
     """What an unreadable image does; what was skipped is listed."""
     seed: int = 1
     """Chooses the few-shot images and the order of images."""
-    variant: Literal["tip", "tip-f", "gda", "ss-text"] = "tip-f"
+    variant: Literal["tip", "tip-f", "gda", "ss-text", "ss-text+"] = "tip-f"
     """The method; only tip-f trains, the others are computed."""
     choose: Literal["validation", "fixed"] = "validation"
     """Where alpha and beta come from: the few-shot validation images, or the two settings below. Never the test."""
@@ -95,7 +96,7 @@ def main(cfg: Config) -> int:
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, for_choice = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
-    choose = cfg.choose == "validation" and cfg.variant != "ss-text"
+    choose = cfg.choose == "validation" and METHODS[cfg.variant] != "ss_text"
     if choose and len(for_choice) == 0:
         raise ConfigError(
             f"card {card.name} leaves no validation images to choose alpha and beta on; take the paper's with "
@@ -112,7 +113,7 @@ def main(cfg: Config) -> int:
     low, high = card.augmentation.scale
     flip = card.augmentation.horizontal_flip
     crop = ac.train_augment(backbone.image_size, scale=(max(cfg.min_scale, low), high), horizontal_flip=flip)
-    views = (0 if cfg.variant == "ss-text" else 10) if cfg.views is None else cfg.views
+    views = (0 if METHODS[cfg.variant] == "ss_text" else 10) if cfg.views is None else cfg.views
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     validation = cache.get(backbone, for_choice, accelerator=accelerator) if choose else None
 
@@ -189,8 +190,8 @@ def build(cfg: Config, backbone: Any, names: Sequence[str], templates: Sequence[
     """Returns the adapter of the variant, before it has seen an image: a zero-shot classifier."""
     if cfg.variant == "gda":
         return ac.GDA(backbone, names, templates=templates, alpha=cfg.alpha)
-    if cfg.variant == "ss-text":
-        return ac.SSText(backbone, names, templates=templates)
+    if METHODS[cfg.variant] == "ss_text":
+        return ac.SSText(backbone, names, templates=templates, mode=cfg.variant)
     learn = cfg.variant == "tip-f"
     return ac.TipAdapter(backbone, names, templates=templates, alpha=cfg.alpha, beta=cfg.beta, learn_keys=learn)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 
@@ -115,15 +115,20 @@ def fit_linear(
     lr: float = 0.0,
     epochs: int = 0,
     clap_weight: float = -1.0,
+    start_norm: float = 0.0,
+    reading: str = "",
 ) -> Fitted:
-    """A linear head (`LinearProbe`); 0, and -1 for `clap_weight`, stand for "as published"."""
-    adapter = LinearProbe(support.backbone, support.names, head=head, templates=support.templates)  # type: ignore[arg-type]
+    """A linear head (`LinearProbe`); 0 or nothing, and -1 for `clap_weight`, stand for "as published"."""
+    adapter = LinearProbe(
+        support.backbone, support.names, head=head, templates=support.templates,  # type: ignore[arg-type]
+        start_norm=start_norm or None, reading=reading or None,  # type: ignore[arg-type]
+    )  # fmt: skip
     settings = adapter.fit_settings(
         c=c or None, lr=lr or None, epochs=epochs or None, clap_weight=None if clap_weight < 0 else clap_weight
     )
-    chooses = head == "logistic" and not c and len(support.held_out) > 0
+    reads = adapter.reads_validation(c or None) and len(support.held_out) > 0
     told = adapter.fit(
-        support.features(views, min_scale=0.5), support.validation() if chooses else None, **settings, seed=support.seed
+        support.features(views, min_scale=0.5), support.validation() if reads else None, **settings, seed=support.seed
     )
     return Fitted(adapter, told)
 
@@ -166,9 +171,9 @@ def _choose(adapter: TipAdapter | GDA, support: Support) -> dict[str, Any]:
     return {"chosen": choice.values, "validation_used_for": choice.describe()}
 
 
-def fit_ss_text(support: Support) -> Fitted:
-    """SS-Text; nothing is chosen."""
-    adapter = SSText(support.backbone, support.names, templates=support.templates)
+def fit_ss_text(support: Support, *, mode: Literal["ss-text", "ss-text+"] = "ss-text") -> Fitted:
+    """SS-Text or SS-Text+; nothing is chosen."""
+    adapter = SSText(support.backbone, support.names, templates=support.templates, mode=mode)
     adapter.fit(support.features())
     return Fitted(adapter, {"schedule": "closed form"})
 

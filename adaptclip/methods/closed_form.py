@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip.backbone import ClipBackbone
-from adaptclip.errors import DataError
+from adaptclip.errors import ConfigError, DataError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.support import (
     Choice,
@@ -25,6 +25,11 @@ from adaptclip.types import Batch, Features
 
 GDA_ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 """Candidates for alpha of GDA, those of the published search."""
+
+Mode = Literal["ss-text", "ss-text+", "adaptive"]
+
+_LARGEST_INVERSE_LAMBDA = 1000
+"""SS-Text's code holds lambda at 0.001 or more."""
 
 _NO_SPREAD = 1e-10
 """Summed squared distance of unit-norm rows from their mean that rounding alone can make."""
@@ -82,7 +87,7 @@ def _ridge_covariance(centred: Tensor) -> Tensor | None:
     return (centred.T @ centred + total / (num_rows - 1) * torch.eye(width, dtype=centred.dtype)) / width
 
 
-def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float) -> Tensor:
+def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode: Mode = "ss-text") -> Tensor:
     """The head of SS-Text (Silva-Rodriguez et al. 2025, arXiv:2506.17500), anchored at the text features.
 
     It is the minimiser over W of
@@ -94,14 +99,19 @@ def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float) -> T
 
         w_c = t_c + scale / (lambda_c · N) · sum over i with y_i = c of f_i
 
-    with lambda_c = 1 / (number of images of c): the more images a class has, the further it may leave its text. A
-    class without images keeps its text feature exactly.
+    - "ss-text": lambda_c = 1 / N, and 0.001 at the least.
+    - "ss-text+", for classes of uneven sizes: lambda_c = 1 / (number of images of c), and 0.001 at the least; then the
+      classes are moved against d_c = 2 w_c - mean of w, w_c - d_c / |d_c|.
+    - "adaptive": the second without the move, as this package had it before; in neither the paper nor its code.
+
+    In the first and the last a class without images keeps its text feature exactly; the move is for all classes.
 
     Args:
         rows: (N, D) float64 features f, one per image.
         labels: (N,) class ids.
         text: (C, D) float64 unit-norm text features t.
         scale: of the logits, 1 / temperature.
+        mode: which of the three.
 
     Returns:
         (C, D) float64 weights, not normalised.
@@ -112,8 +122,12 @@ def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float) -> T
     if len(rows) == 0:
         raise DataError("SS-Text needs at least one image; got none")
     means, counts = class_means(rows, labels, len(text))
-    # scale / (lambda · N) · sum = scale · count / N · (count · mean)
-    return text + scale / len(rows) * counts.square()[:, None] * means
+    of_class = torch.full_like(counts, len(rows)) if mode == "ss-text" else counts
+    inverse_lambda = of_class.clamp(max=_LARGEST_INVERSE_LAMBDA) if mode != "adaptive" else of_class
+    weights = text + scale / len(rows) * (inverse_lambda * counts)[:, None] * means
+    if mode != "ss-text+":
+        return weights
+    return weights - F.normalize(2 * weights - weights.mean(dim=0), dim=-1)
 
 
 class GDA(nn.Module):
@@ -236,14 +250,17 @@ class SSText(nn.Module):
 
         logit_c = scale · f·w_c / |w_c|
 
-    There is nothing to choose, so no validation image is used. Before `fit` it is the zero-shot classifier.
+    There is nothing to choose, so no validation image is used. Before `fit` it is the zero-shot classifier. The
+    published code reads image features and prompts as its models give them, of unit norm or not; here all are.
 
     Args:
         backbone: frozen CLIP.
         class_names: C names in the order of the label ids.
         templates: prompts with one `{}`; their features are averaged per class.
+        mode: "ss-text", or the paper's final "ss-text+"; see `text_anchored`.
 
     Raises:
+        ConfigError: an unknown mode.
         BackboneError: a prompt is longer than the context.
     """
 
@@ -252,10 +269,17 @@ class SSText(nn.Module):
     weights: Tensor
 
     def __init__(
-        self, backbone: ClipBackbone, class_names: Sequence[str], *, templates: Sequence[str] = ("a photo of a {}.",)
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        mode: Mode = "ss-text",
     ) -> None:
         super().__init__()
-        self.backbone, self.templates = backbone, tuple(templates)
+        if mode not in get_args(Mode):
+            raise ConfigError(f"SS-Text has no mode {mode!r}. {did_you_mean(str(mode), get_args(Mode))}")
+        self.backbone, self.templates, self.mode = backbone, tuple(templates), mode
         text = zero_shot_weights(backbone, tuple(class_names), self.templates)
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("weights", text.clone(), persistent=False)
@@ -268,7 +292,7 @@ class SSText(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        return {"templates": list(self.templates)}
+        return {"templates": list(self.templates), "mode": self.mode}
 
     def fit(self, features: Features) -> None:
         """Computes the head, in double precision.
@@ -282,9 +306,10 @@ class SSText(nn.Module):
         """
         rows, labels = support_rows(features, self.backbone, len(self.text))
         scale = float(self.backbone.logit_scale)
-        weights = text_anchored(rows.mean(dim=0), labels, self.text.cpu().double(), scale)
-        seen = torch.bincount(labels, minlength=len(self.text))[:, None] > 0
-        self.weights.copy_(torch.where(seen, F.normalize(weights, dim=-1), self.text.cpu().double()))
+        text = self.text.cpu().double()
+        weights = text_anchored(rows.mean(dim=0), labels, text, scale, self.mode)
+        kept = (weights == text).all(dim=1, keepdim=True)  # to the bit
+        self.weights.copy_(torch.where(kept, text, F.normalize(weights, dim=-1)))
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""

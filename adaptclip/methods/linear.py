@@ -22,10 +22,11 @@ from adaptclip.methods.linear_fits import (
     fit_logistic,
     score_logits,
     search_exponent,
+    start_norm_of,
     warn_of_unseen,
     zero_shot_confidence,
 )
-from adaptclip.methods.lp_plus_plus import fit_lp_plus_plus, step_sizes
+from adaptclip.methods.lp_plus_plus import Reading, fit_lp_plus_plus, step_sizes
 from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch, Features
@@ -33,7 +34,7 @@ from adaptclip.types import Batch, Features
 Head = Literal["logistic", "text-init", "clap", "lp++"]
 
 BATCH_SIZE = 256
-"""Images per step of text-init and clap (Silva-Rodríguez et al. 2024)."""
+"""Rows per step of text-init and clap (Silva-Rodríguez et al. 2024)."""
 
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "logistic": {"c": None},
@@ -52,13 +53,20 @@ class LinearProbe(nn.Module):
     - `logistic`: logits f · w_c + b_c by logistic regression, the linear probe of CLIP and CoOp (Radford et al. 2021,
       app. A.3; Zhou et al. 2022). CLIP's own probe reads features that are not normalised, for its ViTs from before the
       projection into the shared space; these are normalised and projected, so the best C is larger than published ones.
-    - `text-init`: logits scale · cos(f, w_c) with w_c starting at t_c (ZS-LP of Silva-Rodríguez et al. 2024,
-      arXiv:2312.12730). The unit-norm w_c is kept, which is all that the logits see.
-    - `clap`: the same, with each w_c held near t_c the more, the surer zero-shot CLIP is of class c (same paper).
-    - `lp++`: logits f · (w_c + alpha_c t_c) (Huang et al. 2024, arXiv:2404.02285).
+    - `text-init`: logits scale · cos(f, w_c) with w_c starting along t_c (ZS-LP of Silva-Rodríguez et al. 2024,
+      arXiv:2312.12730), at the norm of `start_norm_of`: the published code starts at the text tower's raw output. The
+      unit-norm w_c is kept, which is all that the logits see.
+    - `clap`: the same, with each w_c held near its start the more, the surer zero-shot CLIP is of class c (same paper).
+    - `lp++`: logits f · (w_c + alpha_c t_c) + b_c (Huang et al. 2024, arXiv:2404.02285), in the reading of the
+      published code or of the paper, see `fit_lp_plus_plus`.
 
     Before `fit`, the last three give the zero-shot logits, and `logistic` gives 0 everywhere. Nothing here learns by
     gradients from outside.
+
+    What differs from the published code: text features are means of unit-norm prompts (ZS-LP and CLAP average the raw
+    ones; one prompt is the same in both), CLAP holds a class without images at 1, the order of rows is drawn by another
+    generator, LP++ starts its bias at 0, and its validation images are those of the split (the code draws as many as
+    there are training images).
 
     Args:
         backbone: frozen CLIP.
@@ -66,9 +74,12 @@ class LinearProbe(nn.Module):
         head: which of the four.
         templates: prompts of the text features; not read by `logistic`.
         objective: "sigmoid" (text-init and clap) learns a bias for each class beside the weights, see `ClassBias`.
+        start_norm: norm at which the weights of text-init and clap start; None is that of `start_norm_of`.
+        reading: of lp++, "code" (the default, which the published numbers come from) or "paper".
 
     Raises:
-        ConfigError: an unknown head or objective, no class names, or a template without exactly one `{}`.
+        ConfigError: an unknown head, objective or reading, a setting of another head or out of range, no class names,
+            or a template without exactly one `{}`.
         BackboneError: a prompt is longer than the context.
     """
 
@@ -83,10 +94,13 @@ class LinearProbe(nn.Module):
         head: Head = "logistic",
         templates: Sequence[str] = ("a photo of a {}.",),
         objective: ObjectiveName = "softmax",
+        start_norm: float | None = None,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         if head not in get_args(Head):
             raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(Head))}")
+        _check_variant(head, start_norm, reading)
         check_objective(objective)
         if objective == "sigmoid" and head not in ("text-init", "clap"):
             raise ConfigError(
@@ -99,6 +113,8 @@ class LinearProbe(nn.Module):
         self.head: Head = head
         self.objective: ObjectiveName = objective
         self.templates = tuple(templates)
+        self.start_norm = start_norm_of(float(backbone.logit_scale)) if start_norm is None else float(start_norm)
+        self.reading: Reading = reading or "code"
         shape = (len(self.class_names), backbone.embed_dim)
         state = {"weight": torch.zeros(shape, device=backbone.device)}
         text = torch.zeros(0, shape[1], device=backbone.device)  # `logistic` reads no words
@@ -110,6 +126,8 @@ class LinearProbe(nn.Module):
             state["alpha"] = backbone.logit_scale.detach().float().expand(shape[0]).clone()
         elif head != "logistic":
             state["weight"] = text.clone()
+        if head == "lp++" and self.reading == "code":
+            state["bias"] = torch.zeros(shape[0], device=backbone.device)
         if objective == "sigmoid":
             state["bias"] = ClassBias(backbone, shape[0]).start
         self.learnt = nn.ParameterDict({name: nn.Parameter(t, requires_grad=False) for name, t in state.items()})
@@ -123,8 +141,12 @@ class LinearProbe(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        settings = {"head": self.head, "templates": list(self.templates)}
-        return settings | ({} if self.objective == "softmax" else {"objective": self.objective})
+        settings: dict[str, Any] = {"head": self.head, "templates": list(self.templates)}
+        if self.objective != "softmax":
+            settings["objective"] = self.objective
+        if self.head == "lp++":
+            return settings | {"reading": self.reading}
+        return settings if self.head == "logistic" else settings | {"start_norm": self.start_norm}
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
@@ -134,7 +156,7 @@ class LinearProbe(nn.Module):
             return scaled_logits(features, weight, self.backbone.logit_scale, self.class_bias())
         with torch.autocast(device_type=features.device.type, enabled=False):
             logits = features.float() @ weight.T
-            return logits + self.learnt["bias"] if self.head == "logistic" else logits
+            return logits + self.learnt["bias"] if "bias" in self.learnt else logits
 
     def fit(
         self,
@@ -150,12 +172,11 @@ class LinearProbe(nn.Module):
     ) -> dict[str, Any]:
         """Fits the head. The same features and settings give the same head; with several processes, each fits it.
 
-        `logistic` and `lp++` take several views as that many images; `text-init` and `clap` take them in turn, one
-        per epoch.
+        `logistic` and `lp++` take several views as that many images; `text-init` and `clap` draw from all mixed.
 
         Args:
             features: of the training images, (V, N, D) unit norm.
-            validation: of the validation images, (1, N, D); read only by `logistic` without `c`.
+            validation: of the validation images, (1, N, D); see `reads_validation`.
             c: inverse strength of `logistic`'s penalty; None chooses it on `validation` (`search_exponent`).
             lr: peak learning rate of `text-init` and `clap`; None is 0.1.
             epochs: of `text-init`, `clap` and `lp++`; None is 300.
@@ -184,7 +205,7 @@ class LinearProbe(nn.Module):
             if self.head == "logistic":
                 told = self._fit_logistic(features, validation, settings["c"], balance)
             elif self.head == "lp++":
-                told = self._fit_lp_plus_plus(features, int(settings["epochs"]))
+                told = self._fit_lp_plus_plus(features, validation, int(settings["epochs"]))
             else:
                 told = self._fit_from_text(features, settings, seed, balance)
         return {"seconds": time.perf_counter() - started, "validation_used_for": "nothing", **told}
@@ -218,6 +239,10 @@ class LinearProbe(nn.Module):
                 raise ConfigError(f"{_flag(name)} must be a number {least}, got {value:g}")
         return settings
 
+    def reads_validation(self, c: float | None = None) -> bool:
+        """Whether `fit` has a use for validation images: `logistic` without `c`, and `lp++` as its code has it."""
+        return (self.head == "logistic" and c is None) or (self.head == "lp++" and self.reading == "code")
+
     def check_balance(self, balance: ImageBalance | None) -> None:
         """Refuses a balance of groups or classes that the head cannot take.
 
@@ -237,7 +262,7 @@ class LinearProbe(nn.Module):
             )
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns what `fit` learns: the weights, with the biases (logistic) or alpha (lp++)."""
+        """Returns what `fit` learns: the weights, with the biases (logistic), or alpha and biases (lp++)."""
         return list(self.learnt.values())
 
     def adapter_state(self) -> dict[str, Tensor]:
@@ -316,7 +341,9 @@ class LinearProbe(nn.Module):
     ) -> dict[str, Any]:
         scale = float(self.backbone.logit_scale)
         labels = features.labels.to(self.text.device)
-        chosen: dict[str, Any] = {**settings, "batch_size": BATCH_SIZE, "views": len(features.values)}
+        chosen: dict[str, Any] = {
+            **settings, "batch_size": BATCH_SIZE, "views": len(features.values), "start_norm": self.start_norm
+        }  # fmt: skip
         penalty = None
         if self.head == "clap":
             confidence = zero_shot_confidence(features.values, labels, self.text, scale)
@@ -330,27 +357,38 @@ class LinearProbe(nn.Module):
             start.begin(features, self.text, self.backbone.logit_scale)
             learnt["bias"] = start.start
         weight = fit_from_text(
-            features.values, labels, self.text, scale, penalty=penalty, lr=settings["lr"], epochs=settings["epochs"],
-            batch_size=BATCH_SIZE, seed=seed, balance=balance, bias=learnt.get("bias"),
+            features.values, labels, self.text, scale, start_norm=self.start_norm, penalty=penalty, lr=settings["lr"],
+            epochs=settings["epochs"], batch_size=BATCH_SIZE, seed=seed, balance=balance, bias=learnt.get("bias"),
         )  # fmt: skip
         self._take(weight=F.normalize(weight, dim=-1), **learnt)
         return {
             "schedule": f"SGD (momentum 0.9) in batches of {BATCH_SIZE}, {settings['epochs']} epochs of a cosine from "
-            f"{settings['lr']:g}, the first at 1e-5; last step",
+            f"{settings['lr']:g}, the first at 1e-5, from weights of norm {self.start_norm:.3g}; last step",
             "chosen": chosen,
         }
 
-    def _fit_lp_plus_plus(self, features: Features, epochs: int) -> dict[str, Any]:
+    def _fit_lp_plus_plus(self, features: Features, validation: Features | None, epochs: int) -> dict[str, Any]:
         x, y = (t.to(self.text.device) for t in _stacked(features))
+        judged = None
+        if self.reads_validation() and validation is not None and len(validation):
+            self._check(validation, "validation")
+            rows, truth = _stacked(validation)
+            judged = rows.to(self.text.device), truth.to(self.text.device)
         lr_w, lr_alpha = step_sizes(x, self.text)
-        weight, alpha = fit_lp_plus_plus(x, y, self.text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=epochs)
-        self._take(weight=weight, alpha=alpha)
+        fitted = fit_lp_plus_plus(
+            x, y, self.text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=epochs, reading=self.reading, validation=judged
+        )
+        learnt = {"weight": fitted.weight, "alpha": fitted.alpha}
+        self._take(**learnt, **({"bias": fitted.bias} if self.reading == "code" else {}))
+        kept = "last step" if judged is None else "the epoch that is best on validation images"
         return {
-            "schedule": f"full-batch gradient descent (momentum 0.9), {epochs} epochs, alpha every tenth; last step",
+            "schedule": f"full-batch gradient descent (momentum 0.9), {epochs} epochs, alpha every tenth; {kept}",
             "chosen": {
-                "epochs": epochs, "views": len(features.values), "lr_w": lr_w, "lr_alpha": lr_alpha,
-                "alpha_mean": float(alpha.mean()),
+                "reading": self.reading, "epochs": epochs, "epoch": fitted.epoch, "views": len(features.values),
+                "lr_w": lr_w, "lr_alpha": lr_alpha, "alpha_mean": float(fitted.alpha.mean()),
+                "alpha_spread": float(fitted.alpha.std(unbiased=False)),
             },
+            "validation_used_for": "nothing" if judged is None else "choosing the epoch",
         }  # fmt: skip
 
     def _take(self, **learnt: Tensor) -> None:
@@ -362,6 +400,19 @@ class LinearProbe(nn.Module):
                 )
         for name, value in learnt.items():
             self.learnt[name].copy_(value)
+
+
+def _check_variant(head: str, start_norm: float | None, reading: str | None) -> None:
+    """Raises ConfigError for what is out of range, or belongs to another head."""
+    if start_norm is not None and (head not in ("text-init", "clap") or not _in_range(start_norm, "above 0")):
+        raise ConfigError(
+            f"start_norm is a number above 0, where the weights of text-init and clap start; got {start_norm:g} for "
+            f"{head}. Leave it out for the root of the logit scale."
+        )
+    if reading is not None and reading not in get_args(Reading):
+        raise ConfigError(f"no reading {reading!r} of lp++. {did_you_mean(reading, get_args(Reading))}")
+    if reading is not None and head != "lp++":
+        raise ConfigError(f"the head {head!r} has no reading (got {reading!r}): it belongs to lp++. Leave it out.")
 
 
 def _in_range(value: float, least: str) -> bool:

@@ -260,12 +260,26 @@ def epoch_rate(epoch: int, *, epochs: int, lr: float, warmup_lr: float = 1e-5) -
     return warmup_lr if epoch == 0 else lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
 
+def start_norm_of(scale: float) -> float:
+    """The norm at which the weights of ZS-LP and CLAP start: the root of the logit scale.
+
+    The logits see the weights' direction alone, so that a start of norm s changes how far they turn, by steps s² times
+    smaller, and how hard CLAP holds them, by a pull s² times stronger. The published code starts from the text tower's
+    raw output, whose norm is about 10 in OpenAI's models, all of which have the logit scale 100; the paper says nothing
+    of it. The root of the scale is that 10, and it is known of every model: with s² equal to the scale, a step turns
+    the weights by the learning rate times the mean error-weighted feature, whatever the scale, and CLAP's pull is in
+    units of the logits. The raw norms of other models differ (the starter's is 43) for no reason of the classifier's.
+    """
+    return math.sqrt(scale)
+
+
 def fit_from_text(
     values: Tensor,
     labels: Tensor,
     text: Tensor,
     scale: float,
     *,
+    start_norm: float,
     penalty: Tensor | None,
     lr: float,
     epochs: int,
@@ -279,20 +293,21 @@ def fit_from_text(
     This is ZS-LP, and with `penalty` CLAP (Silva-Rodríguez et al. 2024, arXiv:2312.12730): mini-batch SGD with momentum
     0.9 and without weight decay on
 
-        cross-entropy(scale · cos(f, w_c)) + 1/C · sum over c of penalty_c · |w_c - t_c|²
+        cross-entropy(scale · cos(f, w_c)) + 1/C · sum over c of penalty_c · |w_c - s t_c|²
 
-    Epoch e reads view e mod V in an order of its own; a last batch that is not full is left out where there is a full
-    one.
+    from w_c = s t_c. As in the published code, an epoch has as many steps as the images without their views fill, one
+    at least, and each takes `batch_size` rows from all views of all images mixed.
 
     Args:
         values: (V, N, D) float32 unit-norm image features.
         labels: (N,) class ids on the device of `text`.
         text: (C, D) unit-norm text features t.
         scale: the logit scale.
-        penalty: (C,) weights of the pull towards the text; None for none.
+        start_norm: s, see `start_norm_of`.
+        penalty: (C,) weights of the pull towards the start; None for none.
         lr: peak learning rate (`epoch_rate`).
-        epochs: passes over the images.
-        batch_size: images per step.
+        epochs: passes over as many rows as there are images.
+        batch_size: rows per step.
         seed: of the order.
         balance: of groups or classes; None for none.
         bias: (C,) where it starts; given, the loss is `sigmoid_losses` and the bias is learnt in place.
@@ -300,29 +315,33 @@ def fit_from_text(
     Returns:
         (C, D) weights, not normalised.
     """
-    weight, velocity = text.clone(), torch.zeros_like(text)
+    start = start_norm * text
+    weight, velocity = start.clone(), torch.zeros_like(text)
     drift = None if bias is None else torch.zeros_like(bias)
     pull = None if penalty is None else (2 / len(text) * penalty)[:, None]
-    rows, strata = len(labels), None if balance is None else balance.strata
-    used = rows - rows % batch_size if rows >= batch_size else rows
+    images, strata = len(labels), None if balance is None else balance.strata
+    rows = values.flatten(0, 1)
+    strata = None if strata is None else strata.repeat(len(values))
+    used = min(max(images // batch_size, 1) * batch_size, len(rows))
     for epoch in tqdm(range(epochs), desc="fitting", unit="epoch", disable=None, leave=False, delay=2):
         rate = epoch_rate(epoch, epochs=epochs, lr=lr)
         if strata is None:
-            order = torch.randperm(rows, generator=generator(seed, "order of the linear head", epoch))[:used]
+            order = torch.randperm(len(rows), generator=generator(seed, "order of the linear head", epoch))[:used]
         else:
             order = balanced_order(strata, seed=seed, epoch=epoch)[:used]
-        features = values[epoch % len(values)].index_select(0, order.to(values.device)).to(text.device)
-        of_epoch = labels[order.to(labels.device)]
-        for start in range(0, used, batch_size):
-            batch = slice(start, start + batch_size)
-            weigh = None if balance is None else partial(balance.weigh, index=order[batch])
+        features = rows.index_select(0, order.to(rows.device)).to(text.device)
+        image = order % images
+        of_epoch = labels[image.to(labels.device)]
+        for first in range(0, used, batch_size):
+            batch = slice(first, first + batch_size)
+            weigh = None if balance is None else partial(balance.weigh, index=image[batch])
             if bias is None or drift is None:
                 gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale, weigh)
             else:
                 gradient, slope = sigmoid_gradient(features[batch], of_epoch[batch], weight, bias, scale, weigh)
                 bias.sub_(drift.mul_(0.9).add_(slope), alpha=rate)
             if pull is not None:
-                gradient.addcmul_(weight - text, pull)
+                gradient.addcmul_(weight - start, pull)
             velocity.mul_(0.9).add_(gradient)
             weight.sub_(velocity, alpha=rate)
     return weight

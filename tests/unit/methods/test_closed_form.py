@@ -180,41 +180,56 @@ def test_gda_chooses_by_accuracy_then_cross_entropy(backbone, support):
     assert choice.grid == {"alpha": (1e-4, 100.0, 7)}
 
 
-def test_ss_text_minimises_its_objective():
+@pytest.mark.parametrize("mode", ["ss-text", "adaptive"])
+def test_ss_text_minimises_its_objective(mode):
     rows, labels = rows_and_labels(9, 5, 2)
     rng = np.random.default_rng(1)
     text = rng.normal(size=(3, 5))  # the third class has no image
     counts = np.bincount(labels, minlength=3)
     scale = 7.0
+    strength = [1 / 9] * 3 if mode == "ss-text" else [1 / n if n else 1.0 for n in counts]
 
     def objective(flat):
         weights = flat.reshape(3, 5)
         linear = -scale * np.mean([row @ weights[label] for row, label in zip(rows, labels, strict=True)])
-        anchor = sum(
-            (1 / n if n else 1.0) / 2 * np.sum((w - t) ** 2) for n, w, t in zip(counts, weights, text, strict=True)
-        )
+        anchor = sum(s / 2 * np.sum((w - t) ** 2) for s, w, t in zip(strength, weights, text, strict=True))
         return linear + anchor
 
     found = minimize(objective, np.zeros(15), method="BFGS", options={"gtol": 1e-8})
-    weights = text_anchored(torch.from_numpy(rows), torch.from_numpy(labels), torch.from_numpy(text), scale)
+    weights = text_anchored(torch.from_numpy(rows), torch.from_numpy(labels), torch.from_numpy(text), scale, mode)
     np.testing.assert_allclose(weights.numpy(), found.x.reshape(3, 5), atol=1e-5)
     assert objective(weights.numpy().ravel()) <= found.fun + 1e-9
     assert np.array_equal(weights[2].numpy(), text[2])
     assert not np.allclose(weights[0].numpy(), text[0])
 
 
-def test_ss_text_leaves_the_text_the_more_images_there_are():
+def test_the_modes_of_ss_text_differ_in_lambda_and_in_the_move():
     rows, _ = rows_and_labels(1, 5, 1)
     text = torch.eye(2, 5, dtype=torch.float64)
-    labels = torch.tensor([0, 0, 0, 1])
-    weights = text_anchored(torch.from_numpy(rows.repeat(4, axis=0)), labels, text, 1.0)
-    # scale · count / N · sum: 3/4 · 3 and 1/4 · 1 times the image.
-    torch.testing.assert_close(weights - text, torch.from_numpy(np.outer([9 / 4, 1 / 4], rows[0])))
+    images, labels = torch.from_numpy(rows.repeat(4, axis=0)), torch.tensor([0, 0, 0, 1])
+    # scale · (1 / lambda) / N · sum, with 1 / lambda the images of the class, 3/4 · 3 and 1/4 · 1 times the image …
+    adaptive = text_anchored(images, labels, text, 1.0, "adaptive")
+    torch.testing.assert_close(adaptive - text, torch.from_numpy(np.outer([9 / 4, 1 / 4], rows[0])))
+    # … or N.
+    plain = text_anchored(images, labels, text, 1.0)
+    torch.testing.assert_close(plain - text, torch.from_numpy(np.outer([3.0, 1.0], rows[0])))
+    moved = text_anchored(images, labels, text, 1.0, "ss-text+").numpy()
+    away = 2 * adaptive.numpy() - adaptive.numpy().mean(axis=0)
+    np.testing.assert_allclose(moved, adaptive.numpy() - away / np.linalg.norm(away, axis=1, keepdims=True))
+
+
+def test_lambda_of_the_published_modes_is_at_least_a_thousandth():
+    image = torch.eye(1, 3, dtype=torch.float64)
+    rows, labels, text = image.repeat(2000, 1), torch.zeros(2000, dtype=torch.long), torch.zeros(1, 3).double()
+    assert text_anchored(rows, labels, text, 1.0)[0, 0].item() == pytest.approx(1000)
+    assert text_anchored(rows, labels, text, 1.0, "adaptive")[0, 0].item() == pytest.approx(2000)
 
 
 def test_ss_text_compares_with_the_directions_of_its_weights(backbone, batch):
     support = make_features(backbone, [0, 0, 1, 3], views=2)
     adapter = SSText(backbone, NAMES, templates=TEMPLATES)
+    with pytest.raises(ConfigError, match='Did you mean "ss-text[+]"'):
+        SSText(backbone, NAMES, mode="ss-text-plus")  # pyright: ignore[reportArgumentType]
     zero_shot = ZeroShotClassifier(backbone, NAMES, TEMPLATES)
     assert torch.equal(adapter(batch), zero_shot(batch))  # not fitted yet
     adapter.fit(support)

@@ -21,6 +21,7 @@ from adaptclip.methods.linear_fits import (
     fit_from_text,
     fit_logistic,
     search_exponent,
+    start_norm_of,
     zero_shot_confidence,
 )
 from adaptclip.methods.lp_plus_plus import fit_lp_plus_plus, initial_weights, step_sizes
@@ -184,36 +185,76 @@ def test_the_closed_form_gradient_is_autograds():
 
 
 @pytest.mark.parametrize("penalised", [False, True])
-def test_the_descent_is_torchs_sgd_on_the_loss_in_words(penalised):
-    views = make_features((5, 5, 5, 5), views=3)
+@pytest.mark.parametrize(
+    ("images", "views", "size", "per_epoch"), [(20, 3, 8, [8, 8]), (8, 4, 16, [16]), (4, 2, 16, [8])]
+)
+def test_the_descent_is_torchs_sgd_on_the_loss_in_words(penalised, images, views, size, per_epoch):
+    """Steps of an epoch: as many as the images fill (2, 1, 1), each of rows from all views mixed."""
+    train = make_features((images // 4,) * 4, views=views)
     text = F.normalize(torch.randn(4, D, generator=torch.Generator().manual_seed(3)), dim=-1)
     penalty = torch.tensor([0.2, 0.9, 0.4, 3.0]) if penalised else None
     seen: list[torch.Tensor] = []
-    epochs, size = 7, 8
+    epochs, norm = 7, 2.5
     fitted = fit_from_text(
-        views.values, views.labels, text, 20.0, penalty=penalty, lr=0.05, epochs=epochs, batch_size=size, seed=4
-    )
+        train.values, train.labels, text, 20.0, start_norm=norm, penalty=penalty, lr=0.4, epochs=epochs,
+        batch_size=size, seed=4,
+    )  # fmt: skip
     from adaptclip.seeding import generator
 
-    weight = torch.nn.Parameter(text.clone())
+    rows, labels = train.values.flatten(0, 1), train.labels.repeat(views)
+    weight = torch.nn.Parameter(norm * text)
     sgd = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
     for epoch in range(epochs):
-        order = torch.randperm(20, generator=generator(4, "order of the linear head", epoch))
+        order = torch.randperm(images * views, generator=generator(4, "order of the linear head", epoch))
         seen.append(order)
-        rate = epoch_cosine_lr(epoch, epochs=epochs, lr=0.05, warmup_epochs=1, warmup_lr=1e-5)
+        rate = epoch_cosine_lr(epoch, epochs=epochs, lr=0.4, warmup_epochs=1, warmup_lr=1e-5)
         sgd.param_groups[0]["lr"] = rate
-        for rows in (order[:8], order[8:16]):  # the last four are less than a batch
-            loss = F.cross_entropy(
-                20 * views.values[epoch % 3, rows] @ F.normalize(weight, dim=1).T, views.labels[rows]
-            )
+        for batch in order[: sum(per_epoch)].split(size):
+            loss = F.cross_entropy(20 * rows[batch] @ F.normalize(weight, dim=1).T, labels[batch])
             if penalty is not None:
-                loss = loss + (penalty * (weight - text).square().sum(1)).mean()
+                loss = loss + (penalty * (weight - norm * text).square().sum(1)).mean()
             sgd.zero_grad()
             loss.backward()
             sgd.step()
     torch.testing.assert_close(fitted, weight.detach(), atol=2e-5, rtol=1e-4)
-    assert (fitted - text).abs().max() > 0.01
+    assert (fitted - norm * text).abs().max() > 0.01
     assert len({tuple(order.tolist()) for order in seen}) == epochs
+
+
+def test_a_start_of_another_norm_is_another_rate_and_another_pull():
+    """The logits see directions alone: from norm s, a rate s² as large and a pull as weak by s² turn the weights alike."""
+    train = make_features((5, 5, 5, 5))
+    text = F.normalize(torch.randn(4, D, generator=torch.Generator().manual_seed(3)), dim=-1)
+
+    def fitted(norm: float, lr: float, pull: float) -> torch.Tensor:
+        weight = fit_from_text(
+            train.values, train.labels, text, 20.0, start_norm=norm, penalty=torch.full((4,), pull), lr=lr, epochs=9,
+            batch_size=20, seed=1,
+        )  # fmt: skip
+        return F.normalize(weight, dim=1)
+
+    assert epoch_rate(0, epochs=9, lr=1.0) < 1e-4  # the first epoch hardly counts: its rate is not scaled
+    torch.testing.assert_close(fitted(3.0, 0.09, 0.5 / 9), fitted(1.0, 0.01, 0.5), atol=1e-4, rtol=0)
+    assert (fitted(3.0, 0.01, 0.5) - fitted(1.0, 0.01, 0.5)).abs().max() > 0.01
+
+
+def test_the_start_norm_is_the_root_of_the_logit_scale_unless_given(backbone):
+    scale = float(backbone.logit_scale)
+    assert LinearProbe(backbone, NAMES, head="clap").start_norm == pytest.approx(scale**0.5)
+    assert start_norm_of(100.0) == 10.0  # OpenAI's models: the raw norm that the published code starts at
+    probe = LinearProbe(backbone, NAMES, head="text-init", start_norm=3.0)
+    assert probe.settings["start_norm"] == 3.0
+    told = probe.fit(make_features(), epochs=2)
+    assert told["chosen"]["start_norm"] == 3.0
+    assert "from weights of norm 3;" in told["schedule"]
+    for head, settings, message in (
+        ("lp++", {"start_norm": 1.0}, "text-init and clap start; got 1 for lp"),
+        ("clap", {"start_norm": 0.0}, "a number above 0.*got 0"),
+        ("clap", {"reading": "paper"}, "'clap' has no reading"),
+        ("lp++", {"reading": "papers"}, 'Did you mean "paper"'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LinearProbe(backbone, NAMES, head=head, **settings)
 
 
 def test_the_schedule_is_coops():
@@ -294,7 +335,8 @@ def test_start_of_lp_plus_plus_with_unequal_and_empty_classes():
     assert alpha.numpy() == pytest.approx(np.full(4, expected), rel=1e-4)
 
 
-def test_lp_plus_plus_is_the_descent_of_the_formulas():
+@pytest.mark.parametrize("reading", ["code", "paper"])
+def test_lp_plus_plus_is_the_descent_of_the_formulas(reading):
     train = make_features()
     text = F.normalize(torch.randn(4, D, generator=torch.Generator().manual_seed(3)), dim=-1)
     f, t = numpy64(train.values[0], text)
@@ -302,21 +344,52 @@ def test_lp_plus_plus_is_the_descent_of_the_formulas():
     lr_w, lr_alpha = step_sizes(train.values[0], text)
     w = np.stack([f[y == c].sum(axis=0) for c in range(4)])
     a = np.full(4, 250 * np.mean([(f[y == c] @ t[c]).mean() for c in range(4)]))
+    b, uphill, drift = np.zeros(4), np.zeros(4), np.zeros(4)
     velocity, losses = np.zeros_like(w), []
     for epoch in range(1, 36):
-        probs = softmax(f @ w.T + (f @ t.T) * a)
+        probs = softmax(f @ w.T + (f @ t.T) * a + b)
         losses.append(-np.log(probs[np.arange(n), y]).mean())
         error = probs - np.eye(4)[y]
+        slope = (error * (f @ t.T)).sum(axis=0) / n
+        uphill = uphill + slope if reading == "code" else slope
         if epoch % 10 == 0:
-            a = a - lr_alpha * (error * (f @ t.T)).sum(axis=0) / n
+            a = a - lr_alpha * uphill
         velocity = 0.9 * velocity + error.T @ f / n
         w = w - lr_w * velocity
-    weight, alpha = fit_lp_plus_plus(
-        train.values[0], train.labels, text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=35
-    )  # fmt: skip
-    assert weight.numpy() == pytest.approx(w, abs=1e-3)
-    assert alpha.numpy() == pytest.approx(a, rel=1e-4)
+        if reading == "code":
+            drift = 0.9 * drift + error.mean(axis=0)
+            b = b - lr_w * drift
+    fitted = fit_lp_plus_plus(
+        train.values[0], train.labels, text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=35, reading=reading
+    )
+    assert fitted.weight.numpy() == pytest.approx(w, abs=1e-3)
+    assert fitted.alpha.numpy() == pytest.approx(a, rel=1e-4)
+    assert fitted.bias.numpy() == pytest.approx(b, abs=1e-3)
+    assert fitted.epoch == 35
     assert losses[-1] < 0.5 * losses[0]
+    assert (np.abs(b).max() > 0.01) == (reading == "code")
+
+
+def test_lp_plus_plus_keeps_the_last_of_the_epochs_that_are_best_on_validation():
+    train, held_out = make_features(noise=1.6), make_features((5, 5, 5, 5), seed=3, noise=2.5)
+    text = F.normalize(torch.randn(4, D, generator=torch.Generator().manual_seed(3)), dim=-1)
+    lr_w, lr_alpha = step_sizes(train.values[0], text)
+
+    def fit(epochs: int, **how):
+        return fit_lp_plus_plus(train.values[0], train.labels, text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=epochs, **how)
+
+    judged = held_out.values[0], held_out.labels
+    hits = []
+    for epoch in range(1, 31):
+        fitted = fit(epoch)
+        logits = judged[0] @ (fitted.weight + fitted.alpha[:, None] * text).T + fitted.bias
+        hits.append(int((logits.argmax(1) == judged[1]).sum()))
+    expected = max(range(30), key=lambda i: (hits[i], i)) + 1
+    assert 1 < expected < 30
+    kept = fit(30, validation=judged)
+    assert kept.epoch == expected
+    assert torch.equal(kept.weight, fit(expected).weight)
+    assert fit(30, validation=judged, reading="paper").epoch == 30
 
 
 # --- all heads ---
@@ -351,10 +424,10 @@ def test_what_learns_is_counted(backbone, head):
     probe = LinearProbe(backbone, NAMES, head=head)
     before = {name: tensor.clone() for name, tensor in probe.adapter_state().items()}
     probe.fit(make_features(), **QUICK[head])
-    expected = 4 * D + (4 if head in ("logistic", "lp++") else 0)
+    expected = 4 * D + {"logistic": 4, "lp++": 8}.get(head, 0)
     assert sum(p.numel() for p in probe.trainable_parameters()) == expected
     changed = {name for name, tensor in probe.adapter_state().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"logistic": {"weight", "bias"}, "lp++": {"weight", "alpha"}}.get(head, {"weight"})
+    assert changed == {"logistic": {"weight", "bias"}, "lp++": {"weight", "alpha", "bias"}}.get(head, {"weight"})
 
 
 @pytest.mark.parametrize("head", HEADS)

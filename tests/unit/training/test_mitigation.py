@@ -240,7 +240,7 @@ def test_the_linear_heads_descend_on_the_same_loss(text):
     words = F.normalize(torch.randn(3, 5, generator=generator), dim=-1)
     labels = torch.from_numpy(images.labels)
     got = fit_from_text(
-        values, labels, words, scale, penalty=None, lr=0.1, epochs=epochs, batch_size=20, seed=4,
+        values, labels, words, scale, start_norm=1.0, penalty=None, lr=0.1, epochs=epochs, batch_size=20, seed=4,
         balance=build_mitigation(text, images),
     )  # fmt: skip
     mitigation = build_mitigation(text, images)
@@ -249,13 +249,14 @@ def test_the_linear_heads_descend_on_the_same_loss(text):
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = epoch_rate(epoch, epochs=epochs, lr=0.1)
         order = (
-            torch.randperm(60, generator=seeded(4, "order of the linear head", epoch)) if mitigation.strata is None
-            else balanced_order(mitigation.strata, seed=4, epoch=epoch)
+            torch.randperm(120, generator=seeded(4, "order of the linear head", epoch)) if mitigation.strata is None
+            else balanced_order(mitigation.strata.repeat(2), seed=4, epoch=epoch)
         )  # fmt: skip
-        for rows in order.split(20):
-            logits = scale * values[epoch % 2, rows] @ F.normalize(weight, dim=-1).T
+        for rows in order[:60].split(20):  # of both views mixed
+            image = rows % 60
+            logits = scale * values.flatten(0, 1)[rows] @ F.normalize(weight, dim=-1).T
             optimizer.zero_grad()
-            mitigation.loss(logits, Batch(labels[rows], rows)).backward()
+            mitigation.loss(logits, Batch(labels[image], image)).backward()
             optimizer.step()
     torch.testing.assert_close(got, weight.detach(), atol=1e-5, rtol=1e-4)
     assert (got - words).abs().max() > 0.05
