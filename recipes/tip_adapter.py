@@ -1,10 +1,10 @@
-"""Tip-Adapter, Tip-Adapter-F, GDA, SS-Text and SS-Text+: adapt with the training images' features, in seconds.
+"""Tip-Adapter, Tip-Adapter-F, GDA and SS-Text+: adapt with the training images' features, in seconds.
 
 Paper     tip, tip-f  Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP", ECCV 2022, arXiv:2207.09519
           gda         Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", arXiv:2402.04087
-          ss-text(+)  Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
+          ss-text     Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
 Run       accelerate launch recipes/tip_adapter.py --card my_images/ --backbone ViT-B-16 --pretrained openai
-          (--variant tip, tip-f, gda, ss-text or ss-text+)
+          (--variant tip, tip-f, gda or ss-text)
 Smoke     accelerate launch recipes/tip_adapter.py      (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
@@ -20,13 +20,13 @@ from typing import Any, Literal
 import adaptclip as ac
 from adaptclip.errors import ConfigError, did_you_mean
 
-METHODS = {"tip": "tip_adapter", "tip-f": "tip_adapter", "gda": "gda", "ss-text": "ss_text", "ss-text+": "ss_text"}
+METHODS = {"tip": "tip_adapter", "tip-f": "tip_adapter", "gda": "gda", "ss-text": "ss_text"}
 """Variant -> the adapter's name in an artifact."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Five ways to use the training images' features. Defaults follow the papers."""
+    """Four ways to use the training images' features. Defaults follow the papers."""
 
     card: str = "digits"
     """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
@@ -46,20 +46,22 @@ class Config:
     """What an unreadable image does; what was skipped is listed."""
     seed: int = 1
     """Chooses the few-shot images and the order of images."""
-    variant: Literal["tip", "tip-f", "gda", "ss-text", "ss-text+"] = "tip-f"
+    variant: Literal["tip", "tip-f", "gda", "ss-text"] = "tip-f"
     """The method; only tip-f trains, the others are computed."""
     choose: Literal["validation", "fixed"] = "validation"
-    """Where alpha and beta come from: the few-shot validation images, or the two settings below. Never the test."""
-    alpha: float = 1.0
-    """Weight of the images against the text, for --choose fixed and while tip-f trains; not used by ss-text."""
-    beta: float = 5.5
-    """Sharpness of the similarity, for --choose fixed and while tip-f trains; only tip and tip-f use it."""
+    """Where alpha and beta come from: the few-shot validation images (tip-f: alpha, before it trains), or below."""
+    alpha: float | None = None
+    """Weight of the images against the text, for --choose fixed; not given 1, for tip-f 3; not used by ss-text."""
+    beta: float | None = None
+    """Sharpness of the similarity, for --choose fixed; not given 5.5, for tip-f 1; only tip and tip-f use it."""
+    mode: Literal["plus", "plain"] = "plus"
+    """Of ss-text: plus is SS-Text+, which its paper arrives at, plain is SS-Text."""
     views: int | None = None
     """Sets of random crops; 0 is the evaluation transform. Not given: the papers' 10, and 0 for ss-text."""
     min_scale: float = 0.5
     """Smallest crop as a share of the image's area; a larger smallest crop in the card wins."""
     epochs: int = 20
-    """Passes of tip-f over the training images, one set of crops after the other."""
+    """Passes of tip-f over the training images, one set of crops after the other; the paper gives EuroSAT 100."""
     lr: float = 1e-3
     """Peak learning rate of tip-f's AdamW (eps 1e-4)."""
     batch_size: int = 256
@@ -96,7 +98,7 @@ def main(cfg: Config) -> int:
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, for_choice = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
-    choose = cfg.choose == "validation" and METHODS[cfg.variant] != "ss_text"
+    choose = cfg.choose == "validation" and cfg.variant != "ss-text"
     if choose and len(for_choice) == 0:
         raise ConfigError(
             f"card {card.name} leaves no validation images to choose alpha and beta on; take the paper's with "
@@ -113,15 +115,17 @@ def main(cfg: Config) -> int:
     low, high = card.augmentation.scale
     flip = card.augmentation.horizontal_flip
     crop = ac.train_augment(backbone.image_size, scale=(max(cfg.min_scale, low), high), horizontal_flip=flip)
-    views = (0 if METHODS[cfg.variant] == "ss_text" else 10) if cfg.views is None else cfg.views
+    views = (0 if cfg.variant == "ss-text" else 10) if cfg.views is None else cfg.views
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     validation = cache.get(backbone, for_choice, accelerator=accelerator) if choose else None
 
     started = time.perf_counter()
     adapter.fit(features)
+    # Tip-F is used with the pair it trains with, so it chooses first.
+    choose_by = adapter.choose_training if cfg.variant == "tip-f" else getattr(adapter, "choose", None)
+    choice = choose_by(validation) if choose_by and validation is not None else None
     if cfg.variant == "tip-f":
         train(cfg, accelerator, run, adapter, features, mitigation)
-    choice = adapter.choose(validation) if validation is not None else None
     seconds = time.perf_counter() - started
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
@@ -150,7 +154,7 @@ def main(cfg: Config) -> int:
 
 
 def train(cfg: Config, accelerator: Any, run: Any, adapter: Any, features: ac.Features, mitigation: Any) -> None:
-    """Tip-Adapter-F: learns the keys, with alpha and beta as set."""
+    """Tip-Adapter-F: learns the keys, with alpha and beta as they are."""
     loader = ac.FeatureLoader(
         features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
     )
@@ -182,6 +186,9 @@ def check(cfg: Config) -> None:
     for value, options in ((cfg.variant, METHODS), (cfg.choose, ("validation", "fixed"))):
         if value not in options:
             raise ConfigError(f"{value!r} is not one of the options. {did_you_mean(value, options)}")
+    given = [f"--{name}" for name in ("alpha", "beta") if getattr(cfg, name) is not None]
+    if given and cfg.choose == "validation":
+        raise ConfigError(f"{' and '.join(given)} would be overwritten by --choose validation; add --choose fixed")
     if cfg.mitigate and cfg.variant != "tip-f":
         raise ConfigError(f"{cfg.variant} is computed and not trained, so --mitigate has no loss to change")
 
@@ -189,9 +196,9 @@ def check(cfg: Config) -> None:
 def build(cfg: Config, backbone: Any, names: Sequence[str], templates: Sequence[str]) -> Any:
     """Returns the adapter of the variant, before it has seen an image: a zero-shot classifier."""
     if cfg.variant == "gda":
-        return ac.GDA(backbone, names, templates=templates, alpha=cfg.alpha)
-    if METHODS[cfg.variant] == "ss_text":
-        return ac.SSText(backbone, names, templates=templates, mode=cfg.variant)
+        return ac.GDA(backbone, names, templates=templates, alpha=1.0 if cfg.alpha is None else cfg.alpha)
+    if cfg.variant == "ss-text":
+        return ac.SSText(backbone, names, templates=templates, mode=cfg.mode)
     learn = cfg.variant == "tip-f"
     return ac.TipAdapter(backbone, names, templates=templates, alpha=cfg.alpha, beta=cfg.beta, learn_keys=learn)
 

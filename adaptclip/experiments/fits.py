@@ -6,9 +6,9 @@ function has as a keyword argument; a run can change it (`--settings coop.epochs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -21,6 +21,7 @@ from adaptclip.experiments.store import FeatureStore
 from adaptclip.features import FeatureCache
 from adaptclip.methods import GDA, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage, ZeroShotClassifier
 from adaptclip.methods.base import Adapter
+from adaptclip.methods.support import Choice
 from adaptclip.prompts import TEMPLATES
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.pixels import training_loader
@@ -134,16 +135,19 @@ def fit_linear(
 
 
 def fit_tip(
-    support: Support, *, learn: bool = False, views: int = 10, alpha: float = 1.0, beta: float = 5.5, epochs: int = 20,
-    lr: float = 1e-3, batch_size: int = 256,
+    support: Support, *, learn: bool = False, views: int = 10, alpha: float = -1.0, beta: float = -1.0,
+    epochs: int = 20, lr: float = 1e-3, batch_size: int = 256,
 ) -> Fitted:  # fmt: skip
-    """Tip-Adapter, or with `learn` Tip-Adapter-F; alpha and beta chosen on validation images where there are any."""
+    """Tip-Adapter, or with `learn` Tip-Adapter-F; -1 is as published, or chosen where there are validation images."""
+    given = max(alpha, beta) >= 0
     adapter = TipAdapter(
-        support.backbone, support.names, templates=support.templates, alpha=alpha, beta=beta, learn_keys=learn
-    )
+        support.backbone, support.names, templates=support.templates, learn_keys=learn,
+        alpha=alpha if alpha >= 0 else None, beta=beta if beta >= 0 else None,
+    )  # fmt: skip
     features = support.features(views, min_scale=0.5)
     adapter.fit(features)
-    told: dict[str, Any] = {"schedule": "closed form"}
+    choose = adapter.choose_training if learn else adapter.choose
+    told: dict[str, Any] = {"schedule": "closed form", **({} if given else _choose(choose, support))}
     if learn:
         loader = FeatureLoader(features, batch_size=batch_size, seed=support.seed, accelerator=support.accelerator)
         # The published code leaves the weight decay at torch's 0.01.
@@ -153,29 +157,31 @@ def fit_tip(
             optimizer, total_steps=steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step"
         )
         train_by_steps(adapter, loader, steps, optimizer, scheduler, support.accelerator)
-        told["schedule"] = f"AdamW {lr:g}, cosine, {epochs} epochs ({steps} steps)"
-    return Fitted(adapter, told | _choose(adapter, support))
+        told["schedule"] = (
+            f"AdamW {lr:g}, cosine, {epochs} epochs ({steps} steps) at alpha {adapter.alpha:g}, beta {adapter.beta:g}"
+        )
+    return Fitted(adapter, told)
 
 
 def fit_gda(support: Support, *, views: int = 10, alpha: float = 1.0) -> Fitted:
     """Gaussian discriminant analysis; alpha chosen on validation images where there are any."""
     adapter = GDA(support.backbone, support.names, templates=support.templates, alpha=alpha)
     adapter.fit(support.features(views, min_scale=0.5))
-    return Fitted(adapter, {"schedule": "closed form", **_choose(adapter, support)})
+    return Fitted(adapter, {"schedule": "closed form", **_choose(adapter.choose, support)})
 
 
-def _choose(adapter: TipAdapter | GDA, support: Support) -> dict[str, Any]:
+def _choose(choose: Callable[[Features], Choice], support: Support) -> dict[str, Any]:
     if not len(support.held_out):
         return {"chosen": {}, "validation_used_for": "nothing"}
-    choice = adapter.choose(support.validation())
+    choice = choose(support.validation())
     return {"chosen": choice.values, "validation_used_for": choice.describe()}
 
 
-def fit_ss_text(support: Support, *, mode: Literal["ss-text", "ss-text+"] = "ss-text") -> Fitted:
-    """SS-Text or SS-Text+; nothing is chosen."""
-    adapter = SSText(support.backbone, support.names, templates=support.templates, mode=mode)
+def fit_ss_text(support: Support, *, mode: str = "plus") -> Fitted:
+    """SS-Text+, or SS-Text with the mode "plain"; nothing is chosen."""
+    adapter = SSText(support.backbone, support.names, templates=support.templates, mode=mode)  # type: ignore[arg-type]
     adapter.fit(support.features())
-    return Fitted(adapter, {"schedule": "closed form"})
+    return Fitted(adapter, {"schedule": f"closed form ({mode})"})
 
 
 def fit_coop(

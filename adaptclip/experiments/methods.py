@@ -57,7 +57,6 @@ METHODS: dict[str, Method] = {
     "zero-shot": Method(fit_zero_shot, 0, learns=False, rename=with_templates),
     "ensemble": Method(fit_ensemble, 1, learns=False, rename=with_ensemble),
     "ss-text": Method(fit_ss_text, 2),
-    "ss-text+": Method(partial(fit_ss_text, mode="ss-text+"), 2, ladder=False),
     "logistic": Method(partial(fit_linear, head="logistic", views=0), 3),
     "lp++": Method(partial(fit_linear, head="lp++", views=1), 4),
     "tip": Method(fit_tip, 5),
@@ -128,7 +127,7 @@ def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
         if name not in settings:
             where = "does not run here" if name in METHODS else "is no method"
             raise ConfigError(f"{text!r}: {name!r} {where}. {did_you_mean(name, settings)}")
-        known = {key: default for key, default in settings[name].items() if key not in ("head", "learn", "mode")}
+        known = {key: default for key, default in settings[name].items() if key not in ("head", "learn")}
         if setting not in known:
             raise ConfigError(f"{name} has no setting {setting!r}. {did_you_mean(setting, known)}")
         try:

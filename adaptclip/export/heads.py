@@ -91,7 +91,7 @@ def _linear_probe(adapter: Any) -> Head:
         return Head(state["weight"], state["bias"])
     if adapter.head == "lp++":
         weight = state["weight"] + state["alpha"][:, None] * state["text"]
-        return Head(weight, torch.zeros(len(weight)))
+        return Head(weight, state.get("bias", torch.zeros(len(weight), device=weight.device)))
     return _cosines(adapter)
 
 

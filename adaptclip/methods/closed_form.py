@@ -26,7 +26,7 @@ from adaptclip.types import Batch, Features
 GDA_ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 """Candidates for alpha of GDA, those of the published search."""
 
-Mode = Literal["ss-text", "ss-text+", "adaptive"]
+Mode = Literal["plus", "plain", "adaptive"]
 
 _LARGEST_INVERSE_LAMBDA = 1000
 """SS-Text's code holds lambda at 0.001 or more."""
@@ -87,7 +87,7 @@ def _ridge_covariance(centred: Tensor) -> Tensor | None:
     return (centred.T @ centred + total / (num_rows - 1) * torch.eye(width, dtype=centred.dtype)) / width
 
 
-def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode: Mode = "ss-text") -> Tensor:
+def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode: Mode = "plus") -> Tensor:
     """The head of SS-Text (Silva-Rodriguez et al. 2025, arXiv:2506.17500), anchored at the text features.
 
     It is the minimiser over W of
@@ -99,12 +99,13 @@ def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode
 
         w_c = t_c + scale / (lambda_c · N) · sum over i with y_i = c of f_i
 
-    - "ss-text": lambda_c = 1 / N, and 0.001 at the least.
-    - "ss-text+", for classes of uneven sizes: lambda_c = 1 / (number of images of c), and 0.001 at the least; then the
-      classes are moved against d_c = 2 w_c - mean of w, w_c - d_c / |d_c|.
-    - "adaptive": the second without the move, as this package had it before; in neither the paper nor its code.
+    - "plus", SS-Text+, which the paper arrives at: lambda_c = 1 / (number of images of c), and 0.001 at the least; then
+      each class is moved against d_c = 2 w_c - mean of w, to w_c - d_c / |d_c|.
+    - "plain", SS-Text: lambda_c = 1 / N, and 0.001 at the least. From the first image on, a class's images then weigh
+      `scale` times its text each, so that with one image per class it can be below zero-shot.
+    - "adaptive": "plus" without the move, as this package had it before; in neither the paper nor its code.
 
-    In the first and the last a class without images keeps its text feature exactly; the move is for all classes.
+    A class without images keeps its text feature exactly, but for the move.
 
     Args:
         rows: (N, D) float64 features f, one per image.
@@ -122,10 +123,10 @@ def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode
     if len(rows) == 0:
         raise DataError("SS-Text needs at least one image; got none")
     means, counts = class_means(rows, labels, len(text))
-    of_class = torch.full_like(counts, len(rows)) if mode == "ss-text" else counts
+    of_class = torch.full_like(counts, len(rows)) if mode == "plain" else counts
     inverse_lambda = of_class.clamp(max=_LARGEST_INVERSE_LAMBDA) if mode != "adaptive" else of_class
     weights = text + scale / len(rows) * (inverse_lambda * counts)[:, None] * means
-    if mode != "ss-text+":
+    if mode != "plus":
         return weights
     return weights - F.normalize(2 * weights - weights.mean(dim=0), dim=-1)
 
@@ -257,7 +258,7 @@ class SSText(nn.Module):
         backbone: frozen CLIP.
         class_names: C names in the order of the label ids.
         templates: prompts with one `{}`; their features are averaged per class.
-        mode: "ss-text", or the paper's final "ss-text+"; see `text_anchored`.
+        mode: "plus" (SS-Text+) or "plain" (SS-Text); see `text_anchored`.
 
     Raises:
         ConfigError: an unknown mode.
@@ -274,12 +275,13 @@ class SSText(nn.Module):
         class_names: Sequence[str],
         *,
         templates: Sequence[str] = ("a photo of a {}.",),
-        mode: Mode = "ss-text",
+        mode: Mode = "plus",
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
             raise ConfigError(f"SS-Text has no mode {mode!r}. {did_you_mean(str(mode), get_args(Mode))}")
-        self.backbone, self.templates, self.mode = backbone, tuple(templates), mode
+        self.backbone, self.templates = backbone, tuple(templates)
+        self.mode: Mode = mode
         text = zero_shot_weights(backbone, tuple(class_names), self.templates)
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("weights", text.clone(), persistent=False)

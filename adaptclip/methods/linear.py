@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,23 +25,14 @@ from adaptclip.methods.linear_fits import (
     warn_of_unseen,
     zero_shot_confidence,
 )
+from adaptclip.methods.linear_settings import Head, check_balance_of, check_variant, settings_of_fit
 from adaptclip.methods.lp_plus_plus import Reading, fit_lp_plus_plus, step_sizes
 from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch, Features
 
-Head = Literal["logistic", "text-init", "clap", "lp++"]
-
 BATCH_SIZE = 256
 """Rows per step of text-init and clap (Silva-Rodríguez et al. 2024)."""
-
-_DEFAULTS: dict[str, dict[str, float | None]] = {
-    "logistic": {"c": None},
-    "text-init": {"lr": 0.1, "epochs": 300},
-    "clap": {"lr": 0.1, "epochs": 300, "clap_weight": 1.0},
-    "lp++": {"epochs": 300},
-}
-"""Head -> the settings of `fit` that it has, and their published values; a C of None is chosen on validation images."""
 
 
 class LinearProbe(nn.Module):
@@ -100,7 +90,7 @@ class LinearProbe(nn.Module):
         super().__init__()
         if head not in get_args(Head):
             raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(Head))}")
-        _check_variant(head, start_norm, reading)
+        check_variant(head, start_norm, reading)
         check_objective(objective)
         if objective == "sigmoid" and head not in ("text-init", "clap"):
             raise ConfigError(
@@ -223,21 +213,7 @@ class LinearProbe(nn.Module):
         Raises:
             ConfigError: a given setting is not one of this head, or is out of range.
         """
-        given: dict[str, float | None] = {"c": c, "lr": lr, "epochs": epochs, "clap_weight": clap_weight}
-        allowed = _DEFAULTS[self.head]
-        for name, value in given.items():
-            if value is not None and name not in allowed:
-                owners = " and ".join(head for head, names in _DEFAULTS.items() if name in names)
-                raise ConfigError(
-                    f"the head {self.head!r} has no setting {_flag(name)} (got {value:g}): it belongs to {owners}. "
-                    "Leave it out, or take another head."
-                )
-        settings = {name: default if given[name] is None else given[name] for name, default in allowed.items()}
-        for name, value in settings.items():
-            least = {"clap_weight": "0 or more", "epochs": "1 or more"}.get(name, "above 0")
-            if value is not None and not _in_range(value, least):
-                raise ConfigError(f"{_flag(name)} must be a number {least}, got {value:g}")
-        return settings
+        return settings_of_fit(self.head, {"c": c, "lr": lr, "epochs": epochs, "clap_weight": clap_weight})
 
     def reads_validation(self, c: float | None = None) -> bool:
         """Whether `fit` has a use for validation images: `logistic` without `c`, and `lp++` as its code has it."""
@@ -251,15 +227,7 @@ class LinearProbe(nn.Module):
                 another than fixed weights (it sees all images at once, so that nothing is drawn and no group's turn
                 comes).
         """
-        if balance is None or (balance.weights is None and balance.strata is None):
-            return
-        if self.head == "lp++":
-            raise ConfigError("lp++ takes its start and step sizes from all images alike; balance clap or text-init")
-        if self.head == "logistic" and balance.weights is None:
-            raise ConfigError(
-                "logistic sees all images at once and draws none: it takes class-weights and class-balanced. For "
-                "sampling or group DRO take the head text-init or clap."
-            )
+        check_balance_of(self.head, balance)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns what `fit` learns: the weights, with the biases (logistic), or alpha and biases (lp++)."""
@@ -400,29 +368,6 @@ class LinearProbe(nn.Module):
                 )
         for name, value in learnt.items():
             self.learnt[name].copy_(value)
-
-
-def _check_variant(head: str, start_norm: float | None, reading: str | None) -> None:
-    """Raises ConfigError for what is out of range, or belongs to another head."""
-    if start_norm is not None and (head not in ("text-init", "clap") or not _in_range(start_norm, "above 0")):
-        raise ConfigError(
-            f"start_norm is a number above 0, where the weights of text-init and clap start; got {start_norm:g} for "
-            f"{head}. Leave it out for the root of the logit scale."
-        )
-    if reading is not None and reading not in get_args(Reading):
-        raise ConfigError(f"no reading {reading!r} of lp++. {did_you_mean(reading, get_args(Reading))}")
-    if reading is not None and head != "lp++":
-        raise ConfigError(f"the head {head!r} has no reading (got {reading!r}): it belongs to lp++. Leave it out.")
-
-
-def _in_range(value: float, least: str) -> bool:
-    fine = {"0 or more": value >= 0, "1 or more": value >= 1, "above 0": value > 0}[least]
-    return math.isfinite(value) and fine
-
-
-def _flag(name: str) -> str:
-    """The recipe's spelling of a setting."""
-    return "--C" if name == "c" else f"--{name.replace('_', '-')}"
 
 
 def _stacked(features: Features) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ def fit_lp_plus_plus(
     - "code": alpha's gradient is the sum over all epochs so far, since the code never clears it; a bias takes w's
       steps; and where there are validation images, the last of the epochs that are right on most of them is kept. The
       published numbers come from this. Its bias starts at random within 1 / sqrt(D), here at 0. It knows no class
-      without images; here such a class keeps its alpha and its bias, which nothing but other classes would lower.
+      without images; here such a class keeps its alpha, and its bias is the mean of the others'.
 
     Args:
         features: (N, D) float32 unit-norm image features.
@@ -126,7 +126,8 @@ def fit_lp_plus_plus(
         velocity.mul_(MOMENTUM).add_(error @ features, alpha=1 / len(features))
         weight.sub_(velocity, alpha=lr_w)
         if reading == "code":
-            bias.sub_(drift.mul_(MOMENTUM).add_(error.mean(dim=1) * seen), alpha=lr_w)
+            bias.sub_(drift.mul_(MOMENTUM).add_(error.mean(dim=1)), alpha=lr_w)
+            bias[~seen] = bias[seen].mean()
         if (epoch + 1) % ALPHA_EVERY == 0:
             alpha.sub_(uphill, alpha=lr_alpha)
         if judged is not None:

@@ -47,8 +47,8 @@ def test_every_head_goes_from_card_to_artifact(cfg, head):
     accuracy, chance = ((p.pred == p.labels).mean() for p in (judged, baseline))
     assert accuracy > chance + 0.03  # even a random tower tells some digits apart
     told = training(cfg.out)
-    assert told["trainable_parameters"] == 10 * 48 + (10 if head in ("logistic", "lp++") else 0)
-    assert told["validation_used_for"] == "nothing"
+    assert told["trainable_parameters"] == 10 * 48 + {"logistic": 10, "lp++": 20}.get(head, 0)
+    assert told["validation_used_for"] == ("choosing the epoch" if head == "lp++" else "nothing")
     assert {"seconds", "schedule"} <= set(told)
     asked = {k: v for k, v in SETTINGS[head].items() if k != "views"}
     assert {k: told["chosen"][k] for k in asked} == asked

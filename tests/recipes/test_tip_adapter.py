@@ -89,9 +89,9 @@ def test_the_test_split_is_read_after_every_choice(cfg, monkeypatch):
         events.append(len(dataset))
         return get(self, backbone, dataset, **options)
 
-    def recorded_choose(self, validation):
+    def recorded_choose(self, validation, **grids):
         events.append("choice")
-        return choose(self, validation)
+        return choose(self, validation, **grids)
 
     monkeypatch.setattr(ac.FeatureCache, "get", recorded_get)
     monkeypatch.setattr(ac.TipAdapter, "choose", recorded_choose)
@@ -157,10 +157,11 @@ def test_stopped_and_resumed_equals_undisturbed(cfg, tmp_path, monkeypatch, stop
     ("changes", "message"),
     [
         ({"variant": "tipf"}, 'Did you mean "tip-f"'),
+        ({"alpha": 2.0, "beta": 1.0}, "--alpha and --beta would be overwritten by --choose validation"),
         ({"variant": "ss_text"}, 'Did you mean "ss-text"'),
         ({"choose": "valid"}, 'Did you mean "validation"'),
-        ({"alpha": -1.0}, "alpha must be a finite number from 0 up, got -1.0"),
-        ({"beta": float("nan")}, "beta must be a finite number from 0 up, got nan"),
+        ({"alpha": -1.0, "choose": "fixed"}, "alpha must be a finite number from 0 up, got -1.0"),
+        ({"beta": float("nan"), "choose": "fixed"}, "beta must be a finite number from 0 up, got nan"),
         ({"min_scale": 0.0, "views": -1}, "views"),
         ({"min_scale": 1.5}, "scale"),
         ({"epochs": 0}, "total_steps"),

@@ -180,14 +180,14 @@ def test_gda_chooses_by_accuracy_then_cross_entropy(backbone, support):
     assert choice.grid == {"alpha": (1e-4, 100.0, 7)}
 
 
-@pytest.mark.parametrize("mode", ["ss-text", "adaptive"])
+@pytest.mark.parametrize("mode", ["plain", "adaptive"])
 def test_ss_text_minimises_its_objective(mode):
     rows, labels = rows_and_labels(9, 5, 2)
     rng = np.random.default_rng(1)
     text = rng.normal(size=(3, 5))  # the third class has no image
     counts = np.bincount(labels, minlength=3)
     scale = 7.0
-    strength = [1 / 9] * 3 if mode == "ss-text" else [1 / n if n else 1.0 for n in counts]
+    strength = [1 / 9] * 3 if mode == "plain" else [1 / n if n else 1.0 for n in counts]
 
     def objective(flat):
         weights = flat.reshape(3, 5)
@@ -211,9 +211,9 @@ def test_the_modes_of_ss_text_differ_in_lambda_and_in_the_move():
     adaptive = text_anchored(images, labels, text, 1.0, "adaptive")
     torch.testing.assert_close(adaptive - text, torch.from_numpy(np.outer([9 / 4, 1 / 4], rows[0])))
     # … or N.
-    plain = text_anchored(images, labels, text, 1.0)
+    plain = text_anchored(images, labels, text, 1.0, "plain")
     torch.testing.assert_close(plain - text, torch.from_numpy(np.outer([3.0, 1.0], rows[0])))
-    moved = text_anchored(images, labels, text, 1.0, "ss-text+").numpy()
+    moved = text_anchored(images, labels, text, 1.0, "plus").numpy()
     away = 2 * adaptive.numpy() - adaptive.numpy().mean(axis=0)
     np.testing.assert_allclose(moved, adaptive.numpy() - away / np.linalg.norm(away, axis=1, keepdims=True))
 
@@ -221,21 +221,21 @@ def test_the_modes_of_ss_text_differ_in_lambda_and_in_the_move():
 def test_lambda_of_the_published_modes_is_at_least_a_thousandth():
     image = torch.eye(1, 3, dtype=torch.float64)
     rows, labels, text = image.repeat(2000, 1), torch.zeros(2000, dtype=torch.long), torch.zeros(1, 3).double()
-    assert text_anchored(rows, labels, text, 1.0)[0, 0].item() == pytest.approx(1000)
+    assert text_anchored(rows, labels, text, 1.0, "plain")[0, 0].item() == pytest.approx(1000)
     assert text_anchored(rows, labels, text, 1.0, "adaptive")[0, 0].item() == pytest.approx(2000)
 
 
 def test_ss_text_compares_with_the_directions_of_its_weights(backbone, batch):
     support = make_features(backbone, [0, 0, 1, 3], views=2)
-    adapter = SSText(backbone, NAMES, templates=TEMPLATES)
-    with pytest.raises(ConfigError, match='Did you mean "ss-text[+]"'):
-        SSText(backbone, NAMES, mode="ss-text-plus")  # pyright: ignore[reportArgumentType]
+    adapter = SSText(backbone, NAMES, templates=TEMPLATES, mode="plain")
+    with pytest.raises(ConfigError, match='Did you mean "plain"'):
+        SSText(backbone, NAMES, mode="plane")  # pyright: ignore[reportArgumentType]
     zero_shot = ZeroShotClassifier(backbone, NAMES, TEMPLATES)
     assert torch.equal(adapter(batch), zero_shot(batch))  # not fitted yet
     adapter.fit(support)
     scale = math.exp(backbone.model.logit_scale.item())
     means = support.values.double().mean(dim=0)
-    weights = text_anchored(means, support.labels, zero_shot.weights.double(), scale)
+    weights = text_anchored(means, support.labels, zero_shot.weights.double(), scale, "plain")
     expected = scale * F.cosine_similarity(batch.features.double()[:, None], weights[None], dim=-1)
     torch.testing.assert_close(adapter(batch).double(), expected, atol=1e-4, rtol=0)
     assert torch.equal(adapter.class_weights()[2], zero_shot.weights[2])

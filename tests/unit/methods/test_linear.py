@@ -222,7 +222,7 @@ def test_the_descent_is_torchs_sgd_on_the_loss_in_words(penalised, images, views
 
 
 def test_a_start_of_another_norm_is_another_rate_and_another_pull():
-    """The logits see directions alone: from norm s, a rate s² as large and a pull as weak by s² turn the weights alike."""
+    """The logits see directions alone: from norm s, a rate s² as large and a pull as weak by s² turn alike."""
     train = make_features((5, 5, 5, 5))
     text = F.normalize(torch.randn(4, D, generator=torch.Generator().manual_seed(3)), dim=-1)
 
@@ -254,7 +254,7 @@ def test_the_start_norm_is_the_root_of_the_logit_scale_unless_given(backbone):
         ("lp++", {"reading": "papers"}, 'Did you mean "paper"'),
     ):
         with pytest.raises(ConfigError, match=message):
-            LinearProbe(backbone, NAMES, head=head, **settings)
+            LinearProbe(backbone, NAMES, head=head, **settings)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_schedule_is_coops():

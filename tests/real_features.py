@@ -1,0 +1,92 @@
+"""Features of real CLIP models (WHU-RS19) for tests of methods: draws from them, and a model that has them alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptclip.types import Batch, Features
+
+VIT_B_32 = Path(__file__).parent / "data" / "whurs19" / "openai-vit-b-32.safetensors"
+NUM_CLASSES = 19
+NAMES = tuple(f"{i}" for i in range(NUM_CLASSES))
+
+
+class TextOnly:
+    """What methods on features ask of a frozen CLIP: its text features, its scale. A class's name is its number."""
+
+    def __init__(self, text: Tensor, scale: float) -> None:
+        self.text, self.logit_scale, self.logit_bias = text, torch.tensor(scale), None
+        self.device, self.embed_dim, self.precision = torch.device("cpu"), text.shape[1], "fp32"
+        self.name, self.digest, self.image_digest = "features", "0" * 64, "0" * 64
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return torch.tensor([int(text) for text in texts])
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self.text[tokens]
+
+
+@dataclass(frozen=True)
+class Real:
+    """All images of a set with its text features, and draws from it.
+
+    20 images of each class are for drawing, the same for every seed; the others are the test images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    text: Tensor
+    scale: float = 100.0
+
+    @property
+    def clip(self) -> Any:
+        return TextOnly(self.text, self.scale)
+
+    def draw(self, shots: int, seed: int) -> tuple[Features, Features]:
+        """Training and validation features: `shots` images of each class, and min(shots, 4) others."""
+        train, held_out = [], []
+        for pool in self._pools():
+            order = np.random.default_rng([seed, 7]).permutation(20)
+            train.append(pool[order[:shots]])
+            held_out.append(pool[order[16 : 16 + min(shots, 4)]])
+        return self.of(np.concatenate(train)), self.of(np.concatenate(held_out))
+
+    def of(self, rows: np.ndarray) -> Features:
+        index = torch.from_numpy(rows)
+        return Features(self.images[index][None], self.labels[index], tuple(map(str, rows)), "0" * 64)
+
+    @property
+    def test(self) -> Features:
+        return self.of(np.setdiff1d(np.arange(len(self.labels)), np.concatenate(self._pools())))
+
+    def moved(self, by: float) -> Real:
+        """The same with every number of images and texts moved by a random amount of that size."""
+        draw = torch.Generator().manual_seed(5)
+        images, text = (x + by * torch.randn(x.shape, generator=draw) for x in (self.images, self.text))
+        return Real(images, self.labels, text, self.scale)
+
+    def accuracy(self, adapter: Any) -> float:
+        """Percent of the test images."""
+        test = self.test
+        with torch.no_grad():
+            logits = adapter(Batch(labels=test.labels, index=test.labels, features=test.values[0]))
+        return 100 * float((logits.argmax(dim=1) == test.labels).float().mean())
+
+    def _pools(self) -> list[np.ndarray]:
+        rng = np.random.default_rng(0)
+        return [rng.permutation(np.flatnonzero(self.labels.numpy() == c))[:20] for c in range(NUM_CLASSES)]
+
+
+def load(path: Path = VIT_B_32) -> Real:
+    """Reads one of the files of features."""
+    tensors = load_file(path)
+    images, text = (F.normalize(tensors[name].float(), dim=-1) for name in ("image", "text.averageprompt"))
+    return Real(images, tensors["label"], text)

@@ -1,0 +1,125 @@
+"""What methods on features must do on real CLIP features: WHU-RS19, 19 classes, 625 test images, seeds 1 to 3."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import real_features
+from accelerate import Accelerator
+from real_features import NAMES, Real
+from scipy.stats import t as student
+
+from adaptclip.experiments.loop import train_by_steps
+from adaptclip.methods import GDA, LinearProbe, SSText, TipAdapter, ZeroShotClassifier
+from adaptclip.training.optim import build_optimizer, build_scheduler
+from adaptclip.training.steps import FeatureLoader
+
+TEMPLATES = ("{}",)
+MODELS = ("openai-vit-b-32", "openai-vit-l-14")
+METHODS = ("logistic", "text-init", "clap", "lp++", "tip", "tip-f", "gda", "ss-text")
+
+
+@cache
+def read(path: Any) -> Real:
+    return real_features.load(path)
+
+
+@pytest.fixture(params=MODELS)
+def real(request, shared_data) -> Real:
+    if request.param == "openai-vit-b-32":
+        return read(real_features.VIT_B_32)
+    return read(shared_data("whurs19") / "whurs19" / "features" / f"{request.param}.safetensors")
+
+
+def fitted(real: Real, method: str, shots: int, seed: int) -> Any:
+    """A method as recipe and bench assemble it, at its default settings; one view."""
+    train, held_out = real.draw(shots, seed)
+    clip = real.clip
+    if method in ("logistic", "text-init", "clap", "lp++"):
+        probe = LinearProbe(clip, NAMES, head=method, templates=TEMPLATES)  # pyright: ignore[reportArgumentType]
+        probe.fit(train, held_out, seed=seed)
+        return probe
+    if method == "ss-text":
+        head = SSText(clip, NAMES, templates=TEMPLATES)
+        head.fit(train)
+        return head
+    if method == "gda":
+        gda = GDA(clip, NAMES, templates=TEMPLATES)
+        gda.fit(train)
+        gda.choose(held_out)
+        return gda
+    learn = method == "tip-f"
+    tip = TipAdapter(clip, NAMES, templates=TEMPLATES, learn_keys=learn)
+    tip.fit(train)
+    if not learn:
+        tip.choose(held_out)
+        return tip
+    tip.choose_training(held_out)
+    accelerator = Accelerator(cpu=True)
+    loader = FeatureLoader(train, batch_size=256, seed=seed, accelerator=accelerator)
+    steps = 20 * loader.steps_per_epoch
+    optimizer = build_optimizer(tip.trainable_parameters(), name="adamw", lr=1e-3, weight_decay=0.01, eps=1e-4)
+    scheduler = build_scheduler(
+        optimizer, total_steps=steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step"
+    )
+    train_by_steps(tip, loader, steps, optimizer, scheduler, accelerator)
+    return tip
+
+
+def accuracies(real: Real, method: str, shots: int) -> np.ndarray:
+    return np.array([real.accuracy(fitted(real, method, shots, seed)) for seed in (1, 2, 3)])
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the 95 % interval of the mean over seeds."""
+    return float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_shot_is_not_below_zero_shot(real, method):
+    zero_shot = real.accuracy(ZeroShotClassifier(real.clip, NAMES, TEMPLATES))
+    assert 79 < zero_shot < 87
+    found = accuracies(real, method, 1)
+    if method == "logistic":  # it reads no words, and its papers show it below
+        assert found.mean() > 60
+    else:
+        assert found.mean() > zero_shot - half_width(found)
+
+
+def test_zs_lp_at_one_shot(real):
+    least = 87 if real.text.shape[1] == 512 else 95
+    assert accuracies(real, "text-init", 1).mean() >= least
+    unit = []
+    for seed in (1, 2, 3):
+        probe = LinearProbe(real.clip, NAMES, head="text-init", templates=TEMPLATES, start_norm=1.0)
+        probe.fit(real.draw(1, seed)[0], seed=seed)
+        unit.append(real.accuracy(probe))
+    assert np.mean(unit) < least - 8, "from unit norm the steps are far too large"
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_what_moves_by_a_millionth_moves_no_accuracy(real, method):
+    moved = real.moved(1e-6)
+    for shots in (1, 4):
+        found, again = (real.accuracy(fitted(it, method, shots, 1)) for it in (real, moved))
+        assert abs(found - again) <= 0.5
+
+
+def test_learnt_keys_are_better_than_fixed_ones_at_16_shots(real):
+    tip, learnt = (accuracies(real, method, 16) for method in ("tip", "tip-f"))
+    assert learnt.mean() > tip.mean()
+    assert learnt.mean() > 96
+
+
+def test_tip_f_trains_at_a_published_setting_that_validation_chooses():
+    real = read(real_features.VIT_B_32)
+    train, held_out = real.draw(4, 1)
+    adapter = TipAdapter(real.clip, NAMES, templates=TEMPLATES, learn_keys=True)
+    assert (adapter.alpha, adapter.beta) == (3.0, 1.0)
+    adapter.fit(train)
+    choice = adapter.choose_training(held_out)
+    assert choice.grid == {"alpha": (1.17, 10.0, 5), "beta": (1.0, 1.0, 1)}
+    assert (adapter.alpha, adapter.beta) == (choice.values["alpha"], 1.0)
