@@ -34,6 +34,9 @@ _HOMES = {
     "TwoStage": "methods",
     "ZeroShotClassifier": "methods",
     "backward_and_step": "training.steps",
+    "FeatureClip": "feature_clip",
+    "clip_of": "backbone",
+    "wrap_clip": "backbone",
     "build_mitigation": "training.mitigation",
     "build_optimizer": "training.optim",
     "build_report": "reports.summary",
@@ -48,6 +51,7 @@ _HOMES = {
     "load": "artifact",
     "load_backbone": "backbone",
     "load_card": "data.card",
+    "load_clip": "backbone",
     "load_checkpoint": "training.checkpoint",
     "make_accelerator": "training.tracking",
     "nearest_words": "methods.prompt_reading",
@@ -63,6 +67,7 @@ _HOMES = {
     "start_run": "training.tracking",
     "train_augment": "data.transforms",
     "train_steps": "training.steps",
+    "training_crop": "features",
     "training_loader": "training.pixels",
 }
 
@@ -75,6 +80,7 @@ __all__ = [
     "CoOp",
     "ContrastiveTuning",
     "FeatureCache",
+    "FeatureClip",
     "FeatureLoader",
     "Features",
     "LinearProbe",
@@ -93,6 +99,7 @@ __all__ = [
     "build_scheduler",
     "check_gates",
     "choose_gates",
+    "clip_of",
     "compare_groups",
     "finish_run",
     "full_report",
@@ -102,6 +109,7 @@ __all__ = [
     "load_backbone",
     "load_card",
     "load_checkpoint",
+    "load_clip",
     "make_accelerator",
     "nearest_words",
     "open_data",
@@ -116,12 +124,14 @@ __all__ = [
     "start_run",
     "train_augment",
     "train_steps",
+    "training_crop",
     "training_loader",
+    "wrap_clip",
 ]
 
 if TYPE_CHECKING:
     from adaptclip.artifact import AdaptedModel, load, save_artifact
-    from adaptclip.backbone import load_backbone
+    from adaptclip.backbone import clip_of, load_backbone, load_clip, wrap_clip
     from adaptclip.data.captions import CaptionLoader
     from adaptclip.data.card import load_card
     from adaptclip.data.fewshot import sample_few_shot
@@ -130,7 +140,8 @@ if TYPE_CHECKING:
     from adaptclip.entrypoint import launch
     from adaptclip.errors import AdaptclipError
     from adaptclip.evaluation.predict import predict
-    from adaptclip.features import FeatureCache
+    from adaptclip.feature_clip import FeatureClip
+    from adaptclip.features import FeatureCache, training_crop
     from adaptclip.gates import check_gates
     from adaptclip.methods import (
         GDA,

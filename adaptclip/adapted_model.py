@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.data.decode import decode_image
 from adaptclip.errors import DataError, ResourceError
 from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.feature_clip import as_features
 from adaptclip.methods import Adapter
 from adaptclip.types import Batch
 
@@ -79,13 +81,28 @@ class AdaptedModel:
         """
         return self._of_pixels(torch.stack([self.backbone.transform(image) for image in images]))
 
+    def probabilities_of_features(self, features: Any) -> torch.Tensor:
+        """Returns the (B, C) float32 class probabilities of (B, D) image features of the same model, on the CPU.
+
+        They may have any norm: only their directions count. For methods that change the image tower (LoRA), they are
+        the features of the changed tower (`adapter.encoder`).
+
+        Raises:
+            DataError: they are not (B, D), or not finite.
+        """
+        rows = as_features(features, "image features", "(N, D)")
+        return self._of_features(F.normalize(rows, dim=-1).to(self.backbone.device))
+
     @torch.inference_mode()
     def _of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, C) probabilities of transformed images (B, 3, H, W)."""
-        device = next(self.backbone.parameters()).device
-        pixels = pixels.to(device)
-        index = torch.arange(len(pixels), device=device)
-        batch = Batch(labels=index, index=index, features=self.adapter.encoder.encode_image(pixels))
+        return self._of_features(self.adapter.encoder.encode_image(pixels.to(self.backbone.device)))
+
+    @torch.inference_mode()
+    def _of_features(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, C) probabilities of unit-norm features (B, D)."""
+        index = torch.arange(len(features), device=features.device)
+        batch = Batch(labels=index, index=index, features=features)
         logits = self.adapter(batch).float()
         return (logits.softmax(dim=1) if self.thresholds is None else logits.sigmoid()).cpu()
 

@@ -3,6 +3,7 @@
     manifest.json          format version, method and its settings, backbone and its weights digest, class names,
                            templates, transform, card and split digests, library versions, metrics, declared gates and
                            verdicts, size and digest of every file; under a digest of its own (`adaptclip.seals`)
+    text_features.safetensors  where the card holds features: those of the classes
     adapter.safetensors    what was learnt; LoRA writes PEFT's adapter_config.json and adapter_model.safetensors
     README.md              a Hugging Face model card filled from the run
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,8 +38,9 @@ from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.backbone.loading import local_folders
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
-from adaptclip.errors import ArtifactError, did_you_mean
+from adaptclip.errors import ArtifactError, DataError, did_you_mean
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.gates import Verdict
 from adaptclip.methods import ADAPTERS, Adapter
 from adaptclip.methods.earlier import complete_settings
@@ -52,13 +54,16 @@ from adaptclip.types import GateRule
 FORMAT_VERSION = 2
 """Raised when an older adaptclip could no longer read what a newer one writes. 1 is still read: no digest of itself."""
 
+TEXT_FILE = "text_features.safetensors"
+"""Text features of the classes, where no model is known that could make them again."""
+
 _LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvision")
 
 
 def save_artifact(
     path: Path,
     adapter: Adapter,
-    backbone: ClipBackbone,
+    backbone: ClipBackbone | FeatureClip,
     data: DomainData,
     split: FewShotSplit | None,
     *,
@@ -107,6 +112,7 @@ def save_artifact(
                 "pretrained": backbone.pretrained,
                 "digest": backbone.digest,
                 **({"image_size": backbone.asked_size} if backbone.asked_size else {}),
+                **(_describe_features(backbone) if isinstance(backbone, FeatureClip) else {}),
             },
             "class_names": list(data.class_names),
             "prompt_names": list(data.prompt_names),
@@ -122,10 +128,41 @@ def save_artifact(
             "metrics": report["overall"],
             "gates": declared,
             "verdicts": [verdict.to_dict() for verdict in verdicts],
-            "files": describe_files(folder, [path.name for path in _write_adapter(folder, adapter)]),
+            "files": describe_files(
+                folder, [path.name for path in (*_write_adapter(folder, adapter), *_write_clip(folder, backbone))]
+            ),
         }
         write_json(folder / MANIFEST_FILE, seal(manifest))
         write_text(folder / README_FILE, model_card(manifest, card, report, verdicts))
+
+
+def _describe_features(clip: FeatureClip) -> dict[str, Any]:
+    bias = clip.logit_bias
+    return {
+        "names": list(clip.class_names), "source": clip.source, "logit_scale": float(clip.logit_scale),
+        "logit_bias": None if bias is None else float(bias),
+    }  # fmt: skip
+
+
+def _write_clip(folder: Path, clip: ClipBackbone | FeatureClip) -> list[Path]:
+    """Writes what no model can be loaded for: the text features of a CLIP of which only features are known."""
+    if not isinstance(clip, FeatureClip):
+        return []
+    write_tensors(folder / TEXT_FILE, {"text_features": clip.text_features.cpu()})
+    return [folder / TEXT_FILE]
+
+
+def _read_clip(folder: Path, manifest: Mapping[str, Any]) -> FeatureClip:
+    told = manifest["backbone"]
+    with as_damage(folder):
+        text = read_tensors(folder / TEXT_FILE)
+    try:
+        return FeatureClip(
+            text["text_features"], told["names"], logit_scale=told["logit_scale"], logit_bias=told["logit_bias"],
+            source=told["source"],
+        )  # fmt: skip
+    except (KeyError, TypeError, DataError) as error:
+        raise ArtifactError(f"{folder} is damaged: its text features cannot be read ({error})") from error
 
 
 @runtime_checkable
@@ -157,7 +194,7 @@ def _read_adapter(folder: Path, adapter: Adapter) -> None:
 def load(
     path: Path | str,
     *,
-    backbone: str | None = None,
+    backbone: str | ClipBackbone | None = None,
     pretrained: str | None = None,
     device: str = "cpu",
     allow_failed_gates: bool = False,
@@ -167,7 +204,8 @@ def load(
 
     Args:
         path: the artifact folder, or a run folder that holds one.
-        backbone: where to load the backbone from if not from the place it had in training (a moved `local-dir:`).
+        backbone: where to load the backbone from if not from the place it had in training (a moved `local-dir:`), or
+            the backbone itself (of an artifact that was made with `wrap_clip`).
         pretrained: its weights tag or file, likewise.
         device: "cpu", "cuda", "cuda:1", …
         allow_failed_gates: load although a gate failed.
@@ -182,10 +220,14 @@ def load(
     check_verdicts(folder, manifest, allow_failed_gates)
     trained = manifest["backbone"]
     check_prompts(folder, manifest, templates)
-    model = load_backbone(
-        backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device,
-        image_size=trained.get("image_size", 0),
-    )  # fmt: skip
+    model: Any = backbone
+    if trained["name"] == FeatureClip.name:
+        model = _read_clip(folder, manifest)
+    elif not isinstance(backbone, ClipBackbone):
+        model = load_backbone(
+            backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device,
+            image_size=trained.get("image_size", 0),
+        )  # fmt: skip
     if model.digest != trained["digest"]:
         raise ArtifactError(
             f"{folder} was trained on other weights than {model.name} has here: digest {trained['digest'][:12]} in "

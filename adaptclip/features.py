@@ -31,10 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaptclip.backbone import ClipBackbone
-from adaptclip.data.dataset import ImageDataset
+from adaptclip.data.card_block import Augmentation
+from adaptclip.data.dataset import FeatureRows, ImageDataset
 from adaptclip.data.read_image import DECODING
-from adaptclip.data.transforms import Augment
+from adaptclip.data.transforms import Augment, train_augment
 from adaptclip.errors import BackboneError, ConfigError, StorageError
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.seeding import derive_seed
 from adaptclip.storage import check_is_file, digest, parse_json, write_bytes, write_json
 from adaptclip.types import Features
@@ -62,7 +64,7 @@ class FeatureCache:
 
     def get(
         self,
-        backbone: ClipBackbone,
+        backbone: ClipBackbone | FeatureClip,
         dataset: ImageDataset,
         *,
         views: int = 0,
@@ -85,9 +87,10 @@ class FeatureCache:
 
         Returns:
             Features with values (1, N, D), or (V, N, D) for V views; float32 on the CPU, the same on every process.
+            Of a card that holds features, those: for V views the crops it has, at most V, or without any the one view.
 
         Raises:
-            ConfigError: a number out of range, or views without `augment`.
+            ConfigError: a number out of range, views without `augment`, or features of a card with another model.
             DataError: an image cannot be decoded.
             BackboneError: a feature is not finite.
             StorageError: the cache cannot be written.
@@ -98,6 +101,8 @@ class FeatureCache:
         if views < 0 or workers < 0 or batch_size < 1:
             got = f"got {views}, {workers}, {batch_size}"
             raise ConfigError(f"views and workers must be 0 or more and batch_size 1 or more; {got}")
+        if isinstance(dataset.store, FeatureRows) or isinstance(backbone, FeatureClip):
+            return _stored(backbone, dataset, views)
         if views > 0 and augment is None:
             raise ConfigError(f"{views} augmented views need an augmentation (`augment`)")
         first_row: dict[str, int] = {}
@@ -120,6 +125,37 @@ class FeatureCache:
             ids=tuple(dataset.ids),
             weights=backbone.image_digest,
         )
+
+
+def training_crop(clip: ClipBackbone | FeatureClip, augmentation: Augmentation, *, min_scale: float = 0.0) -> Any:
+    """Returns a card's crop at a model's size (`train_augment`), or None where there are features and no pixels.
+
+    Args:
+        clip: gives the size.
+        augmentation: of the card.
+        min_scale: smallest crop as a share of the image's area that a method asks for; a larger limit of the card wins.
+    """
+    if not clip.image_size:
+        return None
+    low, high = augmentation.scale
+    return train_augment(
+        clip.image_size, scale=(max(low, min_scale), high), horizontal_flip=augmentation.horizontal_flip
+    )
+
+
+def _stored(clip: ClipBackbone | FeatureClip, dataset: ImageDataset, views: int) -> Features:
+    """Features that were computed elsewhere, as the card holds them."""
+    store = dataset.store
+    if not isinstance(store, FeatureRows):
+        raise ConfigError("there are only text features and no image tower, and the card holds images; load a model")
+    if not isinstance(clip, FeatureClip):
+        raise ConfigError(
+            f"the card holds features that another model made, so {clip.name} can do nothing with them; leave "
+            "--backbone out"
+        )
+    values = torch.from_numpy(store.values[:, dataset.rows])
+    crops = values[1 : 1 + views] if views and len(values) > 1 else values[:1]
+    return Features(crops, torch.as_tensor(dataset.labels, dtype=torch.int64), tuple(dataset.ids))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from adaptclip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from adaptclip.backbone import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
@@ -76,14 +77,19 @@ def fill(templates: Sequence[str], names: Sequence[str]) -> list[list[str]]:
 
 @torch.no_grad()
 def zero_shot_weights(
-    backbone: ClipBackbone, class_names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+    backbone: ClipBackbone | FeatureClip,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
 ) -> Tensor:
     """Returns the classifier that CLIP makes of words alone (Radford 2021, section 3.1.4).
 
     Each class is the mean of its prompts' unit-norm features, normalised again.
 
     Args:
-        backbone: the model whose text tower reads the prompts.
+        backbone: the model whose text tower reads the prompts. Where only features are known, those of the classes are
+            taken, and the templates are not read.
         class_names: C class names.
         templates: P templates with one `{}` each.
         batch_size: prompts encoded at once.
@@ -98,6 +104,9 @@ def zero_shot_weights(
     """
     if not class_names:
         raise DataError("zero-shot weights need at least one class name, got none")
+    known = getattr(backbone, "class_features", None)
+    if known is not None:
+        return known(class_names)
     prompts = [prompt for per_class in fill(templates, class_names) for prompt in per_class]
     tokens = backbone.tokenize(prompts)
     chunks = tqdm(tokens.split(batch_size), desc="Encoding prompts", unit="batch", disable=None, leave=False, delay=2)

@@ -231,7 +231,7 @@ def finish_run(
         )  # fmt: skip
         # By these, whoever reads the run later knows that its files are the ones that were judged.
         report["files"] = describe_files(out, written)
-        _write_report(out, report, verdicts, data.test if data.card.show_images else None)
+        _write_report(out, report, verdicts, data.test if data.card.show_images and data.test.has_pixels else None)
         print_report(report, verdicts)
         accelerator.print(
             f"{out}: report.html, report.md, predictions.parquet, metrics.jsonl, artifact/ (for `adaptclip predict`)"

@@ -85,7 +85,7 @@ def main(cfg: Config) -> int:
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, held_out = split.select(data)  # held out for the report: CoCoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.CoCoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, seed=cfg.seed,
         memory_budget_bytes=int(cfg.memory_gib * 2**30),
@@ -96,9 +96,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    crop = ac.train_augment(
-        backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
-    )
+    crop = ac.training_crop(backbone, card.augmentation)
     features = cache.get(backbone, few_shots, views=cfg.views or cfg.epochs, augment=crop, accelerator=accelerator)
     loader = ac.FeatureLoader(
         features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata

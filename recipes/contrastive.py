@@ -116,9 +116,7 @@ def main(cfg: Config) -> int:
         save_every=cfg.save_every,
     )  # fmt: skip
     cache = ac.FeatureCache(cfg.cache)
-    crop = ac.train_augment(
-        backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
-    )
+    crop = ac.training_crop(backbone, card.augmentation)
     how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "strata": mitigation.strata}
     if adapter.consumes == "features":
         features = cache.get(backbone, images, views=cfg.views, augment=crop, accelerator=accelerator)

@@ -90,7 +90,7 @@ def main(cfg: Config) -> int:
     few_shots, held_out = split.select(data)
     # Each process fits the whole head.
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, objective=objective)
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     templates = cfg.templates or card.templates
     adapter = ac.LinearProbe(
         backbone, data.prompt_names, head=cfg.head, templates=templates, objective=objective.name,
@@ -107,10 +107,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    low, high = card.augmentation.scale
-    crop = ac.train_augment(
-        backbone.image_size, scale=(max(cfg.min_scale, low), high), horizontal_flip=card.augmentation.horizontal_flip
-    )
+    crop = ac.training_crop(backbone, card.augmentation, min_scale=cfg.min_scale)
     views = PUBLISHED_VIEWS[cfg.head] if cfg.views is None else cfg.views
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     # Logistic without --C chooses by them and lp++ keeps its best epoch; the other heads have no use for them.

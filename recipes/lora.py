@@ -102,7 +102,7 @@ def main(cfg: Config) -> int:
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     new_validation = new and (ac.sample_few_shot(new, shots=cfg.shots, seed=cfg.seed).select(new)[1], new.prompt_names)
     check_setting(cfg.lora_scale, validation)
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.LoRA(
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout,
         projections=cfg.projections, blocks=cfg.blocks, rslora=cfg.variant != "lora", dora=cfg.variant == "dora",
@@ -117,9 +117,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    crop = ac.train_augment(
-        backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
-    )
+    crop = ac.training_crop(backbone, card.augmentation)
     adapter.begin_from(few_shots, cache, accelerator=accelerator)
     loader = ac.training_loader(
         adapter, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,

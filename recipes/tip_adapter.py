@@ -104,7 +104,7 @@ def main(cfg: Config) -> int:
             f"card {card.name} leaves no validation images to choose alpha and beta on; take the paper's with "
             "--choose fixed, fewer --shots, or a card with a validation part"
         )
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = build(cfg, backbone, data.prompt_names, card.templates).to(accelerator.device)
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
@@ -112,9 +112,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    low, high = card.augmentation.scale
-    flip = card.augmentation.horizontal_flip
-    crop = ac.train_augment(backbone.image_size, scale=(max(cfg.min_scale, low), high), horizontal_flip=flip)
+    crop = ac.training_crop(backbone, card.augmentation, min_scale=cfg.min_scale)
     views = (0 if cfg.variant == "ss-text" else 10) if cfg.views is None else cfg.views
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     validation = cache.get(backbone, for_choice, accelerator=accelerator) if choose else None

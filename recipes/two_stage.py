@@ -96,7 +96,7 @@ def main(cfg: Config) -> int:
         ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator) for _ in range(2)
     )
     tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     lora = ac.LoRA(
         backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, dropout=cfg.dropout,
         projections=cfg.projections, seed=cfg.seed, templates=card.templates,
@@ -108,9 +108,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    crop = ac.train_augment(
-        backbone.image_size, scale=card.augmentation.scale, horizontal_flip=card.augmentation.horizontal_flip
-    )
+    crop = ac.training_crop(backbone, card.augmentation)
     started = time.perf_counter()
     loader = ac.training_loader(
         lora, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,

@@ -53,7 +53,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     # What is compared with zero-shot would here be compared with itself.
     rules = [rule for rule in ac.choose_gates(cfg.gates, data) if rule.no_worse_than != "zero_shot"]
-    backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
     adapter = adapter.to(accelerator.device)
     run = ac.start_run(

@@ -21,9 +21,19 @@ from tqdm import tqdm
 from adaptclip.backbone.loading import PRECISIONS, STARTER, create, find_source
 from adaptclip.backbone.starter import create_starter
 from adaptclip.backbone.text import TextTower, make_text_tower
+from adaptclip.data.dataset import DomainData, FeatureRows
 from adaptclip.errors import BackboneError, did_you_mean
+from adaptclip.feature_clip import FeatureClip
 
-__all__ = ["ClipBackbone", "image_weights_digest", "load_backbone", "weights_digest"]
+__all__ = [
+    "ClipBackbone",
+    "clip_of",
+    "image_weights_digest",
+    "load_backbone",
+    "load_clip",
+    "weights_digest",
+    "wrap_clip",
+]
 
 
 class ClipBackbone(nn.Module):
@@ -56,10 +66,12 @@ class ClipBackbone(nn.Module):
         digest: str | None = None,
         image_digest: str | None = None,
         asked_size: int = 0,
+        transform: Any = None,
     ) -> None:
         """Freezes `model`, reads its evaluation transform and hashes its weights, unless `digest` names them already.
 
-        A given `digest` stands for the image weights too, unless `image_digest` names those.
+        A given `digest` stands for the image weights too, unless `image_digest` names those. A given `transform` takes
+        the place of the model's own.
 
         Raises:
             BackboneError: the pictures are not square, or weights are not finite.
@@ -86,12 +98,35 @@ class ClipBackbone(nn.Module):
             "resize_mode": config.resize_mode,
             "fill": config.fill_color,
         }
+        if transform is not None:
+            self._take_transform(transform)
         self._to_tensor = self.transform.transforms[-2:]
         self.context_length: int = tokenizer.context_length
         self.image_digest = image_digest or digest or image_weights_digest(model)
         self.digest = digest or weights_digest(model)
         self.requires_grad_(False)
         self.train(False)
+
+    def _take_transform(self, transform: Any) -> None:
+        """Replaces the model's own evaluation transform by one that ends in ToTensor and Normalize."""
+        steps = getattr(transform, "transforms", ())
+        kinds = [type(step).__name__ for step in steps]
+        if kinds[-2:] not in (["ToTensor", "Normalize"], ["MaybeToTensor", "Normalize"]):
+            raise BackboneError(
+                "a transform should be torchvision's Compose that ends in ToTensor and Normalize, as open_clip makes "
+                f"it (`create_model_and_transforms`), got {' → '.join(kinds) or type(transform).__name__}"
+            )
+        side = self.image_size
+        try:
+            shape = tuple(transform(Image.new("RGB", (2 * side, side + 3))).shape)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BackboneError(f"the transform fails on an RGB image: {error}") from error
+        if shape != (3, side, side):
+            raise BackboneError(f"the transform gives pixels of {shape}, and the image tower takes (3, {side}, {side})")
+        mean, std = ([float(value) for value in getattr(steps[-1], name)] for name in ("mean", "std"))
+        told = " ".join(str(transform).split())
+        self.transform = transform
+        self.transform_spec = {**self.transform_spec, "mean": mean, "std": std, "transform": told}
 
     def train(self, mode: bool = True) -> ClipBackbone:
         """Stays in evaluation mode whatever is asked: dropout and batch statistics are off in a frozen model."""
@@ -238,6 +273,68 @@ def load_backbone(
     if image_size and side != image_size and side != (image_size, image_size):
         raise BackboneError(f"{name} cannot take pictures of {image_size} pixels, only of {side}; leave image_size out")
     return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision, asked_size=image_size)
+
+
+load_clip = load_backbone
+"""The same by the name that the front door has for it."""
+
+
+def wrap_clip(model: nn.Module, tokenizer: Any, transform: Any = None, *, name: str = "wrapped") -> ClipBackbone:
+    """Takes an open_clip model that is loaded already: your own, fine-tuned in memory, or built by hand.
+
+    The model is frozen and stays in evaluation mode; it is not copied.
+
+    Args:
+        model: an open_clip model.
+        tokenizer: its open_clip tokenizer.
+        transform: its evaluation transform, torchvision's Compose that ends in ToTensor and Normalize; None takes the
+            one that the model says of itself.
+        name: what to call it. A run or an artifact names it so; to load an artifact again, give the model:
+            `load(PATH, backbone=clip)`.
+
+    Raises:
+        BackboneError: weights are not finite, pictures are not square, or the transform does not fit the tower.
+    """
+    return ClipBackbone(model, tokenizer, name=name, transform=transform)
+
+
+def clip_of(
+    data: DomainData,
+    name: str = STARTER,
+    pretrained: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    image_size: int = 0,
+) -> Any:
+    """Loads the CLIP for a card: `load_backbone`, or where the card holds features, what is known of their model.
+
+    Args:
+        data: an opened card.
+        name: as for `load_backbone`; a card of features takes `features`, which its own default stands for too.
+        pretrained: as for `load_backbone`.
+        device: where the weights go.
+        image_size: as for `load_backbone`.
+
+    Returns:
+        A `ClipBackbone`, or a `FeatureClip`.
+
+    Raises:
+        BackboneError: see `load_backbone`; or another model is named than the one that made the card's features.
+    """
+    store = data.test.store
+    if not isinstance(store, FeatureRows):
+        if name == FeatureClip.name:
+            raise BackboneError(f"card {data.card.name} holds images; name the model that should read them")
+        return load_backbone(name, pretrained, device=device, image_size=image_size)
+    if name not in (STARTER, FeatureClip.name) or pretrained or image_size:
+        raise BackboneError(
+            f"card {data.card.name} holds features, which one model made and no other can read; leave --backbone, "
+            "--pretrained and --image-size out"
+        )
+    clip = FeatureClip(
+        torch.from_numpy(store.text), store.class_names, logit_scale=store.logit_scale, logit_bias=store.logit_bias
+    )
+    return clip.to(device)
 
 
 def weights_digest(model: nn.Module) -> str:

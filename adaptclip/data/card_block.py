@@ -105,7 +105,36 @@ class EmbeddedSource(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-Source = HubSource | ParquetSource | ImageFolderSource | ManifestSource | EmbeddedSource
+class FeaturesSource(BaseModel):
+    """Image and text features that a CLIP made elsewhere, in the place of images.
+
+    Besides these arrays, the file's one-dimensional arrays of N values are columns (groups, cluster, id, split), and so
+    are those of the table. The card must list `class_names`, in the order of the text features.
+
+    Attributes:
+        file: safetensors, .npz or .npy (the image features alone), relative to the data root.
+        image: key of the image features, (N, D), or (V, N, D) where view 0 is the evaluation transform and the others
+            are crops to learn from.
+        label: key of the labels, (N,) class ids or names; not read where the table has the card's label column.
+        text: key of the text features, (C, D), or (C, P, D) for P prompts of each class; for .npy the name of another
+            .npy file beside it.
+        table: CSV, TSV or JSONL with a row for each image, in the same order; None for no table.
+        logit_scale: exp() of the model's own temperature; 100 is OpenAI's.
+        logit_bias: what the model adds to its logits (SigLIP), or None.
+    """
+
+    model_config = _STRICT
+    kind: Literal["features"]
+    file: str
+    image: Name = "image"
+    label: Name = "label"
+    text: Name = "text"
+    table: str | None = None
+    logit_scale: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    logit_bias: float | None = Field(default=None, allow_inf_nan=False)
+
+
+Source = HubSource | ParquetSource | ImageFolderSource | ManifestSource | EmbeddedSource | FeaturesSource
 SOURCE_KINDS: dict[str, type[BaseModel]] = {
     get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(Source)
 }

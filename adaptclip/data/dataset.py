@@ -111,6 +111,35 @@ class ArrowStore:
 
 
 @dataclass(frozen=True, eq=False)
+class FeatureRows:
+    """Features that were computed elsewhere, in the place of images; what stands for an image's bytes are its features.
+
+    Attributes:
+        values: (V, N, D) float32, unit norm; view 0 is the evaluation transform, the others are crops to learn from.
+        text: (C, D) or (C, P, D) features of the classes, of any norm.
+        class_names: C names as prompts say them, in the order of `text`.
+        logit_scale: of the model that made them, exp() applied.
+        logit_bias: likewise, or None.
+        file: what they were read from, for messages.
+    """
+
+    values: np.ndarray
+    text: np.ndarray
+    class_names: tuple[str, ...]
+    logit_scale: float
+    logit_bias: float | None
+    file: str
+
+    def read(self, row: int) -> bytes:
+        """Returns the bytes of the row's features."""
+        return self.values[:, row].tobytes()
+
+    def where(self, row: int) -> str:
+        """Returns the row's number and the file."""
+        return f"row {row} of {self.file}"
+
+
+@dataclass(frozen=True, eq=False)
 class ImageDataset:
     """Images of one part (train, validation or test) with their labels.
 
@@ -157,10 +186,12 @@ class ImageDataset:
         """Decodes image `index` (0 to N - 1) to RGB, upright, at its own size.
 
         Raises:
-            DataError: it cannot be read or decoded; the message names the row.
+            DataError: it cannot be read or decoded, or there are features and no pixels; the message names the row.
             ResourceError: the machine could not read or decode it now.
         """
         where = self.where(index)
+        if not self.has_pixels:
+            raise DataError(f"{where}: the card holds features that were computed elsewhere, and no images")
         try:
             data = self.read(index)
         except (DataError, ResourceError) as error:
@@ -180,6 +211,11 @@ class ImageDataset:
             groups={name: tuple(values[i] for i in chosen) for name, values in self.groups.items()},
             captions=None if self.captions is None else tuple(self.captions[i] for i in chosen),
         )
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether there are images to decode; otherwise their features are all that is known (`FeatureRows`)."""
+        return not isinstance(self.store, FeatureRows)
 
     def class_counts(self) -> np.ndarray:
         """Returns (C,) int64 numbers of images per class."""

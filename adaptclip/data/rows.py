@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptclip.data.card import Card
-from adaptclip.data.card_block import Columns, ImageFolderSource, ManifestSource, ParquetSource, Splits
+from adaptclip.data.card_block import Columns, FeaturesSource, ImageFolderSource, ManifestSource, ParquetSource, Splits
 from adaptclip.data.dataset import ImageStore
 from adaptclip.errors import DataError, did_you_mean
 
@@ -65,6 +65,9 @@ def card_places(card: Card, data_root: Path | None) -> tuple[list[Path], list[Pa
     match card.source:
         case ImageFolderSource(path=path):
             return [*own, base_folder(card, data_root) / path], [base_folder(card, data_root)]
+        case FeaturesSource(file=file, table=table):
+            read = [path for name in (file, table) if name for path in find_files(card, name, data_root)[None]]
+            return [*own, *read], [base_folder(card, data_root)]
         case ManifestSource(files=files) | ParquetSource(files=files):
             tables = [table for found in find_files(card, files, data_root).values() for table in found]
             return [*own, *tables], [base_folder(card, data_root)]

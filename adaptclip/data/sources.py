@@ -19,6 +19,7 @@ from adaptclip.data.checks import check_data
 from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
 from adaptclip.data.dataset import UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.declared import check_declared
+from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
 from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
 from adaptclip.data.rows import RawRows
@@ -34,6 +35,7 @@ READERS: dict[str, Callable[[Card, Path | None], RawRows]] = {
     "image_folder": read_image_folder,
     "manifest": read_manifest,
     "embedded": read_embedded,
+    "features": read_features,
 }
 """Kind of source -> its reader."""
 
@@ -79,7 +81,10 @@ def open_data(
     images = _all_images(card, raw, contents)
     _check_card(card, images)
     if check or skip or (rule and rule.fractions):
-        seen = pictures(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
+        if isinstance(raw.store, FeatureRows):
+            seen = [Picture(flat=True)] * len(raw)  # equal features are found by their digests, and nothing can be seen
+        else:
+            seen = pictures(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
         found = dict(zip(contents, seen, strict=True))
         good, skipped = _usable(card, seen, skip=skip, demand=check)
         images = images.select(good)

@@ -13,12 +13,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from adaptclip.backbone import ClipBackbone
+from adaptclip.data.card_block import Augmentation
 from adaptclip.data.dataset import ImageDataset
-from adaptclip.data.transforms import Augment, train_augment
 from adaptclip.errors import ConfigError
 from adaptclip.experiments.loop import train_by_steps
 from adaptclip.experiments.store import FeatureStore
-from adaptclip.features import FeatureCache
+from adaptclip.features import FeatureCache, training_crop
 from adaptclip.methods import GDA, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage, ZeroShotClassifier
 from adaptclip.methods.base import Adapter
 from adaptclip.methods.support import Choice
@@ -37,7 +37,7 @@ class Support:
         store: features of the frozen backbone.
         names: C class names as prompts say them.
         templates: the card's prompts.
-        crops: (smallest, largest share of the area of a crop, whether it may be mirrored), from the card.
+        augmentation: the card's crops.
         images: labelled training images.
         held_out: validation images.
         pools: the pools of the store that the two belong to.
@@ -49,7 +49,7 @@ class Support:
     store: FeatureStore
     names: tuple[str, ...]
     templates: tuple[str, ...]
-    crops: tuple[float, float, bool]
+    augmentation: Augmentation
     images: ImageDataset
     held_out: ImageDataset
     pools: tuple[ImageDataset, ImageDataset]
@@ -67,10 +67,9 @@ class Support:
         """k, or for k = 0 (all images) their rounded mean per class."""
         return self.shots or max(1, round(len(self.images) / len(self.names)))
 
-    def augment(self, min_scale: float = 0.0) -> Augment:
+    def augment(self, min_scale: float = 0.0) -> Any:
         """Returns the card's crop; `min_scale` is a smallest share of the area that the method asks for."""
-        low, high, flip = self.crops
-        return train_augment(self.backbone.image_size, scale=(max(low, min_scale), high), horizontal_flip=flip)
+        return training_crop(self.backbone, self.augmentation, min_scale=min_scale)
 
     def features(self, views: int = 0, min_scale: float = 0.0) -> Features:
         """Returns the training features: of the evaluation transform, or of numbered crops."""

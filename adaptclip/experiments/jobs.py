@@ -193,8 +193,8 @@ class Worker:
         card, (images, held_out) = case.data.card, case.split.select(case.data)
         return Support(
             store=self.store, names=case.data.prompt_names, templates=card.templates,
-            crops=(*card.augmentation.scale, card.augmentation.horizontal_flip), images=images, held_out=held_out,
-            pools=self.pools(job.card), shots=job.shots, seed=job.seed, accelerator=self.accelerator,
+            augmentation=card.augmentation, images=images, held_out=held_out, pools=self.pools(job.card),
+            shots=job.shots, seed=job.seed, accelerator=self.accelerator,
         )  # fmt: skip
 
     def pools(self, card: str) -> tuple[ImageDataset, ImageDataset]:
