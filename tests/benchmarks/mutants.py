@@ -49,10 +49,10 @@ TESTS = [
     "tests/unit/test_belonging.py", "tests/statistics/test_against_libraries.py",
 ]  # fmt: skip
 
-SLOWEST = 2.0
+SLOWEST = 1.0
 """Seconds of processor time with the tracer; slower tests are left out: what only they notice is not noticed."""
 
-BUDGET = 2.0
+BUDGET = 1.0
 """Seconds of tests that a mutant is given."""
 
 MOST_FILES = 4
@@ -370,7 +370,9 @@ class Judge:
             return ""
         inside = mutant.in_function and self._pairs(mutant, code) is not None
         items = [by_name[name] for name in names]
-        found = forked(lambda: self._inside(mutant, code, items) if inside else anew(mutant, code, names), 90)
+        found = forked(
+            lambda: self._inside(mutant, code, items) if inside else anew(mutant, code, names), 8 if inside else 40
+        )
         return "died or took too long" if found is None else found[0]
 
     def _pairs(self, mutant: Mutant, code: CodeType) -> list[tuple[FunctionType, CodeType]] | None:
@@ -473,7 +475,7 @@ def main() -> None:
         found = mutants_of(path) if any(part in path.as_posix() for part in args.only) else []
         mutants += sample(found, args.share)
     todo = [m for m in mutants if m.name not in killers or (args.again and not killers[m.name])]
-    todo.sort(key=lambda mutant: not mutant.in_function)
+    todo.sort(key=lambda mutant: (not mutant.in_function, mutant.name in killers))
     if todo and not args.table:
         os.chdir(ROOT)
         os.environ["HF_HUB_OFFLINE"] = "1"
