@@ -27,7 +27,7 @@ LEVELS = {"kind": ("bad", "bad", "good", "good")}
 SHE: Any = {"metric": "sensitivity", "at_least": 0.5}
 
 
-def verdict(conclusion="pass", **fields):
+def verdict(conclusion: Any = "pass", **fields: Any) -> Verdict:
     given: Any = {"title": "accuracy ≥ 0.8", "reason": "why", "images": "i1", "gates": "g1"} | fields
     return Verdict(
         metric="accuracy", attribute=None, group=None, verdict=conclusion, value=0.9, low=0.8, high=1.0, n=100,

@@ -51,7 +51,7 @@ def test_tango_of_one_image_and_beyond_the_scale(side, sign):
 
 @both_ends
 def test_few_degrees_of_freedom_shrink_effective_numbers_by_korn_and_graubard(side, sign):
-    factor = (Z / t.isf(0.05, 6)) ** 2
+    factor = float((Z / t.isf(0.05, 6)) ** 2)
     assert RateSpread(0.7, 40, 100, 6).bound(side, 0.05) == pytest.approx(wilson_bound(0.7, 40 * factor, side, 0.05))
     assert RateSpread(0.7, 40, 30, 6).bound(side, 0.05, exact=True) == pytest.approx(
         exact_bound(0.7, 30 * factor, side, 0.05)

@@ -22,7 +22,7 @@ from adaptclip.metrics import (
 )
 from adaptclip.metrics.calibration import brier_values, confidence_bins, ece, log_loss_values
 from adaptclip.metrics.estimates import Measurement, measured, variance
-from adaptclip.metrics.intervals import CalibrationSpread, RateSpread, wilson_bound
+from adaptclip.metrics.intervals import CalibrationSpread, wilson_bound
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.metric import Drawing, Support
 from adaptclip.metrics.ranking import macro_auc, mean_auc
@@ -392,12 +392,8 @@ def test_the_upper_bound_of_the_worst_tenth_has_the_images_of_one_half():
     high: Any = part.spread.high
     picked = judged.take(np.flatnonzero(labels == 0))
     assert low == measured(mean_of_classes(picked), Sampling.of(30)).spread
-    assert high == RateSpread(
-        part.value,
-        pytest.approx(min(low.size, 30) / 2),
-        15.0,
-        pytest.approx(max(low.df / 2, 0.5)),  # type: ignore[arg-type]
-    )
+    assert (high.rate, high.cap) == (part.value, 15.0)
+    assert (high.size, high.df) == pytest.approx((min(low.size, 30) / 2, max(low.df / 2, 0.5)))
     influence = METRICS["worst_decile"].estimate(judged).influence
     assert influence == pytest.approx(np.where(labels == 0, (judged.right - judged.right[labels == 0].mean()) / 30, 0))
     paired = METRICS["worst_decile"].compare(judged, judged).change
