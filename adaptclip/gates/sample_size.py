@@ -106,10 +106,11 @@ def _critical(spread: RateSpread, limit: float, side: Side, alpha: float) -> flo
     def beyond(rate: float) -> float:
         return replace(spread, rate=rate).bound(side, alpha, exact=True) - limit
 
-    if (beyond(1.0) < 0) if side == "low" else (beyond(0.0) > 0):
+    sign, worst, best = (1, 0.0, 1.0) if side == "low" else (-1, 1.0, 0.0)
+    if sign * beyond(best) < 0:
         return None
-    if beyond(0.0) >= 0 or beyond(1.0) <= 0:
-        return 0.0 if side == "low" else 1.0
+    if sign * beyond(worst) >= 0:
+        return worst
     return float(brentq(beyond, 0.0, 1.0, xtol=1e-5))  # type: ignore[arg-type]
 
 

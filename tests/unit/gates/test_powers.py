@@ -6,11 +6,12 @@ from math import asin, ceil, sqrt
 from typing import Any
 
 import pytest
+from normal_spread import Normal
 from scipy.optimize import brentq
 from scipy.stats import beta, norm, t
 
 from adaptclip.gates.sample_size import Claim, More, more_images, smallest_factor
-from adaptclip.metrics.intervals import PairedSpread, RateSpread, ScaledSpread, ScoreSpread, tango_bound
+from adaptclip.metrics.intervals import PairedSpread, RateSpread, ScaledSpread, ScoreSpread, exact_bound, tango_bound
 
 Z = float(norm.isf(0.05))
 
@@ -74,6 +75,24 @@ def test_power_of_a_paired_change_has_the_bound_of_so_many_pairs():
     assert claim.power(4) == pytest.approx(norm.cdf((0.06 - half) / (error / 2)), abs=1e-6)
 
 
+def test_other_uncertainties_are_taken_at_the_bound_that_holds_for_certain():
+    claim = Claim(0.5, Normal(0.5, 0.04), 0.3, upwards=True, alpha=0.05)
+    assert claim.power(4) == pytest.approx(norm.cdf((0.2 - 2 * Z * 0.02) / 0.02))
+    assert claim.decided(4) == pytest.approx(norm.cdf((0.2 - 2 * Z * 0.02) / (0.04 * sqrt(0.75))), abs=1e-9)
+
+
+def test_a_limit_that_only_the_best_rate_keeps():
+    """Twenty right answers of twenty just show 0.861: a chance of one half if the truth is 1, and none below it."""
+    least = exact_bound(1.0, 20, "low", 0.05)
+    assert rate(1.0, 20, least).power() == pytest.approx(0.5)
+    assert rate(0.9, 20, least).power() < 0.01
+    assert rate(1.0, 20, least + 1e-9).power() == 0
+    most = exact_bound(0.0, 20, "high", 0.05)
+    assert rate(0.0, 20, most, upwards=False).power() == pytest.approx(0.5)
+    assert rate(0.1, 20, most, upwards=False).power() < 0.01
+    assert rate(0.0, 20, most - 1e-9, upwards=False).power() == 0
+
+
 def test_where_nothing_is_still_to_come_the_verdict_stands():
     assert rate(0.95, 200, 0.8).decided(1.0) == 1
     assert rate(0.6, 200, 0.8).decided(1.0) == 1
@@ -97,6 +116,7 @@ def test_the_smallest_factor_is_found_to_a_hundredth():
     assert found is not None
     assert chance(found) >= 0.8 > chance(found / 1.01)
     assert smallest_factor(chance, 0.2) == 1.0
+    assert smallest_factor(lambda factor: factor >= 1.3, 0.5) == pytest.approx(1.3, rel=0.01)
     assert smallest_factor(chance, 1.0, most=5.0) == pytest.approx(5.0, rel=0.01)
     assert smallest_factor(chance, 0.81, most=4.0) is None
     assert smallest_factor(lambda factor: factor >= 10, 0.5) == 10.0

@@ -226,6 +226,32 @@ def test_words_of_how_many_more(more, lacking, words):
     assert more_words(GateRule(at_least=0.5), more, " of x", lacking) == words
 
 
+def test_images_that_a_metric_counts_are_named():
+    rule = GateRule(metric="sensitivity", positive=("ill",), at_least=0.5)
+    assert more_words(rule, More(1500, 1500), "") == f" About 1,500 more positive images {SETTLE} {EVEN}."
+
+
+def test_reasons_say_directions_notes_and_groups():
+    model = answers(np.arange(200) < 180)
+    rate: Any = {"metric": "fnr", "positive": ("ill",)}
+    assert one(model, **rate, at_most=0.5).reason.startswith(
+        "The false negative rate (ill) is 10.0 % on 100 positive images and, with 95 % confidence, at most 16.4 %; "
+        "the rule asks for at most 50 %."
+    )
+    failed = one(model, **rate, at_most=0.01).reason
+    assert failed.endswith("and, with 95 % confidence, at least 5.5 %; the rule asks for at most 1 %.")
+    assert (
+        "the rule asks for at most 10 %, but the data only show at most 16.4 %"
+        in one(model, **rate, at_most=0.1).reason
+    )
+    noted = one(model, metric="ppv", positive=("ill",), at_least=0.5, min_n=1).reason
+    assert noted.endswith(" (for the 50 % of positive images here; no prevalence declared.)")
+    small = one(by_site(a=(190, 200), small=(55, 60)), at_least=0.5, group="site").reason
+    assert small.endswith("At least 40 more images of site = small are needed.")
+    alone = one(by_site(a=(100, 200), b=(190, 200)), at_least=0.8, group="site").reason
+    assert "The same verdict" not in alone
+
+
 def test_words_of_a_verdict():
     model = answers(np.arange(200) < 150)
     few = one(model, at_least=0.5, min_n=300)

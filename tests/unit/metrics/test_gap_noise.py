@@ -97,6 +97,8 @@ def test_each_group_against_the_rest_has_a_p_value_of_its_own():
     found = gap_test(right, code, draws=20_000)
     for g in range(3):
         assert found.rest[g] == pytest.approx(right[code == g].mean() - right[code != g].mean())
+        hits, own = int((right & (code == g)).sum()), int((code == g).sum())
+        assert found.below_p[g] == pytest.approx(hypergeom.cdf(hits, 300, right.sum(), own), abs=0.015)
         table = [[(right & (code == g)).sum(), (~right & (code == g)).sum()],
                  [(right & (code != g)).sum(), (~right & (code != g)).sum()]]  # fmt: skip
         assert found.rest_p[g] == pytest.approx(chi2_contingency(table)[1], abs=0.035)

@@ -212,6 +212,22 @@ def test_an_undecided_outcome_has_no_rate():
 # --- calibration and proper scores
 
 
+def test_a_bin_that_is_exactly_right_has_no_sign():
+    judged = images(np.zeros(4, int), [1, 1, 1, 0], classes=2, sure=0.75)
+    estimate = ece(judged)
+    assert estimate.value == 0
+    assert estimate.influence.tolist() == [0.0] * 4
+    assert METRICS["brier"].missing(judged) == METRICS["ece"].missing(judged) == ""
+
+
+def test_resamples_of_a_calibration_error_depend_on_draws_and_seed():
+    judged = images(np.arange(40) % 2, np.arange(40) % 4 > 0, sure=0.8)
+    drawn = [METRICS["ece"].compare(judged, None, Drawing(n, seed)).model.spread for n, seed in ((1000, 0), (1000, 1))]
+    parts: Any = [spread.model.drawn for spread in drawn]  # type: ignore[union-attr]
+    assert parts[0].shape == (1000, 15)
+    assert not np.array_equal(*parts)
+
+
 def test_bins_hold_their_upper_end():
     edges = np.linspace(0, 1, 16)
     assert confidence_bins(edges[1:]).tolist() == list(range(15))
@@ -398,7 +414,7 @@ def test_the_upper_bound_of_the_worst_tenth_has_the_images_of_one_half():
     assert influence == pytest.approx(np.where(labels == 0, (judged.right - judged.right[labels == 0].mean()) / 30, 0))
     paired = METRICS["worst_decile"].compare(judged, judged).change
     assert paired is not None
-    assert (paired.value, paired.note, paired.n) == (0.0, "", 30)
+    assert (paired.value, paired.note, paired.n) == (0.0, "each model has a worst tenth of its own", 30)
     assert isinstance(paired.spread, ApartSpread)
 
 

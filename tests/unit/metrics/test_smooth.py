@@ -26,6 +26,8 @@ def test_macro_f1_degenerate():
     assert macro_f1_parts(one, one)[0] == 1
     assert macro_f1_parts(one + 1, one)[0] == 0
     assert macro_f1_parts(np.arange(3), np.arange(3))[0] == 1
+    assert macro_f1_parts(np.array([0, 2]), np.array([0, 2]))[0] == 1
+    assert macro_f1_parts(np.array([0, 0]), np.array([0, 3]))[0] == pytest.approx(1 / 3)
 
 
 def test_influence_is_the_derivative_with_the_weight_of_an_image():

@@ -237,6 +237,21 @@ def test_a_number_off_its_scale_is_refused_and_rounding_is_none():
         assert 0 <= bounds[0] <= bounds[1] <= 1
 
 
+def test_doubt_about_clusters_is_on_the_scale_of_the_number():
+    """A number on 0 to 2 has twice the error of the same number on 0 to 1."""
+    unit, values = np.repeat(np.arange(10), 3), np.random.default_rng(11).random(30)
+    plain, doubled = mean_of(values, unit).interval(0.9), mean_of(2 * values, unit, high=2.0).interval(0.9)
+    assert doubled == approx(2 * np.array(plain))
+
+
+def test_means_of_single_precision_are_of_double(recwarn):
+    values = np.random.default_rng(12).random(100_001).astype(np.float32)
+    assert mean(values).value == approx(values.astype(np.float64).mean(), abs=1e-13)
+    labels = np.repeat([0, 2], 20)
+    assert variance(share(np.arange(40) % 3 > 0), Sampling.of(40, None, labels), 0.2).value > 0
+    assert not recwarn.list
+
+
 def test_notes_and_numbers_of_images_go_with_the_number():
     estimate = Estimate(0.5, np.array([0.1, -0.1, 0.2, -0.2]), n=3, note="own")
     found = measured(estimate, Sampling.of(4), note="given")
