@@ -26,6 +26,7 @@ from adaptclip.adapted_model import Unreadable as Unreadable
 from adaptclip.artifact_checks import (
     MANIFEST_FILE,
     README_FILE,
+    SEALED_SINCE,
     as_damage,
     check_learnt,
     check_objective,
@@ -228,7 +229,8 @@ def load(
             backbone or trained["name"], pretrained if backbone else trained["pretrained"], device=device,
             image_size=trained.get("image_size", 0),
         )  # fmt: skip
-    if model.digest != trained["digest"]:
+    early = manifest["format_version"] < SEALED_SINCE and isinstance(model, ClipBackbone)
+    if model.digest != trained["digest"] and not (early and model.made(trained["digest"], early=True)):
         raise ArtifactError(
             f"{folder} was trained on other weights than {model.name} has here: digest {trained['digest'][:12]} in "
             f"training, {model.digest[:12]} now. Load the same checkpoint (backbone=…, pretrained=…), or train again."

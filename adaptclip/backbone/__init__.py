@@ -132,6 +132,10 @@ class ClipBackbone(nn.Module):
         """Stays in evaluation mode whatever is asked: dropout and batch statistics are off in a frozen model."""
         return super().train(False)
 
+    def made(self, digest: str, *, early: bool) -> bool:
+        """Whether what names its model by `digest` was made with these weights; `early` is of version 0.1."""
+        return digest == self.digest or (early and digest == weights_digest(self.model, settings=False))
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -337,16 +341,17 @@ def clip_of(
     return clip.to(device)
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, *, settings: bool = True) -> str:
     """Returns the SHA-256 of a model's weights: sorted names, dtypes, shapes and bytes, and of its activation.
 
     The activation counts because the same weights give other features under QuickGELU, and it leaves no trace in them.
-    So do other settings of the architecture (heads, pooling, causal mask, …), where they are not the usual ones.
+    So do other settings of the architecture (heads, pooling, causal mask, …), where they are not the usual ones; the
+    digests of version 0.1 were made without those (`settings` false).
 
     Raises:
         BackboneError: a weight is NaN or infinite.
     """
-    return _digest_of(model, model.state_dict())
+    return _digest_of(model, model.state_dict(), settings=settings)
 
 
 def image_weights_digest(model: nn.Module) -> str:
@@ -391,10 +396,10 @@ def _unusual(module: nn.Module) -> list[str]:
     return told
 
 
-def _digest_of(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+def _digest_of(module: nn.Module, state: Mapping[str, Tensor], *, settings: bool = True) -> str:
     """SHA-256 of a state, of the activation in a module, and of what else is unusual in it."""
     sha = hashlib.sha256(f"quick_gelu={any(isinstance(m, QuickGELU) for m in module.modules())}".encode())
-    sha.update("".join(f" {setting}" for setting in _unusual(module)).encode())
+    sha.update("".join(f" {setting}" for setting in _unusual(module) if settings).encode())
     for key in tqdm(sorted(state), desc="Weights digest", disable=None, leave=False, delay=2):
         tensor = state[key].detach().cpu().contiguous()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -98,7 +98,7 @@ class Index:
     def check_encoder(self, encoder: ClipBackbone) -> None:
         """Raises DataError unless the encoder has the weights and the transform that made the vectors."""
         made = self.manifest["model"]["digest"]
-        if encoder.digest != made:
+        if not encoder.made(made, early=self.manifest["format_version"] < SEALED_SINCE):
             raise DataError(
                 f"this index was made with the weights {made[:12]}…, {encoder.name} here has {encoder.digest[:12]}…: "
                 "their vectors cannot be compared. Search with the model it was made with, or make the index again "
