@@ -12,7 +12,7 @@ from typing import TypeVar
 from adaptclip.config import parse
 from adaptclip.errors import AdaptclipError, Stopped
 from adaptclip.terminal import guard_messages, say
-from adaptclip.training.interruption import Signals
+from adaptclip.training.interruption import Signals, hear_launcher
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ def launch(main: Callable[[T], int], config_type: type[T], argv: Sequence[str] |
     configs: list[T] = []
 
     def call() -> int:
+        hear_launcher()
         configs.append(parse(config_type, argv))
         return main(configs[0])
 

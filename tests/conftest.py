@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -82,3 +85,21 @@ def tiny_backbone():
     from tiny_clip import make_tiny_backbone
 
     return make_tiny_backbone()
+
+
+@pytest.fixture
+def as_somebody(tmp_path) -> Iterator[Path]:
+    """Runs the test as a user without special rights, in a folder that this user owns."""
+    if os.geteuid() != 0:
+        yield tmp_path
+        return
+    folder = Path("/tmp") / f"adaptclip-{tmp_path.name}-{os.getpid()}"
+    folder.mkdir()
+    codecs.lookup("utf-8-sig")  # a user without rights may not read where Python lies
+    os.chown(folder, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)

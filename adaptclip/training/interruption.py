@@ -6,12 +6,15 @@ on, either lets it finish its step and save it; elsewhere, and the second time, 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,6 +23,9 @@ from adaptclip.errors import Stopped
 SAME_S = 1.0
 """A launcher passes on what the terminal has sent to its children already: a signal that comes again this soon is the
 same one."""
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: which signal comes when the parent ends."""
 
 _COUNT_BITS = 20
 _running: list[Pace] = []
@@ -64,6 +70,31 @@ class Signals:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"\n{signal.Signals(signum).name}: {self._later}\n".encode())
+
+
+def hear_launcher() -> None:
+    """Asks the kernel for SIGTERM when `accelerate launch` ends, which passes nothing on to a single process.
+
+    A recipe that it has started would else train on unseen, or be killed without a checkpoint. Only Linux can do that;
+    torchrun, and `accelerate launch` of several processes, pass SIGTERM on and wait 30 s.
+    """
+    parent = os.getppid()
+    if sys.platform != "linux" or not _is_accelerate(parent):
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it has ended meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_accelerate(process: int) -> bool:
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    names = [Path(word).name for word in command[:3]]
+    known = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}
+    return names[0].startswith("python") and not known.isdisjoint(names[1:])
 
 
 class Pace:

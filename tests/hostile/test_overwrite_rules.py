@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import copy
 import json
 import os
@@ -642,24 +641,6 @@ def test_the_umask_is_followed(tmp_path, mask):
     assert (tmp_path / "split.json").stat().st_mode & 0o777 == 0o666 & ~mask
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "split.json"]
-
-
-@pytest.fixture
-def as_somebody(tmp_path):
-    """Runs the test as a user without special rights, in a folder that this user owns."""
-    if os.geteuid() != 0:
-        yield tmp_path
-        return
-    folder = Path("/tmp") / f"adaptclip-{tmp_path.name}-{os.getpid()}"
-    folder.mkdir()
-    codecs.lookup("utf-8-sig")  # a user without rights may not read where Python lies
-    os.chown(folder, 65534, 65534)
-    os.seteuid(65534)
-    try:
-        yield folder
-    finally:
-        os.seteuid(0)
-        shutil.rmtree(folder)
 
 
 def test_without_special_rights(as_somebody):

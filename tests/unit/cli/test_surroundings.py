@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import adaptclip
 from adaptclip.types import Predictions
 
 PLAIN = {"LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "300"}
@@ -25,12 +26,14 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
         "env": {"COLUMNS": "40", "LINES": "10", "TERM": "dumb", "TZ": "Asia/Tokyo", "LC_ALL": "C"},
         "preexec_fn": functools.partial(os.umask, 0o077),
     },
-    "nobody": {"user": 65534, "group": 65534, "extra_groups": []},
+    "nobody": {"user": "nobody"},
 }
 
-COMMANDS = """
-import sys
+PROGRAM = """
+import os, sys
 from adaptclip.cli import main
+
+folder, user, *words = sys.argv[1:]
 
 def run(*words):
     try:
@@ -38,10 +41,28 @@ def run(*words):
     except SystemExit as stop:
         print("exit", stop.code)
 
-folder = sys.argv[1]
-run("gate", folder + "/good.parquet", folder + "/bad.parquet", "--gates", folder + "/gates.yaml")
-run("gate", folder + "/none.parquet", "--gates", folder + "/gates.yaml")
-run("recipes", "list")
+def commands():
+    run("gate", folder + "/good.parquet", folder + "/bad.parquet", "--gates", folder + "/gates.yaml")
+    run("gate", folder + "/none.parquet", "--gates", folder + "/gates.yaml")
+    run("recipes", "list")
+
+if user == "nobody":  # where Python lies may be closed to others: all is imported before the rights are given up
+    kept, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    commands()
+    run("gate", folder + "/good.parquet", "--gates", folder + "/gates.yaml", "--junit", folder + "/first.xml")
+    sys.stdout.flush()
+    for stream, before in zip((1, 2), kept):
+        os.dup2(before, stream)
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    os.umask(0o077)
+for line in words:
+    run(*line.split("|"))
+if not words:
+    commands()
 """
 
 
@@ -57,16 +78,24 @@ def folder() -> Iterator[Path]:
             probs = np.where(np.eye(2)[pred] == 1, 0.9, 0.1).astype(np.float32)
             Predictions(tuple(map(str, range(400))), labels, probs, ("Größe", "[red]犬")).save(path / f"{name}.parquet")
         (path / "gates.yaml").write_text("gates:\n  - {metric: accuracy, at_least: 0.8}\n")
+        (path / "secret.parquet").write_bytes((path / "good.parquet").read_bytes())
+        (path / "secret.parquet").chmod(0o600)
+        for name, mode in (("closed", 0o700), ("theirs", 0o777)):
+            (path / name).mkdir()
+            (path / name).chmod(mode)
+        (path / "closed" / "good.parquet").write_bytes((path / "good.parquet").read_bytes())
         for place in (Path(made), path):
             place.chmod(0o755)
+        for file in path.glob("g*"):
+            file.chmod(0o644)
         yield path
 
 
-def output(folder: Path, *, env: dict[str, str] | None = None, **how: Any) -> str:
+def output(folder: Path, *words: str, user: str = "", env: dict[str, str] | None = None, **how: Any) -> str:
     kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "TERM", "LANG", "NO_COLOR")}
     done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, str(folder)], capture_output=True, encoding="utf-8", check=True, cwd="/",
-        env={**kept, "CUDA_VISIBLE_DEVICES": "", **PLAIN, **(env or {})}, **how,
+        [sys.executable, "-c", PROGRAM, str(folder), user, *words], capture_output=True, encoding="utf-8", check=True,
+        cwd="/", env={**kept, "CUDA_VISIBLE_DEVICES": "", **PLAIN, **(env or {})}, **how,
     )  # fmt: skip
     return done.stdout + "\n-- errors --\n" + done.stderr
 
@@ -76,18 +105,45 @@ def usual(folder) -> str:
     return output(folder)
 
 
+def need_another_user() -> None:
+    """Skips where no other user can be tried, or none may read the recipes."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can run as somebody else")
+    package = Path(adaptclip.__file__).resolve().parent
+    if any(place.stat().st_mode & 0o005 != 0o005 for place in (package, *package.parents)):
+        pytest.skip(f"another user cannot look into {package}")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="users and umasks are those of Linux")
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_the_output_is_the_same(folder, usual, name):
     how = SURROUNDINGS[name]
     if "user" in how:
-        if os.geteuid() != 0:
-            pytest.skip("only root can run as somebody else")
-        try:
-            subprocess.run([sys.executable, "-c", "import rich"], check=True, capture_output=True, cwd="/", **how)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip(f"another user cannot run {sys.executable}")
+        need_another_user()
     assert output(folder, **how) == usual
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="users and umasks are those of Linux")
+def test_what_another_user_may_not_do_is_said(folder):
+    need_another_user()
+    gates = ("--gates", f"{folder}/gates.yaml")
+    allowed = ("gate", f"{folder}/good.parquet", *gates, "--junit", f"{folder}/theirs/mine.xml")
+    refused = {
+        ("gate", f"{folder}/secret.parquet", *gates): "secret.parquet",
+        ("gate", f"{folder}/closed/good.parquet", *gates): "closed/good.parquet",
+        ("gate", f"{folder}/good.parquet", *gates, "--junit", f"{folder}/mine.xml"): "mine.xml",
+        ("gate", f"{folder}/good.parquet", *gates, "--junit", f"{folder}/closed/mine.xml"): "closed/mine.xml",
+    }
+    told = output(folder, *map("|".join, (*refused, allowed)), user="nobody")
+    codes = [line for line in told.splitlines() if line.startswith("exit")]
+    assert codes == ["exit 1"] * len(refused) + ["exit 0"], told
+    assert "Traceback" not in told
+    errors = [line for line in told.splitlines() if "Permission denied" in line]
+    assert len(errors) == len(refused), told
+    for error, said in zip(errors, refused.values(), strict=True):
+        assert said in error
+    written = (folder / "theirs" / "mine.xml").stat()
+    assert (written.st_uid, written.st_mode & 0o777) == (65534, 0o600)
 
 
 def test_the_output_has_whole_lines(folder, usual):
