@@ -25,9 +25,10 @@ KeyValue = tuple[Tensor, Tensor]
 PrefixState = tuple[KeyValue | None, ...]
 """Keys and values of the shared prefix, one pair per block; None in every block where there is no prefix."""
 
-MAX_JOINED_TOKENS = 512
+MAX_JOINED_TOKENS = {"cpu": 512, "cuda": 32768}
 """Suffixes of different lengths are attended together up to this many tokens with padding: below it, the many small
-operations of separate runs cost more than padding does."""
+operations of separate runs cost more than padding does. On a GPU each of them costs more (measured on an H200: a CoOp
+step of 1,000 classes takes 70 ms instead of 128)."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ def plan_runs(shapes: Sequence[tuple[int, int]], device: torch.device) -> tuple[
 def _plan_runs(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Run, ...]:
     # Made anew in every step, each of these tensors would be copied to a GPU that the program then waits for.
     joined: list[list[tuple[int, int]]] = []
+    most = MAX_JOINED_TOKENS.get(device.type, MAX_JOINED_TOKENS["cuda"])
     for shape in shapes:
         together = [*joined[-1], shape] if joined else [shape]
         longest = max(length for _, length in together)
-        if joined and longest * sum(groups for groups, _ in together) <= MAX_JOINED_TOKENS:
+        if joined and longest * sum(groups for groups, _ in together) <= most:
             joined[-1] = together
         else:
             joined.append([shape])

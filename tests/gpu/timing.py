@@ -344,7 +344,7 @@ def knobs(sizes: Sizes) -> Iterator[Row]:
         names = class_names(count)
         for joined in (512,) if sizes.tiny else (512, 4096, 32_768):
             for chunk in (8192,) if sizes.tiny else (8192, 32_768, 131_072):
-                with patch.object(packed, "MAX_JOINED_TOKENS", joined), forgotten_plans(chunk):
+                with patch.dict(packed.MAX_JOINED_TOKENS, {sizes.device.type: joined}), forgotten_plans(chunk):
                     coop = CoOp(backbone, names, n_ctx=N_CTX).train()
                     lora = LoRA(backbone, names, towers="text").to(sizes.device).train()
                     lora_batch = Batch(labels=labels, index=labels, features=features)
