@@ -198,7 +198,7 @@ def _own_noise(
     num_groups, overall = int(group.max()) + 1, float(values.mean())
     spread, degrees = np.zeros(num_groups), np.zeros(num_groups)
     binary = bool(((values == 0) | (values == 1)).all())
-    most = overall * (1 - overall) if binary else float(values.var())
+    most = float(values.var())
     for g in range(num_groups):
         rows = np.flatnonzero(group == g)
         own = sampling.take(rows)
@@ -214,11 +214,10 @@ def _own_noise(
 
 def _correlation(values: np.ndarray, group: np.ndarray, sampling: Sampling, num_groups: int) -> np.ndarray:
     """(G, G) correlation of the group means that comes from clusters with images in several groups."""
-    sizes = np.bincount(group)
-    influence = (values - (np.bincount(group, values) / sizes)[group]) / sizes[group]
+    rest = values - (np.bincount(group, values) / np.bincount(group))[group]
     cells, place = np.unique(sampling.unit * num_groups + group, return_inverse=True)
     unit, of = np.divmod(cells, num_groups)
-    parts = np.bincount(place, influence)
+    parts = np.bincount(place, rest)
     if len(np.unique(unit)) == len(cells):  # every cluster lies in one group
         return np.eye(num_groups)
     table = csr_matrix((parts, (unit, of)), shape=(sampling.num_units, num_groups))

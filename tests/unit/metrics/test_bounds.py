@@ -45,6 +45,7 @@ def test_rates_at_the_ends_and_numbers_that_are_not_whole():
 @both_ends
 def test_tango_of_one_image_and_beyond_the_scale(side, sign):
     assert tango_bound(0.5, 0.5, 1e9, side, 0.05) == pytest.approx(sign * Z / np.sqrt(1e9), abs=1e-6)
+    assert tango_bound(0.6, 0.1, 1e20, side, 0.05) == pytest.approx(0.5)
     assert -1 <= tango_bound(0.5, 0.5, 0.01, side, 0.05) <= 1
     assert tango_bound(0.3, 0.1, 100, side, 0.05) == -tango_bound(0.1, 0.3, 100, ("low", "high")[side == "low"], 0.05)
 

@@ -22,7 +22,7 @@ from adaptclip.metrics import (
 )
 from adaptclip.metrics.calibration import brier_values, confidence_bins, ece, log_loss_values
 from adaptclip.metrics.estimates import Measurement, measured, variance
-from adaptclip.metrics.intervals import CalibrationSpread, wilson_bound
+from adaptclip.metrics.intervals import CalibrationSpread, ScaledSpread, wilson_bound
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.metric import Drawing, Support
 from adaptclip.metrics.ranking import macro_auc, mean_auc
@@ -180,7 +180,8 @@ def test_a_comparison_says_of_which_model_there_is_no_number():
         assert second.baseline is not None
         assert second.change is not None
         assert second.model.value == METRICS[metric].value(judged)
-        assert second.model.spread is not None
+        assert isinstance(second.model.spread, CalibrationSpread if metric == "ece" else ScaledSpread)
+        assert isinstance(first.baseline.spread, CalibrationSpread if metric == "ece" else ScaledSpread)
         assert (second.baseline.value, second.baseline.note) == (None, reason)
         assert (second.change.value, second.change.note) == (None, reason)
         neither = METRICS[metric].compare(unsure, unsure)

@@ -54,6 +54,10 @@ def test_a_predictive_value_is_bounded_where_its_contrast_is_nothing(side, sign)
 def test_predictive_values_stay_within_nothing_and_one():
     nothing = TwoRates((0.0, Normal(0.0, 0.0)), (0.1, Normal(0.1, 0.02)))
     assert PredictiveSpread(nothing, 0.2).bound("low", 0.05) == 0.0
+    unsure = TwoRates((0.1, Normal(0.1, 0.2)), (0.1, Normal(0.1, 0.02)))
+    assert PredictiveSpread(unsure, 0.2).bound("low", 0.05) == 0.0
+    assert PredictiveSpread(unsure, 0.2).method == "bayes, from the intervals of both rates"
+    assert BenefitSpread(unsure, 0.2, 0.1).method == "linear, from the intervals of both rates"
     certain = TwoRates((0.8, Normal(0.8, 0.03)), (0.0, Normal(0.0, 0.0)))
     assert PredictiveSpread(certain, 0.2).bound("high", 0.05) == 1.0
 
