@@ -223,6 +223,4 @@ def _correlation(values: np.ndarray, group: np.ndarray, sampling: Sampling, num_
     table = csr_matrix((parts, (unit, of)), shape=(sampling.num_units, num_groups))
     covariance = (table.T @ table).toarray()
     root = np.sqrt(np.diag(covariance))
-    correlation = np.divide(covariance, np.outer(root, root), out=np.eye(num_groups), where=np.outer(root, root) > 0)
-    np.fill_diagonal(correlation, 1.0)
-    return correlation
+    return np.divide(covariance, np.outer(root, root), out=np.eye(num_groups), where=np.outer(root, root) > 0)

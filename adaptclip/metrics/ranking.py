@@ -102,8 +102,7 @@ def _auc(judged: Judged) -> Estimate:
     found = macro_auc(judged.probs, judged.labels)
     assert found is not None  # `_one_class_only` has left out images of a single class
     weights = class_weights(judged.labels, judged.counts)
-    note = "" if judged.num_classes == 2 else absent_words(judged)
-    return Estimate(found.value, found.influence, weights, judged.labels, least=found.least, note=note)
+    return Estimate(found.value, found.influence, weights, judged.labels, least=found.least, note=absent_words(judged))
 
 
 def _one_class_only(judged: Judged) -> str:

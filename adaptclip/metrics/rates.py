@@ -13,18 +13,8 @@ from adaptclip.metrics.judged import Judged
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES, MIN_IMAGES, MIN_OUTCOMES, Metric, Support
 
 
-def correct(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns (N,) bool: the most probable class is the true one; the lowest class id wins a tie.
-
-    Args:
-        probs: (N, C) class probabilities.
-        labels: (N,) true class ids.
-    """
-    return probs.argmax(axis=1) == labels
-
-
 def topk_correct(probs: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Returns (N,) bool: the true class is among the k most probable; lower class ids win ties, as in `correct`.
+    """Returns (N,) bool: the true class is among the k most probable; lower class ids win ties, as for answers.
 
     scikit-learn's `top_k_accuracy_score` lets the highest id win, so that its top-1 differs from the accuracy where
     probabilities are tied; hence the own rank.

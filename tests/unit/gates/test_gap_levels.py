@@ -14,7 +14,8 @@ import pytest
 from scipy.stats import norm
 
 from adaptclip.gate_rules import GateRule
-from adaptclip.gates.gap import judge_gap
+from adaptclip.gates.gap import _Largest, judge_gap
+from adaptclip.gates.sample_size import Claim, more_images
 from adaptclip.gates.verdicts import Verdict
 from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.metric import Support
@@ -187,6 +188,39 @@ def test_the_verdict_names_worst_and_best_and_says_what_noise_gives(judge):
         " and at least 39.7 points; the rule asks for at most 5 points"
         in judge(apart, floor=0.1, gap_at_most=0.05).reason
     )
+
+
+def test_a_bound_at_the_floor_itself_keeps_it():
+    low = THREE["b"].bound("low", 1 - 0.95, exact=True)
+    compared = {name: Comparison(part) for name, part in THREE.items()}
+    rule = GateRule(group="site", gap_at_most=0.5, at_least=low)
+    supports = dict.fromkeys(THREE, (Support(1000),))
+    assert judge_gap(rule, compared, supports, dict.fromkeys(THREE, 1000), None, ()).verdict == "pass"
+
+
+def test_a_rate_without_a_better_side_cannot_be_levelled_down():
+    rule = GateRule(metric="selection_rate", positive=("ill",), group="site", gap_at_most=0.5)
+    compared = {name: Comparison(part) for name, part in THREE.items()}
+    found = judge_gap(rule, compared, dict.fromkeys(THREE, (Support(1000),)), dict.fromkeys(THREE, 1000), None, ())
+    assert found.verdict == "pass"
+    assert found.reason.endswith("the rule asks for at most 50 points.")
+
+
+def test_further_images_are_those_of_the_worst_group_at_the_corrected_level():
+    parts = [number(0.90, 0.020, 300), number(0.84, 0.025, 200), number(0.87, 0.030, 100)]
+    compared = {name: Comparison(part) for name, part in zip("abc", parts, strict=True)}
+    supports = dict.fromkeys("abc", (Support(1000), Support(70, "images of a class", 10)))
+    rule = GateRule(group="site", gap_at_most=0.09, at_least=0.1)
+    found = judge_gap(rule, compared, supports, {"a": 150, "b": 50, "c": 100}, None, ())
+    claim = Claim(0.06, _Largest(parts), 0.09, upwards=False, alpha=1 - 0.95, family=6)
+    more = more_images(claim, 200, 50)
+    assert more is not None
+    assert (found.more_images, found.more_clusters) == (more.images, more.clusters)
+    uncorrected = more_images(replace(claim, family=1), 200, 50)
+    assert more != uncorrected
+    blunt = compared | {"c": Comparison(Measurement(0.87, 100))}
+    said = judge_gap(rule, blunt, supports, dict.fromkeys("abc", 100), None, ()).reason
+    assert "without an interval: c (1,000)." in said
 
 
 def test_only_what_images_would_settle_says_how_many(judge):

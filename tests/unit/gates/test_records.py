@@ -47,7 +47,7 @@ def predictions(labels: Any = (0, 1, 2, 3), **fields: Any) -> Predictions:
 def test_junit_has_a_case_for_every_rule_and_an_error_for_what_is_not_decided():
     rules = [
         verdict(),
-        verdict("fail", title="t\x00", reason="bad\x07"),
+        verdict("fail", title="t\x00", reason="bad\x07", images="i2", gates="g2"),
         verdict("inconclusive"),
         verdict("inconclusive"),
     ]

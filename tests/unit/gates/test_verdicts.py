@@ -160,6 +160,11 @@ def test_clusters_are_counted_beside_images():
     assert f"About {found.more_clusters:,} more clusters (patients) of 5 images would settle it" in found.reason
 
 
+def test_nothing_is_said_of_further_images_where_there_is_no_interval():
+    few = one(answers(np.ones(300), clusters=tuple(f"p{i % 5}" for i in range(300))), at_least=0.5)
+    assert (few.verdict, few.more_images, few.more_clusters) == ("inconclusive", None, None)
+
+
 def test_one_worst_verdict_decides_the_release():
     one_of = {
         c: Verdict("t", "m", None, None, c, 0.5, 0.4, 0.6, 9, 0.95, "r") for c in ("pass", "inconclusive", "fail")

@@ -76,6 +76,17 @@ def test_large_samples_are_drawn_in_parts(monkeypatch):
     assert draws.mean() == pytest.approx(values.mean(), abs=0.01)
 
 
+@pytest.mark.parametrize("sizes", [[2, 2], [2, 3, 7], [5, 1, 1]])
+def test_a_resample_has_as_many_images_of_each_stratum_as_the_study(sizes):
+    """m - 1 of m units, each m / (m - 1) times: what is counted of a whole stratum never varies (Rao & Wu 1988)."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    sampling = fixed(labels)
+    for stratum in np.unique(sampling.strata):
+        own = sampling.strata == stratum
+        draws = drawn_means(sampling, own, draws=1000)
+        assert draws == pytest.approx(np.full(1000, own.mean()))
+
+
 @pytest.mark.parametrize("per_class", [2, 5, 40])
 def test_variance_is_that_of_a_stratified_mean_even_with_two_images_per_class(per_class):
     rng = np.random.default_rng(0)

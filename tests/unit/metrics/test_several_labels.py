@@ -223,6 +223,9 @@ def test_several_labels_are_refused_by_metrics_of_images_with_one():
     assert METRICS["accuracy"].compare(images(one)).model.value is not None
     assert one.single
     assert not found.single
+    alone = found.of_class(2)
+    for whole, part in ((found.probs, alone.probs), (found.positive, alone.positive), (found.named, alone.named)):
+        assert np.array_equal(part, whole[:, [2]])
     rows = np.array([3, 1])
     assert np.array_equal(found.take(rows).named, found.named[rows])
     assert np.array_equal(images(found).take(rows).marks.positive, found.positive[rows])  # type: ignore[union-attr]
