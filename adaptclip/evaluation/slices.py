@@ -54,6 +54,7 @@ class Slice:
         validation: (M,) bool, its images among the validation images that were looked at.
         test: (N,) bool, its test images.
         right: share of its validation images that are right, which is too low: it was picked for that.
+        halves: (N,) bool, the test images of either half of a pair; none of a cluster.
         nearest: positions of the test images that are most like all of them, where it is a cluster of features.
     """
 
@@ -61,6 +62,7 @@ class Slice:
     validation: np.ndarray
     test: np.ndarray
     right: float
+    halves: tuple[np.ndarray, ...] = ()
     nearest: tuple[int, ...] = ()
 
 
@@ -181,12 +183,13 @@ def _pairs(validation: Predictions, test: Predictions, rows: np.ndarray, right: 
         part_of_both = n <= _NEARLY_ALL * np.minimum(halves[0][1], halves[1][1])
         scores = np.minimum(*(_worse(hits, n, *half) for half in halves))
         for i, j in np.argwhere((n >= MIN_VALIDATION) & (n_test >= MIN_TEST) & part_of_both):
-            words, code = f"{a.name} = {a.values[i]}, {b.name} = {b.values[j]}", i * size[1] + j
-            yield float(scores[i, j]), partial(_pair, words, code, cell, cell_test, float(hits[i, j] / n[i, j]))
+            yield float(scores[i, j]), partial(_pair, a, b, int(i), int(j), float(hits[i, j] / n[i, j]))
 
 
-def _pair(words: str, code: int, cell: np.ndarray, cell_test: np.ndarray, right: float) -> Slice:
-    return Slice(words, cell == code, cell_test == code, right)
+def _pair(a: _Column, b: _Column, i: int, j: int, right: float) -> Slice:
+    halves = a.test == i, b.test == j
+    own = (a.validation == i) & (b.validation == j)
+    return Slice(f"{a.name} = {a.values[i]}, {b.name} = {b.values[j]}", own, halves[0] & halves[1], right, halves)
 
 
 def _clusters(
@@ -219,7 +222,9 @@ def _clusters(
         inside = np.flatnonzero(of_test == c)
         nearest = inside[np.argsort(distance[inside], kind="stable")[:_NEAREST]]
         words = f"cluster {c + 1} of {number} of images that look alike"
-        made = Slice(words, np.equal(of, c), np.equal(of_test, c), float(hits[c] / n[c]), tuple(map(int, nearest)))
+        made = Slice(
+            words, np.equal(of, c), np.equal(of_test, c), float(hits[c] / n[c]), nearest=tuple(map(int, nearest))
+        )
         yield float(scores[c]), partial(_itself, made)
 
 

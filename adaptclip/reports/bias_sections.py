@@ -173,14 +173,21 @@ def _group_blocks(table: Mapping[str, Any]) -> Iterator[Block]:
     for outcome in table.get("outcomes", []):
         yield from _outcome_blocks(outcome)
     yield from _one_vs_rest(table.get("one_vs_rest"))
-    notes = [
-        sentence(f"{row['group']}: {told(table, m)['short']}: {row[m]['model']['note']}")
-        for row in table["rows"]
-        for m in group_metrics(table)
-        if row[m]["model"]["note"]
-    ]
-    if notes:
-        yield Bullets(notes)
+    notes: dict[str, dict[str, list[str]]] = {}
+    for row in table["rows"]:
+        for m in group_metrics(table):
+            if note := row[m]["model"]["note"]:
+                notes.setdefault(note, {}).setdefault(told(table, m)["short"], []).append(str(row["group"]))
+    if notes:  # what is said of several groups and numbers is said once
+        yield Bullets([sentence(f"{_of_groups(of)}: {note}") for note, of in notes.items()])
+
+
+def _of_groups(of: Mapping[str, Sequence[str]]) -> str:
+    """Words the numbers that a note is about: "ECE of ear, hand"."""
+    same: dict[tuple[str, ...], list[str]] = {}
+    for short, groups in of.items():
+        same.setdefault(tuple(groups), []).append(short)
+    return "; ".join(f"{' and '.join(shorts)} of {', '.join(groups)}" for groups, shorts in same.items())
 
 
 def group_metrics(table: Mapping[str, Any]) -> list[str]:

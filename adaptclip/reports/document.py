@@ -180,6 +180,13 @@ def _reading_section(report: Mapping[str, Any]) -> Section:
     blocks: list[Block] = [Paragraph(words)]
     if report.get("sampling"):
         blocks.append(Paragraph(_sampling_words(report["sampling"])))
+    if report["groups"]:
+        words = (
+            "A gap, difference or skew that noise does not explain is tested for itself, and among many tests some "
+            "show one by chance: p (Holm) allows for the rows of its table, and only “What to worry about” allows for "
+            "the number of attributes and outcomes too."
+        )
+        blocks.append(Paragraph(words))
     notes = [sentence(note) for note in [*report["cautions"], *report.get("notes_on_input", [])]]
     if notes:
         blocks.append(Bullets(notes))

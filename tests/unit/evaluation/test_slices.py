@@ -10,6 +10,7 @@ import pytest
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.slices import MOST_SLICES, find_slices
+from adaptclip.metrics.gaps import holm
 from adaptclip.reports.full import full_report
 from adaptclip.reports.headline import worries
 from adaptclip.reports.render import to_html, to_markdown
@@ -46,7 +47,11 @@ def test_a_pair_of_groups_is_found_and_judged_by_test_images():
     assert worst["difference"]["high"] < 0
     # 3 sites x 2 sexes, 3 x 2 classes, 2 x 2: pairs with 20 images and more.
     assert (report["num_pairs"], report["num_clusters"], report["num_validation"]) == (16, 0, 480)
-    assert len(report["tested"]) <= MOST_SLICES
+    assert 2 <= len(report["tested"]) <= MOST_SLICES
+    p_values = [entry["p_value"] for entry in report["tested"]]
+    corrected = [entry["p_holm"] for entry in report["tested"]]
+    assert corrected == pytest.approx(holm(p_values).tolist())
+    assert corrected[0] > p_values[0], "several slices were tested"
 
 
 def test_test_images_decide_and_are_not_searched():
@@ -64,6 +69,33 @@ def test_test_images_decide_and_are_not_searched():
     swapped = replace(swapped, probs=swapped.probs[:, ::-1].copy())
     first, second = (find_slices(part("v", wrong="pair"), test) for test in (part("t", seed=1), swapped))
     assert [s.words for s in first.slices] == [s.words for s in second.slices]
+
+
+def test_a_group_that_is_bad_as_a_whole_makes_no_finding_of_its_parts():
+    """Everything of sex m is bad on test images: a part of it is less accurate than all others, and no worse than m."""
+    test = part("t", seed=1)
+    male = np.array(test.groups["sex"]) == "m"
+    rng = np.random.default_rng(2)
+    answer = np.where(rng.random(480) < np.where(male, 0.55, 0.95), test.labels, 1 - test.labels)
+    test = replace(test, probs=np.eye(2, dtype=np.float32)[answer])
+    report = slice_report(test, part("v", wrong="pair"))
+    assert report is not None
+    first = report["tested"][0]
+    assert first["slice"] == "site = s1, sex = m"
+    assert first["difference"]["high"] < 0
+    assert not first["worse"]
+
+
+def test_what_the_mix_of_classes_brings_about_is_told():
+    test = part("t", seed=1)
+    answer = np.where((test.labels == 1) & (np.arange(480) % 2 == 0), 0, test.labels)
+    test = replace(test, probs=np.eye(2, dtype=np.float32)[answer])
+    report = slice_report(test, part("v", wrong="pair"))
+    assert report is not None
+    right, labels = answer == test.labels, test.labels
+    inside = (np.array(test.groups["site"]) == "s1") & (np.array(test.groups["sex"]) == "m")
+    alone = np.mean([right[labels == c].mean() for c in labels[inside]]) - right[~inside].mean()
+    assert report["tested"][0]["by_classes"] == pytest.approx(alone)
 
 
 def test_declared_intersections_and_halves_that_have_a_name_are_passed_over():
@@ -115,8 +147,8 @@ def test_what_was_looked_at_stands_in_the_report():
         words = " ".join(page.split())
         assert "Slices nobody named" in words
         assert "16 pairs of groups (or of a group and a class), each with 20 validation and 30 test images" in words
-        assert f"Holm-corrected over the {len(report['slices']['tested'])} that were tested" in words
-    assert any("named by no group column: site = s1, sex = m (" in worry for worry in worries(report, None))
+        assert f"Holm-corrected over the {len(report['slices']['tested'])} slices that were tested" in words
+    assert any("in slices that nobody named: site = s1, sex = m (" in worry for worry in worries(report, None))
     few = full_report(test, validation=part("v", 30), draws=1000)
     assert "On 30 validation images nothing could be looked at" in to_markdown(few)
     assert "So nothing is known of slices" in to_markdown(few)
