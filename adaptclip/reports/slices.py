@@ -157,10 +157,14 @@ def _blocks(slices: Mapping[str, Any], confidence: float) -> Iterator[Block]:
     ] * (clusters > 0)
     yield Paragraph(
         f"Looked at on {slices['num_validation']:,} validation images: {' and '.join(kinds)}, each with {enough} or "
-        f"more. Tested on the test images: {len(tested)}, those that did worst there."
+        "more. "
+        + (
+            f"Tested on the test images: the {len(tested)} that did worst there."
+            if tested
+            else "None that could be tested did worse there by a standard error or more, so that none was."
+        )
     )
     if not tested:
-        yield Paragraph("None did clearly worse on the validation images than others, so that none was tested.")
         return
     yield _rows(tested)
     about = [words for entry in tested if (words := _about(entry))]
