@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 from scipy.stats import binom
 
+from adaptclip.metrics.gaps import holm
 from adaptclip.reports.slices import slice_report
 from adaptclip.types import Predictions
 
@@ -56,6 +58,8 @@ def test_without_a_bad_slice_five_of_a_hundred_studies_find_one():
     reports = found(200, whole=0.6)
     assert np.mean([len(report["tested"]) for report in reports]) > 3
     assert min(report["num_pairs"] for report in reports) > 30
+    for tested in (report["tested"] for report in reports):
+        assert [e["p_holm"] for e in tested] == pytest.approx(holm([e["p_value"] for e in tested]).tolist())
     assert binom.ppf(0.01, 200, 0.02) <= alarms(reports) <= binom.isf(0.001, 200, 0.05)
 
 
