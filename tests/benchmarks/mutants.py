@@ -311,6 +311,7 @@ class Judge:
     def __init__(self, mutants: list[Mutant], state: Path) -> None:
         self.mutants, self.state = mutants, state
         self.functions: dict[str, list[FunctionType]] = defaultdict(list)
+        self.sound: dict[Path, bool] = {}
         self.places: dict[str, dict[tuple[str, int], list[CodeType]]] = {}
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -373,6 +374,11 @@ class Judge:
         if not names:
             return ""
         inside = mutant.in_function and self._pairs(mutant, code) is not None
+        if not inside and mutant.path not in self.sound:  # loading anew must not fail by itself
+            plain = compile(mutant.path.read_text(), str(mutant.path), "exec")
+            self.sound[mutant.path] = forked(lambda: anew(mutant, plain, names), 40) == [""]
+        if not inside and not self.sound[mutant.path]:
+            return ""  # counts as a survivor
         items = [by_name[name] for name in names]
         found = forked(
             lambda: self._inside(mutant, code, items) if inside else anew(mutant, code, names), 8 if inside else 40

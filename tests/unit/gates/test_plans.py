@@ -138,6 +138,29 @@ def test_a_mean_of_classes_needs_images_of_each_and_loses_their_degrees_of_freed
     assert patients.patients == pytest.approx(expected, abs=1)
 
 
+def test_many_classes_cost_degrees_of_freedom():
+    found = one(Assumed(0.9, classes=60), at_least=0.8, metric="mean_per_class_accuracy", min_n=1)
+
+    def power(n):
+        enough = max(1 - 60 * binom.cdf(0, n, 1 / 60), 0) * chi2.cdf(n - 1, 59)
+        return enough * rate_power(0.9, 0.8, n, max(n - 60, 1))
+
+    assert found.images == pytest.approx(smallest(power, 0.8, 70), abs=1)
+    few = one(Assumed(0.9, classes=3, power=0.5), at_least=0.8, metric="mean_per_class_accuracy", min_n=1)
+    expected = smallest(lambda n: chi2.cdf(n - 1, 2) * rate_power(0.9, 0.8, n, max(n - 3, 1)), 0.5, 10)
+    assert few.images == pytest.approx(expected, abs=1)
+
+
+def test_patients_of_each_class_are_what_a_plan_waits_for_where_the_truth_is_far_from_the_limit():
+    found = one(Assumed(0.99, classes=8, per_patient=3, icc=0.0), at_least=0.5, metric="mean_per_class_accuracy")
+
+    def power(units):
+        enough = max(1 - 8 * binom.cdf(3, units, 1 / 8), 0) * chi2.cdf((3 * units - 100) / 3, 7)
+        return enough * rate_power(0.99, 0.5, 3 * units, max(units - 8, 1))
+
+    assert found.patients == pytest.approx(smallest(power, 0.8, 20), abs=1)
+
+
 def test_a_rule_of_its_own_minimum_keeps_it():
     assert one(Assumed(0.99), at_least=0.5).images == 100
     assert one(Assumed(0.99), at_least=0.5, min_n=37).images == 37

@@ -402,6 +402,26 @@ def test_the_worst_tenth_is_judged_on_the_other_half():
     assert 0.4 < again < 0.7
 
 
+def test_a_worst_tenth_of_few_patients_has_a_value_and_no_interval():
+    """One patient a class: no half holds images of either class beside the other half, so all of them are taken."""
+    labels = np.repeat([0, 1], 12)
+    right = np.concatenate([np.arange(12) < 9, np.arange(12) < 2])
+    judged = images(labels, right, Sampling.of(24, labels))
+    part = METRICS["worst_decile"].compare(judged).model
+    assert part.value == pytest.approx(11 / 24)
+    assert part.spread is None
+    assert part.note.endswith("halvings; no interval: 1 cluster, and at least 8 are needed")
+    whole = images(labels, right)
+    for paired in (METRICS["worst_decile"].compare(whole, judged), METRICS["worst_decile"].compare(judged, whole)):
+        assert paired.change is not None
+        assert paired.change.spread is None
+    last_all_wrong = images(np.repeat([0, 1], 20), np.arange(40) < 20)
+    assert METRICS["worst_decile"].value(last_all_wrong) == 0
+    assert METRICS["worst_decile"].missing(last_all_wrong) == ""
+    patients = replace(last_all_wrong, sampling=Sampling.of(40, np.arange(40) % 10))
+    assert METRICS["worst_decile"].value(patients) == 0
+
+
 def test_the_upper_bound_of_the_worst_tenth_has_the_images_of_one_half():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 30)
