@@ -53,10 +53,13 @@ SLOWEST = 1.5
 """Seconds of processor time with the tracer; slower tests are left out: what only they notice is not noticed."""
 
 BUDGET = 2.5
-"""Seconds of tests that a mutant is given."""
+"""Seconds of tests that a mutant is given; four times as many where all is loaded anew."""
 
 MOST_FILES = 3
-"""Test files that are loaded anew for a mutant outside functions: those with most tests that reach its file."""
+"""Test files that are loaded anew for a mutant outside functions: those whose tests reach most lines of its file."""
+
+DEFINITIONS = ("tests/unit/metrics/test_metric_objects.py", "tests/unit/gates/test_rule_limits.py")
+"""Tests of what is defined outside functions, which no line tells of."""
 
 MAKERS = {"_rate", "_metric", "_predictive_value", "top_k"}
 """Functions that make metrics while the package is loaded: their mutants are loaded anew too."""
@@ -356,8 +359,11 @@ class Judge:
         if mutant.in_function:
             names = {name for line in mutant.lines for name in reach.tests.get(f"{path}:{line}", ())}
         else:
-            names = {name for place, found in reach.tests.items() if place.startswith(path) for name in found}
-        left, kept = BUDGET, []
+            reached = [name for place, found in reach.tests.items() if place.startswith(f"{path}:") for name in found]
+            files = [file for file, _ in Counter(name.split("::")[0] for name in reached).most_common(MOST_FILES)]
+            names = {name for name in reached if name.split("::")[0] in files}
+            names |= {name for name in reach.seconds if name.startswith(DEFINITIONS)}
+        left, kept = BUDGET if mutant.in_function else 4 * BUDGET, []
         room = f"tests/unit/{'metrics' if mutant.path.parent.name == 'metrics' else 'gates'}/"
         for name in sorted(names & reach.seconds.keys(), key=lambda name: (room not in name, reach.seconds[name])):
             left -= reach.seconds[name]
@@ -441,7 +447,7 @@ def anew(mutant: Mutant, code: CodeType, names: list[str]) -> list[str]:
 
     sys.meta_path.insert(0, Finder)
     only = Only()
-    files = [name for name, _ in Counter(name.split("::")[0] for name in names).most_common(MOST_FILES)]
+    files = sorted({name.split("::")[0] for name in names})
     status = pytest.main(["-x", "-q", "-s", "-p", "no:cacheprovider", *files], plugins=[only])
     return [only.failed or ("" if status == 0 else f"pytest exits with {int(status)}")]
 
@@ -484,7 +490,11 @@ def main() -> None:
     for path in SUBJECT:
         found = mutants_of(path) if any(part in path.as_posix() for part in args.only) else []
         mutants += sample(found, args.share)
-    todo = [m for m in mutants if m.name not in killers or (args.again and not killers[m.name])]
+    equivalent = {}
+    if EQUIVALENT.exists():
+        equivalent = dict(line.split("\t", 1) for line in EQUIVALENT.read_text().splitlines() if "\t" in line)
+    again = {name for name, killer in killers.items() if args.again and not killer and name not in equivalent}
+    todo = [mutant for mutant in mutants if mutant.name not in killers or mutant.name in again]
     todo.sort(key=lambda mutant: (not mutant.in_function, mutant.name in killers))
     if todo and not args.table:
         os.chdir(ROOT)
@@ -492,9 +502,6 @@ def main() -> None:
         tests = [name for name in TESTS if Path(name).exists()]
         pytest.main(["-q", "-s", "-p", "no:cacheprovider", *tests], plugins=[Judge(todo, args.state)])
         killers |= {entry["mutant"]: entry["killer"] for entry in map(json.loads, results.read_text().splitlines())}
-    equivalent = {}
-    if EQUIVALENT.exists():
-        equivalent = dict(line.split("\t", 1) for line in EQUIVALENT.read_text().splitlines() if "\t" in line)
     sys.stdout.write(_table(mutants, killers, equivalent) + "\n\n")
     for mutant in mutants:
         if killers.get(mutant.name) == "" and mutant.name not in equivalent:

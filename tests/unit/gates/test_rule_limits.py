@@ -221,6 +221,8 @@ def test_what_is_expected_names_something():
     assert everything.of_classes(("a", "b")) == ("a", "b")
     assert Expected.model_validate({"classes": ["b"]}).of_classes(("a", "b")) == ("b",)
     assert Expected.model_validate({"groups": {"sex": "f"}}).groups == {"sex": ("f",)}
+    with pytest.raises(ValidationError):
+        everything.classes = ("a",)  # pyright: ignore[reportAttributeAccessIssue]
     for wrong in ({}, {"groups": {"sex": []}}, {"groups": {}, "classes": []}, {"clases": "all"}, {"groups": 3}):
         with pytest.raises(ValidationError):
             Expected.model_validate(wrong)
