@@ -64,6 +64,8 @@ class Config:
     """Sets of random crops, taken in turn; 0 makes fresh ones, or with a locked image tower takes the whole image."""
     lr: float = 1e-5
     """Peak learning rate of AdamW (weight decay 0.1, or 0 for few shots), cosine per step."""
+    warmup_steps: int = -1
+    """Steps in which the rate rises; -1 takes FLYP's 500 (few shots: none), of a short training a fifth at most."""
     batch_size: int = 256
     """Pairs per process; all processes' pairs are contrasted. The default takes a short 32."""
     accumulate: int = 0
@@ -126,6 +128,7 @@ def main(cfg: Config) -> int:
     loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed, accumulate=accelerator.gradient_accumulation_steps)
     num_steps = epochs * loader.steps_per_epoch
     decay, warmup = (0.0, 0) if shots else (0.1, min(500, num_steps // 5))
+    warmup = warmup if cfg.warmup_steps < 0 else cfg.warmup_steps
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=cfg.lr, weight_decay=decay)
     per_epoch: Any = {"steps_per_epoch": loader.steps_per_epoch, "kind": "cosine_per_step", "warmup_steps": warmup}
     scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, **per_epoch)

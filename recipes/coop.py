@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import adaptclip as ac
+from adaptclip.methods.coop import published_length
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Config:
     kg_weight: float = 0.0
     """Weight of KgCoOp's pull towards the card's own prompts; that paper uses 8 and --ctx-init "a photo of a"."""
     epochs: int = 0
-    """Passes over the training images; 0 takes the paper's 50, 100 or 200 by shots, or the short 50 of the default."""
+    """Passes over the training images; 0 takes CoOp's 50, 100 or 200 by shots, KgCoOp's 100, or a short 50."""
     views: int = 0
     """Sets of random crops, taken in turn; 0 makes fresh ones for every epoch as the paper does, or the short 5."""
     lr: float = 2e-3
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
-    batch_size: int = 32
-    """Images per process and step; with cached features they cost next to nothing beside the class prompts."""
+    batch_size: int = 0
+    """Images per process and step; 0 takes CoOp's 32, and with --kg-weight KgCoOp's 128."""
     accumulate: int = 0
     """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
     objective: str = "softmax"
@@ -93,8 +94,8 @@ def main(cfg: Config) -> int:
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
-    epochs, views = training_length(cfg)
-    accelerator.print(f"{epochs} epochs over {views} sets of crops (the paper: 50 to 200, fresh crops for each)")
+    epochs, views, batch_size = training_length(cfg)
+    accelerator.print(f"{epochs} epochs over {views} sets of crops (the papers: 50 to 200, fresh crops for each)")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.CoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, position=cfg.position.removeprefix("csc-"),
@@ -110,7 +111,7 @@ def main(cfg: Config) -> int:
     crop = ac.training_crop(backbone, card.augmentation)
     features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
     loader = ac.FeatureLoader(
-        features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
+        features, batch_size=batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
     )
     adapter.begin(features)
     num_steps = epochs * loader.steps_per_epoch
@@ -160,14 +161,14 @@ def main(cfg: Config) -> int:
     return code
 
 
-def training_length(cfg: Config) -> tuple[int, int]:
-    """Returns epochs and sets of crops: the paper's by shots, or the short schedule of the embedded default."""
-    short = (cfg.card, cfg.backbone, cfg.epochs, cfg.views) == ("digits", "starter", 0, 0)
-    if short:
-        return 50, 5
-    published = 50 if cfg.shots in (0, 1) else 100 if cfg.shots <= 4 else 200
+def training_length(cfg: Config) -> tuple[int, int, int]:
+    """Returns epochs, sets of crops and batch: the papers', or the short schedule of CoOp on the embedded default."""
+    published, batch_size = published_length(cfg.shots, kg_weight=cfg.kg_weight)
+    batch_size = cfg.batch_size or batch_size
+    if (cfg.card, cfg.backbone, cfg.epochs, cfg.views, cfg.kg_weight) == ("digits", "starter", 0, 0, 0.0):
+        return 50, 5, batch_size
     epochs = cfg.epochs or published
-    return epochs, cfg.views or epochs
+    return epochs, cfg.views or epochs, batch_size
 
 
 if __name__ == "__main__":

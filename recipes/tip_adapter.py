@@ -49,7 +49,7 @@ class Config:
     variant: Literal["tip", "tip-f", "gda", "ss-text"] = "tip-f"
     """The method; only tip-f trains, the others are computed."""
     choose: Literal["validation", "fixed"] = "validation"
-    """Where alpha and beta come from: the few-shot validation images (tip-f: alpha, before it trains), or below."""
+    """Where alpha and beta come from: the few-shot validation images (tip-f: before and after training), or below."""
     alpha: float | None = None
     """Weight of the images against the text, for --choose fixed; not given 1, for tip-f 3; not used by ss-text."""
     beta: float | None = None
@@ -119,11 +119,13 @@ def main(cfg: Config) -> int:
 
     started = time.perf_counter()
     adapter.fit(features)
-    # Tip-F is used with the pair it trains with, so it chooses first.
+    # Tip-F chooses what it trains at, and afterwards whether to use the keys with another pair.
     choose_by = adapter.choose_training if cfg.variant == "tip-f" else getattr(adapter, "choose", None)
     choice = choose_by(validation) if choose_by and validation is not None else None
+    trained_at = [f"{getattr(adapter, name, 0):g}" for name in ("alpha", "beta")]
     if cfg.variant == "tip-f":
         train(cfg, accelerator, run, adapter, features, mitigation)
+        choice = adapter.choose_trained(validation) if validation is not None else None
     seconds = time.perf_counter() - started
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
@@ -136,7 +138,9 @@ def main(cfg: Config) -> int:
         "variant": cfg.variant,
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
         "seconds": seconds,
-        "schedule": f"AdamW {cfg.lr:g}, cosine, {cfg.epochs} epochs" if cfg.variant == "tip-f" else "closed form",
+        "schedule": f"AdamW {cfg.lr:g}, cosine, {cfg.epochs} epochs at alpha and beta {' and '.join(trained_at)}"
+        if cfg.variant == "tip-f"
+        else "closed form",
         "views": views,
         "chosen": {name: adapter.settings[name] for name in ("alpha", "beta") if name in adapter.settings},
         "validation_used_for": choice.describe() if choice else "nothing",

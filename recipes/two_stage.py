@@ -1,4 +1,4 @@
-"""Two stages (2SFS): LoRA on the towers, then a linear head on their features.
+"""Two stages (2SFS): tune the towers' LayerNorms, then a linear head on their features.
 
 Paper     Farina et al., "Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages", CVPR 2025,
           arXiv:2503.11609.
@@ -18,6 +18,7 @@ import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.errors import ConfigError
 from adaptclip.evaluation.new_classes import predict_new_classes
+from adaptclip.methods.two_stage import make_first_stage
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,17 @@ class Config:
     shots: int = 16
     """Labelled training images per class; 0 means all."""
     seed: int = 1
-    """Chooses the few-shot images, the initial A and the order of images."""
+    """Chooses the few-shot images, LoRA's initial A and the order of images."""
+    tune: Literal["layernorm", "bitfit", "lora"] = "layernorm"
+    """What the first stage tunes: the LayerNorms as published, or as the paper's ablations the biases or LoRA."""
     towers: Literal["image", "text", "both"] = "both"
-    """Which towers are adapted; text alone trains on cached features."""
+    """Which towers are tuned; text alone trains on cached features."""
     rank: int = 2
-    """r of the update B A."""
+    """r of the update B A, for lora."""
     dropout: float = 0.25
-    """Share of each adapted layer's input that is dropped in training."""
+    """Share of each adapted layer's input that is dropped in training, for lora."""
     projections: tuple[str, ...] = ("q", "k", "v")
-    """Any of q, k, v, out, mlp, conv; a tower without attention takes all its 1x1 convolutions and Linear layers."""
+    """Of lora: q, k, v, out, mlp, conv; a tower without attention takes all its 1x1 convolutions and Linear layers."""
     base_to_new: bool = False
     """Learn the first half of the classes only, and judge the new half by its names too."""
     steps: int = 0
@@ -81,7 +84,11 @@ class Config:
 
 
 def main(cfg: Config) -> int:
-    """Card → few-shot split → pixels → LoRA → features → linear head → predictions → report, gates, artifact."""
+    """Card → few-shot split → pixels → towers → features → linear head → predictions → report, gates, artifact."""
+    changed = {"rank": cfg.rank != 2, "dropout": cfg.dropout != 0.25, "projections": cfg.projections != ("q", "k", "v")}
+    if cfg.tune != "lora" and any(changed.values()):
+        told = ", ".join(f"--{name}" for name, was in changed.items() if was)
+        raise ConfigError(f"{told} would change nothing with --tune {cfg.tune}: of lora alone. Add --tune lora")
     accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, out=cfg.out)
     ac.seed_everything(cfg.seed)
 
@@ -97,10 +104,11 @@ def main(cfg: Config) -> int:
     )
     tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
-    lora = ac.LoRA(
-        backbone, data.prompt_names, towers=cfg.towers, rank=cfg.rank, dropout=cfg.dropout,
-        projections=cfg.projections, seed=cfg.seed, templates=card.templates,
-    )  # fmt: skip
+    of_lora = {"rank": cfg.rank, "dropout": cfg.dropout, "projections": cfg.projections, "seed": cfg.seed}
+    first = make_first_stage(
+        backbone, data.prompt_names, cfg.tune, towers=cfg.towers, templates=card.templates,
+        **(of_lora if cfg.tune == "lora" else {}),
+    ).to(accelerator.device)  # fmt: skip
     how: Any = {"config": asdict(cfg), "accelerator": accelerator, "resume": cfg.resume, "save_every": cfg.save_every}
     run = ac.start_run(
         cfg.out, data=data, split=split, backbone=backbone, overwrite=cfg.overwrite, **how,
@@ -111,14 +119,14 @@ def main(cfg: Config) -> int:
     crop = ac.training_crop(backbone, card.augmentation)
     started = time.perf_counter()
     loader = ac.training_loader(
-        lora, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,
+        first, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,
         strata=mitigation.strata,
     )  # fmt: skip
-    train(lora, loader, tower_steps, lr, run, accelerator, mitigation)
-    lora_parameters = lora.trainable_parameters()
+    train(first, loader, tower_steps, lr, run, accelerator, mitigation)
+    first_parameters = first.trainable_parameters()
 
-    # The head learns on features of the adapted towers, which no other run could use.
-    adapter = ac.TwoStage(backbone, data.prompt_names, lora=lora)
+    # The head learns on features of the tuned towers, which no other run could use.
+    adapter = ac.TwoStage(backbone, data.prompt_names, first=first)
     features = ac.FeatureCache(None).get(
         adapter.encoder, few_shots, views=cfg.views, augment=crop, accelerator=accelerator
     )
@@ -128,9 +136,9 @@ def main(cfg: Config) -> int:
     head_run = ac.start_run(run.path / "head", **how)
     train(adapter, head_loader, head_steps, cfg.head_lr, head_run, accelerator, head_mitigation)
     training = {
-        "trainable_parameters": sum(p.numel() for p in (*lora_parameters, *adapter.trainable_parameters())),
+        "trainable_parameters": sum(p.numel() for p in (*first_parameters, *adapter.trainable_parameters())),
         "seconds": time.perf_counter() - started, "chosen": {}, "validation_used_for": "nothing",
-        "schedule": f"{tower_steps} steps of LoRA, {head_steps} of the head, batches of {cfg.batch_size}",
+        "schedule": f"{tower_steps} steps of {cfg.tune}, {head_steps} of the head, batches of {cfg.batch_size}",
         "mitigation": mitigation.describe(), "head_mitigation": head_mitigation.describe(),
     }  # fmt: skip
 

@@ -150,10 +150,10 @@ def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images
     made: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
     adapter = made.to(backbone.device)
     if isinstance(adapter, TwoStage):
-        train_two_steps(adapter.lora.requires_grad_(True), images, classification_loss)
-        trained = adapter.lora
+        train_two_steps(adapter.first.requires_grad_(True), images, classification_loss)
+        trained = adapter.first
         trained.requires_grad_(False)
-        adapter = TwoStage(backbone, data.prompt_names, lora=trained).to(backbone.device)
+        adapter = TwoStage(backbone, data.prompt_names, first=trained).to(backbone.device)
     batch = images if adapter.consumes == "pixels" else with_features(adapter.encoder, images)
     if hasattr(adapter, "fit"):
         assert batch.features is not None

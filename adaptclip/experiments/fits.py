@@ -21,7 +21,9 @@ from adaptclip.experiments.store import FeatureStore
 from adaptclip.features import FeatureCache, training_crop
 from adaptclip.methods import GDA, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage, ZeroShotClassifier
 from adaptclip.methods.base import Adapter
+from adaptclip.methods.coop import published_length
 from adaptclip.methods.support import Choice
+from adaptclip.methods.two_stage import make_first_stage
 from adaptclip.prompts import TEMPLATES
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.pixels import training_loader
@@ -159,6 +161,7 @@ def fit_tip(
         told["schedule"] = (
             f"AdamW {lr:g}, cosine, {epochs} epochs ({steps} steps) at alpha {adapter.alpha:g}, beta {adapter.beta:g}"
         )
+        told |= {} if given else _choose(adapter.choose_trained, support)
     return Fitted(adapter, told)
 
 
@@ -185,14 +188,15 @@ def fit_ss_text(support: Support, *, mode: str = "plus") -> Fitted:
 
 def fit_coop(
     support: Support, *, n_ctx: int = 16, ctx_init: str = "", kg_weight: float = 0.0, epochs: int = 0, views: int = 10,
-    lr: float = 2e-3, batch_size: int = 32,
+    lr: float = 2e-3, batch_size: int = 0,
 ) -> Fitted:  # fmt: skip
-    """CoOp, and with `kg_weight` KgCoOp; 0 epochs are the paper's 50, 100 or 200 by shots."""
+    """CoOp, and with `kg_weight` KgCoOp; 0 epochs and a batch of 0 are the papers' (`published_length`)."""
     adapter = CoOp(
         support.backbone, support.names, n_ctx=n_ctx, ctx_init=ctx_init, kg_weight=kg_weight,
         templates=support.templates, seed=support.seed, shard_classes=False,
     )  # fmt: skip
-    epochs = epochs or (50 if support.shots in (0, 1) else 100 if support.shots <= 4 else 200)
+    published = published_length(support.shots, kg_weight=kg_weight)
+    epochs, batch_size = epochs or published[0], batch_size or published[1]
     views = min(views, epochs)
     features = support.features(views)
     loader = FeatureLoader(features, batch_size=batch_size, seed=support.seed, accelerator=support.accelerator)
@@ -208,40 +212,39 @@ def fit_lora(
     support: Support, *, steps: int = 0, lr: float = 2e-4, rank: int = 2, dropout: float = 0.25, batch_size: int = 32
 ) -> Fitted:
     """CLIP-LoRA; 0 steps are the paper's 500 per shot."""
-    adapter = _lora(support, rank, dropout)
+    adapter = LoRA(
+        support.backbone, support.names, rank=rank, dropout=dropout, seed=support.seed, templates=support.templates
+    )
     steps = steps or 500 * support.shots_or_mean
-    _train_lora(adapter, support, steps, lr, batch_size)
+    _train_towers(adapter, support, steps, lr, batch_size)
     return Fitted(adapter, {"schedule": f"AdamW {lr:g}, cosine, {steps} steps of {batch_size}"})
 
 
 def fit_two_stage(
     support: Support, *, steps: int = 0, lr: float = 2e-4, head_lr: float = 2e-4, tower_share: float = 0.6,
-    views: int = 10, rank: int = 2, dropout: float = 0.25, batch_size: int = 32,
+    views: int = 10, tune: str = "layernorm", batch_size: int = 32,
 ) -> Fitted:  # fmt: skip
-    """2SFS: LoRA, then a linear head on its features; 0 steps are the paper's 300 per shot for both."""
+    """2SFS: the towers' LayerNorms (or bitfit, or lora), then a linear head; 0 steps are the paper's 300 per shot."""
     steps = steps or 300 * support.shots_or_mean
     first = round(tower_share * steps)
     if not 0 < first < steps:
         raise ConfigError(f"two-stage needs a step for each stage, got steps={steps} and tower_share={tower_share:g}")
-    lora = _lora(support, rank, dropout)
-    _train_lora(lora, support, first, lr, batch_size)
-    learnt = sum(p.numel() for p in lora.trainable_parameters())
-    adapter = TwoStage(support.backbone, support.names, lora=lora)
+    own = {"seed": support.seed} if tune == "lora" else {}
+    stage = make_first_stage(support.backbone, support.names, tune, templates=support.templates, **own)  # type: ignore[arg-type]
+    _train_towers(stage, support, first, lr, batch_size)
+    learnt = sum(p.numel() for p in stage.trainable_parameters())
+    adapter = TwoStage(support.backbone, support.names, first=stage)
     features = FeatureCache(None).get(adapter.encoder, support.images, views=views, augment=support.augment())
     loader = FeatureLoader(features, batch_size=batch_size, seed=support.seed, accelerator=support.accelerator)
     _adamw_steps(adapter, loader, steps - first, head_lr, support)
     learnt += sum(p.numel() for p in adapter.trainable_parameters())
-    about = f"AdamW {lr:g} and {head_lr:g}, {first} steps of LoRA, {steps - first} of the head, batches of {batch_size}"
+    about = (
+        f"AdamW {lr:g} and {head_lr:g}, {first} steps of {tune}, {steps - first} of the head, batches of {batch_size}"
+    )
     return Fitted(adapter, {"schedule": about, "trainable_parameters": learnt})
 
 
-def _lora(support: Support, rank: int, dropout: float) -> LoRA:
-    return LoRA(
-        support.backbone, support.names, rank=rank, dropout=dropout, seed=support.seed, templates=support.templates
-    )
-
-
-def _train_lora(adapter: LoRA, support: Support, steps: int, lr: float, batch_size: int) -> None:
+def _train_towers(adapter: Any, support: Support, steps: int, lr: float, batch_size: int) -> None:
     loader = training_loader(
         adapter, support.images, FeatureCache(None), augment=support.augment(), batch_size=batch_size,
         seed=support.seed, accelerator=support.accelerator,

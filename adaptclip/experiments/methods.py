@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
     ),
     "coop": Method(fit_coop, 10, rename=with_context, search={"lr": (5e-4, 2e-2), "n_ctx": [4, 8, 16]}),
     "kgcoop": Method(
-        partial(fit_coop, n_ctx=4, ctx_init="a photo of a", kg_weight=8.0, epochs=100, batch_size=128), 11,
+        partial(fit_coop, n_ctx=4, ctx_init="a photo of a", kg_weight=8.0), 11,
         rename=with_context, search={"lr": (5e-4, 2e-2), "kg_weight": (1.0, 32.0)}, ladder=False,
     ),
     "lora": Method(fit_lora, 12, rename=with_templates, search={"lr": (1e-4, 2e-2), "rank": [2, 4, 8]}),

@@ -124,7 +124,7 @@ WITHOUT_HEAD: dict[str, str] = {
 
 MERGED: dict[str, Callable[[Any], nn.Module]] = {
     "lora": lambda adapter: adapter.merged_model(),
-    "two_stage": lambda adapter: adapter.lora.merged_model(),
+    "two_stage": lambda adapter: adapter.first.merged_model(),
 }
 """Method -> the stock open_clip model with its update merged; the other methods leave the towers as they are."""
 

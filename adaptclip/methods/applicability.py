@@ -60,7 +60,7 @@ def _try(method: str, make: Callable[[], Any]) -> Applicability:
         return Applicability(method, False, None, None, None, str(error))
     learnt = adapter.trainable_parameters()
     if isinstance(adapter, TwoStage):
-        learnt = [*learnt, *adapter.lora.trainable_parameters()]
+        learnt = [*learnt, *adapter.first.trainable_parameters()]
     stored = adapter.adapter_state().values()
     return Applicability(method, True, adapter.consumes, _count(learnt), _count(stored))
 

@@ -47,9 +47,10 @@ class TipAdapter(nn.Module):
 
     Tip-Adapter-F's published settings all train at beta 1, with an alpha of their data set (`TRAINING_ALPHAS`). Here
     `choose_training` takes from these the one with which the keys, before they are trained, classify the validation
-    images best, and the trained keys are used with the same pair. The published code searches alpha and beta again
-    after training, on the test images of most data sets, and keeps the epoch that is best on them; on few validation
-    images that search gives up more than it finds. It trains EuroSAT for 100 epochs, all others for 20.
+    images best. The published code searches alpha and beta again after training, on the test images of most data sets,
+    and keeps the epoch that is best on them; here `choose_trained` searches on the validation images, and leaves the
+    pair of the training unless another is better by more than chance, and the last epoch is kept. It trains EuroSAT for
+    100 epochs, all others for 20.
 
     Without keys (before `fit`), and with alpha 0, it is the zero-shot classifier.
 
@@ -157,6 +158,26 @@ class TipAdapter(nn.Module):
             validation: see `choose`, as for the errors.
         """
         return self.choose(validation, alphas=TRAINING_ALPHAS, betas=(TRAINING_BETA,))
+
+    def choose_trained(self, validation: Features) -> Choice:
+        """Takes over the best pair for trained keys, or stays with that of the training.
+
+        A few validation images rarely tell pairs apart, so another pair has to be right on more of them by over one
+        standard error of the present pair's accuracy (the rule of one standard error, Breiman et al. 1984).
+
+        Args:
+            validation: see `choose`, as for the errors.
+
+        Returns:
+            The search where its pair was taken over, else what is known of the present pair.
+        """
+        present = self.choose(validation, alphas=(self.alpha,), betas=(self.beta,))
+        best = self.choose(validation)
+        error = (present.accuracy * (1 - present.accuracy) / present.num_images) ** 0.5
+        if best.accuracy - present.accuracy > error:
+            return best
+        self.alpha, self.beta = present.values["alpha"], present.values["beta"]
+        return present
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""

@@ -28,4 +28,6 @@ def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any
         fixed = {"reading": "paper"}
     elif method == "ss_text":
         fixed = {"mode": "adaptive"}
+    elif method == "two_stage":
+        fixed = {"tune": "lora"}
     return {**fixed, **settings}

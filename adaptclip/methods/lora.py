@@ -20,12 +20,12 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.attention import share_weights
 from adaptclip.backbone.class_token import encode_image
 from adaptclip.backbone.lora_targets import Towers
-from adaptclip.backbone.text import make_text_tower
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import BackboneError, DataError
 from adaptclip.features import FeatureCache
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
-from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
+from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES
+from adaptclip.methods.class_prompts import ClassPrompts
 from adaptclip.methods.lora_layers import (
     check_scale,
     inject_lora,
@@ -38,7 +38,7 @@ from adaptclip.methods.lora_layers import (
     set_lora_scale,
 )
 from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
-from adaptclip.prompts import fill, zero_shot_weights
+from adaptclip.prompts import zero_shot_weights
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.types import Batch
 
@@ -118,8 +118,9 @@ class LoRA(nn.Module):
     ) -> None:
         super().__init__()
         check_objective(objective)
-        prompts = [prompt for prompts in fill(templates, class_names) for prompt in prompts]
-        backbone.tokenize(prompts)  # a prompt that is too long is better known now
+        self._prompts = ClassPrompts(
+            backbone, class_names, templates, memory_budget_bytes=memory_budget_bytes, fast=fast
+        )
         self._layers: dict[str, Any] = {
             "towers": towers, "rank": rank, "alpha": float(alpha), "dropout": float(dropout), "blocks": blocks,
             "projections": list(projections), "targets": list(targets), "rslora": rslora, "dora": dora, "seed": seed,
@@ -136,14 +137,9 @@ class LoRA(nn.Module):
         self._encode_image: Callable[[nn.Module, Tensor], Tensor] = encode_image
         self._snapshot: _Snapshot | None = None
         self._fixed_text: Tensor | None = None
-        self._prompt_ids: list[list[int]] = []
         if self.adapts_text:
-            self._text = {"memory_budget_bytes": memory_budget_bytes, "fast": fast}
-            tower = make_text_tower(self.model, backbone.tokenizer)
-            words = tower.word_ids(prompts)
-            self._prompt_ids = [[*tower.start_ids, *ids, *tower.end_ids] for ids in words]
-            self._whole = ClassEncoder(tower, self._prompt_ids, prefix_length=0, **self._text)
-            self._shared = self._prefix_encoder(self.model)
+            self._whole = self._prompts.encoder(self.model, share_prefix=False)
+            self._shared = self._prompts.encoder(self.model)
         if checkpointing and self.adapts_image:
             _checkpoint_image_tower(self.model)
         self.train(False)
@@ -218,25 +214,7 @@ class LoRA(nn.Module):
         # With dropout, what the prompts have in common would also share its random draws.
         dropped = self.training and self._layers["dropout"] > 0
         encoder = self._whole if dropped else self._shared
-        return self._encode(encoder, share=self.training, preserve_rng_state=dropped)
-
-    def _encode(self, encoder: ClassEncoder, *, share: bool = False, preserve_rng_state: bool = False) -> Tensor:
-        """(C, D) unit-norm features of the prompts, the mean over the templates."""
-        ids = torch.tensor(self._prompt_ids[0][: encoder.prefix_length], dtype=torch.long, device=self.backbone.device)
-        prefix = encoder.tower.embed_tokens(ids)
-        features = encoder.encode(prefix, share=share, preserve_rng_state=preserve_rng_state)
-        if len(self.templates) == 1:
-            return features
-        return F.normalize(features.unflatten(0, (len(self.class_names), -1)).mean(dim=1), dim=-1)
-
-    def _prefix_encoder(self, model: nn.Module) -> ClassEncoder:
-        """Encodes the prompts by a model's text tower, the tokens that all begin with only once."""
-        tower, ids = make_text_tower(model, self.backbone.tokenizer), self._prompt_ids
-        common = 0
-        if tower.supports_prefix and self._text["fast"]:
-            while common < min(map(len, ids)) - 1 and len({row[common] for row in ids}) == 1:
-                common += 1
-        return ClassEncoder(tower, [row[common:] for row in ids], prefix_length=common, **self._text)
+        return self._prompts.features(encoder, self.backbone.device, share=self.training, preserve_rng_state=dropped)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns A and B of every layer, with DoRA the magnitudes, and under sigmoid the offset of the bias."""
@@ -338,7 +316,11 @@ class LoRA(nn.Module):
                 precision=base.precision, digest=digest, image_digest=image_digest,
             )  # fmt: skip
             with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
-                text = self._encode(self._prefix_encoder(encoder.model)) if self.adapts_text else self.text_features()
+                text = (
+                    self._prompts.features(self._prompts.encoder(encoder.model), base.device)
+                    if self.adapts_text
+                    else self.text_features()
+                )
             known = self._snapshot = _Snapshot(state, encoder, text)
         return known
 

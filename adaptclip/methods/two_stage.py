@@ -1,65 +1,81 @@
-"""Two stages: the towers are adapted first, then a linear head is trained on their features (2SFS)."""
+"""Two stages: the towers are tuned first, then a linear head is trained on their features (2SFS)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip.backbone import ClipBackbone
-from adaptclip.errors import ConfigError
+from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.lora import LoRA
+from adaptclip.methods.tower_tuning import TowerTuning
 from adaptclip.prompts import clean_class_name, zero_shot_weights
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.types import Batch
 
+FirstStage = Literal["layernorm", "bitfit", "lora"]
+
 
 class TwoStage(nn.Module):
-    """A linear head on LoRA-adapted towers (2SFS, Farina et al. 2025, arXiv:2503.11609).
+    """A linear head on tuned towers (2SFS, Farina et al. 2025, arXiv:2503.11609).
 
-    In the first stage `lora` is trained as ever. In the second it is fixed, its features are cached, and only the head
-    learns, starting from the adapted text features of the classes. Classes of the training data are judged by the
-    head, others by the adapted text tower (`class_weights_of`).
+    In the first stage `first` is trained as ever: the LayerNorms of both towers, which is the published method, or as
+    its ablations LoRA or BitFit. In the second it is fixed, its features are cached, and only the head learns,
+    starting from the tuned text features of the classes. Classes of the training data are judged by the head, others
+    by the tuned text tower (`class_weights_of`). The published second stage sees fresh crops in every epoch; recipe and
+    bench take ten sets of them in turn.
 
     Args:
         backbone: frozen CLIP, not changed.
         class_names: C names in the order of the label ids.
-        lora: the first stage's adapter, of the same backbone and classes; None makes a new one from `settings`.
-        **settings: of `LoRA`, where `lora` is not given.
+        first: the first stage's adapter, of the same backbone and classes; None makes a new one.
+        tune: what the new one tunes: layernorm, bitfit or lora.
+        **settings: of `TowerTuning` or `LoRA`, where `first` is not given.
 
     Raises:
-        ConfigError: see `LoRA`, or `lora` is of another backbone, of other classes, or given beside settings.
+        ConfigError: see `TowerTuning` and `LoRA`, or `first` is of another backbone, of other classes, or given beside
+            settings.
     """
 
     consumes: Literal["features", "pixels"] = "features"
 
     def __init__(
-        self, backbone: ClipBackbone, class_names: Sequence[str], *, lora: LoRA | None = None, **settings: Any
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        first: LoRA | TowerTuning | None = None,
+        tune: FirstStage | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         self.backbone, self.class_names = backbone, tuple(class_names)
-        if lora is not None:
-            _check_first_stage(lora, backbone, self.class_names, settings)
-        self.lora = LoRA(backbone, class_names, **settings) if lora is None else lora
-        if self.lora.objective != "softmax":
-            raise ConfigError(f"two-stage adaptation learns softmax only, got the objective {self.lora.objective!r}")
-        self.lora.requires_grad_(False)
-        self.head = nn.Parameter(self.lora.class_weights().clone())
+        if first is not None:
+            given = {**settings, **({} if tune is None else {"tune": tune})}
+            _check_first_stage(first, backbone, self.class_names, given)
+        self.first = (
+            make_first_stage(backbone, class_names, tune or "layernorm", **settings) if first is None else first
+        )
+        if self.first.objective != "softmax":
+            raise ConfigError(f"two-stage adaptation learns softmax only, got the objective {self.first.objective!r}")
+        self.first.requires_grad_(False)
+        self.head = nn.Parameter(self.first.class_weights().clone())
 
     @property
     def encoder(self) -> ClipBackbone:
-        """The adapted towers."""
-        return self.lora.encoder
+        """The tuned towers."""
+        return self.first.encoder
 
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments of the first stage."""
-        return self.lora.settings
+        return {"tune": "lora", **self.first.settings}
 
     def train(self, mode: bool = True) -> TwoStage:
         """Changes the mode of the head; the first stage stays in evaluation mode."""
@@ -77,28 +93,37 @@ class TwoStage(nn.Module):
         return [self.head]
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns the head and the first stage's parameters."""
-        return {"head": self.head.detach(), **self.lora.adapter_state()}
+        """Returns the head and what the first stage tuned."""
+        return {"head": self.head.detach(), **self.first.adapter_state()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
         check_state({"head": state["head"]} if "head" in state else {}, {"head": self.head.shape}, "a two-stage head")
-        self.lora.load_adapter_state({name: value for name, value in state.items() if name != "head"})
+        self.first.load_adapter_state({name: value for name, value in state.items() if name != "head"})
         with torch.no_grad():
             self.head.copy_(state["head"])
 
     def save_adapter(self, folder: Path) -> list[Path]:
-        """Writes a PEFT folder and the head as adapter.safetensors. Returns the written files."""
-        head = folder / "adapter.safetensors"
-        files = self.lora.save_adapter(folder)
-        write_tensors(head, {"head": self.head.detach()})
-        return [*files, head]
+        """Writes the head as adapter.safetensors, beside PEFT's files of LoRA or with what else was tuned.
+
+        Returns:
+            The written files.
+        """
+        own = folder / "adapter.safetensors"
+        if isinstance(self.first, LoRA):
+            files = self.first.save_adapter(folder)
+            write_tensors(own, {"head": self.head.detach()})
+            return [*files, own]
+        write_tensors(own, self.adapter_state())
+        return [own]
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote. Raises StorageError or ArtifactError when it is damaged or does not fit."""
-        self.lora.load_adapter(folder)
         state = read_tensors(folder / "adapter.safetensors")
-        self.load_adapter_state({**state, **self.lora.adapter_state()})
+        if isinstance(self.first, LoRA):
+            self.first.load_adapter(folder)
+            state = {**state, **self.first.adapter_state()}
+        self.load_adapter_state(state)
 
     def penalty(self) -> Tensor:
         """Returns 0."""
@@ -115,14 +140,34 @@ class TwoStage(nn.Module):
             class_names: C' names; a class is known by its name.
         """
         known = {clean_class_name(name): row for name, row in zip(self.class_names, self.class_weights(), strict=True)}
-        weights = zero_shot_weights(self.lora.encoder, class_names, self.lora.templates)
+        weights = zero_shot_weights(self.first.encoder, class_names, self.first.templates)
         return torch.stack(
             [known.get(clean_class_name(name), text) for name, text in zip(class_names, weights, strict=True)]
         )
 
 
+def make_first_stage(
+    backbone: ClipBackbone, class_names: Sequence[str], tune: FirstStage, **settings: Any
+) -> LoRA | TowerTuning:
+    """Returns a new first stage: `TowerTuning`, or with "lora" `LoRA`, whose settings these are.
+
+    Raises:
+        ConfigError: an unknown kind, or a setting that it does not have.
+    """
+    if tune not in get_args(FirstStage):
+        raise ConfigError(f"no first stage {tune!r}. {did_you_mean(str(tune), get_args(FirstStage))}")
+    if tune == "lora":
+        return LoRA(backbone, class_names, **settings)
+    known = ("towers", "templates")
+    if foreign := sorted(set(settings) - set(known)):
+        raise ConfigError(
+            f"{tune} has no {', '.join(foreign)}: these belong to lora; its own are {' and '.join(known)}"
+        )
+    return TowerTuning(backbone, class_names, tune=tune, **settings)
+
+
 def _check_first_stage(
-    lora: LoRA, backbone: ClipBackbone, class_names: tuple[str, ...], settings: Mapping[str, Any]
+    lora: LoRA | TowerTuning, backbone: ClipBackbone, class_names: tuple[str, ...], settings: Mapping[str, Any]
 ) -> None:
     """Raises ConfigError unless a given first stage is of this backbone and these classes, and brings its settings."""
     if settings:

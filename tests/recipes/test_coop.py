@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_names_the_step(cfg):
         ({"gates": "nowhere.yaml"}, "nowhere.yaml"),
         ({"mixed_precision": "fp16"}, "GPU"),
         ({"trackers": "tensorbord"}, 'Did you mean "tensorboard"'),
-        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": -1}, "batch_size"),
         ({"data_root": Path("nowhere"), "card": "flowers17"}, "nowhere"),
     ],
 )
@@ -311,3 +311,15 @@ def test_errors_end_in_one_message_and_code_1(capsys):
         run_and_exit(fails)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "\nerror: what, got, allowed\n"
+
+
+def test_the_published_lengths():
+    """CoOp's epochs by shots, in batches of 32; with its weight KgCoOp's 100, of 128; what is given stays."""
+    published = coop.Config(card="flowers17", backbone="ViT-B-16")
+    for shots, epochs in ((1, 50), (4, 100), (16, 200), (0, 50)):
+        assert coop.training_length(replace(published, shots=shots)) == (epochs, epochs, 32)
+        assert coop.training_length(replace(published, shots=shots, kg_weight=8.0)) == (100, 100, 128)
+    given = replace(published, kg_weight=8.0, epochs=7, views=3, batch_size=16)
+    assert coop.training_length(given) == (7, 3, 16)
+    assert coop.training_length(coop.Config()) == (50, 5, 32)
+    assert coop.training_length(coop.Config(kg_weight=8.0)) == (100, 100, 128)

@@ -97,7 +97,7 @@ def test_the_test_split_is_read_after_every_choice(cfg, monkeypatch):
     monkeypatch.setattr(ac.TipAdapter, "choose", recorded_choose)
     recipe.main(cfg)
     # The report reads the validation images once more, for its temperature; the test images are read once, before that.
-    assert events == [20, 20, "choice", 720, 20]
+    assert events == [20, 20, "choice", "choice", "choice", 720, 20]
 
 
 def test_fixed_values_use_no_validation(cfg):

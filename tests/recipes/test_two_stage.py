@@ -60,7 +60,8 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     (folder / "none.yaml").write_text("gates: []\n")
     return two_stage.Config(
-        backbone=f"local-dir:{write_tiny_checkpoint(folder / 'tiny')}", shots=1, steps=6, tower_share=0.5, views=2,
+        backbone=f"local-dir:{write_tiny_checkpoint(folder / 'tiny')}", shots=1, tune="lora", steps=6, tower_share=0.5,
+        views=2,
         lr=0.02, head_lr=0.01, batch_size=4, gates=str(folder / "none.yaml"), cache=folder / "cache",
         out=folder / "run",
     )  # fmt: skip
@@ -109,7 +110,7 @@ def test_a_run_from_card_to_artifact(whole, base):
     loaded_equals_live(whole)
     told = training(whole)
     assert told["trainable_parameters"] == 12 * 2 * (64 + 64) + 10 * 48
-    assert told["schedule"] == "3 steps of LoRA, 3 of the head, batches of 4"
+    assert told["schedule"] == "3 steps of lora, 3 of the head, batches of 4"
     assert (told["chosen"], told["validation_used_for"]) == ({}, "nothing")
     assert sum(p.numel() for p in weights(whole).values()) == told["trainable_parameters"]
     # Both stages learnt: the towers left the frozen model, the head left the adapted text features.
@@ -122,6 +123,17 @@ def test_a_run_from_card_to_artifact(whole, base):
     lora.load_adapter(whole / "artifact")
     assert (lora.class_weights() - frozen).abs().max() > 1e-3
     assert (model.class_weights() - lora.class_weights()).abs().max() > 1e-3
+
+
+def test_layernorms_are_what_the_first_stage_tunes_by_default(cfg):
+    assert two_stage.Config().tune == "layernorm"
+    assert main(replace(cfg, tune="layernorm")) == 0
+    told, state = training(cfg.out), read_tensors(cfg.out / "artifact" / "adapter.safetensors")
+    assert told["schedule"] == "3 steps of layernorm, 3 of the head, batches of 4"
+    assert told["trainable_parameters"] == sum(tensor.numel() for tensor in state.values())
+    assert all("ln_" in name for name in state if name != "head")
+    assert not (cfg.out / "artifact" / "adapter_config.json").exists()
+    loaded_equals_live(cfg.out, 5)
 
 
 @pytest.mark.parametrize(("loader", "stage"), [(PixelLoader, "towers"), (FeatureLoader, "head")])
@@ -197,6 +209,11 @@ def test_the_starter(cfg):
         ({"projections": ("conv",)}, "no 1x1 convolutions; name q, k, v, out, mlp"),
         ({"rank": 0}, "rank of LoRA must be a whole number from 1 up, got 0"),
         ({"dropout": 1.0}, "dropout at least 0 and below 1"),
+        ({"tune": "norms"}, 'Did you mean "layernorm"'),
+        (
+            {"tune": "layernorm", "rank": 3, "dropout": 0.0},
+            "--rank, --dropout would change nothing with --tune layernorm",
+        ),
         ({"towers": "images"}, 'Did you mean "image"'),
         ({"tower_share": 1.0}, "1 step or more for each stage, got 6 and 1"),
         ({"tower_share": 0.0}, "1 step or more for each stage, got 6 and 0"),
@@ -229,6 +246,7 @@ def test_two_processes_equal_one(cfg, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     flags = [
         "--backbone", cfg.backbone, "--shots", "1", "--steps", "6", "--tower-share", "0.5", "--views", "2",
+        "--tune", "lora",
         "--lr", "0.02", "--head-lr", "0.01", "--batch-size", "2", "--dropout", "0", "--gates", cfg.gates,
         "--cache", str(cfg.cache), "--out", str(cfg.out),
     ]  # fmt: skip

@@ -52,7 +52,8 @@ def test_methods_and_their_parameters():
     # Rank 2 on q, k, v of two blocks in each tower, all of width 32.
     assert found["lora"].learnt == 2 * 2 * 3 * 2 * (32 + 32)
     assert (found["zero_shot"].learnt, found["zero_shot"].stored) == (0, 7 * 96)
-    assert found["two_stage"].learnt == found["lora"].learnt + 7 * 96  # the first stage and the head
+    # The first stage and the head: 2 LayerNorms of width 32 in each of 2 x 2 blocks, 3 beside, weight and bias of each.
+    assert found["two_stage"].learnt == (2 * 2 * 2 + 3) * 2 * 32 + 7 * 96
     assert found["lora"].consumes == "pixels" == LoRA(backbone, ["a"]).consumes
 
 

@@ -85,9 +85,8 @@ RECIPES = {
                ("kgcoop.epochs=4", "kgcoop.views=2")),
     # Without dropout, whose draws come after other draws in a process that also loads its backbone.
     "lora": ("lora", {"steps": 4, "lr": 1e-2, "dropout": 0.0}, ("lora.steps=4", "lora.lr=1e-2", "lora.dropout=0")),
-    "two-stage": ("two_stage", {"steps": 5, "lr": 1e-2, "head_lr": 1e-2, "views": 2, "dropout": 0.0},
-                  ("two-stage.steps=5", "two-stage.lr=1e-2", "two-stage.head_lr=1e-2", "two-stage.views=2",
-                   "two-stage.dropout=0")),
+    "two-stage": ("two_stage", {"steps": 5, "lr": 1e-2, "head_lr": 1e-2, "views": 2},
+                  ("two-stage.steps=5", "two-stage.lr=1e-2", "two-stage.head_lr=1e-2", "two-stage.views=2")),
 }  # fmt: skip
 
 

@@ -66,6 +66,7 @@ def fitted(real: Real, method: str, shots: int, seed: int) -> Any:
         optimizer, total_steps=steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step"
     )
     train_by_steps(tip, loader, steps, optimizer, scheduler, accelerator)
+    tip.choose_trained(held_out)
     return tip
 
 
@@ -123,3 +124,20 @@ def test_tip_f_trains_at_a_published_setting_that_validation_chooses():
     choice = adapter.choose_training(held_out)
     assert choice.grid == {"alpha": (1.17, 10.0, 5), "beta": (1.0, 1.0, 1)}
     assert (adapter.alpha, adapter.beta) == (choice.values["alpha"], 1.0)
+
+
+def test_trained_keys_keep_their_pair_unless_another_is_better_by_more_than_chance():
+    real = read(real_features.VIT_B_32)
+    train, held_out = real.draw(4, 1)
+    adapter = TipAdapter(real.clip, NAMES, templates=TEMPLATES, learn_keys=True)
+    adapter.fit(train)
+    best = adapter.choose(held_out)
+    kept = {}
+    for pair in ((10.0, 1.0), (40.0, 27.0), (best.values["alpha"], best.values["beta"]), (0.1, 0.1)):
+        present = adapter.choose(held_out, alphas=pair[:1], betas=pair[1:])
+        error = (present.accuracy * (1 - present.accuracy) / 76) ** 0.5
+        kept[pair] = best.accuracy - present.accuracy <= error
+        found = adapter.choose_trained(held_out).values
+        assert found == ({"alpha": pair[0], "beta": pair[1]} if kept[pair] else best.values)
+        assert found == {"alpha": adapter.alpha, "beta": adapter.beta}
+    assert set(kept.values()) == {True, False}

@@ -84,7 +84,7 @@ def test_without_a_step_the_head_judges_as_the_first_stage_does(backbone, towers
     batch = features_of(lora.encoder)
     with torch.no_grad():
         expected = lora(batch)
-    adapter = TwoStage(backbone, NAMES, lora=lora)
+    adapter = TwoStage(backbone, NAMES, first=lora)
     torch.testing.assert_close(adapter(batch).detach(), expected, atol=1e-5, rtol=0)
     assert adapter.encoder.digest == lora.encoder.digest
     merged = lora.merged_model()
@@ -99,7 +99,7 @@ def test_only_the_head_learns(backbone):
     assert len(lora.trainable_parameters()) == 24
     before = {name: value.clone() for name, value in lora.adapter_state().items()}
     frozen = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    adapter = TwoStage(backbone, NAMES, lora=lora)
+    adapter = TwoStage(backbone, NAMES, first=lora)
     start, weights = adapter.head.detach().clone(), adapter.encoder.digest
     batch = features_of(adapter.encoder)
     adapter.train()
@@ -117,7 +117,7 @@ def test_only_the_head_learns(backbone):
 
 
 def test_the_gradient_is_that_of_scaled_cosines(backbone):
-    adapter = TwoStage(backbone, NAMES, lora=first_stage(backbone))
+    adapter = TwoStage(backbone, NAMES, first=first_stage(backbone))
     train_head(adapter)  # rows of another length than 1
     batch = features_of(adapter.encoder)
     adapter.train()
@@ -135,7 +135,7 @@ def test_the_gradient_is_that_of_scaled_cosines(backbone):
 
 
 def test_training_mode_does_not_wake_up_the_dropout_of_the_towers(backbone):
-    adapter = TwoStage(backbone, NAMES, lora=first_stage(backbone, dropout=0.5))
+    adapter = TwoStage(backbone, NAMES, first=first_stage(backbone, dropout=0.5))
     adapter.train()
     assert adapter.training
     assert [name for name, module in adapter.named_modules() if module.training] == [""]
@@ -145,7 +145,7 @@ def test_training_mode_does_not_wake_up_the_dropout_of_the_towers(backbone):
 
 
 def test_known_classes_by_the_head_and_others_by_the_text_tower(backbone):
-    adapter = TwoStage(backbone, NAMES, lora=first_stage(backbone))
+    adapter = TwoStage(backbone, NAMES, first=first_stage(backbone))
     train_head(adapter)
     asked = ("pine tree", "oak", "blue whale", "daisies")
     got = adapter.class_weights_of(asked)
@@ -155,7 +155,7 @@ def test_known_classes_by_the_head_and_others_by_the_text_tower(backbone):
     head = adapter.head.detach() / adapter.head.detach().norm(dim=1, keepdim=True)
     torch.testing.assert_close(got[1], head[3])
     torch.testing.assert_close(got[2], head[1])  # underscores and spaces are the same name
-    merged = adapter.lora.merged_model()
+    merged = adapter.first.merged_model()
     for row in (0, 3):
         np.testing.assert_allclose(got[row].numpy(), text_features(merged, backbone, asked[row]), atol=1e-5)
     for row in (1, 2):  # the head went away from the text features
@@ -164,7 +164,7 @@ def test_known_classes_by_the_head_and_others_by_the_text_tower(backbone):
 
 
 def test_settings_and_state_build_the_same_adapter_again(backbone):
-    adapter = TwoStage(backbone, NAMES, lora=first_stage(backbone, rank=3, projections=("q", "v"), towers="both"))
+    adapter = TwoStage(backbone, NAMES, first=first_stage(backbone, rank=3, projections=("q", "v"), towers="both"))
     train_head(adapter)
     again = TwoStage(backbone, NAMES, **json.loads(json.dumps(adapter.settings)))
     again.load_adapter_state(adapter.adapter_state())
@@ -187,7 +187,7 @@ def test_settings_and_state_build_the_same_adapter_again(backbone):
     ],
 )
 def test_a_state_that_does_not_fit(backbone, change, message):
-    adapter = TwoStage(backbone, NAMES, lora=first_stage(backbone))
+    adapter = TwoStage(backbone, NAMES, first=first_stage(backbone))
     state, before = dict(adapter.adapter_state()), adapter.class_weights().clone()
     change(state)
     with pytest.raises(ArtifactError, match=message):
@@ -198,14 +198,14 @@ def test_a_state_that_does_not_fit(backbone, change, message):
 def test_wrong_input(backbone):
     lora = first_stage(backbone)
     with pytest.raises(ConfigError, match="brings its own settings, got dropout, rank beside it"):
-        TwoStage(backbone, NAMES, lora=lora, rank=4, dropout=0.0)
+        TwoStage(backbone, NAMES, first=lora, rank=4, dropout=0.0)
     with pytest.raises(ConfigError, match="first stage was made for the 4 classes"):
-        TwoStage(backbone, NAMES[::-1], lora=lora)
+        TwoStage(backbone, NAMES[::-1], first=lora)
     with pytest.raises(ConfigError, match="other weights"):
-        TwoStage(make_tiny_backbone(seed=1), NAMES, lora=lora)
+        TwoStage(make_tiny_backbone(seed=1), NAMES, first=lora)
     with pytest.raises(ConfigError, match="rank of LoRA"):
-        TwoStage(backbone, NAMES, rank=0)
-    adapter = TwoStage(backbone, NAMES, lora=lora)
+        TwoStage(backbone, NAMES, tune="lora", rank=0)
+    adapter = TwoStage(backbone, NAMES, first=lora)
     two = torch.arange(2)
     with pytest.raises(DataError, match="consumes image features"):
         adapter(Batch(labels=two, index=two, images=pixels(backbone, 2)))
@@ -221,7 +221,7 @@ def digits():
 @pytest.fixture
 def saved(tmp_path, backbone, digits):
     """An artifact of a trained adapter, and the adapter."""
-    adapter = TwoStage(backbone, digits.prompt_names, lora=first_stage(backbone, digits.prompt_names))
+    adapter = TwoStage(backbone, digits.prompt_names, first=first_stage(backbone, digits.prompt_names))
     with torch.no_grad():
         adapter.head.add_(0.1 * torch.randn(5, 48, generator=torch.Generator().manual_seed(3)))
     probs = np.full((10, 5), 0.2, np.float32)
@@ -268,7 +268,7 @@ def test_a_damaged_head_or_first_stage_is_refused(saved):
 
 
 def test_autocast_and_dtype_do_not_change_the_answer(backbone):
-    adapter = TwoStage(backbone, NAMES, lora=first_stage(backbone))
+    adapter = TwoStage(backbone, NAMES, first=first_stage(backbone))
     batch = features_of(adapter.encoder)
     assert batch.features is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,237 @@
+"""Tuning a few of the towers' own numbers: the scales and shifts of their norms, or their biases (BitFit)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptclip.backbone import ClipBackbone
+from adaptclip.backbone.attention import share_weights
+from adaptclip.backbone.class_token import encode_image
+from adaptclip.backbone.lora_targets import Towers
+from adaptclip.errors import ConfigError, DataError, did_you_mean
+from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.class_prompts import ClassPrompts
+from adaptclip.prompts import zero_shot_weights
+from adaptclip.types import Batch
+
+Tune = Literal["layernorm", "bitfit"]
+
+
+_TOWERS = {"image": ("visual.",), "text": ("transformer.", "ln_final.", "text.")}
+"""Tower -> how the names of its parts begin; CoCa's decoder of captions is in neither."""
+
+
+_NORMS: tuple[Callable[[nn.Module], bool], ...] = (
+    lambda module: isinstance(module, nn.LayerNorm),
+    lambda module: type(module).__name__.endswith(("LayerNorm", "RMSNorm")),
+    lambda module: isinstance(module, nn.modules.batchnorm._BatchNorm),
+)
+"""Kinds of norms in the order of choice: a tower's own LayerNorms, root-mean-square ones as T5 has, BatchNorms."""
+
+
+def tuned_names(model: nn.Module, tune: Tune, towers: Towers) -> list[str]:
+    """Returns the parameters of a model that are tuned, by name.
+
+    - "layernorm": weights and biases of every LayerNorm (2SFS, Farina et al. 2025, arXiv:2503.11609). A tower without
+      any, which the published code refuses, has its root-mean-square norms tuned (T5), or its BatchNorms (ResNets),
+      whose statistics stay.
+    - "bitfit": every parameter named `bias` (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199). As in 2SFS's code that
+      leaves out the fused `in_proj_bias` of queries, keys and values.
+
+    Raises:
+        ConfigError: an unknown kind or tower, or one tower has nothing of the kind.
+    """
+    if tune not in get_args(Tune):
+        raise ConfigError(f"no kind of tuning {tune!r}. {did_you_mean(str(tune), get_args(Tune))}")
+    if towers not in get_args(Towers):
+        raise ConfigError(f"no towers {towers!r}. {did_you_mean(str(towers), get_args(Towers))}")
+    names: list[str] = []
+    for tower, prefixes in _TOWERS.items():
+        if towers not in (tower, "both"):
+            continue
+        found = _of_kind(model, tune, prefixes)
+        if not found:
+            raise ConfigError(f"the {tower} tower has nothing for {tune} to tune; tune the other tower, or take LoRA")
+        names += found
+    return names
+
+
+def _of_kind(model: nn.Module, tune: Tune, prefixes: tuple[str, ...]) -> list[str]:
+    if tune == "bitfit":
+        names = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+        return [name for name in names if name.startswith(prefixes)]
+    own = {name: module for name, module in model.named_modules() if f"{name}.".startswith(prefixes)}
+    for is_norm in _NORMS:
+        norms = {name: module for name, module in own.items() if is_norm(module)}
+        if norms:
+            return [f"{name}.{part}" for name, norm in norms.items() for part, _ in norm.named_parameters()]
+    return []
+
+
+class TowerTuning(nn.Module):
+    """A CLIP whose norms or biases are tuned in place, everything else frozen.
+
+    The prompts stay the card's own; what is compared with the pictures are the text features of the tuned text tower.
+    Where the image tower is tuned the method trains on pixels, otherwise on cached features. Before training it is the
+    zero-shot classifier.
+
+    Args:
+        backbone: frozen CLIP in fp32, not changed.
+        class_names: C names in the order of the label ids.
+        tune: "layernorm" or "bitfit", see `tuned_names`.
+        towers: which towers are tuned: image, text or both.
+        templates: prompts with one `{}` for the class name; their unit-norm features are averaged.
+
+    Raises:
+        ConfigError: see `tuned_names`, or the backbone is in half precision.
+        BackboneError: a prompt is too long, or a tower is of a kind that cannot be adapted.
+    """
+
+    objective: Literal["softmax"] = "softmax"
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        *,
+        tune: Tune = "layernorm",
+        towers: Towers = "both",
+        templates: Sequence[str] = ("a photo of a {}.",),
+    ) -> None:
+        super().__init__()
+        names = tuned_names(backbone.model, tune, towers)
+        if backbone.precision != "fp32":
+            raise ConfigError(
+                f"{tune} tunes the towers' own numbers and takes a backbone in fp32, got {backbone.precision}; train "
+                "with autocast (--mixed-precision) instead"
+            )
+        self.backbone, self.class_names, self.templates = backbone, tuple(class_names), tuple(templates)
+        self.tune, self.towers = tune, towers
+        self._prompts = ClassPrompts(backbone, class_names, templates)
+        self.adapts_text, self.adapts_image = towers != "image", towers != "text"
+        self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
+        self.model: Any = share_weights(backbone.model)
+        for name in names:
+            parent, _, part = name.rpartition(".")
+            tuned = nn.Parameter(backbone.model.get_parameter(name).detach().clone())
+            setattr(self.model.get_submodule(parent), part, tuned)
+        self._names = tuple(names)
+        self._text = self._prompts.encoder(self.model) if self.adapts_text else None
+        self._fixed_text: Tensor | None = None
+        self._snapshot: tuple[dict[str, Tensor], ClipBackbone, Tensor] | None = None
+        self.train(False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
+        return {"tune": self.tune, "towers": self.towers, "templates": list(self.templates)}
+
+    def train(self, mode: bool = True) -> TowerTuning:
+        """Changes the mode; the towers stay in evaluation mode, batch statistics and dropout included."""
+        super().train(False)
+        self.training = mode
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns (B, C) logits of pictures, or outside of training of features that `encoder` made.
+
+        Raises:
+            DataError: the batch has what the method does not learn from.
+        """
+        if not self.training and not torch.is_grad_enabled():
+            _, encoder, text = self._take_snapshot()
+            features = (
+                batch_features(batch, encoder.embed_dim) if batch.images is None else encoder.encode_image(batch.images)
+            )
+            return scaled_logits(features, text, self.backbone.logit_scale)
+        if not self.adapts_image:
+            features = batch_features(batch, self.backbone.embed_dim)
+        elif batch.images is None:
+            raise DataError(
+                "tuning the image tower learns from pixels, but the batch has none; take PixelLoader, or tune the text "
+                'tower alone (towers="text")'
+            )
+        else:
+            features = F.normalize(encode_image(self.model, batch.images).float(), dim=-1)
+        return scaled_logits(features, self.text_features(), self.backbone.logit_scale)
+
+    def text_features(self) -> Tensor:
+        """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
+        if self._text is not None:
+            return self._prompts.features(self._text, self.backbone.device, share=self.training)
+        if self._fixed_text is None or self._fixed_text.device != self.backbone.device:
+            # The first call may stand under the autocast of training, and evaluation is in full precision.
+            with torch.inference_mode(False), torch.autocast(self.backbone.device.type, enabled=False):
+                self._fixed_text = zero_shot_weights(self.backbone, self.class_names, self.templates)
+        return self._fixed_text
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns the tuned norms or biases."""
+        return [self.model.get_parameter(name) for name in self._names]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Returns what is tuned, whole, by its name in the model."""
+        return {name: self.model.get_parameter(name).detach() for name in self._names}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+        own = self.adapter_state()
+        check_state(state, {name: value.shape for name, value in own.items()}, f"towers tuned by {self.tune}")
+        for name, value in own.items():
+            value.copy_(state[name])
+
+    def penalty(self) -> Tensor:
+        """Returns 0."""
+        return torch.zeros((), device=self.backbone.device)
+
+    @property
+    def encoder(self) -> ClipBackbone:
+        """The tuned towers, frozen as they are now: makes features that `forward` takes."""
+        return self._take_snapshot()[1]
+
+    def class_weights(self) -> Tensor:
+        """Returns (C, D) unit-norm text features of the tuned text tower, without gradients."""
+        return self._take_snapshot()[2]
+
+    def merged_model(self) -> nn.Module:
+        """Returns a stock open_clip model with the tuned numbers in their places."""
+        return share_weights(self.model, also_trainable=False).requires_grad_(False)
+
+    @torch.inference_mode(False)
+    def _take_snapshot(self) -> tuple[dict[str, Tensor], ClipBackbone, Tensor]:
+        """Returns state, towers and class weights at the present numbers, made anew only when one of them changed."""
+        state, known = self.adapter_state(), self._snapshot
+        if (
+            known is None
+            or known[1].device != self.backbone.device
+            or any(value.device != known[0][name].device or not torch.equal(known[0][name], value)
+                   for name, value in state.items())
+        ):  # fmt: skip
+            state = {name: value.clone() for name, value in state.items()}
+            base, digest = self.backbone, self._digest(state)
+            encoder = ClipBackbone(
+                self.merged_model(), base.tokenizer, name=f"{base.name} with {self.tune}",
+                pretrained=base.pretrained, precision=base.precision, digest=digest,
+                image_digest=digest if self.adapts_image else base.image_digest,
+            )  # fmt: skip
+            with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
+                text = (
+                    self._prompts.features(self._prompts.encoder(encoder.model), base.device)
+                    if self.adapts_text
+                    else self.text_features()
+                )
+            known = self._snapshot = (state, encoder, text)
+        return known
+
+    def _digest(self, state: Mapping[str, Tensor]) -> str:
+        """SHA-256 of all that decides what the tuned towers compute."""
+        sha = hashlib.sha256(f"{self.backbone.digest} {self.tune} {self.towers}".encode())
+        for name in sorted(state):
+            sha.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
