@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,13 @@ def honest_difference(column: Mapping[str, Values]) -> float | None:
     rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
     df = (methods - 1) * (seeds - 1)
     error = math.sqrt(float((rest**2).sum()) / df / seeds)
-    return float(studentized_range.ppf(0.95, compared, df)) * error
+    return _studentized_range(compared, df) * error
+
+
+@cache
+def _studentized_range(means: int, df: int) -> float:
+    """Its 95 % point, which takes a tenth of a second to compute and is the same for every column of a table."""
+    return float(studentized_range.ppf(0.95, means, df))
 
 
 def collapsed_seeds(column: Mapping[str, Values]) -> dict[str, tuple[tuple[int, float], ...]]:

@@ -107,6 +107,26 @@ def test_equal_methods_are_all_marked_in_95_per_cent_and_one_pair_is_students_t(
     assert honest_difference({"coop": pair["coop"]}) is None
 
 
+def test_the_honest_difference_is_tukeys_on_the_residuals_of_a_two_way_layout():
+    """Four methods on five seeds: the studentised range of four means with (4 - 1)(5 - 1) degrees of freedom."""
+    table = np.random.default_rng(3).normal(0.7, 0.02, (4, 5))
+    names = [name for name, method in METHODS.items() if method.learns][:4]
+    column = {name: dict(enumerate(row.tolist())) for name, row in zip(names, table, strict=True)}
+    design = np.zeros((20, 9))
+    for i, (method, seed) in enumerate(np.ndindex(4, 5)):
+        design[i, [method, 4 + seed]] = 1
+    found, _, rank, _ = np.linalg.lstsq(design, table.ravel(), rcond=None)
+    fitted = design @ found
+    error = ((table.ravel() - fitted) ** 2).sum() / (20 - rank)
+    expected = stats.studentized_range.ppf(0.95, 4, 12) * np.sqrt(error / 5)
+    assert honest_difference(column) == pytest.approx(expected)
+    still = column | {"zero-shot": dict.fromkeys(range(5), 0.6)}
+    wider = stats.studentized_range.ppf(0.95, 5, 12) * np.sqrt(error / 5)
+    assert honest_difference(still) == pytest.approx(wider)
+    alone = {names[0]: column[names[0]], "zero-shot": still["zero-shot"]}
+    assert honest_difference(alone) == pytest.approx(stats.t.ppf(0.975, 4) * table[0].std(ddof=1) / np.sqrt(5))
+
+
 def test_a_seed_that_collapses_is_named_and_not_averaged():
     column = {
         "coop": {1: 0.80, 2: 0.66, 3: 0.81},
