@@ -47,6 +47,7 @@ _HOMES = {
     "finish_run": "results",
     "full_report": "reports.full",
     "is_due": "training.steps",
+    "judge": "judging",
     "launch": "entrypoint",
     "load": "artifact",
     "load_backbone": "backbone",
@@ -104,6 +105,7 @@ __all__ = [
     "finish_run",
     "full_report",
     "is_due",
+    "judge",
     "launch",
     "load",
     "load_backbone",
@@ -143,6 +145,7 @@ if TYPE_CHECKING:
     from adaptclip.feature_clip import FeatureClip
     from adaptclip.features import FeatureCache, training_crop
     from adaptclip.gates import check_gates
+    from adaptclip.judging import judge
     from adaptclip.methods import (
         GDA,
         CoCoOp,

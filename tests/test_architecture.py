@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "errors", "terminal", "storage", "seals", "outputs", "seeding", "metrics", "gate_rules", "prediction_files",
     "types", "config", "hub", "feature_clip", "data", "backbone", "prompts", "features", "methods", "training",
-    "evaluation", "reports", "gates", "artifact_checks", "model_card", "adapted_model", "artifact", "export",
+    "evaluation", "reports", "gates", "judging", "artifact_checks", "model_card", "adapted_model", "artifact", "export",
     "search", "results",
     "experiments", "entrypoint", "cli",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ def load_gates(path: Path | str) -> list[GateRule]:
     listed = content.get("gates")
     if not isinstance(listed, list):
         raise GateError(f'{path} needs a list of rules under the key "gates", got {type(listed).__name__}')
-    return [_parse_rule(entry, f"{path}: gate {i}") for i, entry in enumerate(listed, start=1)]
+    return [parse_rule(entry, f"{path}: gate {i}") for i, entry in enumerate(listed, start=1)]
 
 
-def _parse_rule(entry: Any, where: str) -> GateRule:
-    if not isinstance(entry, dict):
+def parse_rule(entry: Any, where: str) -> GateRule:
+    """Reads one rule from a mapping. Raises GateError, which begins with `where`, unless it is valid."""
+    if not isinstance(entry, Mapping):
         raise GateError(f"{where} should be a mapping such as {{metric: accuracy, at_least: 0.8}}, got {entry!r}")
     try:
-        return GateRule.model_validate(entry)
+        return GateRule.model_validate(dict(entry))
     except ValidationError as error:
         problems = []
         for problem in error.errors():

@@ -142,34 +142,6 @@ def test_cocoop_runs_and_its_artifact_predicts_as_it_did(cfg):
     assert set(state) >= {"context", "meta_net.0.weight", "meta_net.2.bias"}
 
 
-def test_killed_at_any_step_and_resumed_equals_undisturbed(cfg, tmp_path):
-    long = replace(cfg, epochs=60, save_every=7)
-    subprocess.run(script(long, out=tmp_path / "whole"), env=CPU, check=True, capture_output=True)
-    killed = replace(long, out=tmp_path / "killed")
-    kills = []
-    for at_least in (20, 40):
-        process = subprocess.Popen(script(killed, resume=True), env=CPU, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if (killed.out / "metrics.jsonl").exists() and (found := lines_so_far(killed.out)) and found >= at_least:
-                process.send_signal(signal.SIGKILL)
-                kills.append(found)
-                break
-            time.sleep(0.002)
-        process.wait()
-    assert kills, "the run was over before it could be killed"
-    subprocess.run(script(killed, resume=True), env=CPU, check=True, capture_output=True)
-    assert torch.equal(context(tmp_path / "whole"), context(killed.out))
-    assert lines(tmp_path / "whole") == lines(killed.out)
-    whole, resumed = (Predictions.load(run / "predictions.parquet") for run in (tmp_path / "whole", killed.out))
-    assert (whole.probs == resumed.probs).all()
-
-
-def lines_so_far(run: Path) -> int:
-    """Newest step in metrics.jsonl while it is being written."""
-    whole = [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
-
-
 def test_two_processes_equal_one(cfg, tmp_path):
     one = replace(cfg, out=tmp_path / "one")
     two = replace(cfg, out=tmp_path / "two", batch_size=10)

@@ -26,6 +26,14 @@ from adaptclip.types import Features
 NUM_STEPS = 12
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal():
+    """Tests in the background (nohup) inherit that Ctrl-C is ignored, which adaptclip rightly leaves as it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Linear(nn.Module):
     def __init__(self):
         super().__init__()
