@@ -7,7 +7,7 @@
 One pytest session is collected; a forked child runs it once and notes which test reaches which line. Every mutant has a
 child of its own. A change inside a function is put into the functions that are already loaded, and only the tests that
 reach its line run, quickest first, until one fails. Anything else (constants, defaults, definitions of metrics) loads
-the package and the tests anew. Messages, docstrings, types and decorators are no subject.
+the package and the unit tests of its room anew. Messages, docstrings, types and decorators are no subject.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,12 +54,6 @@ SLOWEST = 1.5
 
 BUDGET = 2.5
 """Seconds of tests that a mutant is given; four times as many where all is loaded anew."""
-
-MOST_FILES = 3
-"""Test files that are loaded anew for a mutant outside functions: those whose tests reach most lines of its file."""
-
-DEFINITIONS = ("tests/unit/metrics/test_metric_objects.py", "tests/unit/gates/test_rule_limits.py")
-"""Tests of what is defined outside functions, which no line tells of."""
 
 MAKERS = {"_rate", "_metric", "_predictive_value", "top_k"}
 """Functions that make metrics while the package is loaded: their mutants are loaded anew too."""
@@ -356,15 +350,12 @@ class Judge:
     def _order(self, mutant: Mutant, reach: Reach) -> list[str]:
         """Tests that reach a mutant, those of its own room and the quickest first, as many as the budget allows."""
         path = mutant.path.relative_to(ROOT).as_posix()
+        room = f"tests/unit/{'metrics' if mutant.path.parent.name == 'metrics' else 'gates'}/"
         if mutant.in_function:
             names = {name for line in mutant.lines for name in reach.tests.get(f"{path}:{line}", ())}
-        else:
-            reached = [name for place, found in reach.tests.items() if place.startswith(f"{path}:") for name in found]
-            files = [file for file, _ in Counter(name.split("::")[0] for name in reached).most_common(MOST_FILES)]
-            names = {name for name in reached if name.split("::")[0] in files}
-            names |= {name for name in reach.seconds if name.startswith(DEFINITIONS)}
+        else:  # no line tells which tests depend on a definition
+            names = {name for name in reach.seconds if name.startswith(room)}
         left, kept = BUDGET if mutant.in_function else 4 * BUDGET, []
-        room = f"tests/unit/{'metrics' if mutant.path.parent.name == 'metrics' else 'gates'}/"
         for name in sorted(names & reach.seconds.keys(), key=lambda name: (room not in name, reach.seconds[name])):
             left -= reach.seconds[name]
             if left > 0:
