@@ -10,7 +10,6 @@ from scipy.stats import norm, t
 
 from adaptclip.errors import DataError
 from adaptclip.metrics.estimates import (
-    FEW_UNITS,
     MIN_CLUSTERS,
     Estimate,
     changed,
@@ -123,7 +122,7 @@ def test_a_class_of_a_handful_varies_no_less_than_laplace_says(images, right, fi
     found = variance(mean_of_classes(answers(labels, hits)), sampling, 0.25).value
     rate = (right + 1) / (images + 2)
     own = hits[:images].var(ddof=1) / images
-    small = max(own, rate * (1 - rate) / images) if images < FEW_UNITS else own
+    small = max(own, rate * (1 - rate) / images) if images < 10 else own
     assert found == approx((small + hits[images:].var(ddof=1) / 40) / 4)
 
 
