@@ -92,6 +92,11 @@ def _read_arrays(path: Path) -> Mapping[str, np.ndarray]:
             f"cannot read the features in {shown(path)}: {error}. The file is damaged, or holds Python objects "
             "instead of numbers"
         ) from error
+    except (MemoryError, OverflowError) as error:
+        raise DataError(
+            f"cannot read the features in {shown(path)}: its header asks for more memory than there is. The file is "
+            "damaged, or too large for this machine"
+        ) from error
     except Exception as error:  # zipfile and zlib have errors of their own for damaged .npz files
         if type(error).__module__ in ("zipfile", "zlib"):
             raise DataError(f"cannot read the features in {shown(path)}: {error}. The file is damaged") from error

@@ -1,6 +1,8 @@
 """Runs every recipe that learns in a loop, once undisturbed and once under signals at random moments.
 
-A program, so that torch is imported once: each run is a fork of it, a process of its own that is really killed.
+A program, so that torch is imported once: each run is a fork of it, a process of its own that is really killed. Only
+`starter`, which reads its own corpora and takes a step of seconds, is not among them: tests/recipes/test_starter.py
+interrupts it between steps. `few_shot` has no loop: its jobs are done or not (tests/recipes/test_few_shot.py kills it).
 """
 
 from __future__ import annotations

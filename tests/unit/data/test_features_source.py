@@ -202,6 +202,15 @@ def test_a_damaged_file_is_an_error_and_pickles_are_not_read(file, tmp_path):
             ac.open_data(card)
 
 
+def test_a_header_that_asks_for_too_much_is_an_error(tmp_path):
+    card = write(tmp_path, world(), file="x.npy", table="label\n" + "rose\n" * 60)
+    content = (tmp_path / "x.npy").read_bytes()
+    assert content.count(b"(60, 8), }" + 10 * b" ") == 1
+    (tmp_path / "x.npy").write_bytes(content.replace(b"(60, 8), }" + 10 * b" ", b"(60" + 10 * b"0" + b", 8), }"))
+    with pytest.raises(DataError, match="cannot read the features"):
+        ac.open_data(card)
+
+
 def test_a_table_of_another_length_is_refused(tmp_path):
     with pytest.raises(DataError, match="59 rows and there are features of 60"):
         ac.open_data(write(tmp_path, world(), table="label\n" + "rose\n" * 59))
