@@ -57,7 +57,7 @@ _HOMES = {
     "make_accelerator": "training.tracking",
     "nearest_words": "methods.prompt_reading",
     "open_data": "data.sources",
-    "parse_objective": "methods.objective",
+    "parse_objective": "training.criterion",
     "predict": "evaluation.predict",
     "predict_held_out": "results",
     "read_prompt": "methods.prompt_reading",
@@ -158,7 +158,6 @@ if TYPE_CHECKING:
         TwoStage,
         ZeroShotClassifier,
     )
-    from adaptclip.methods.objective import parse_objective
     from adaptclip.methods.prompt_reading import nearest_words, read_prompt
     from adaptclip.reports.full import full_report
     from adaptclip.reports.levelling import compare_groups
@@ -166,6 +165,7 @@ if TYPE_CHECKING:
     from adaptclip.results import choose_gates, finish_run, predict_held_out
     from adaptclip.seeding import seed_everything
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
+    from adaptclip.training.criterion import parse_objective
     from adaptclip.training.mitigation import build_mitigation
     from adaptclip.training.optim import build_optimizer, build_scheduler
     from adaptclip.training.pixels import PixelLoader, training_loader

@@ -26,13 +26,13 @@ from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_g
 from adaptclip.gates.ledger import note_judgement
 from adaptclip.gates.references import load_references
 from adaptclip.methods import Adapter
-from adaptclip.methods.objective import Objective
 from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
 from adaptclip.reports.render import print_report, to_html, to_markdown
 from adaptclip.reports.thumbnails import thumbnails
 from adaptclip.seals import REPORT_FILE, describe_files, write_sealed
 from adaptclip.storage import write_text, write_yaml
+from adaptclip.training.criterion import Objective
 from adaptclip.types import GateRule, Predictions
 
 REPORT_ONLY = "report"

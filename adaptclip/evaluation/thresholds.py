@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.methods.objective import ThresholdRule
+from adaptclip.training.criterion import ThresholdRule
 from adaptclip.types import Predictions
 
 FALLBACK = 0.5

@@ -16,7 +16,6 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.data.card_block import Augmentation
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import ConfigError
-from adaptclip.experiments.loop import train_by_steps
 from adaptclip.experiments.store import FeatureStore
 from adaptclip.features import FeatureCache, training_crop
 from adaptclip.methods import GDA, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage, ZeroShotClassifier
@@ -25,6 +24,7 @@ from adaptclip.methods.coop import published_length
 from adaptclip.methods.support import Choice
 from adaptclip.methods.two_stage import make_first_stage
 from adaptclip.prompts import TEMPLATES
+from adaptclip.training.loop import train_by_steps
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.pixels import training_loader
 from adaptclip.training.steps import FeatureLoader

@@ -15,9 +15,10 @@ from adaptclip.backbone.text import TextTower
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
-from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
+from adaptclip.methods.objective import ClassBias
 from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
 from adaptclip.seeding import generator
+from adaptclip.training.criterion import ObjectiveName, check_objective
 from adaptclip.types import Batch, Features
 
 POSITIONS = ("end", "middle", "front")

@@ -27,8 +27,9 @@ from adaptclip.methods.linear_fits import (
 )
 from adaptclip.methods.linear_settings import Head, check_balance_of, check_variant, settings_of_fit
 from adaptclip.methods.lp_plus_plus import Reading, fit_lp_plus_plus, step_sizes
-from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
+from adaptclip.methods.objective import ClassBias
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.training.criterion import ObjectiveName, check_objective
 from adaptclip.types import Batch, Features
 
 BATCH_SIZE = 256

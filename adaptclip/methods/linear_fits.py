@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from adaptclip.data.balance import balanced_order
 from adaptclip.errors import DataError
-from adaptclip.methods.objective import sigmoid_losses
 from adaptclip.seeding import generator
+from adaptclip.training.criterion import sigmoid_losses
 
 MAX_ITERATIONS = 1000
 """Most L-BFGS iterations (Radford et al. 2021, app. A.3)."""

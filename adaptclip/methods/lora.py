@@ -37,9 +37,10 @@ from adaptclip.methods.lora_layers import (
     save_peft,
     set_lora_scale,
 )
-from adaptclip.methods.objective import ClassBias, ObjectiveName, check_objective
+from adaptclip.methods.objective import ClassBias
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.storage import read_tensors, write_tensors
+from adaptclip.training.criterion import ObjectiveName, check_objective
 from adaptclip.types import Batch
 
 BIAS_FILE = "class_bias.safetensors"

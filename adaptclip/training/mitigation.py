@@ -31,7 +31,7 @@ from torch import Tensor
 from adaptclip.data.balance import effective_number_weights, inverse_frequency
 from adaptclip.data.dataset import UNKNOWN, ImageDataset
 from adaptclip.errors import ConfigError, did_you_mean
-from adaptclip.methods.objective import Objective, ObjectiveName, sigmoid_losses
+from adaptclip.training.criterion import Objective, ObjectiveName, sigmoid_losses
 from adaptclip.training.group_dro import GroupDRO
 from adaptclip.types import Batch
 

@@ -17,9 +17,8 @@ from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import ConfigError
 from adaptclip.features import FeatureCache
-from adaptclip.methods.base import Adapter
 from adaptclip.seeding import derive_seed
-from adaptclip.training.steps import FeatureLoader, StepPlan
+from adaptclip.training.steps import FeatureLoader, Learner, StepPlan
 from adaptclip.types import Batch
 
 
@@ -108,7 +107,7 @@ class PixelLoader:
 
 
 def training_loader(
-    adapter: Adapter,
+    adapter: Learner,
     dataset: ImageDataset,
     cache: FeatureCache,
     *,

@@ -21,8 +21,8 @@ import adaptclip as ac
 from adaptclip.cli import main as command
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.evaluation.thresholds import best_thresholds
-from adaptclip.methods.objective import ThresholdRule
 from adaptclip.storage import read_json, read_tensors
+from adaptclip.training.criterion import ThresholdRule
 from adaptclip.types import Predictions
 
 RECIPES = {name: load_recipe(name) for name in ("coop", "lora", "linear_probe")}

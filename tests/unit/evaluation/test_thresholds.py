@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, precision_recall_curve
 
 from adaptclip.errors import DataError
 from adaptclip.evaluation.thresholds import FALLBACK, Thresholds, best_thresholds, choose_thresholds
-from adaptclip.methods.objective import ThresholdRule
+from adaptclip.training.criterion import ThresholdRule
 from adaptclip.types import Predictions
 
 F1 = ThresholdRule()

@@ -18,7 +18,8 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.methods import ADAPTERS, CoOp, LinearProbe, LoRA, TwoStage
 from adaptclip.methods.linear_fits import cosine_gradient, fit_from_text, sigmoid_gradient
-from adaptclip.methods.objective import ClassBias, Objective, matching_bias, parse_objective, sigmoid_losses
+from adaptclip.methods.objective import ClassBias, matching_bias
+from adaptclip.training.criterion import Objective, parse_objective, sigmoid_losses
 from adaptclip.training.mitigation import Mitigation
 from adaptclip.types import Batch, Features
 
@@ -151,7 +152,7 @@ def test_the_gradient_by_hand_is_autograds():
 def test_a_fit_lowers_the_loss_and_leaves_the_softmax_alone(clip):
     features = some_features(clip, 60)
     text = F.normalize(torch.randn(5, clip.embed_dim, generator=torch.Generator().manual_seed(2)), dim=-1)
-    options: dict[str, Any] = {"penalty": None, "lr": 0.1, "epochs": 30, "batch_size": 20, "seed": 0}
+    options: dict[str, Any] = {"penalty": None, "lr": 0.1, "epochs": 30, "batch_size": 20, "seed": 0, "start_norm": 1.0}
     bias = torch.full((5,), -2.0)
     weight = fit_from_text(features.values, features.labels, text, 10.0, bias=bias, **options)
 
@@ -259,6 +260,8 @@ def test_a_head_of_the_softmax_says_so_before_it_reads_a_prompt(head):
 
 def test_who_does_not_know_the_objective_says_so(clip):
     with pytest.raises(ConfigError, match="learns softmax only"):
+        TwoStage(clip, NAMES, tune="lora", objective="sigmoid", towers="text")
+    with pytest.raises(ConfigError, match="layernorm has no objective"):
         TwoStage(clip, NAMES, objective="sigmoid", towers="text")
     for kind in (CoOp, LoRA, LinearProbe):
         with pytest.raises(ConfigError, match='Did you mean "sigmoid"'):

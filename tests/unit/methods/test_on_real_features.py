@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from real_features import NAMES, Real
 from scipy.stats import t as student
 
-from adaptclip.experiments.loop import train_by_steps
 from adaptclip.methods import GDA, LinearProbe, SSText, TipAdapter, ZeroShotClassifier
+from adaptclip.training.loop import train_by_steps
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.steps import FeatureLoader
 

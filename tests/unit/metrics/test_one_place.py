@@ -10,7 +10,7 @@ from adaptclip.metrics import METRICS
 
 PACKAGE = Path(adaptclip.__file__).parent
 ELSEWHERE = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "metrics"]
-OTHER_MEANING = {"methods/objective.py", "evaluation/thresholds.py"}
+OTHER_MEANING = {"training/criterion.py", "evaluation/thresholds.py"}
 """There "sensitivity" names what a threshold keeps on validation images, not a metric of predictions."""
 
 

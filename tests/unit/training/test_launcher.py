@@ -18,10 +18,10 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError
-from adaptclip.experiments.loop import train_by_steps
 from adaptclip.methods import CoCoOp, CoOp, LoRA, TipAdapter, TwoStage
 from adaptclip.seeding import seed_everything
 from adaptclip.training.launcher import settled
+from adaptclip.training.loop import train_by_steps
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.steps import FeatureLoader
 from adaptclip.training.tracking import make_accelerator, start_run

@@ -1,4 +1,4 @@
-"""The one gradient loop of the bench: the lines of the recipes, without what a job of minutes does not need."""
+"""The one gradient loop of the package: the lines of the recipes, without what a job of minutes does not need."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adaptclip.methods import Adapter
-from adaptclip.training.steps import Loader, backward_and_step, train_steps
+from adaptclip.training.steps import Learner, Loader, backward_and_step, train_steps
 from adaptclip.types import Batch
 
 
 def train_by_steps(
-    adapter: Adapter,
+    adapter: Learner,
     loader: Loader[Batch],
     num_steps: int,
     optimizer: Optimizer,
