@@ -24,6 +24,7 @@ from adaptclip.data.dataset import DomainData
 from adaptclip.evaluation.wise_ft import curve_markdown, judge_retrieval, wise_ft_curve
 from adaptclip.methods.contrastive import interpolate, pair_texts
 from adaptclip.storage import write_json, write_text
+from adaptclip.training.presets import is_smoke
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,16 @@ class Config:
     """Share alpha of the tuned weights in the saved model, 0 to 1; declared before the test images are read."""
     zero_shot_card: str = ""
     """Another card whose zero-shot accuracy along the WiSE-FT curve shows what was forgotten."""
+    preset: Literal["auto", "smoke", "paper"] = "auto"
+    """What is not given is FLYP's, or smoke: 16 shots, 2 epochs, 32 pairs; auto: smoke for the embedded default."""
     epochs: int = 0
-    """Passes over the training images; 0 takes FLYP's 10, or the short 2 of the default."""
+    """Passes over the training images; 0 takes the preset's, in the paper 10."""
     views: int = 0
     """Sets of random crops, taken in turn; 0 makes fresh ones, or with a locked image tower takes the whole image."""
     lr: float = 1e-5
-    """Peak learning rate of AdamW (weight decay 0.1, or 0 for few shots), cosine per step."""
-    warmup_steps: int = -1
-    """Steps in which the rate rises; -1 takes FLYP's 500 (few shots: none), of a short training a fifth at most."""
-    batch_size: int = 256
-    """Pairs per process; all processes' pairs are contrasted. The default takes a short 32."""
+    """Peak rate of AdamW (decay .1; few shots 0), cosine after FLYP's 500 warm steps (few shots 0), at most a fifth."""
+    batch_size: int = 0
+    """Pairs per process; all processes' pairs are contrasted. 0 takes the preset's, in the paper 256."""
     accumulate: int = 0
     """Micro-batches per optimizer step, each contrasted by itself; 0 does what accelerate launch was told, or 1."""
     mitigate: str = ""
@@ -94,7 +95,6 @@ def main(cfg: Config) -> int:
     """Card → pairs → tuned towers → WiSE-FT → stock open_clip folder → retrieval, predictions, report, gates."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
-
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
@@ -111,14 +111,14 @@ def main(cfg: Config) -> int:
         process_index=accelerator.process_index, num_processes=accelerator.num_processes,
     ).to(accelerator.device)  # fmt: skip
     texts, num_cut = pair_texts(backbone, images, data)
-    accelerator.print(f"{len(images)} images with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
+    told = f"preset {cfg.preset}: {epochs} epochs; {len(images)} images with {len(texts.tokens)} texts"
+    accelerator.print(f"{told}, {num_cut} of them cut at the context")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         others={other.card.name: other.digest} if other else None, resume=cfg.resume, overwrite=cfg.overwrite,
         save_every=cfg.save_every,
     )  # fmt: skip
-    cache = ac.FeatureCache(cfg.cache)
-    crop = ac.training_crop(backbone, card.augmentation)
+    cache, crop = ac.FeatureCache(cfg.cache), ac.training_crop(backbone, card.augmentation)
     how: dict[str, Any] = {"batch_size": batch_size, "seed": cfg.seed, "strata": mitigation.strata}
     if adapter.consumes == "features":
         features = cache.get(backbone, images, views=cfg.views, augment=crop, accelerator=accelerator)
@@ -128,7 +128,6 @@ def main(cfg: Config) -> int:
     loader = ac.CaptionLoader(pictures, texts, seed=cfg.seed, accumulate=accelerator.gradient_accumulation_steps)
     num_steps = epochs * loader.steps_per_epoch
     decay, warmup = (0.0, 0) if shots else (0.1, min(500, num_steps // 5))
-    warmup = warmup if cfg.warmup_steps < 0 else cfg.warmup_steps
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=cfg.lr, weight_decay=decay)
     per_epoch: Any = {"steps_per_epoch": loader.steps_per_epoch, "kind": "cosine_per_step", "warmup_steps": warmup}
     scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, **per_epoch)
@@ -191,9 +190,9 @@ def judge_classes(
 
 
 def training_length(cfg: Config) -> tuple[int, int, int]:
-    """Returns shots, epochs and pairs per step: as given, FLYP's 10 epochs, or the short embedded default."""
-    short = (cfg.card, cfg.backbone, cfg.shots, cfg.epochs, cfg.batch_size) == ("digits", "starter", 0, 0, 256)
-    return (16, 2, 32) if short else (cfg.shots, cfg.epochs or 10, cfg.batch_size)
+    """Returns shots, epochs and pairs per step: those given, and the preset's for the others."""
+    shots, epochs, pairs = (16, 2, 32) if is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone) else (0, 10, 256)
+    return cfg.shots or shots, cfg.epochs or epochs, cfg.batch_size or pairs
 
 
 if __name__ == "__main__":

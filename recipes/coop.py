@@ -16,6 +16,7 @@ from typing import Literal
 
 import adaptclip as ac
 from adaptclip.methods.coop import published_length
+from adaptclip.training.presets import is_smoke
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ class Config:
     """Place of the class name among the context tokens; csc-…: a context of its own for every class (CSC)."""
     kg_weight: float = 0.0
     """Weight of KgCoOp's pull towards the card's own prompts; that paper uses 8 and --ctx-init "a photo of a"."""
+    preset: Literal["auto", "smoke", "paper"] = "auto"
+    """Where epochs and views come from that are not given: the paper, or smoke (50, 5); auto: smoke for the default."""
     epochs: int = 0
-    """Passes over the training images; 0 takes CoOp's 50, 100 or 200 by shots, KgCoOp's 100, or a short 50."""
+    """Passes over the training images; 0 takes the preset's, in the papers 50, 100 or 200 by shots, KgCoOp's 100."""
     views: int = 0
-    """Sets of random crops, taken in turn; 0 makes fresh ones for every epoch as the paper does, or the short 5."""
+    """Sets of random crops, taken in turn; 0 takes the preset's, in the paper fresh ones for every epoch."""
     lr: float = 2e-3
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
     batch_size: int = 0
@@ -95,7 +98,9 @@ def main(cfg: Config) -> int:
     few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     epochs, views, batch_size = training_length(cfg)
-    accelerator.print(f"{epochs} epochs over {views} sets of crops (the papers: 50 to 200, fresh crops for each)")
+    accelerator.print(
+        f"preset {cfg.preset}: {epochs} epochs over {views} sets of crops (papers: 50 to 200, each fresh)"
+    )
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.CoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, position=cfg.position.removeprefix("csc-"),
@@ -162,13 +167,11 @@ def main(cfg: Config) -> int:
 
 
 def training_length(cfg: Config) -> tuple[int, int, int]:
-    """Returns epochs, sets of crops and batch: the papers', or the short schedule of CoOp on the embedded default."""
+    """Returns epochs, sets of crops and batch: those given, and the preset's for the others."""
     published, batch_size = published_length(cfg.shots, kg_weight=cfg.kg_weight)
-    batch_size = cfg.batch_size or batch_size
-    if (cfg.card, cfg.backbone, cfg.epochs, cfg.views, cfg.kg_weight) == ("digits", "starter", 0, 0, 0.0):
-        return 50, 5, batch_size
-    epochs = cfg.epochs or published
-    return epochs, cfg.views or epochs, batch_size
+    smoke = is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone)
+    epochs = cfg.epochs or (50 if smoke else published)
+    return epochs, cfg.views or (min(5, epochs) if smoke else epochs), cfg.batch_size or batch_size
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.evaluation.new_classes import predict_new_classes
 from adaptclip.evaluation.scale_curve import check_setting, choose_scale
+from adaptclip.training.presets import is_smoke
 from adaptclip.training.tracking import MAY_CHANGE
 
 
@@ -56,10 +57,12 @@ class Config:
     """How much of the trained update is used, from 0 (zero-shot) to 1; validation chooses it on those images."""
     base_to_new: bool = False
     """Learn the first half of the classes only, and judge the new half by its names too."""
+    preset: Literal["auto", "smoke", "paper"] = "auto"
+    """Where steps and lr come from that are not given: paper, or smoke (60 at 1e-2); auto: smoke for the default."""
     steps: int = 0
-    """Optimizer steps; 0 takes the paper's 500 per shot, or the short 60 (at 1e-2) of the default."""
-    lr: float = 2e-4
-    """Peak learning rate of AdamW (weight decay 0.01), cosine to 1e-6."""
+    """Optimizer steps; 0 takes the preset's, in the paper 500 per shot."""
+    lr: float = 0.0
+    """Peak learning rate of AdamW (weight decay 0.01), cosine to 1e-6; 0 takes the preset's, in the paper 2e-4."""
     batch_size: int = 32
     """Images per process and step."""
     accumulate: int = 0
@@ -124,6 +127,7 @@ def main(cfg: Config) -> int:
         strata=mitigation.strata,
     )  # fmt: skip
     num_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
+    accelerator.print(f"preset {cfg.preset}: {num_steps} steps, learning rate {lr:g} (the paper: 500 per shot, 2e-4)")
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=lr, weight_decay=1e-2)
     scheduler = ac.build_scheduler(
         optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step", final_lr=1e-6
@@ -171,10 +175,10 @@ def main(cfg: Config) -> int:
 
 
 def training_length(cfg: Config, images_per_class: float) -> tuple[int, float]:
-    """Returns optimizer steps and learning rate: the paper's, or the short schedule of the embedded default."""
-    if (cfg.card, cfg.backbone, cfg.steps, cfg.lr) == ("digits", "starter", 0, 2e-4):
-        return 60, 1e-2
-    return cfg.steps or 500 * (cfg.shots or round(images_per_class)), cfg.lr
+    """Returns optimizer steps and learning rate: those given, and the preset's for the others."""
+    smoke = is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone)
+    published = 500 * (cfg.shots or round(images_per_class))
+    return cfg.steps or (60 if smoke else published), cfg.lr or (1e-2 if smoke else 2e-4)
 
 
 if __name__ == "__main__":

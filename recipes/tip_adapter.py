@@ -21,7 +21,6 @@ import adaptclip as ac
 from adaptclip.errors import ConfigError, did_you_mean
 
 METHODS = {"tip": "tip_adapter", "tip-f": "tip_adapter", "gda": "gda", "ss-text": "ss_text"}
-"""Variant -> the adapter's name in an artifact."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,8 @@ def main(cfg: Config) -> int:
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     choose = cfg.choose == "validation" and cfg.variant != "ss-text"
     if choose and len(for_choice) == 0:
-        raise ConfigError(
-            f"card {card.name} leaves no validation images to choose alpha and beta on; take the paper's with "
-            "--choose fixed, fewer --shots, or a card with a validation part"
-        )
+        how = "take the paper's with --choose fixed, fewer --shots, or a card with a validation part"
+        raise ConfigError(f"card {card.name} leaves no validation images to choose alpha and beta on; {how}")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = build(cfg, backbone, data.prompt_names, card.templates).to(accelerator.device)
     run = ac.start_run(
@@ -122,12 +119,12 @@ def main(cfg: Config) -> int:
     # Tip-F chooses what it trains at, and afterwards whether to use the keys with another pair.
     choose_by = adapter.choose_training if cfg.variant == "tip-f" else getattr(adapter, "choose", None)
     choice = choose_by(validation) if choose_by and validation is not None else None
-    trained_at = [f"{getattr(adapter, name, 0):g}" for name in ("alpha", "beta")]
+    schedule = "closed form"
     if cfg.variant == "tip-f":
+        schedule = f"AdamW {cfg.lr:g}, cosine, {cfg.epochs} epochs at alpha {adapter.alpha:g}, beta {adapter.beta:g}"
         train(cfg, accelerator, run, adapter, features, mitigation)
         choice = adapter.choose_trained(validation) if validation is not None else None
     seconds = time.perf_counter() - started
-
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
@@ -135,21 +132,14 @@ def main(cfg: Config) -> int:
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
     held_out = ac.predict_held_out(adapter, for_choice, cache, accelerator=accelerator)
     training = {
-        "variant": cfg.variant,
+        "variant": cfg.variant, "seconds": seconds, "schedule": schedule, "views": views,
         "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
-        "seconds": seconds,
-        "schedule": f"AdamW {cfg.lr:g}, cosine, {cfg.epochs} epochs at alpha and beta {' and '.join(trained_at)}"
-        if cfg.variant == "tip-f"
-        else "closed form",
-        "views": views,
         "chosen": {name: adapter.settings[name] for name in ("alpha", "beta") if name in adapter.settings},
-        "validation_used_for": choice.describe() if choice else "nothing",
-        "mitigation": mitigation.describe(),
-    }
+        "validation_used_for": choice.describe() if choice else "nothing", "mitigation": mitigation.describe(),
+    }  # fmt: skip
     code = ac.finish_run(
-        run.path, adapter, backbone, data, split, method=METHODS[cfg.variant], predictions=predictions,
-        zero_shot=baseline, rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held_out,
-        training=training,
+        run.path, adapter, backbone, data, split, zero_shot=baseline, predictions=predictions, validation=held_out,
+        method=METHODS[cfg.variant], rules=rules, gates=cfg.gates, accelerator=accelerator, training=training,
     )  # fmt: skip
     run.finish()
     return code

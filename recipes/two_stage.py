@@ -19,6 +19,7 @@ from adaptclip.data.base_new import base_and_new
 from adaptclip.errors import ConfigError
 from adaptclip.evaluation.new_classes import predict_new_classes
 from adaptclip.methods.two_stage import make_first_stage
+from adaptclip.training.presets import is_smoke
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,24 @@ class Config:
     """What the first stage tunes: the LayerNorms as published, or as the paper's ablations the biases or LoRA."""
     towers: Literal["image", "text", "both"] = "both"
     """Which towers are tuned; text alone trains on cached features."""
-    rank: int = 2
-    """r of the update B A, for lora."""
-    dropout: float = 0.25
-    """Share of each adapted layer's input that is dropped in training, for lora."""
-    projections: tuple[str, ...] = ("q", "k", "v")
-    """Of lora: q, k, v, out, mlp, conv; a tower without attention takes all its 1x1 convolutions and Linear layers."""
+    rank: int | None = None
+    """Of lora: r of the update B A; not given 2."""
+    dropout: float | None = None
+    """Of lora: share of each adapted layer's input that is dropped in training; not given 0.25."""
+    projections: tuple[str, ...] | None = None
+    """Of lora: any of q, k, v, out, mlp, conv; not given q, k, v."""
     base_to_new: bool = False
     """Learn the first half of the classes only, and judge the new half by its names too."""
+    preset: Literal["auto", "smoke", "paper"] = "auto"
+    """Where steps and lr come from that are not given: paper, or smoke (80 at 1e-2); auto: smoke for the default."""
     steps: int = 0
-    """Optimizer steps of both stages; 0 takes the paper's 300 per shot, or the short 80 (at 1e-2) of the default."""
+    """Optimizer steps of both stages; 0 takes the preset's, in the paper 300 per shot."""
     tower_share: float = 0.6
     """Share of the steps that the towers are adapted for; the rest trains the head."""
     views: int = 10
     """Sets of crops of the head's training images, taken in turn."""
-    lr: float = 2e-4
-    """Peak learning rate of AdamW (weight decay 0.01) for the towers, cosine to 1e-6."""
+    lr: float = 0.0
+    """Peak learning rate of AdamW (weight decay 0.01) for the towers, cosine to 1e-6; 0 takes the preset's."""
     head_lr: float = 2e-4
     """The same for the head."""
     batch_size: int = 32
@@ -85,10 +88,6 @@ class Config:
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → pixels → towers → features → linear head → predictions → report, gates, artifact."""
-    changed = {"rank": cfg.rank != 2, "dropout": cfg.dropout != 0.25, "projections": cfg.projections != ("q", "k", "v")}
-    if cfg.tune != "lora" and any(changed.values()):
-        told = ", ".join(f"--{name}" for name, was in changed.items() if was)
-        raise ConfigError(f"{told} would change nothing with --tune {cfg.tune}: of lora alone. Add --tune lora")
     accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, out=cfg.out)
     ac.seed_everything(cfg.seed)
 
@@ -99,16 +98,15 @@ def main(cfg: Config) -> int:
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed)
     few_shots, held_out = split.select(data)  # held out for the report
-    mitigation, head_mitigation = (
-        ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator) for _ in range(2)
-    )
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
+    head_mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
+    accelerator.print(f"preset {cfg.preset}: {tower_steps} and {head_steps} steps, learning rate of the towers {lr:g}")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
-    of_lora = {"rank": cfg.rank, "dropout": cfg.dropout, "projections": cfg.projections, "seed": cfg.seed}
+    given = {name: getattr(cfg, name) for name in ("rank", "dropout", "projections") if getattr(cfg, name) is not None}
     first = make_first_stage(
-        backbone, data.prompt_names, cfg.tune, towers=cfg.towers, templates=card.templates,
-        **(of_lora if cfg.tune == "lora" else {}),
-    ).to(accelerator.device)  # fmt: skip
+        backbone, data.prompt_names, cfg.tune, seed=cfg.seed, towers=cfg.towers, templates=card.templates, **given
+    ).to(accelerator.device)
     how: Any = {"config": asdict(cfg), "accelerator": accelerator, "resume": cfg.resume, "save_every": cfg.save_every}
     run = ac.start_run(
         cfg.out, data=data, split=split, backbone=backbone, overwrite=cfg.overwrite, **how,
@@ -118,25 +116,19 @@ def main(cfg: Config) -> int:
     cache = ac.FeatureCache(cfg.cache)
     crop = ac.training_crop(backbone, card.augmentation)
     started = time.perf_counter()
-    loader = ac.training_loader(
-        first, few_shots, cache, augment=crop, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator,
-        strata=mitigation.strata,
-    )  # fmt: skip
+    fed: Any = {"batch_size": cfg.batch_size, "seed": cfg.seed, "strata": mitigation.strata, "accelerator": accelerator}
+    loader = ac.training_loader(first, few_shots, cache, augment=crop, **fed)
     train(first, loader, tower_steps, lr, run, accelerator, mitigation)
-    first_parameters = first.trainable_parameters()
 
     # The head learns on features of the tuned towers, which no other run could use.
     adapter = ac.TwoStage(backbone, data.prompt_names, first=first)
     features = ac.FeatureCache(None).get(
         adapter.encoder, few_shots, views=cfg.views, augment=crop, accelerator=accelerator
     )
-    head_loader = ac.FeatureLoader(
-        features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
-    )
     head_run = ac.start_run(run.path / "head", **how)
-    train(adapter, head_loader, head_steps, cfg.head_lr, head_run, accelerator, head_mitigation)
+    train(adapter, ac.FeatureLoader(features, **fed), head_steps, cfg.head_lr, head_run, accelerator, head_mitigation)
     training = {
-        "trainable_parameters": sum(p.numel() for p in (*first_parameters, *adapter.trainable_parameters())),
+        "trainable_parameters": sum(p.numel() for own in (first, adapter) for p in own.trainable_parameters()),
         "seconds": time.perf_counter() - started, "chosen": {}, "validation_used_for": "nothing",
         "schedule": f"{tower_steps} steps of {cfg.tune}, {head_steps} of the head, batches of {cfg.batch_size}",
         "mitigation": mitigation.describe(), "head_mitigation": head_mitigation.describe(),
@@ -184,14 +176,14 @@ def train(adapter: Any, loader: Any, num_steps: int, lr: float, run: Any, accele
 
 
 def training_length(cfg: Config, images_per_class: float) -> tuple[int, int, float]:
-    """Returns steps of either stage and the towers' learning rate: the paper's, or short ones for the default.
+    """Returns steps of either stage and the towers' learning rate: those given, and the preset's for the others.
 
     Raises:
         ConfigError: a stage has no steps.
     """
-    total, lr = cfg.steps or 300 * (cfg.shots or round(images_per_class)), cfg.lr
-    if (cfg.card, cfg.backbone, cfg.steps, cfg.lr) == ("digits", "starter", 0, 2e-4):
-        total, lr = 80, 1e-2
+    smoke = is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone)
+    total = cfg.steps or (80 if smoke else 300 * (cfg.shots or round(images_per_class)))
+    lr = cfg.lr or (1e-2 if smoke else 2e-4)
     tower_steps = round(cfg.tower_share * total)
     if not 0 < tower_steps < total:
         raise ConfigError(

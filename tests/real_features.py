@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from adaptclip.types import Batch, Features
 
-VIT_B_32 = Path(__file__).parent / "data" / "whurs19" / "openai-vit-b-32.safetensors"
+VIT_B_32 = Path(__file__).parents[1] / "data_cards" / "aerial_features.safetensors"
+"""The features of the card `aerial_features`: WHU-RS19 by OpenAI's ViT-B/32."""
 NUM_CLASSES = 19
 NAMES = tuple(f"{i}" for i in range(NUM_CLASSES))
 
@@ -88,5 +89,6 @@ class Real:
 def load(path: Path = VIT_B_32) -> Real:
     """Reads one of the files of features."""
     tensors = load_file(path)
-    images, text = (F.normalize(tensors[name].float(), dim=-1) for name in ("image", "text.averageprompt"))
+    texts = tensors["text"] if "text" in tensors else tensors["text.averageprompt"]
+    images, text = (F.normalize(tensor.float(), dim=-1) for tensor in (tensors["image"], texts))
     return Real(images, tensors["label"], text)

@@ -229,8 +229,9 @@ def fit_two_stage(
     first = round(tower_share * steps)
     if not 0 < first < steps:
         raise ConfigError(f"two-stage needs a step for each stage, got steps={steps} and tower_share={tower_share:g}")
-    own = {"seed": support.seed} if tune == "lora" else {}
-    stage = make_first_stage(support.backbone, support.names, tune, templates=support.templates, **own)  # type: ignore[arg-type]
+    stage = make_first_stage(
+        support.backbone, support.names, tune, seed=support.seed, templates=support.templates,  # type: ignore[arg-type]
+    )  # fmt: skip
     _train_towers(stage, support, first, lr, batch_size)
     learnt = sum(p.numel() for p in stage.trainable_parameters())
     adapter = TwoStage(support.backbone, support.names, first=stage)

@@ -147,9 +147,9 @@ class TwoStage(nn.Module):
 
 
 def make_first_stage(
-    backbone: ClipBackbone, class_names: Sequence[str], tune: FirstStage, **settings: Any
+    backbone: ClipBackbone, class_names: Sequence[str], tune: FirstStage, *, seed: int = 0, **settings: Any
 ) -> LoRA | TowerTuning:
-    """Returns a new first stage: `TowerTuning`, or with "lora" `LoRA`, whose settings these are.
+    """Returns a new first stage: `TowerTuning`, which draws nothing, or with "lora" `LoRA`, whose settings these are.
 
     Raises:
         ConfigError: an unknown kind, or a setting that it does not have.
@@ -157,7 +157,7 @@ def make_first_stage(
     if tune not in get_args(FirstStage):
         raise ConfigError(f"no first stage {tune!r}. {did_you_mean(str(tune), get_args(FirstStage))}")
     if tune == "lora":
-        return LoRA(backbone, class_names, **settings)
+        return LoRA(backbone, class_names, seed=seed, **settings)
     known = ("towers", "templates")
     if foreign := sorted(set(settings) - set(known)):
         raise ConfigError(

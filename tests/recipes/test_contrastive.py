@@ -190,7 +190,7 @@ def test_two_processes_equal_one(cfg, described):
         ({"loss": "siglip"}, "logit bias"),
         ({"zero_shot_card": "imagenet"}, "imagenet"),
         ({"shots": -1}, "shots"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": -1}, "batch_size"),
         ({"lr": 0.0}, "lr must be"),
         ({"how": "lora", "rank": 0}, "rank"),
     ],

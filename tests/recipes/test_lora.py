@@ -313,7 +313,7 @@ def test_wrong_input_is_said_before_there_is_a_run(cfg, changes, message):
     assert not cfg.out.exists()
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"lr": 0.0}, {"steps": -1}])
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"lr": -1.0}, {"steps": -1}])
 def test_wrong_numbers_of_training(cfg, changes):
     ((name, value),) = changes.items()
     with pytest.raises(AdaptclipError, match=rf"{name} .*must be .*got {value}"):

@@ -212,7 +212,7 @@ def test_the_starter(cfg):
         ({"tune": "norms"}, 'Did you mean "layernorm"'),
         (
             {"tune": "layernorm", "rank": 3, "dropout": 0.0},
-            "--rank, --dropout would change nothing with --tune layernorm",
+            "layernorm has no dropout, rank: these belong to lora",
         ),
         ({"towers": "images"}, 'Did you mean "image"'),
         ({"tower_share": 1.0}, "1 step or more for each stage, got 6 and 1"),

@@ -1,21 +1,22 @@
-"""Methods beside the published code, run on the same features of a real CLIP (`tests/data/whurs19/peers.json`)."""
+"""Methods beside the published code, run on the same features of a real CLIP (`tests/data/peers.json`)."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import real_features
 import torch
-from real_features import NAMES, VIT_B_32
+from real_features import NAMES
 from torch.nn import functional as F
 
 from adaptclip.methods import LinearProbe, SSText, TipAdapter
 from adaptclip.types import Batch, Features
 
-PEERS = json.loads((VIT_B_32.parent / "peers.json").read_text(encoding="utf-8"))
+PEERS = json.loads((Path(__file__).parents[2] / "data" / "peers.json").read_text(encoding="utf-8"))
 TEMPLATES = ("{}",)
 
 
