@@ -62,7 +62,7 @@ class Judgement:
 
 
 def judge(
-    y_true: Sequence[Any] | np.ndarray,
+    y_true: Any,
     probabilities: Any,
     *,
     class_names: Sequence[str] | None = None,
@@ -78,7 +78,7 @@ def judge(
     """Judges a model's probabilities on labelled images that it has not seen, as the end of every recipe does.
 
     Args:
-        y_true: (N,) labels: class names, or class ids from 0.
+        y_true: (N,) labels, a sequence, array, tensor or column: class names, or class ids from 0.
         probabilities: (N, C) class probabilities, each row summing to 1; an array or tensor with columns in the order
             of `class_names`, or a DataFrame whose columns are the class names.
         class_names: C names in the order of the columns. Needed where labels are names and `probabilities` has none;

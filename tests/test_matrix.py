@@ -148,7 +148,7 @@ def classification_loss(adapter: Any, batch: Batch) -> Tensor:
 def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images: Batch, **settings: Any) -> Any:
     """An adapter trained the way its recipe does."""
     made: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
-    adapter = made.to(backbone.device)
+    adapter: Any = made.to(backbone.device)
     if isinstance(adapter, TwoStage):
         train_two_steps(adapter.first.requires_grad_(True), images, classification_loss)
         trained = adapter.first

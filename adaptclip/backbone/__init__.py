@@ -109,7 +109,7 @@ class ClipBackbone(nn.Module):
 
     def _take_transform(self, transform: Any) -> None:
         """Replaces the model's own evaluation transform by one that ends in ToTensor and Normalize."""
-        steps = getattr(transform, "transforms", ())
+        steps: Any = getattr(transform, "transforms", ())
         kinds = [type(step).__name__ for step in steps]
         if kinds[-2:] not in (["ToTensor", "Normalize"], ["MaybeToTensor", "Normalize"]):
             raise BackboneError(

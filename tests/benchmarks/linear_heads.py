@@ -78,7 +78,7 @@ def plain_lp_plus_plus(features: Tensor, labels: Tensor, text: Tensor) -> Tensor
 def lp_plus_plus(features: Tensor, labels: Tensor, text: Tensor) -> Tensor:
     """LP++ as the library fits it, step sizes included."""
     lr_w, lr_alpha = step_sizes(features, text)
-    return fit_lp_plus_plus(features, labels, text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=EPOCHS)[0]
+    return fit_lp_plus_plus(features, labels, text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=EPOCHS, reading="paper").weight
 
 
 def fastest(fit: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -109,8 +109,9 @@ def main() -> int:
 
     def ours(penalty: Tensor | None) -> Tensor:
         return fit_from_text(
-            values, labels, text, SCALE, penalty=penalty, lr=0.1, epochs=EPOCHS, batch_size=BATCH, seed=0
-        )
+            values, labels, text, SCALE, penalty=penalty, lr=0.1, epochs=EPOCHS, batch_size=BATCH, seed=0,
+            start_norm=1.0,
+        )  # fmt: skip
 
     plain_logistic = LogisticRegression(C=10, max_iter=1000)
     pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

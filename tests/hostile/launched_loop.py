@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "training"))
 
-from test_interruption import Linear, train
+from test_interruption import Linear, train  # pyright: ignore[reportMissingImports]
 
 from adaptclip.entrypoint import launch
 from adaptclip.storage import write_tensors

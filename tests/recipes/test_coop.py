@@ -128,7 +128,9 @@ def test_variants_of_the_prompt(cfg, position):
 
 
 def test_cocoop_runs_and_its_artifact_predicts_as_it_did(cfg):
-    settings = {k: v for k, v in vars(cfg).items() if k not in ("position", "kg_weight", "n_ctx", "objective", "preset")}
+    settings = {
+        k: v for k, v in vars(cfg).items() if k not in ("position", "kg_weight", "n_ctx", "objective", "preset")
+    }
     own = cocoop.Config(**{**settings, "ctx_init": "a photo of a", "epochs": 2, "batch_size": 4, "accumulate": 2})
     assert cocoop.main(own) == 0
     loaded, live = loaded_and_live(own.out)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from adaptclip.data.card import load_card
+from adaptclip.data.card_block import ManifestSource
 from adaptclip.data.scaffold import new_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import CardError, DataError
@@ -155,7 +156,9 @@ def test_a_table_itself_is_taken_as_a_folder_with_it_is(tmp_path, inside):
     (tmp_path / "survey" / "other.csv").write_text("a,b\n1,2\n")  # which of several is meant is said by naming it
     out = (table.parent if inside else tmp_path) / "own.md"
     text = new_card(table, out).read_text(encoding="utf-8")
-    assert load_card(out).source.files == ("table.csv" if inside else "survey/table.csv")
+    source = load_card(out).source
+    assert isinstance(source, ManifestSource)
+    assert source.files == ("table.csv" if inside else "survey/table.csv")
     named = text.replace('pretty_name: "table"', 'pretty_name: "survey"').replace("# table\n", "# survey\n")
     assert named.replace('files: "table.csv"', 'files: "survey/table.csv"') == of_folder
 
