@@ -1,4 +1,4 @@
-"""Every number that other libraries give too is theirs: statsmodels, scikit-learn, fairlearn, and plain loops."""
+"""Every number that other libraries give too is theirs: statsmodels, scikit-learn, MAPIE, and plain loops."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mapie.classification import SplitConformalClassifier
 from scipy.stats import binomtest
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, f1_score, log_loss, roc_auc_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -21,6 +23,24 @@ from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.intervals import exact_bound, wilson
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.types import Predictions
+
+
+class Answers(ClassifierMixin, BaseEstimator):
+    """A classifier for MAPIE whose features are the probabilities."""
+
+    classes_ = np.arange(4)
+
+    def fit(self, x, y):
+        return self
+
+    def predict_proba(self, x):
+        return np.asarray(x)
+
+    def predict(self, x):
+        return self.predict_proba(x).argmax(axis=1)
+
+    def __sklearn_is_fitted__(self):
+        return True
 
 
 def softened(seed, n=300, c=4):
@@ -95,7 +115,7 @@ def test_variance_of_the_auc_is_delongs():
 
 @pytest.mark.parametrize("n", [19, 50, 133])
 def test_conformal_sets_hold_the_classes_of_an_independent_computation(n):
-    """The k-th smallest of 1 - p(true class), k = ceil((n + 1) 0.9): split conformal prediction (Vovk; MAPIE's lac)."""
+    """The k-th smallest of 1 - p(true class), k = ceil((n + 1) 0.9): split conformal prediction (Vovk), MAPIE's lac."""
     judged = softened(n, n)
     names = tuple(f"c{i}" for i in range(4))
     validation = Predictions(tuple(map(str, range(n))), judged.labels, judged.probs, names)
@@ -103,4 +123,8 @@ def test_conformal_sets_hold_the_classes_of_an_independent_computation(n):
     limit = scores[int(np.ceil((n + 1) * 0.9 - 1e-9)) - 1]
     test = softened(n + 1).probs
     expected = np.array([[1 - float(p) <= limit + 1e-7 for p in row] for row in test])
-    assert (conformal_sets(validation, 0.9).members(test) == expected).all()
+    found = conformal_sets(validation, 0.9).members(test)
+    assert (found == expected).all()
+    theirs = SplitConformalClassifier(Answers(), confidence_level=0.9, prefit=True, conformity_score="lac")
+    theirs.conformalize(judged.probs, judged.labels)
+    assert (found == theirs.predict_set(test)[1][..., 0]).all()
