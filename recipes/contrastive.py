@@ -24,7 +24,7 @@ from adaptclip.data.dataset import DomainData
 from adaptclip.evaluation.wise_ft import curve_markdown, judge_retrieval, wise_ft_curve
 from adaptclip.methods.contrastive import interpolate, pair_texts
 from adaptclip.storage import write_json, write_text
-from adaptclip.training.presets import is_smoke
+from adaptclip.training.presets import chosen_preset
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def main(cfg: Config) -> int:
         process_index=accelerator.process_index, num_processes=accelerator.num_processes,
     ).to(accelerator.device)  # fmt: skip
     texts, num_cut = pair_texts(backbone, images, data)
-    told = f"preset {cfg.preset}: {epochs} epochs; {len(images)} images with {len(texts.tokens)} texts"
-    accelerator.print(f"{told}, {num_cut} of them cut at the context")
+    told = f"preset {chosen_preset(cfg.preset, cfg.card, cfg.backbone)}: {epochs} epochs; {len(images)} images"
+    accelerator.print(f"{told} with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         others={other.card.name: other.digest} if other else None, resume=cfg.resume, overwrite=cfg.overwrite,
@@ -191,7 +191,7 @@ def judge_classes(
 
 def training_length(cfg: Config) -> tuple[int, int, int]:
     """Returns shots, epochs and pairs per step: those given, and the preset's for the others."""
-    shots, epochs, pairs = (16, 2, 32) if is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone) else (0, 10, 256)
+    shots, epochs, pairs = (16, 2, 32) if chosen_preset(cfg.preset, cfg.card, cfg.backbone) == "smoke" else (0, 10, 256)
     return cfg.shots or shots, cfg.epochs or epochs, cfg.batch_size or pairs
 
 

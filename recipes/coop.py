@@ -16,7 +16,7 @@ from typing import Literal
 
 import adaptclip as ac
 from adaptclip.methods.coop import published_length
-from adaptclip.training.presets import is_smoke
+from adaptclip.training.presets import chosen_preset
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,8 @@ def main(cfg: Config) -> int:
     few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     epochs, views, batch_size = training_length(cfg)
-    accelerator.print(
-        f"preset {cfg.preset}: {epochs} epochs over {views} sets of crops (papers: 50 to 200, each fresh)"
-    )
+    preset = chosen_preset(cfg.preset, cfg.card, cfg.backbone)
+    accelerator.print(f"preset {preset}: {epochs} epochs over {views} sets of crops (papers: 50 to 200, each fresh)")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.CoOp(
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, position=cfg.position.removeprefix("csc-"),
@@ -169,7 +168,7 @@ def main(cfg: Config) -> int:
 def training_length(cfg: Config) -> tuple[int, int, int]:
     """Returns epochs, sets of crops and batch: those given, and the preset's for the others."""
     published, batch_size = published_length(cfg.shots, kg_weight=cfg.kg_weight)
-    smoke = is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone)
+    smoke = chosen_preset(cfg.preset, cfg.card, cfg.backbone) == "smoke"
     epochs = cfg.epochs or (50 if smoke else published)
     return epochs, cfg.views or (min(5, epochs) if smoke else epochs), cfg.batch_size or batch_size
 

@@ -17,7 +17,7 @@ import adaptclip as ac
 from adaptclip.data.base_new import base_and_new
 from adaptclip.evaluation.new_classes import predict_new_classes
 from adaptclip.evaluation.scale_curve import check_setting, choose_scale
-from adaptclip.training.presets import is_smoke
+from adaptclip.training.presets import chosen_preset
 from adaptclip.training.tracking import MAY_CHANGE
 
 
@@ -127,7 +127,8 @@ def main(cfg: Config) -> int:
         strata=mitigation.strata,
     )  # fmt: skip
     num_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
-    accelerator.print(f"preset {cfg.preset}: {num_steps} steps, learning rate {lr:g} (the paper: 500 per shot, 2e-4)")
+    preset = chosen_preset(cfg.preset, cfg.card, cfg.backbone)
+    accelerator.print(f"preset {preset}: {num_steps} steps, learning rate {lr:g} (the paper: 500 per shot, 2e-4)")
     optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="adamw", lr=lr, weight_decay=1e-2)
     scheduler = ac.build_scheduler(
         optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step", final_lr=1e-6
@@ -176,7 +177,7 @@ def main(cfg: Config) -> int:
 
 def training_length(cfg: Config, images_per_class: float) -> tuple[int, float]:
     """Returns optimizer steps and learning rate: those given, and the preset's for the others."""
-    smoke = is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone)
+    smoke = chosen_preset(cfg.preset, cfg.card, cfg.backbone) == "smoke"
     published = 500 * (cfg.shots or round(images_per_class))
     return cfg.steps or (60 if smoke else published), cfg.lr or (1e-2 if smoke else 2e-4)
 

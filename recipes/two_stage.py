@@ -19,7 +19,7 @@ from adaptclip.data.base_new import base_and_new
 from adaptclip.errors import ConfigError
 from adaptclip.evaluation.new_classes import predict_new_classes
 from adaptclip.methods.two_stage import make_first_stage
-from adaptclip.training.presets import is_smoke
+from adaptclip.training.presets import chosen_preset
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def main(cfg: Config) -> int:
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     head_mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     tower_steps, head_steps, lr = training_length(cfg, len(few_shots) / len(data.class_names))
-    accelerator.print(f"preset {cfg.preset}: {tower_steps} and {head_steps} steps, learning rate of the towers {lr:g}")
+    preset = chosen_preset(cfg.preset, cfg.card, cfg.backbone)
+    accelerator.print(f"preset {preset}: {tower_steps} and {head_steps} steps, learning rate of the towers {lr:g}")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     given = {name: getattr(cfg, name) for name in ("rank", "dropout", "projections") if getattr(cfg, name) is not None}
     first = make_first_stage(
@@ -181,7 +182,7 @@ def training_length(cfg: Config, images_per_class: float) -> tuple[int, int, flo
     Raises:
         ConfigError: a stage has no steps.
     """
-    smoke = is_smoke(cfg.preset, card=cfg.card, backbone=cfg.backbone)
+    smoke = chosen_preset(cfg.preset, cfg.card, cfg.backbone) == "smoke"
     total = cfg.steps or (80 if smoke else 300 * (cfg.shots or round(images_per_class)))
     lr = cfg.lr or (1e-2 if smoke else 2e-4)
     tower_steps = round(cfg.tower_share * total)

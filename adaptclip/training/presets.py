@@ -9,8 +9,8 @@ from adaptclip.errors import ConfigError, did_you_mean
 Preset = Literal["auto", "smoke", "paper"]
 
 
-def is_smoke(preset: Preset, *, card: str, backbone: str) -> bool:
-    """Whether what is not given takes the values of the short preset, smoke, instead of the paper's.
+def chosen_preset(preset: Preset, card: str, backbone: str) -> Literal["smoke", "paper"]:
+    """Returns whose values what is not given takes: those of the short preset, smoke, or the paper's.
 
     Every setting that is given stays as given and changes nothing but itself.
 
@@ -24,4 +24,6 @@ def is_smoke(preset: Preset, *, card: str, backbone: str) -> bool:
     """
     if preset not in get_args(Preset):
         raise ConfigError(f"no preset {preset!r}. {did_you_mean(str(preset), get_args(Preset))}")
-    return preset == "smoke" or (preset == "auto" and (card, backbone) == ("digits", "starter"))
+    if preset == "auto":
+        return "smoke" if (card, backbone) == ("digits", "starter") else "paper"
+    return preset

@@ -8,7 +8,7 @@ import pytest
 from recipe_files import load_recipe
 
 from adaptclip.errors import ConfigError
-from adaptclip.training.presets import is_smoke
+from adaptclip.training.presets import chosen_preset
 
 LENGTHS = {
     "lora": ((60, 1e-2), (8000, 2e-4), {"steps": 30}, (30, 1e-2)),
@@ -38,6 +38,6 @@ def test_one_setting_changes_one_thing(recipe):
 
 
 def test_auto_is_smoke_for_the_embedded_default_alone():
-    assert is_smoke("auto", card="digits", backbone="starter")
-    assert not is_smoke("auto", card="digits", backbone="ViT-B-32")
-    assert not is_smoke("paper", card="digits", backbone="starter")
+    assert chosen_preset("auto", "digits", "starter") == "smoke"
+    assert chosen_preset("auto", "digits", "ViT-B-32") == "paper"
+    assert chosen_preset("paper", "digits", "starter") == "paper"
