@@ -88,11 +88,12 @@ class FeatureClip(nn.Module):
         norms = text.norm(dim=-1, keepdim=True)
         # What has unit norm already keeps its last bits, so that what was saved is the same when it is loaded.
         text = torch.where((norms - 1).abs() < 1e-6, text, text / norms)
-        if not 0 < logit_scale < float("inf"):
+        if isinstance(logit_scale, str) or not 0 < logit_scale < float("inf"):
             raise DataError(
-                f"logit_scale is exp() of the model's temperature, a finite number above 0, got {logit_scale}"
+                f"logit_scale is exp() of the model's temperature, a finite number above 0, got {logit_scale!r}"
             )
-        names = tuple(class_names or (f"class {c}" for c in range(len(text))))
+        own = None if class_names is None else in_order(class_names, "class_names")
+        names = own or tuple(f"class {c}" for c in range(len(text)))
         if len(names) != len(text) or len(set(names)) != len(names):
             raise DataError(
                 f"there are text features of {len(text)} classes, and {len(names)} class names, {len(set(names))} of "
@@ -182,6 +183,13 @@ class FeatureClip(nn.Module):
             f"features computed elsewhere come without {what}. Methods that learn from features alone work here: "
             "linear heads, Tip-Adapter, GDA, SS-Text; the others need a model (`load_clip`) and images"
         )
+
+
+def in_order(names: Any, what: str) -> tuple[str, ...]:
+    """Returns names that come in an order. Raises DataError for a text or a set, which have none of their own."""
+    if isinstance(names, str) or (not isinstance(names, Sequence | np.ndarray) and not hasattr(names, "tolist")):
+        raise DataError(f"{what} should be a list of names in the order of the class ids, got {type(names).__name__}")
+    return tuple(map(str, names))
 
 
 def as_features(values: Any, what: str, shape: str) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from adaptclip.errors import DataError, did_you_mean
+from adaptclip.errors import DataError, GateError, did_you_mean
+from adaptclip.feature_clip import in_order
 from adaptclip.gate_rules import ZERO_SHOT, GateRule, Outcome
 from adaptclip.gates import Verdict, check_gates, load_gates
 from adaptclip.gates.loading import parse_rule
@@ -81,8 +82,9 @@ def judge(
         y_true: (N,) labels, a sequence, array, tensor or column: class names, or class ids from 0.
         probabilities: (N, C) class probabilities, each row summing to 1; an array or tensor with columns in the order
             of `class_names`, or a DataFrame whose columns are the class names.
-        class_names: C names in the order of the columns. Needed where labels are names and `probabilities` has none;
-            ids without names are called "class 0", "class 1" …
+        class_names: C names in the order of the columns, or for a DataFrame in the order of the ids; its columns are
+            put in that order. Needed where labels are names and `probabilities` has none; ids without names are called
+            "class 0", "class 1" …
         groups: attribute -> N values (a mapping or a DataFrame), such as {"sex": [...]}; missing values are "unknown".
         clusters: N patients, sites or the like, the unit that was sampled; None where each image is its own.
         zero_shot: (N, C) probabilities of the model without adaptation on the same images, for changes and for gates of
@@ -94,29 +96,46 @@ def judge(
         fixed_classes: the study fixed how many images there are of each class; otherwise their mix is random.
 
     Raises:
-        DataError: lengths or shapes do not fit, a label is unknown, or rows are no probabilities.
+        DataError: lengths or shapes do not fit, a label is unknown, rows are no probabilities, columns have other names
+            than the classes, or pandas objects have their rows in different orders (rows are taken as they stand).
         GateError: a gate is not valid or does not fit.
     """
-    probs, own_names = _probabilities(probabilities, "probabilities")
-    names = tuple(map(str, class_names)) if class_names is not None else own_names
+    asked = None if class_names is None else in_order(class_names, "class_names")
+    probs, names = _probabilities(probabilities, "probabilities", asked)
+    _check_rows(y_true=y_true, probabilities=probabilities, groups=groups, clusters=clusters, zero_shot=zero_shot)
     labels, names = _labels(y_true, names, probs.shape)
     rows = tuple(map(str, range(len(labels)))) if ids is None else tuple(map(str, ids))
     told: dict[str, Any] = {
         "ids": rows, "labels": labels, "class_names": names, "groups": _groups(groups, len(labels)),
-        "clusters": None if clusters is None else tuple(_text(value) for value in _plain(clusters)),
+        "clusters": None if clusters is None else _clusters(clusters),
         "outcomes": tuple(map(_outcome, outcomes)), "fixed_classes": fixed_classes,
     }  # fmt: skip
     predictions = Predictions(probs=probs, **told)
     baseline = None
     if zero_shot is not None:
-        before, _ = _probabilities(zero_shot, "zero_shot")
+        before, _ = _probabilities(zero_shot, "zero_shot", names)
         baseline = Predictions(probs=before, **told, made_by={"method": ZERO_SHOT})
+    if isinstance(gates, Mapping):
+        raise GateError(
+            "gates should be a list of rules, or a YAML file; put brackets around a single one: gates=[...]"
+        )
     rules = load_gates(gates) if isinstance(gates, Path | str) else [
         rule if isinstance(rule, GateRule) else parse_rule(rule, f"gate {number}")
         for number, rule in enumerate(gates, start=1)
     ]  # fmt: skip
     report = full_report(predictions, baseline, metrics=[_metric(metric) for metric in metrics])
     return Judgement(predictions, report, tuple(check_gates(predictions, baseline, rules)))
+
+
+def _clusters(clusters: Any) -> tuple[str, ...]:
+    values = _plain(clusters)
+    missing = len(values) - len(_known(values))
+    if missing:
+        raise DataError(
+            f"{missing:,} images have no cluster; give each a name of its own (it is then a unit by itself), or leave "
+            "these images out"
+        )
+    return tuple(map(str, values))
 
 
 def _outcome(outcome: Mapping[str, Any]) -> Outcome:
@@ -137,6 +156,10 @@ def _metric(metric: Metric | Callable[..., Any]) -> Metric:
     return Metric.of(name, metric)
 
 
+def _known(labels: list[Any]) -> list[Any]:
+    return [label for label in labels if not (label is None or (isinstance(label, float) and np.isnan(label)))]
+
+
 def _plain(values: Any) -> list[Any]:
     """A column of a DataFrame, an array, a tensor or a sequence as a list."""
     return list(values.tolist() if hasattr(values, "tolist") else values)
@@ -148,10 +171,32 @@ def _text(value: Any) -> str:
     return "unknown" if missing or not str(value).strip() else str(value)
 
 
-def _probabilities(values: Any, what: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """(N, C) float32 and the names of the columns, where there are any."""
+def _check_rows(**given: Any) -> None:
+    """Refuses pandas objects whose rows are in different orders: nothing is joined, and pandas users may expect it."""
+    indices = {name: value.index for name, value in given.items() if hasattr(value, "iloc")}
+    for (first, a), (second, b) in zip(indices.items(), list(indices.items())[1:], strict=False):
+        if len(a) == len(b) and not a.equals(b):
+            raise DataError(
+                f"the rows of {first} and {second} have different indices; rows are taken as they stand, not joined. "
+                "Bring both into one order (`.loc[index]`), or drop the indices (`.reset_index(drop=True)`)"
+            )
+
+
+def _probabilities(values: Any, what: str, names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """(N, C) float32 with columns in the order of `names`, and the names; the columns' own where none are given."""
     columns = getattr(values, "columns", None)
-    names = None if columns is None else tuple(map(str, columns))
+    if columns is not None:
+        own = tuple(map(str, columns))
+        if len(set(own)) != len(own):
+            raise DataError(f"{what} has two columns of one name; each class needs its own")
+        if names is not None and set(own) != set(names):
+            strange = [name for name in own if name not in names] or [name for name in names if name not in own]
+            raise DataError(
+                f"the columns of {what} are not the classes: {strange[0]!r} is only in one of the two. "
+                f"{did_you_mean(strange[0], names if strange[0] in own else own)} Rename the columns, or give an array"
+            )
+        names = names or own
+        values = values[[columns[own.index(name)] for name in names]]
     if hasattr(values, "detach"):
         values = values.detach().cpu()
     try:
@@ -171,6 +216,16 @@ def _labels(y_true: Any, names: tuple[str, ...] | None, shape: tuple[int, ...]) 
         raise DataError(f"there are {len(labels):,} labels and {num_rows:,} rows of probabilities; give one for each")
     if names is not None and len(names) != num_classes:
         raise DataError(f"there are {len(names)} class names and {num_classes} columns of probabilities")
+    if any(hasattr(label, "__len__") and not isinstance(label, str) for label in labels):
+        raise DataError("y_true should be one label for each image, got several in a row; for (N, 1) take [:, 0]")
+    if any(
+        isinstance(label, float) and not isinstance(label, bool) and label != int(label) for label in _known(labels)
+    ):
+        raise DataError("labels should be class names or whole numbers, got numbers such as 0.5")
+    if len(_known(labels)) < len(labels):
+        raise DataError(f"{len(labels) - len(_known(labels)):,} labels are missing; leave these rows out")
+    # A column of whole numbers that once had a gap is one of floats in pandas.
+    labels = [int(label) if isinstance(label, float) else label for label in labels]
     whole = all(isinstance(label, int | np.integer) and not isinstance(label, bool) for label in labels)
     if whole and (names is None or not {str(label) for label in labels} <= set(names)):
         ids = np.asarray(labels, dtype=np.int64).reshape(-1)

@@ -299,6 +299,21 @@ def wrap_clip(model: nn.Module, tokenizer: Any, transform: Any = None, *, name: 
     Raises:
         BackboneError: weights are not finite, pictures are not square, or the transform does not fit the tower.
     """
+    if isinstance(model, ClipBackbone):
+        raise BackboneError("this model is wrapped already; use it as it is")
+    lacking = [
+        f"{what} without {attribute}"
+        for what, given, attribute in (
+            ("a model", model, "encode_image"), ("a model", model, "encode_text"), ("a model", model, "visual"),
+            ("a tokenizer", tokenizer, "context_length"),
+        )
+        if not hasattr(given, attribute)
+    ]  # fmt: skip
+    if lacking or not callable(tokenizer):
+        raise BackboneError(
+            f"wrap_clip takes an open_clip model and its tokenizer (`open_clip.get_tokenizer`), got "
+            f"{type(model).__name__} and {type(tokenizer).__name__}: {lacking[0] if lacking else 'no tokenizer'}"
+        )
     return ClipBackbone(model, tokenizer, name=name, transform=transform)
 
 

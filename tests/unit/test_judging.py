@@ -79,6 +79,20 @@ def test_groups_clusters_and_gates_are_those_of_a_run():
     assert [verdict.reason for verdict in by_hand] == [verdict.reason for verdict in found.verdicts]
 
 
+def test_the_columns_of_a_table_are_taken_by_name_and_not_by_place():
+    labels, probs = answers()
+    names, frame = [NAMES[c] for c in labels], pd.DataFrame(probs, columns=NAMES)
+    shuffled = frame[["fox", "cat", "dog"]]
+    before = pd.DataFrame(answers(seed=1)[1], columns=NAMES)
+    expected = ac.judge(names, probs, class_names=NAMES, zero_shot=before.to_numpy()).to_markdown()
+    for table, zero_shot in ((frame, before), (shuffled, before[["dog", "fox", "cat"]])):
+        found = ac.judge(names, table, class_names=NAMES, zero_shot=zero_shot)
+        assert found.predictions.class_names == tuple(NAMES)
+        assert found.to_markdown() == expected
+    floats = ac.judge(labels.astype(float), probs, class_names=NAMES, zero_shot=before.to_numpy())
+    assert floats.to_markdown() == expected
+
+
 def test_gates_may_be_a_file_and_none_is_no_pass(tmp_path):
     labels, probs = answers()
     (tmp_path / "gates.yaml").write_text("gates:\n  - {metric: accuracy, at_least: 0.5}\n")
@@ -121,9 +135,22 @@ LABELS, PROBS = answers(30)
         ({"groups": ["f"] * 30}, "mapping"),
         ({"groups": {"sex": ["f"] * 29}}, "'sex' has 29 values for 30"),
         ({"clusters": ["p"] * 3}, "cluster"),
+        ({"clusters": ["p", None, float("nan")] * 10}, "20 images have no cluster"),
         ({"gates": [{"metric": "acuracy", "at_least": 0.5}]}, "accuracy"),
         ({"gates": [{"metric": "accuracy", "at_least": 0.5, "group": "sex"}]}, "sex"),
         ({"gates": ["accuracy"]}, "mapping"),
+        ({"gates": {"metric": "accuracy", "at_least": 0.5}}, "brackets"),
+        ({"class_names": set(NAMES)}, "in the order"),
+        ({"class_names": "abc"}, "in the order"),
+        ({"y_true": LABELS[:, None]}, "one label for each image"),
+        ({"y_true": [None, *LABELS[1:]]}, "1 labels are missing"),
+        ({"y_true": LABELS + 0.5}, "whole numbers"),
+        (
+            {"probabilities": pd.DataFrame(PROBS, columns=["cat", "dog", "cow"]), "class_names": NAMES},
+            "'cow' is only in",
+        ),
+        ({"probabilities": pd.DataFrame(PROBS, columns=["cat", "dog", "dog"])}, "two columns of one name"),
+        ({"y_true": pd.Series(LABELS), "groups": pd.DataFrame({"sex": ["f"] * 30})[::-1]}, "different indices"),
         ({"outcomes": [{"positiv": ["cat"]}]}, "positiv"),
         ({"metrics": [lambda y, p: 0.0]}, "name"),
         ({"ids": ["a"] * 30}, "repeated ids"),

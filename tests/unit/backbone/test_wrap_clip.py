@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -49,6 +51,16 @@ def test_a_transform_that_does_not_fit_is_refused(parts):
     )
     with pytest.raises(BackboneError, match=r"\(3, 7, 7\)"):
         ac.wrap_clip(model, tokenizer, wrong)
+
+
+def test_what_is_no_model_or_tokenizer_is_refused(parts, tiny_backbone):
+    model, tokenizer, _ = parts
+    wrong: list[Any] = [(None, None), (torch.nn.Linear(2, 2), tokenizer), (model, None), (model, str)]
+    for given in wrong:
+        with pytest.raises(BackboneError, match="takes an open_clip model and its tokenizer"):
+            ac.wrap_clip(*given)
+    with pytest.raises(BackboneError, match="wrapped already"):
+        ac.wrap_clip(tiny_backbone, tokenizer)
 
 
 def test_load_clip_and_load_backbone_are_one():

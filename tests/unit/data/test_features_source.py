@@ -226,6 +226,9 @@ def test_a_table_of_another_length_is_refused(tmp_path):
         (np.eye(3), ["a", "b"], 100.0, "3 classes, and 2 class names"),
         (np.eye(3), ["a", "b", "a"], 100.0, "2 of them different"),
         (np.eye(3), None, 0.0, "above 0"),
+        (np.eye(3), None, "100", "above 0"),
+        (np.eye(3), "abc", 100.0, "in the order"),
+        (np.eye(3), {"a", "b", "c"}, 100.0, "in the order"),
     ],
 )
 def test_a_feature_clip_checks_what_it_is_given(text, names, scale, message):
