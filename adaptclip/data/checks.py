@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptclip.data.dataset import UNKNOWN, DomainData, ImageDataset
+from adaptclip.data.feature_rows import FeatureRows, near_copies
 from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
 from adaptclip.data.inseparable import inseparable
 from adaptclip.data.unused import shared_values
@@ -189,7 +190,10 @@ def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> It
         copies = {j: row_of[content] for j, content in enumerate(b.contents) if content in row_of}
         if copies:
             yield _leak(f"{second} images are the same file as a {first} image", a, b, copies, "duplicate_pictures")
-        near = similar_pairs(hashes[first], hashes[second])
+        if isinstance(a.store, FeatureRows) and isinstance(b.store, FeatureRows):
+            near = near_copies(a.store.values[0, a.rows], b.store.values[0, b.rows])
+        else:
+            near = similar_pairs(hashes[first], hashes[second])
         alike = {j: i for i, j in near if j not in copies}
         if alike:
             yield _leak(f"{second} images look the same as a {first} image", a, b, alike, "similar_pictures")

@@ -114,6 +114,20 @@ def test_equal_features_in_two_parts_are_the_same_image(tmp_path):
         ac.open_data(write(tmp_path, arrays, table=table, block=block))
 
 
+@pytest.mark.parametrize("change", [lambda x: x.astype(np.float16).astype(np.float32), lambda x: x * (1 + 1e-6)])
+def test_near_copies_in_two_parts_are_found_and_kept_together(change, tmp_path):
+    arrays = world(width=64)
+    for key in ("image", "label"):
+        arrays[key][30:40] = change(arrays[key][:10]) if key == "image" else arrays[key][:10]
+    split = np.where(np.arange(60) < 30, "train", "test")
+    block = {"splits": {"column": "part", "train": "train", "test": "test"}}
+    with pytest.raises(AdaptclipError, match="10 of 30 test images look the same as a train image"):
+        ac.open_data(write(tmp_path, arrays, table="part\n" + "\n".join(split), block=block))
+    data = ac.open_data(write(tmp_path, arrays))
+    parts = [set(part.rows.tolist()) for part in data.parts.values()]
+    assert all(any({row, row + 30} <= part for part in parts) for row in range(10))
+
+
 def test_the_first_view_is_judged_and_the_others_are_learnt_from(tmp_path):
     arrays = world(views=4)
     data = ac.open_data(write(tmp_path, arrays))

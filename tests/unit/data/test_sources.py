@@ -308,7 +308,7 @@ def test_folder_mistakes(tmp_path):
         open_data(load_card(tmp_path / "empty"))
     forms = [unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD")]
     write_folder(tmp_path / "forms", forms, 2)
-    with pytest.raises(DataError, match="two folders that read 'Bär' in different Unicode forms"):
+    with pytest.raises(DataError, match="two folders that differ from 'Bär' only in its Unicode form"):
         open_data(load_card(tmp_path / "forms"))
     card = card_of("  source: {kind: image_folder, path: one}\n  columns: {label: species}\n")
     with pytest.raises(DataError, match="an image folder has no columns but its folders' names"):
