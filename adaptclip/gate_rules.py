@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,12 +30,29 @@ SURE = 0.8
 BETWEEN = " × "
 """Joins the attributes of an intersection, as in "sex × age_group"."""
 
+DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+
 _CONDITIONS = ("at_least", "at_most", "no_worse_than", "gap_at_most")
 
 
 def _as_tuple(value: Any) -> Any:
-    """A single name stands for a list of one."""
+    """A single name stands for a list of one. Raises ValueError for what is no name: YAML reads 3 and yes as such."""
+    for one in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(one, bool | int | float):
+            own = (
+                "yes, no, on, off, true and false are no text in YAML" if isinstance(one, bool) else "this is a number"
+            )
+            raise ValueError(f'a name is text, and {own}: put the name in quotes, such as "{str(one).lower()}"')
     return (value,) if isinstance(value, str) else value
+
+
+def _as_number(value: Any) -> Any:
+    """Refuses with ValueError what would pass for another number than was meant: yes (1) and 0,5."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number; yes, no, true and false are none")
+    if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
+        raise ValueError(f"has a decimal comma; write {value.strip().replace(',', '.')}")
+    return value
 
 
 class Outcome(BaseModel):
@@ -65,6 +83,7 @@ class Outcome(BaseModel):
     chosen_on: int | None = Field(default=None, ge=1)
 
     _one_or_several = field_validator("positive", mode="before")(_as_tuple)
+    _numbers = field_validator("threshold", "prevalence", "chosen_on", mode="before")(_as_number)
 
     @model_validator(mode="before")
     @classmethod
@@ -208,7 +227,7 @@ class GateRule(BaseModel):
         at_most: highest acceptable value.
         no_worse_than: the reference model of a paired comparison: zero_shot, or the name of another run whose
             predictions are given (a folder such as runs/coop).
-        gap_at_most: largest acceptable difference between the best and the worst group.
+        gap_at_most: largest acceptable difference between the best and the worst group; below half the metric's range.
         margin: slack in the metric's own unit (0.02 is 2 points) against the reference: for `no_worse_than`, and for
             `gap_at_most` how much lower than the reference's worst group the worst group may lie (default 0.02).
         confidence: level of the interval that must lie on the right side.
@@ -237,6 +256,9 @@ class GateRule(BaseModel):
     reason: str = ""
 
     _one_or_several = field_validator("positive", "exclude", mode="before")(_as_tuple)
+    _numbers = field_validator(
+        "threshold", "at_least", "at_most", "gap_at_most", "margin", "confidence", "min_n", mode="before"
+    )(_as_number)
 
     @model_validator(mode="after")
     def _check(self) -> GateRule:
@@ -290,11 +312,12 @@ class GateRule(BaseModel):
                 )
             if value is not None and value == trivial:
                 raise ValueError(f"{name}: {value:g} is kept by every model, so that the rule tests nothing")
-        if self.margin >= (high - low) / 2:
-            raise ValueError(
-                f"a margin of {self.margin:g} lets nearly every model through; {measure.name} lies within {low:g} and "
-                f"{high:g}, and margins of 0.01 to 0.05 of that are usual"
-            )
+        for words, value in (("margin", self.margin), ("gap_at_most", self.gap_at_most or 0)):
+            if value >= (high - low) / 2:
+                raise ValueError(
+                    f"a {words} of {value:g} lets nearly every model through; {measure.name} lies within {low:g} and "
+                    f"{high:g}, and {words} is usually 0.01 to {'0.05' if words == 'margin' else '0.1'} of that"
+                )
 
     def _check_outcome(self) -> None:
         measure = self.measure

@@ -9,7 +9,8 @@ Columns, by name:
     pred            the predicted class alone
     sigmoid_NAME    probability of the class NAME by itself, for every class, beside any of these; rows have any sum
     group:NAME      value of the group attribute NAME; an empty cell is the group "unknown". Without the prefix, every
-                    column that is none of the others is a group attribute too
+                    column that is none of the others is a group attribute too, but for those that name persons or
+                    other units of resampling ("patient_id"): such a one is named `cluster` or `group:patient_id`
     cluster         unit of resampling: patient, lesion, place
     level:NAME      value of the taxonomy level NAME of the true class; the same for all rows of a class
 """
@@ -29,6 +30,7 @@ import pyarrow.csv
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.storage import check_is_file, read_parquet
 from adaptclip.terminal import QUOTED
+from adaptclip.words import tells_units
 
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
 _TEXT_FILES = {".csv": ",", ".tsv": "\t"}
@@ -324,6 +326,10 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
         name = column.removeprefix("group:")
         filled = pc.fill_null(table[column].cast(pa.string()), "unknown")
         count = len(filled.unique())
+        if name == column and count < table.num_rows and tells_units(name, count):
+            _check_units(table, column, path)
+            notes.append(f"column {column!r} is not taken for a group (group:{column} would be)")
+            continue
         if name == column and count > min(MAX_GROUP_VALUES, table.num_rows / 2):
             notes.append(
                 f"column {column!r} has {count:,} values and is not taken for a group (group:{column} would be)"
@@ -333,6 +339,26 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
             raise DataError(f"{path} has the group {name!r} twice, with and without the prefix group:")
         groups[name] = tuple(value or "unknown" for value in filled.to_pylist())
     return groups, tuple(notes)
+
+
+def _check_units(table: pa.Table, column: str, path: Path) -> None:
+    """Refuses a column of patients or the like unless the declared clusters hold its rows together already."""
+    values = table[column].cast(pa.string()).to_pylist()
+    if "cluster" not in table.column_names:
+        raise DataError(
+            f"{path}: column {column!r} seems to say who or what the rows are of, and several rows share a value: "
+            f"rename it `cluster` if rows of one value belong together (intervals are too narrow otherwise), or "
+            f"`group:{column}` if it really is a group to report"
+        )
+    clusters = table["cluster"].cast(pa.string()).to_pylist()
+    first: dict[str, str] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        if value and first.setdefault(value, cluster) != cluster:
+            raise DataError(
+                f"{path}: rows of {column!r} = {value!r} are in several clusters ({first[value]!r}, {cluster!r}), so "
+                f"that `cluster` seems too narrow: rename {column!r} `cluster` instead if rows of one value belong "
+                f"together, or `group:{column}` if it really is a group to report"
+            )
 
 
 def _levels(table: pa.Table, labels: np.ndarray, names: Sequence[str], path: Path) -> dict[str, tuple[str, ...]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from adaptclip.errors import StorageError
 
 MAX_JSON_BYTES = 64 * 2**20
+_LINES = "`key: value` lines"
 MAX_YAML_BYTES = 4 * 2**20
 MAX_DEPTH = 64
 """Lists and mappings in each other, in YAML and JSON."""
@@ -237,18 +238,21 @@ def _json_key_twice(text: str) -> str:
     return "a key is given twice"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, shape: str = _LINES) -> dict[str, Any]:
     """Reads a YAML mapping as `parse_yaml` does. Raises StorageError when the file is missing or damaged too."""
-    return parse_yaml(read_text(path, max_bytes=MAX_YAML_BYTES), where=str(path))
+    return parse_yaml(read_text(path, max_bytes=MAX_YAML_BYTES), where=str(path), shape=shape)
 
 
-def parse_yaml(text: str | bytes, *, where: str, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
+def parse_yaml(
+    text: str | bytes, *, where: str, max_bytes: int = MAX_YAML_BYTES, shape: str = _LINES
+) -> dict[str, Any]:
     """Parses a YAML mapping from a file that may be anyone's.
 
     Args:
         text: text, or UTF-8 bytes.
         where: what is read, the subject of messages.
         max_bytes: the longest text that is read.
+        shape: what is said to belong there, where it is no mapping.
 
     Raises:
         StorageError: it is no YAML, no mapping, too long, nested deeper than MAX_DEPTH, has more than MAX_YAML_VALUES
@@ -273,7 +277,7 @@ def parse_yaml(text: str | bytes, *, where: str, max_bytes: int = MAX_YAML_BYTES
         raise StorageError(f"cannot read {where}: it is not valid YAML: {error}") from error
     if not isinstance(value, dict):
         got = "nothing" if value is None else type(value).__name__
-        raise StorageError(f"{where} is no YAML mapping: it should be `key: value` lines, got {got}")
+        raise StorageError(f"{where} is no YAML mapping: it should be {shape}, got {got}")
     return value
 
 

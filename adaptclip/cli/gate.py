@@ -23,7 +23,7 @@ def gate(
     Args:
         predictions: run folders, or files of predictions of any model (Parquet, CSV); of several, all must pass; one
             whose predictions are those of another is left out.
-        gates: YAML file with a list of gates; a run folder brings those it was judged by.
+        gates: YAML file with a list of gates under the key `gates`; a run folder brings those it was judged by.
         baseline: predictions that gates compare with, on the same images; a run folder brings its zero-shot ones.
         classes: class names in the order of their ids, for a file that has numbers only.
         junit: where the verdicts are also written as JUnit XML.

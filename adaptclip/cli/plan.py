@@ -26,7 +26,7 @@ def plan(
     """Say how many images or patients gates need to pass with a stated chance, before any are collected.
 
     Args:
-        gates: YAML file with a list of gates, or a data card.
+        gates: YAML file with a list of gates under the key `gates`, or a data card.
         expect: true value that is assumed of every metric, in every group.
         patients_with: images of each patient; 1 for independent images.
         icc: correlation of a patient's images, 0 to 1.

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptclip.data.words import is_junk
 from adaptclip.errors import DataError, shown
+from adaptclip.words import is_junk
 
 IMAGE_SUFFIXES = frozenset((
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".ppm"),

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from adaptclip.data.card_block import PARTS, Splits, normalise_text
 from adaptclip.data.image_files import is_image_file, list_images
-from adaptclip.data.words import CONTAINERS, is_fold, is_junk, share_of, split_part, words_of
 from adaptclip.errors import CardError, DataError, shown
+from adaptclip.words import CONTAINERS, is_fold, is_junk, share_of, split_part, words_of
 
 MADE_UP_FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
 """Shares of the images in the split that is made for a folder without one."""

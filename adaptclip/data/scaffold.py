@@ -18,10 +18,10 @@ from adaptclip.data.file_rows import read_image_folder, read_manifest
 from adaptclip.data.image_files import list_images
 from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
 from adaptclip.data.table_roles import column_roles, describing_classes, propose_columns
-from adaptclip.data.words import is_junk, split_part
 from adaptclip.errors import CardError, shown
 from adaptclip.outputs import check_file
 from adaptclip.storage import write_text
+from adaptclip.words import is_junk, split_part
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 """Endings of files that are taken for a manifest; a folder with one of them is read through it."""

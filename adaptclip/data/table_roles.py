@@ -17,9 +17,9 @@ from adaptclip.data.file_rows import ImagePlaces
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.layouts import class_folder_names
 from adaptclip.data.tables import open_table
-from adaptclip.data.unused import FEW_VALUES, is_function_of_class
-from adaptclip.data.words import identity_rank, is_place, role_of, words_of
+from adaptclip.data.unused import is_function_of_class
 from adaptclip.errors import CardError, DataError, shown
+from adaptclip.words import FEW_VALUES, identity_rank, is_place, role_of, words_of
 
 _SAMPLE = 2_000
 """Rows that are looked at to tell what a column is."""

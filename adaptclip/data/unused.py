@@ -17,10 +17,7 @@ import numpy as np
 
 from adaptclip.data.columns import as_number, as_text, is_missing
 from adaptclip.data.dataset import DomainData
-from adaptclip.data.words import is_person, words_of
-
-FEW_VALUES = 12
-"""Up to so many different values, such as those of sex or hospital, make groups, which are in all parts by intent."""
+from adaptclip.words import FEW_VALUES, is_person, words_of
 
 _REPEATED = 0.1
 _ROWS_OF_A_NUMBER = 20

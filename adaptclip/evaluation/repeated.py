@@ -15,6 +15,9 @@ _CHANCE = 1e-4
 _FEWEST, _SHARE = 3, 0.02
 """So many rows, and so large a share of all, must be copies of another row to be told."""
 
+_DIFFERENT, _NEARLY_ALL, _PRECISE = 30, 0.95, 5
+"""Rows that all stand there equally often: so many different answers, such a share of rows, so many decimals."""
+
 _SURE = 0.999
 """Rows of such a confidence are equal because numbers end, not because they are copies."""
 
@@ -37,13 +40,15 @@ class Repeated:
 def repeated_rows(predictions: Predictions) -> Repeated | None:
     """Finds rows that equal another row in class and all probabilities, in numbers that chance does not explain.
 
-    Rows of one cluster may be equal: they count as one unit anyway. Otherwise two things give copies away:
+    Rows of one cluster may be equal: they count as one unit anyway. Otherwise three things give copies away:
 
     - The whole table is one sequence of rows (classes, groups, probabilities) several times over. That is found even
       where answers are coarse; what classes and groups make alike by design does not count, only the answers do.
     - At least 2 % of the rows have a copy, most rows are different, and rounding all probabilities once more makes
       hardly any further rows equal. Rounded answers, votes and steps of a calibration are equal by nature and are left
       alone: there, rounding makes many more equal, or few rows are different.
+    - Nearly all rows stand in the table equally often, with probabilities of (nearly) full precision: three or more
+      copies of all rows, in any order. Answers that are equal by nature are so in all kinds of numbers.
 
     Copies of coarse answers in a new order cannot be told from answers that are equal by nature.
     """
@@ -110,10 +115,12 @@ def _copies(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> 
         return None  # their numbers are made from an order
     n, probs = len(predictions), predictions.probs
     distinct = int(answers.max()) + 1
-    if distinct < max(n / 2, 3 * len(predictions.class_names)):
+    if distinct < 3 * len(predictions.class_names):
         return None
     kept = np.flatnonzero(probs.max(axis=1) < _SURE)
     labels, probs, unit, answers = predictions.labels[kept], probs[kept], unit[kept], answers[kept]
+    if distinct < n / 2 and not _equally_often(answers, probs):
+        return None
     pairs = _pairs(answers, unit)
     copies = len(answers) - len(np.unique(answers))
     if pairs == 0 or copies < max(_FEWEST, _SHARE * n):
@@ -125,6 +132,16 @@ def _copies(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> 
     return Repeated(
         copies, n, f"{copies:,} of {n:,} rows equal another row in class and all probabilities, under ids of their own"
     )
+
+
+def _equally_often(answers: np.ndarray, probs: np.ndarray) -> bool:
+    """Whether nearly all rows have the same number of copies, of many different answers written with many decimals."""
+    times = np.unique(answers, return_counts=True)[1]
+    if len(times) < _DIFFERENT:
+        return False
+    usual = int(np.bincount(times).argmax())
+    alike = usual * int((times == usual).sum())
+    return usual > 1 and alike >= _NEARLY_ALL * len(answers) and _decimals(probs) >= _PRECISE
 
 
 def _pairs(codes: np.ndarray, unit: np.ndarray) -> int:

@@ -78,14 +78,28 @@ def test_a_table_several_times_over_passes_nothing(times):
         np.random.default_rng(1).permutation(np.tile(np.arange(200), 2)),
         np.repeat(np.arange(200), 2),
         np.r_[np.arange(400), np.random.default_rng(2).choice(400, 20, replace=False)],
+        np.random.default_rng(1).permutation(np.tile(np.arange(200), 3)),
+        np.random.default_rng(1).permutation(np.tile(np.arange(400), 4))[:-15],
+        np.random.default_rng(1).permutation(np.tile(np.arange(60), 7)),
     ],
-    ids=["shuffled", "each twice", "twenty of four hundred"],
+    ids=["shuffled", "each twice", "twenty of four hundred", "three times", "nearly four times", "seven times"],
 )
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
 def test_copies_of_exact_rows_are_found_in_any_order(rows, num_classes):
     whole = drawn(num_classes=num_classes)
     assert repeated_rows(whole) is None
     assert repeated_rows(taken(whole, rows)) is not None
+
+
+def test_three_copies_of_exact_rows_among_rows_of_full_confidence_are_found():
+    whole = drawn(600, 2, sharpness=8.0)
+    sure = whole.probs.max(axis=1) >= 0.999
+    assert 100 < sure.sum() < 500
+    copied = taken(whole, np.random.default_rng(0).permutation(np.tile(np.arange(600), 3)))
+    found = repeated_rows(copied)
+    assert found is not None
+    assert found.rows == 2 * (600 - sure.sum())
+    assert repeated_rows(taken(copied, np.arange(1800), clusters=tuple(map(str, copied.probs[:, 0])))) is None
 
 
 def test_copies_within_a_cluster_are_one_unit_anyway():
@@ -105,7 +119,7 @@ def test_equal_rows_by_rounding_are_no_copies(decimals, num_classes):
 
 def test_votes_and_steps_of_a_calibration_are_no_copies():
     made = drawn(1000, 2)
-    for steps in (3, 7, 25):  # full precision, and few values
+    for steps in (3, 7, 25, 60):  # full precision, and few values
         value = np.round(made.probs[:, 0] * steps) / steps
         assert repeated_rows(replace(made, probs=np.stack([value, 1 - value], axis=1).astype(np.float32))) is None
     perfect = np.eye(2, dtype=np.float32)[made.labels] * 0.8 + 0.1

@@ -232,6 +232,10 @@ def test_load_gates(tmp_path):
         ("gates: [{at_least: 0.6, at_most: 0.9}]", "exactly one of"),
         ("gates: [{at_least: high}]", "gate 1: at_least: .*number.*'high'"),
         ("gates: [{at_least: 0.6, confidence: 95}]", "gate 1: confidence: .*less than 1.*95"),
+        ("gates: [{at_least: 0,5}]", "gate 1: 5 stands alone after a comma.*write 0.5, not 0,5"),
+        ("gates:\n- at_least: 0,5", "gate 1: at_least: has a decimal comma; write 0.5"),
+        ("gates: [{at_least: yes}]", "gate 1: at_least: should be a number; yes.*got True"),
+        ("{metric: accuracy, at_least: 0.6}", r"a rule by itself; put `gates:` above it .* gates: \[{metric"),
         ("gates: [accuracy]", "gate 1 should be a mapping such as"),
         ("gates: {metric: accuracy}", 'a list of rules under the key "gates", got dict'),
         ("gate: []", 'unknown key "gate". Did you mean "gates"'),
@@ -243,6 +247,12 @@ def test_load_gates_names_what_is_wrong(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(GateError, match=message):
         load_gates(path)
+
+
+def test_a_plain_list_of_rules_is_told_where_its_key_goes(tmp_path):
+    (tmp_path / "gates.yaml").write_text("- {metric: accuracy, at_least: 0.6}\n")
+    with pytest.raises(StorageError, match="should be a list of rules with a line `gates:` above it, got list"):
+        load_gates(tmp_path / "gates.yaml")
 
 
 def test_load_gates_of_a_missing_file(tmp_path):

@@ -129,6 +129,31 @@ def test_columns_of_many_values_are_not_groups(tmp_path):
     assert "'file' has 30 values" in found.notes[0]
 
 
+@pytest.mark.parametrize("column", ["patient", "PatientID", "patient_id", "Subject", "case no", "lesion"])
+def test_a_column_of_patients_is_no_group_by_itself(tmp_path, column):
+    lines = "".join(f"a,{'ab'[i % 2]},U{i // 2},C{i // 4}\n" for i in range(60))
+    bare = write(tmp_path / "p.csv", f"label,pred,{column},ward\n{lines}")
+    with pytest.raises(DataError, match=rf"'{column}' .* rename it `cluster` if .* `group:{column}` if it really"):
+        Predictions.load(bare)
+    for name, groups in (("cluster", ["ward"]), (f"group:{column}", [column, "ward"])):
+        found = Predictions.load(write(tmp_path / "q.csv", f"label,pred,{name},ward\n{lines}"))
+        assert list(found.groups) == groups
+        assert (found.clusters is None) == (name != "cluster")
+    # Clusters that hold its rows together make it harmless; such as cut it apart do not.
+    wider = Predictions.load(write(tmp_path / "w.csv", f"label,pred,{column},cluster\n{lines}"))
+    assert not wider.groups
+    assert f"'{column}' is not taken for a group" in wider.notes[0]
+    apart = "".join(f"a,{'ab'[i % 2]},U{i // 2},C{i}\n" for i in range(60))
+    with pytest.raises(DataError, match=r"several clusters .*`cluster` seems too narrow"):
+        Predictions.load(write(tmp_path / "n.csv", f"label,pred,{column},cluster\n{apart}"))
+
+
+@pytest.mark.parametrize("column", ["patient_sex", "site", "camera", "scene", "eye", "hospital"])
+def test_columns_about_patients_and_places_are_groups(tmp_path, column):
+    lines = "".join(f"a,{'ab'[i % 2]},V{i % 8}\n" for i in range(60))
+    assert list(Predictions.load(write(tmp_path / "p.csv", f"label,pred,{column}\n{lines}")).groups) == [column]
+
+
 def test_pages_and_names_of_a_saved_file_are_checked(tmp_path):
     """One bit of a file by itself: whatever is read is what was written, or it is refused in words."""
     draw = np.random.default_rng(0)

@@ -18,8 +18,8 @@ from adaptclip.data.card import load_card, parse_card
 from adaptclip.data.rows import RawRows
 from adaptclip.data.scaffold import new_card
 from adaptclip.data.sources import READERS, open_data
-from adaptclip.data.words import identity_rank, is_person, is_place
 from adaptclip.errors import AdaptclipError, DataError, SplitError
+from adaptclip.words import identity_rank, is_person, is_place
 
 
 @pytest.fixture(autouse=True)

@@ -86,23 +86,23 @@ def test_a_gap_fails_where_a_lower_bound_corrected_for_the_six_ordered_pairs_doe
 def test_every_group_keeps_a_floor_at_alpha_and_misses_it_at_a_share_of_it(judge):
     keeps = min(part.value - norm.isf(ALPHA) * part.spread.error for part in THREE.values())
     misses = min(part.value + norm.isf(ALPHA / 3) * part.spread.error for part in THREE.values())
-    assert judge(THREE, floor=keeps - NEAR, gap_at_most=0.5).verdict == "pass"
-    unsure = judge(THREE, floor=keeps + NEAR, gap_at_most=0.5)
+    assert judge(THREE, floor=keeps - NEAR, gap_at_most=0.49).verdict == "pass"
+    unsure = judge(THREE, floor=keeps + NEAR, gap_at_most=0.49)
     assert unsure.verdict == "inconclusive"
     assert "It is not certain that b keeps the limit of" in unsure.reason
-    assert judge(THREE, floor=misses - NEAR, gap_at_most=0.5).verdict == "inconclusive"
-    missed = judge(THREE, floor=misses + NEAR, gap_at_most=0.5)
+    assert judge(THREE, floor=misses - NEAR, gap_at_most=0.49).verdict == "inconclusive"
+    missed = judge(THREE, floor=misses + NEAR, gap_at_most=0.49)
     assert missed.verdict == "fail"
     assert "With the confidence asked for, b misses the limit of" in missed.reason
-    assert "each of a, b, c misses" in judge(THREE, floor=0.99, gap_at_most=0.5).reason
-    assert "Every group keeps" in judge(THREE, floor=0.5, gap_at_most=0.5).reason
+    assert "each of a, b, c misses" in judge(THREE, floor=0.99, gap_at_most=0.49).reason
+    assert "Every group keeps" in judge(THREE, floor=0.5, gap_at_most=0.49).reason
 
 
 BEFORE: dict[str, Any] = {"a": number(0.80, 0.010), "b": number(0.70, 0.012), "c": number(0.90, 0.014)}
 
 
 def judged_beside(judge, after, change, slack):
-    return judge(after, BEFORE, change, gap_at_most=0.9, margin=slack)
+    return judge(after, BEFORE, change, gap_at_most=0.49, margin=slack)
 
 
 def test_half_of_alpha_goes_to_the_change_of_the_group_itself(judge):
@@ -142,47 +142,47 @@ def test_a_group_without_an_interval_of_its_change_or_of_before_is_no_evidence(j
     after = {"a": number(0.9, 0.01), "b": number(0.9, 0.01)}
     silent = {"a": Measurement(0.1, 1000), "b": Measurement(0.1, 1000)}
     before = {"a": Measurement(0.8, 1000), "b": Measurement(0.8, 1000)}
-    assert judge(after, before, silent, gap_at_most=0.5).verdict == "inconclusive"
-    low = {"a": number(0.1, 0.001), "b": number(0.9, 0.001)}
-    assert judge(low, before, silent, gap_at_most=0.9).verdict == "inconclusive"
+    assert judge(after, before, silent, gap_at_most=0.49).verdict == "inconclusive"
+    low = {"a": number(0.45, 0.001), "b": number(0.9, 0.001)}
+    assert judge(low, before, silent, gap_at_most=0.49).verdict == "inconclusive"
 
 
 def test_the_default_margin_is_two_points_and_none_may_be_asked_for(judge):
     after = {"a": number(0.79, 1e-4), "b": number(0.79, 1e-4)}
     before = {"a": number(0.80, 1e-4), "b": number(0.80, 1e-4)}
     change = {"a": number(-0.01, 1e-4), "b": number(-0.01, 1e-4)}
-    assert judge(after, before, change, gap_at_most=0.5).verdict == "pass"
-    assert judge(after, before, change, gap_at_most=0.5, margin=0.0).verdict == "fail"
+    assert judge(after, before, change, gap_at_most=0.49).verdict == "pass"
+    assert judge(after, before, change, gap_at_most=0.49, margin=0.0).verdict == "fail"
 
 
 def test_small_groups_keep_a_gap_from_passing_and_not_from_failing(judge):
     four = THREE | {"d": number(0.87, 0.01, 3)}
-    found = judge(four, floor=0.5, small=("d",), gap_at_most=0.5)
+    found = judge(four, floor=0.5, small=("d",), gap_at_most=0.49)
     assert found.verdict == "inconclusive"
     assert "Too small for a verdict, or without an interval: d (3)" in found.reason
     assert (found.more_images, found.more_clusters) == (97, None)
     assert judge(four, floor=0.5, small=("d",), gap_at_most=1e-6).verdict == "fail"
-    assert "Too small" not in judge(THREE, floor=0.5, gap_at_most=0.5).reason
+    assert "Too small" not in judge(THREE, floor=0.5, gap_at_most=0.49).reason
 
 
 def test_too_few_groups_say_how_many_and_what_is_missing(judge):
-    found = judge(THREE, floor=0.5, small=("a", "b"), gap_at_most=0.5)
+    found = judge(THREE, floor=0.5, small=("a", "b"), gap_at_most=0.49)
     assert found.verdict == "inconclusive"
     assert "site has 1 of them. Too small or without an interval: a (3), b (3)." in found.reason
-    assert (found.more_images, found.n, found.group, found.limit, found.kind) == (97, 3000, "a", 0.5, "gap")
-    single = judge({"a": THREE["a"]}, floor=0.5, gap_at_most=0.5)
+    assert (found.more_images, found.n, found.group, found.limit, found.kind) == (97, 3000, "a", 0.49, "gap")
+    single = judge({"a": THREE["a"]}, floor=0.5, gap_at_most=0.49)
     assert single.reason.endswith("without an interval: none.")
     assert (single.more_images, single.group) == (None, None)
 
 
 def test_the_verdict_names_worst_and_best_and_says_what_noise_gives(judge):
-    found = judge(THREE, floor=0.5, gap_at_most=0.5, noise=0.04)
+    found = judge(THREE, floor=0.5, gap_at_most=0.49, noise=0.04)
     assert (found.group, found.value, found.n) == ("b", pytest.approx(0.06), 3000)
     assert "is 6.0 points (a against b) and, with 95 % confidence, at most" in found.reason
     assert "a gap of up to 4.0 points in 95 % of cases" in found.reason
-    assert "Noise" not in judge(THREE, floor=0.5, gap_at_most=0.5).reason
+    assert "Noise" not in judge(THREE, floor=0.5, gap_at_most=0.49).reason
     alike = {"a": number(0.9, 0.02), "b": number(0.89, 0.02)}
-    assert " and at least " not in judge(alike, floor=0.5, gap_at_most=0.5).reason
+    assert " and at least " not in judge(alike, floor=0.5, gap_at_most=0.49).reason
     apart = {"a": number(0.9, 0.001), "b": number(0.5, 0.001)}
     assert (
         " and at least 39.7 points; the rule asks for at most 5 points"
@@ -193,17 +193,17 @@ def test_the_verdict_names_worst_and_best_and_says_what_noise_gives(judge):
 def test_a_bound_at_the_floor_itself_keeps_it():
     low = THREE["b"].bound("low", 1 - 0.95, exact=True)
     compared = {name: Comparison(part) for name, part in THREE.items()}
-    rule = GateRule(group="site", gap_at_most=0.5, at_least=low)
+    rule = GateRule(group="site", gap_at_most=0.49, at_least=low)
     supports = dict.fromkeys(THREE, (Support(1000),))
     assert judge_gap(rule, compared, supports, dict.fromkeys(THREE, 1000), None, ()).verdict == "pass"
 
 
 def test_a_rate_without_a_better_side_cannot_be_levelled_down():
-    rule = GateRule(metric="selection_rate", positive=("ill",), group="site", gap_at_most=0.5)
+    rule = GateRule(metric="selection_rate", positive=("ill",), group="site", gap_at_most=0.49)
     compared = {name: Comparison(part) for name, part in THREE.items()}
     found = judge_gap(rule, compared, dict.fromkeys(THREE, (Support(1000),)), dict.fromkeys(THREE, 1000), None, ())
     assert found.verdict == "pass"
-    assert found.reason.endswith("the rule asks for at most 50 points.")
+    assert found.reason.endswith("the rule asks for at most 49 points.")
 
 
 def test_further_images_are_those_of_the_worst_group_at_the_corrected_level():
@@ -226,7 +226,7 @@ def test_further_images_are_those_of_the_worst_group_at_the_corrected_level():
 def test_only_what_images_would_settle_says_how_many(judge):
     """An open floor is not settled by the gap's images, and an open gap is."""
     after = {"a": number(0.90, 0.02), "b": number(0.89, 0.02)}
-    assert judge(after, floor=0.88, gap_at_most=0.5).more_images is None
+    assert judge(after, floor=0.88, gap_at_most=0.49).more_images is None
     unsure = judge(after, floor=0.1, gap_at_most=0.05)
     assert unsure.verdict == "inconclusive"
     assert unsure.more_images is not None

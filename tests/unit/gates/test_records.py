@@ -236,7 +236,7 @@ def test_a_rule_asks_little_where_one_answer_for_all_would_do():
     assert little(metric="selection_rate", positive=("a",), at_least=0.9)
     assert not little(metric="selection_rate", positive=("a",), at_most=0.9)
     assert not little(no_worse_than="run")
-    assert not little(group="site", gap_at_most=0.5)
+    assert not little(group="site", gap_at_most=0.49)
     exactly = Metric.of("half", lambda y, p: 0.5, better="lower")
     assert little(metric=exactly, at_most=0.5)
     assert asks_little(GateRule(at_least=0.6), images) is True

@@ -48,8 +48,9 @@ def test_outcomes_at_their_limits(accepted, refused):
     ("accepted", "refused"),
     [
         ({"group": "g", "gap_at_most": 1e-9}, {"group": "g", "gap_at_most": 0.0}),
-        ({"group": "g", "gap_at_most": 1.0}, {"group": "g", "gap_at_most": 1.001}),
-        ({"group": "g", "gap_at_most": 1.0}, {"group": "g", "gap_at_most": 1.9}),
+        ({"group": "g", "gap_at_most": 0.499}, {"group": "g", "gap_at_most": 0.5}),
+        ({"group": "g", "gap_at_most": 0.499}, {"group": "g", "gap_at_most": 1.0}),
+        ({"metric": "brier", "group": "g", "gap_at_most": 0.99}, {"group": "g", "gap_at_most": 1.9}),
         ({"group": "g", "gap_at_most": 0.1}, {"gap_at_most": 0.1}),
         ({"group": "g", "gap_at_most": 0.1}, {"group": "g", "gap_at_most": -0.5}),
         ({"no_worse_than": "r", "margin": 0.0}, {"no_worse_than": "r", "margin": -0.01}),
@@ -133,6 +134,10 @@ def test_rules_at_their_limits(accepted, refused):
         ({"metric": "ece", "at_least": 0.5}, "ece is better when lower: use at_most, not at_least"),
         ({"at_most": 0.5}, "accuracy is better when higher: use at_least, not at_most"),
         ({}, "got none"),
+        ({"group": "g", "gap_at_most": 1}, "a gap_at_most of 1 lets nearly every model through"),
+        ({"at_least": "0,5"}, r"has a decimal comma; write 0\.5"),
+        ({"metric": "sensitivity", "positive": 3, "at_least": 0.5}, 'put the name in quotes, such as "3"'),
+        ({"metric": "sensitivity", "positive": ["a", True], "at_least": 0.5}, "true and false are no text in YAML"),
         ({"at_least": 0.5, "at_most": 0.7}, "got at_least and at_most"),
         ({"at_most": 0.1, "group": "g", "gap_at_most": 0.1}, r"\(or gap_at_most with at_least\)"),
         ({"metric": Metric.of("own", lambda y, p: 0.0, scale=(1, 3)), "at_least": 3.5}, "must lie within 1 and 3"),
@@ -141,6 +146,18 @@ def test_rules_at_their_limits(accepted, refused):
 def test_what_is_wrong_is_said(fields, message):
     with pytest.raises(ValidationError, match=message):
         GateRule(**fields)
+
+
+@pytest.mark.parametrize("field", ["at_least", "at_most", "gap_at_most", "margin", "confidence", "min_n", "threshold"])
+def test_yes_is_no_number(field):
+    with pytest.raises(ValidationError, match="should be a number; yes, no, true and false are none"):
+        GateRule.model_validate({"at_least": 0.5, field: True})
+
+
+def test_yes_is_no_number_of_an_outcome():
+    for field in ("threshold", "prevalence", "chosen_on"):
+        with pytest.raises(ValidationError, match="should be a number; yes"):
+            Outcome.model_validate({"positive": "ill", field: True})
 
 
 def test_a_metric_of_more_than_two_classes_says_nothing_of_two_sides():

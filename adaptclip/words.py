@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+FEW_VALUES = 12
+"""Up to so many different values, such as those of sex or hospital, make groups, which are in all parts by intent."""
+
 
 def _words(listed: str) -> frozenset[str]:
     return frozenset(listed.split())
@@ -143,6 +146,11 @@ def is_person(name: str) -> bool:
     """Whether a column's name says that it tells persons or animals apart, so that few values make no group of it."""
     rank = identity_rank(name)
     return rank is not None and (rank <= 1 or any(word in _OF_IDENTITY for word in words_of(name)))
+
+
+def tells_units(name: str, num_values: int) -> bool:
+    """Whether a column seems to say who or what images are of: persons by its name, or other things if many."""
+    return is_person(name) or (identity_rank(name) is not None and num_values > FEW_VALUES)
 
 
 def is_place(name: str) -> bool:
