@@ -258,10 +258,11 @@ def load_backbone(
 
     Raises:
         BackboneError: unknown name or tag, missing, damaged or unfit weights (position embeddings of another length
-            among them), or no way to download them.
+            among them), no way to download them, or no such device here.
     """
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 0:
         raise BackboneError(f"image_size should be the side of the pictures in pixels, or 0, got {image_size}")
+    check_device(device)
     if precision not in PRECISIONS:
         raise BackboneError(f"unknown precision {precision!r}. {did_you_mean(precision, PRECISIONS)}")
     if name != STARTER:
@@ -277,6 +278,19 @@ def load_backbone(
     if image_size and side != image_size and side != (image_size, image_size):
         raise BackboneError(f"{name} cannot take pictures of {image_size} pixels, only of {side}; leave image_size out")
     return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision, asked_size=image_size)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises BackboneError unless there is such a device here."""
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise BackboneError(f"no device {device!r}; devices are called cpu, cuda, cuda:1, mps") from error
+    backend: Any = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
+    if backend is not None and not backend.is_available():
+        raise BackboneError(
+            f"there is no device {str(device)!r} on this machine (or torch was built without it); use cpu"
+        )
 
 
 load_clip = load_backbone

@@ -69,6 +69,13 @@ def test_load_clip_and_load_backbone_are_one():
         ac.load_clip("ViT-B-61", "openai")
 
 
+@pytest.mark.parametrize(("device", "message"), [("cuda", "on this machine"), ("gpu", "devices are called cpu")])
+def test_a_device_that_is_not_there_is_refused_in_words(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackboneError, match=message):
+        ac.load_clip("starter", device=device)
+
+
 def test_an_artifact_of_a_wrapped_model_loads_with_that_model(parts, tmp_path):
     from adaptclip.reports.summary import build_report
 
