@@ -101,7 +101,7 @@ class FeatureCache:
         if views < 0 or workers < 0 or batch_size < 1:
             got = f"got {views}, {workers}, {batch_size}"
             raise ConfigError(f"views and workers must be 0 or more and batch_size 1 or more; {got}")
-        if isinstance(dataset.store, FeatureRows) or isinstance(backbone, FeatureClip):
+        if not dataset.has_pixels or isinstance(backbone, FeatureClip):
             return _stored(backbone, dataset, views)
         if views > 0 and augment is None:
             raise ConfigError(f"{views} augmented views need an augmentation (`augment`)")

@@ -35,7 +35,7 @@ from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.data.rows import card_places
 from adaptclip.errors import DataError
 from adaptclip.evaluation.measuring import measure
-from adaptclip.evaluation.wise_ft import Yardstick
+from adaptclip.evaluation.wise_ft import Yardstick, interval_words
 from adaptclip.methods.contrastive import caption_tokens
 from adaptclip.metrics.intervals import wilson
 from adaptclip.outputs import check_cache
@@ -318,7 +318,7 @@ def evaluate_unseen(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, 
 def show(results: dict[str, dict[str, Any]]) -> int:
     """Prints the results."""
     for name, found in results.items():
-        print(f"{name:<42} {found['value']:6.1%}  [{found['low']:.1%}, {found['high']:.1%}]  n = {found['n']}")
+        print(f"{name:<42} {found['value']:6.1%}  {interval_words(found)}  n = {found['n']}")
     return 0
 
 

@@ -139,8 +139,13 @@ def measured_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str)
     lines = [head, ["---"] * len(head)]
     for name, found in rows:
         cells = [_cell(found, kind, key) for kind, key, _ in columns]
-        lines.append([name, *(f"{c['value']:.1%} [{c['low']:.1%}, {c['high']:.1%}]" for c in cells)])
+        lines.append([name, *(f"{c['value']:.1%} {interval_words(c)}" for c in cells)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def interval_words(found: Mapping[str, Any]) -> str:
+    """Returns the interval of a measured share, or that there are too few queries for one."""
+    return "[too few]" if found["low"] is None else f"[{found['low']:.1%}, {found['high']:.1%}]"
 
 
 def curve_markdown(curve: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from recipe_files import CPU, ROOT, load_recipe
 from safetensors.torch import load_file
 
 import adaptclip as ac
+from adaptclip import features
 from adaptclip.errors import AdaptclipError
 from adaptclip.types import Predictions
 
@@ -78,13 +79,13 @@ def test_c_is_chosen_on_the_validation_shots(cfg):
 
 def test_the_cards_larger_smallest_crop_wins(cfg, monkeypatch):
     asked = []
-    build = ac.train_augment
+    build = features.train_augment
 
     def spy(size, **settings):
         asked.append(settings)
         return build(size, **settings)
 
-    monkeypatch.setattr(ac, "train_augment", spy)
+    monkeypatch.setattr(features, "train_augment", spy)
     for min_scale in (0.5, 0.8):
         recipe.main(replace(cfg, head="lp++", epochs=1, min_scale=min_scale, overwrite=True))
     assert [s["scale"] for s in asked] == [(0.6, 1.0), (0.8, 1.0)]  # the card says 0.6

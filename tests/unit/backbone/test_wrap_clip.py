@@ -64,7 +64,7 @@ def test_what_is_no_model_or_tokenizer_is_refused(parts, tiny_backbone):
 
 
 def test_load_clip_and_load_backbone_are_one():
-    assert ac.load_clip is ac.load_backbone
+    assert ac.load_clip.__qualname__ == "load_backbone"
     with pytest.raises(BackboneError, match="Did you mean"):
         ac.load_clip("ViT-B-61", "openai")
 

@@ -51,7 +51,10 @@ def test_every_source_kind_parses():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ("  source: {kind: parqet, files: a}\n", r'adaptclip.source: Did you mean "parquet"\? Allowed: embedded, features, hub'),
+        (
+            "  source: {kind: parqet, files: a}\n",
+            r'adaptclip.source: Did you mean "parquet"\? Allowed: embedded, features, hub',
+        ),
         ("  source: {files: a}\n", r"adaptclip.source.kind: is missing. Allowed: hub, parquet"),
         ("  source: {kind: hub}\n", r"adaptclip.source.id: is missing. Keys here: kind, id, config, revision"),
         ("  source: {kind: hub, id: a, revison: b}\n", r'source.revison: unknown key. Did you mean "revision"\?'),

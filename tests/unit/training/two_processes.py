@@ -60,6 +60,7 @@ class Dataset:
     """The part of ImageDataset that a feature cache uses; an "image" is a vector."""
 
     window = None
+    has_pixels = True
 
     def __init__(self, num_images):
         self.vectors = np.random.default_rng(0).normal(size=(num_images, 6)).astype(np.float32)
