@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.data.dataset import UNKNOWN, DomainData, ImageDataset
+from adaptclip.data.columns import as_text, is_missing
+from adaptclip.data.dataset import ALONE, UNKNOWN, DomainData, ImageDataset
+from adaptclip.data.divisions import division, division_lines
 from adaptclip.data.feature_rows import FeatureRows, near_copies
 from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
 from adaptclip.data.inseparable import inseparable
+from adaptclip.data.spellings import plain, several_spellings, spelt
 from adaptclip.data.unused import shared_values
 from adaptclip.errors import AdaptclipError, DataError, SplitError, did_you_mean
 
@@ -48,8 +51,8 @@ class Checked:
 
     Attributes:
         notes: sentences about problems that the card allows and about what else is worth knowing.
-        worries: those of them that put every result in doubt: allowed leaks, and classes that cannot be told from
-            groups.
+        worries: those of them that put every result in doubt: allowed leaks, clusters and groups that are missing or
+            spelt in several ways, and classes that cannot be told from groups.
     """
 
     notes: tuple[str, ...] = ()
@@ -83,8 +86,8 @@ def check_data(
         raise fatal[0].error(f"card {data.card.name}: the data did not pass the checks:\n  {lines}")
     allowed = {f"{problem.message} (allowed by the card: {problem.check})": problem.check for problem in problems}
     leaks = [note for note, check in allowed.items() if check.partition(".")[0] in LEAKS]
-    mixed = inseparable(data)
-    return Checked((*allowed, *mixed, *_remarks(data)), (*leaks, *mixed))
+    doubts = [*_doubts(data), *inseparable(data)]
+    return Checked((*allowed, *doubts, *_remarks(data), *_divisions(data, unused or {})), (*leaks, *doubts))
 
 
 def _how_to_allow(problem: Problem) -> str:
@@ -167,6 +170,17 @@ def _check_clusters(data: DomainData) -> Iterator[Problem]:
                 SplitError,
                 "shared_clusters",
             )
+        again = {plain(cluster) for cluster in a.clusters or ()} & {plain(cluster) for cluster in b.clusters or ()}
+        values = [c for c in {*(a.clusters or ()), *(b.clusters or ())} - shared if plain(c) in again]
+        if several := several_spellings(values):
+            rows = sum(cluster in values for cluster in b.clusters or ())
+            yield Problem(
+                f"{len(several)} values of {kind!r} (patient, site, ...) are in both {first} and {second} but for "
+                f"their spelling, with {rows} {second} images: {spelt(several)}",
+                "Write each patient or site in one way, and put it into one split",
+                SplitError,
+                "shared_clusters",
+            )
 
 
 def _check_unused(data: DomainData, unused: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
@@ -214,6 +228,45 @@ def _leak(what: str, a: ImageDataset, b: ImageDataset, pairs: dict[int, int], ch
         "(`splits: {fractions: ...}` keeps them together)"
     )
     return Problem(f"{len(pairs)} of {len(b)} {what}: {', '.join(shown)}{more}", remedy, SplitError, check)
+
+
+def _doubts(data: DomainData) -> list[str]:
+    """What no rule forbids, and what may well make figures wrong: clusters that are missing, and spellings."""
+    doubts, total = [], sum(map(len, data.parts.values()))
+    clusters = [cluster for images in data.parts.values() for cluster in images.clusters or ()]
+    alone = sum(cluster.startswith(ALONE) for cluster in clusters)
+    if alone:
+        doubts.append(
+            f"{alone} of {total} images have no value of {data.card.columns.cluster!r} (patient, site, ...): each of "
+            "them is treated as one of its own, also where several are of the same, in any part"
+        )
+    names = {"clusters": clusters}
+    for images in data.parts.values():
+        for group, values in images.groups.items():
+            names.setdefault(f"group {group!r}", []).extend(values)
+    for what, values in names.items():
+        if several := several_spellings(values):
+            doubts.append(
+                f"{what}: {spelt(several)} count as different, and differ only in case, blanks or zeros; if they are "
+                "the same, write each in one way"
+            )
+    return doubts
+
+
+def _divisions(data: DomainData, unused: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """Columns that divide the images into parts, other than the card does."""
+    part_of = {int(row): part for part, images in data.parts.items() for row in images.rows}
+    for name, cells in unused.items():
+        parts = division(name, cells)
+        if any(
+            not is_missing(cells[row]) and as_text(cells[row]) != parts[part]
+            for row, part in part_of.items()
+            if part in parts
+        ):
+            yield (
+                f"the column {name!r} says which images are for training and which for the test, and the card divides "
+                f"them otherwise; is that meant? To follow the column: {division_lines(name, parts)}"
+            )
 
 
 def _remarks(data: DomainData) -> list[str]:

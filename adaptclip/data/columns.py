@@ -12,6 +12,7 @@ import numpy as np
 
 from adaptclip.data.card_block import GroupBins, normalise_text
 from adaptclip.data.dataset import UNKNOWN
+from adaptclip.data.spellings import several_spellings, spelt
 from adaptclip.errors import DataError, did_you_mean
 
 ONE_LABEL = (
@@ -59,7 +60,7 @@ def resolve_labels(
     Raises:
         DataError: a label is missing, out of range, of the wrong type or not among the names.
     """
-    refuse_several_labels(values, card_names or source_names or (), where)
+    refuse_unclear_labels(values, card_names or source_names or (), where)
     _refuse_bad_cells(values, where)
     if _are_numbers_as_names(values, card_names):
         values = [as_text(value) for value in values]
@@ -114,8 +115,8 @@ def _all_whole(texts: Sequence[str]) -> bool:
     return all(text.lstrip("-").isdecimal() for text in texts)
 
 
-def refuse_several_labels(values: Sequence[Any], names: Sequence[str], where: Callable[[int], str]) -> None:
-    """Raises DataError where a label is several others in one cell, as "Effusion|Mass" is."""
+def refuse_unclear_labels(values: Sequence[Any], names: Sequence[str], where: Callable[[int], str]) -> None:
+    """Raises DataError where a label is several in one cell ("Effusion|Mass"), or one number is spelt in two ways."""
     first: dict[str, int] = {}
     for row, value in enumerate(values):
         if isinstance(value, str):
@@ -129,6 +130,13 @@ def refuse_several_labels(values: Sequence[Any], names: Sequence[str], where: Ca
                 raise DataError(
                     f"{where(row)}: the label {text!r} is {len(parts)} labels in one cell.{empty} {ONE_LABEL}"
                 )
+    whole = {text for text in first if as_number(text) is not None}
+    twice = [] if _all_whole([text for text in first if text]) else several_spellings(whole)
+    if twice:
+        raise DataError(
+            f"the labels {spelt(twice)} are one number spelt in several ways (first {where(first[twice[0][-1]])}), and "
+            "would be classes of their own; write each in one way"
+        )
     lists = [text for text in first if text == "[]" or text.startswith(("['", '["'))]
     if lists:
         raise DataError(f"{where(first[lists[0]])}: the label {lists[0]!r} is a list in one cell. {ONE_LABEL}")

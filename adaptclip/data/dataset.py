@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 """The group of a row whose attribute is missing."""
 
+ALONE = "alone:"
+"""Start of the cluster id of an image whose row names no cluster."""
+
 UNLABELLED = "image"
 """The one class of images that have captions and no classes."""
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from adaptclip.data.card import Card, parse_card
 from adaptclip.data.card_block import PARTS, Splits
-from adaptclip.data.columns import as_text, is_missing, refuse_several_labels
+from adaptclip.data.columns import as_text, refuse_unclear_labels
+from adaptclip.data.divisions import division
 from adaptclip.data.drafted_gates import Units, drafted_gates, drafted_outcome
 from adaptclip.data.file_rows import read_image_folder, read_manifest
 from adaptclip.data.image_files import list_images
@@ -203,27 +204,54 @@ def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
     columns = {"image": roles["image"], "label": roles["label"]}
     rows = read_manifest(_provisional({"source": {"kind": "manifest", "files": files}, "columns": columns}), base)
     labels = rows.values[roles["label"]]
-    refuse_several_labels(labels, (), rows.store.where)
-    proposed = propose_columns(roles, labels, rows.unused)
+    refuse_unclear_labels(labels, (), rows.store.where)
+    roles, notes, parts = _division(roles, rows.unused)
+    of_rows = rows.splits if named else _part_names(roles, parts, rows.unused)
+    proposed = propose_columns(roles, labels, rows.unused, of_rows)
     listed = "{" + ", ".join(f"{part}: {_quoted(name)}" for part, name in by_name.items()) + "}"
     return _Findings(
         source=["kind: manifest", f"files: {listed if by_name else _quoted(str(files))}"],
-        splits=[f"{part}: {part}" for part in named] or _table_splits(roles, rows.unused),
+        splits=[f"{part}: {part}" for part in named] or _table_splits(roles, parts, rows.unused),
         columns=proposed.columns,
         bins=proposed.bins,
         labels=labels,
-        notes=[*rows.passed_over, *proposed.notes],
+        notes=[*rows.passed_over, *([] if named else notes), *proposed.notes],
         units=proposed.units,
     )
 
 
-def _table_splits(roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
-    found = Counter(as_text(v) for v in values[roles["split"]] if not is_missing(v)) if "split" in roles else Counter()
-    parts = {part: name for name in sorted(found) for part in PARTS if split_part(name) == (part, "")}
-    if not {"train", "test"} <= set(parts):
+def _division(
+    roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """Returns the roles with the column that divides the images, sentences about it, and its part -> value."""
+    own = [roles["split"]] if "split" in roles else []
+    free = [name for name in values if name not in roles.values()]
+    found = {name: parts for name in [*own, *free] if (parts := division(name, values[name]))}
+    rest = {role: name for role, name in roles.items() if role != "split"}
+    if not found:
+        unclear = [f"the column {name!r} may divide the images and is not used, as none of its values is called train "
+                   "and test; name them under `splits:` if it does" for name in own]  # fmt: skip
+        return rest, unclear, {}
+    name = next(iter(found))
+    said = ", ".join(f"{part} is {shown(value)}" for part, value in found[name].items())
+    notes = [f"the column {name!r} divides the images, and the card follows it: {said}"] * (name not in own)
+    notes += [f"the column {other!r} divides the images too, and is not used" for other in list(found)[1:]]
+    return {**rest, "split": name}, notes, found[name]
+
+
+def _part_names(
+    roles: Mapping[str, str], parts: Mapping[str, str], values: Mapping[str, Sequence[Any]]
+) -> list[str] | None:
+    part_of = {value: part for part, value in parts.items()}
+    return [part_of.get(as_text(cell), "") for cell in values[roles["split"]]] if parts else None
+
+
+def _table_splits(roles: Mapping[str, str], parts: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
+    if not parts:
         return _drawn_lines(MADE_UP_FRACTIONS)
+    found = Counter(as_text(cell) for cell in values[roles["split"]])
     lines = [f"column: {_quoted(roles['split'])}"]
-    return lines + [f"{part}: {_quoted(parts[part])}  # {found[parts[part]]} images" for part in PARTS if part in parts]
+    return lines + [f"{part}: {_quoted(value)}  # {found[value]} images" for part, value in parts.items()]
 
 
 def _card_text(name: str, found: _Findings) -> str:

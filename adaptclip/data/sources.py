@@ -17,12 +17,13 @@ from adaptclip.data.card import Card
 from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.checks import check_data
 from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
-from adaptclip.data.dataset import UNLABELLED, DomainData, ImageDataset
+from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.declared import check_declared
 from adaptclip.data.feature_rows import FeatureRows, near_copies, read_features
 from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
 from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
 from adaptclip.data.rows import RawRows
+from adaptclip.data.spellings import plain
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
 from adaptclip.errors import CardError, DataError, SplitError, did_you_mean
 from adaptclip.storage import digest
@@ -175,7 +176,7 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
 def _clusters(cells: Sequence[Any], contents: Sequence[str]) -> tuple[str, ...]:
     """Returns cluster ids; an image without one is a cluster of its own, together with its exact copies."""
     return tuple(
-        f"alone:{content[:16]}" if is_missing(cell) else as_text(cell)
+        f"{ALONE}{content[:16]}" if is_missing(cell) else as_text(cell)
         for cell, content in zip(cells, contents, strict=True)
     )
 
@@ -205,7 +206,7 @@ def _parts(
             )
         names = _split_names(raw, rule)
         return named_parts(rule, [str(names[row]) for row in images.rows])
-    keys = [images.contents] if images.clusters is None else [images.contents, images.clusters]
+    keys = [images.contents] if images.clusters is None else [images.contents, list(map(plain, images.clusters))]
     alike = [] if "similar_pictures" in card.allow else _alike(images, found)
     unit_of_row = units(len(images), keys=keys, pairs=alike)
     largest = int(np.bincount(unit_of_row).max())

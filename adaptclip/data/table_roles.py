@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,6 +16,7 @@ from adaptclip.data.drafted_gates import Units
 from adaptclip.data.file_rows import ImagePlaces
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.layouts import class_folder_names
+from adaptclip.data.spellings import plain
 from adaptclip.data.tables import open_table
 from adaptclip.data.unused import is_function_of_class
 from adaptclip.errors import CardError, DataError, shown
@@ -136,13 +137,19 @@ def describing_classes(folder: Path, tables: Sequence[Path]) -> dict[Path, str]:
     return found
 
 
-def propose_columns(roles: Mapping[str, str], labels: Sequence[Any], others: Mapping[str, Sequence[Any]]) -> Proposal:
+def propose_columns(
+    roles: Mapping[str, str],
+    labels: Sequence[Any],
+    others: Mapping[str, Sequence[Any]],
+    parts: Sequence[str] | None = None,
+) -> Proposal:
     """Returns the lines of a card about the columns of a table.
 
     Args:
         roles: of `column_roles`.
         labels: N cells of the label column.
         others: column -> N cells, of all but images and labels.
+        parts: N names of the parts that the table itself makes, "" for rows of none; None where they are drawn.
     """
     lines = [f"image: {_quoted(roles['image'])}", f"label: {_quoted(roles['label'])}"]
     notes = []
@@ -153,9 +160,14 @@ def propose_columns(roles: Mapping[str, str], labels: Sequence[Any], others: Map
     found: dict[str, Mapping[str, int]] = {}
     number = 0
     if cluster is not None:
-        number = len({as_text(cell) for cell in others[cluster] if not is_missing(cell)})
-        lines.append(f"cluster: {_quoted(cluster)}  # {number} of them, none in two parts")
-        notes.append(f"the column {cluster!r} says who or what images are of: {number} of them, none in two parts")
+        number = len({plain(as_text(cell)) for cell in others[cluster] if not is_missing(cell)})
+        torn = _in_two_parts(others[cluster], parts)
+        told = f"{number} of them, {torn or 'none'} in two parts"
+        lines.append(f"cluster: {_quoted(cluster)}  # {told}" + ", which `card check` refuses" * bool(torn))
+        mend = (
+            "; `card check` refuses that: put each into one part, or let a split be drawn (`splits: {fractions: ...}`)"
+        )
+        notes.append(f"the column {cluster!r} says who or what images are of: {told}" + mend * bool(torn))
     else:
         lines.append("# cluster: patient  # a column of what must never be in two parts, if the table has one")
     groups, levels, bins = [], [], []
@@ -200,6 +212,15 @@ def _cluster_column(labels: Sequence[Any], others: Mapping[str, Sequence[Any]]) 
         if rank is not None and len(values) > 1 and not same:
             ranked.append((rank, position, name))
     return min(ranked)[2] if ranked else None
+
+
+def _in_two_parts(cells: Sequence[Any], parts: Sequence[str] | None) -> int:
+    """How many values are in two or more parts, in whatever spelling; a drawn split tears none apart."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for cell, part in zip(cells, parts or (), strict=False):
+        if part and not is_missing(cell):
+            found[plain(as_text(cell))].add(part)
+    return sum(len(several) > 1 for several in found.values())
 
 
 def _edges(cells: Sequence[Any]) -> list[float]:

@@ -442,3 +442,49 @@ def test_a_lesion_of_one_patient_is_no_finding_beside_the_patient(tmp_path):
 def test_unused_columns_are_allowed_by_name(name):
     with pytest.raises(AdaptclipError, match="allow"):
         parse_card(f"---\nadaptclip:\n  source: {{kind: manifest, files: t.csv}}\n  allow: [{name}]\n---\n", name="t")
+
+
+DIVIDED: dict[str, tuple[str, str, str, str]] = {
+    "patients in both parts": (
+        "image,label,PatientID,split", "{i}.png,{c},{p},{t}",
+        'cluster: "PatientID"  # 4 of them, 4 in two parts, which `card check` refuses', "4 of them, 4 in two parts;",
+    ),
+    "patients in both parts, spelt in two ways": (
+        "image,label,PatientID,split", "{i}.png,{c},{n}{z},{t}",
+        'cluster: "PatientID"  # 2 of them, 2 in two parts, which', "2 of them, 2 in two parts;",
+    ),
+    "patients in one part each": (
+        "image,label,PatientID,split", "{i}.png,{c},{t}{n},{t}",
+        'cluster: "PatientID"  # 4 of them, none in two parts\n', "4 of them, none in two parts",
+    ),
+    "a column of parts that is called otherwise": (
+        "image,label,Teil", "{i}.png,{c},{t}",
+        'column: "Teil"\n    train: "train"  # 4 images\n    test: "test"  # 4 images\n',
+        "the column 'Teil' divides the images, and the card follows it: train is train, test is test",
+    ),
+    "a flag": (
+        "image,label,is_test", "{i}.png,{c},{f}",
+        'column: "is_test"\n    train: "0"  # 4 images\n    test: "1"  # 4 images\n',
+        "the column 'is_test' divides the images, and the card follows it: train is 0, test is 1",
+    ),
+    "folds": (
+        "image,label,fold", "{i}.png,{c},{f}", "fractions: {train",
+        "the column 'fold' may divide the images and is not used",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIVIDED)
+def test_how_a_table_divides_is_seen(tmp_path, kind):
+    header, row, written, told = DIVIDED[kind]
+    rows = [
+        row.format(
+            i=i, c="ab"[i // 4], p=i // 2, n=i // 2 % 2, t=("train", "test")[i % 2], f=i % 2, z=("", ".0")[i % 2]
+        )
+        for i in range(8)
+    ]
+    said: list[str] = []
+    table = "\n".join([header, *rows]) + "\n"
+    path = new_card(folder_with(tmp_path / "set", "t.csv", table), tmp_path / "card.md", say=said.append)
+    assert written in path.read_text(encoding="utf-8")
+    assert any(told in sentence for sentence in said)

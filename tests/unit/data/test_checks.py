@@ -205,3 +205,47 @@ def test_an_allowed_leak_is_a_worry_and_a_missing_class_a_note():
     (worry,) = checked.worries
     assert worry.startswith("1 of 1 test images are the same file as a train image")
     assert len(checked.notes) == 2
+
+
+def of_patients(train: tuple[str, ...], test: tuple[str, ...], block: str = "", **fields) -> DomainData:
+    first = part_of("train", [photo(1), photo(2)], [0, 1], clusters=train, **fields)
+    return data_of(block, train=first, test=part_of("test", [photo(3), photo(4)], [0, 1], clusters=test, **fields))
+
+
+@pytest.mark.parametrize(("one", "other"), [("P003", "p003"), ("3", "3.0")])
+def test_a_patient_spelt_in_two_ways_in_train_and_test(one, other):
+    patients = ((one, "b"), (other, "c"))
+    message = rf"1 values of 'cluster' .* in both train and test but for their spelling, .*'{one}' = '{other}'"
+    with pytest.raises(SplitError, match=rf"{message}.*allow: \[shared_clusters\]"):
+        check_data(of_patients(*patients))
+    leak, spelling = check_data(of_patients(*patients, "  allow: [shared_clusters]\n")).worries
+    assert "allowed by the card: shared_clusters" in leak
+    assert f"clusters: '{one}' = '{other}' count as" in spelling
+
+
+def test_a_patient_spelt_in_two_ways_in_one_part_is_a_worry():
+    (worry,) = check_data(of_patients(("P1", "p1"), ("P2", "P3"))).worries
+    assert worry.startswith("clusters: 'P1' = 'p1' count as different")
+
+
+def test_groups_that_differ_only_in_spelling_are_a_worry():
+    data = data_of(
+        train=part_of("train", [photo(1), photo(2)], [0, 1], groups={"sex": ("m", "f")}),
+        test=part_of("test", [photo(3), photo(4)], [0, 1], groups={"sex": ("M", "f")}),
+    )
+    (worry,) = check_data(data).worries
+    assert worry.startswith("group 'sex': 'M' = 'm' count as different")
+
+
+def test_images_without_a_patient_are_a_worry():
+    (worry,) = check_data(of_patients(("a", "alone:1"), ("alone:2", "b"), "  columns: {cluster: who}\n")).worries
+    assert worry.startswith("2 of 4 images have no value of 'who' (patient, site, ...): each of them is treated as one")
+
+
+def test_an_unused_column_that_divides_otherwise_is_asked_about():
+    images = part_of("row", [photo(1), photo(2), photo(3), photo(4)], [0, 1, 0, 1])
+    data = data_of(train=images.select([0, 1]), test=images.select([2, 3]))
+    (note,) = check_data(data, unused={"Teil": ["train", "test", "test", "train"]}).notes
+    assert note.startswith("the column 'Teil' says which images are for training and which for the test")
+    assert note.endswith('`splits: {column: "Teil", train: "train", test: "test"}`')
+    assert check_data(data, unused={"Teil": ["train", "train", "test", "test"]}) == Checked()

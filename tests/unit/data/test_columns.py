@@ -120,3 +120,9 @@ def test_ids_are_made_of_contents_and_stay_unique():
         row_ids(["x", "x", "y", "z"], contents)
     with pytest.raises(DataError, match="1 empty"):
         row_ids(["x", None, "y", "z"], contents)
+
+
+@pytest.mark.parametrize("values", [["0", "0.0", "1"], ["1", "1,0", "x"], ["01", "1", "1.5"]])
+def test_a_number_spelt_in_two_ways_is_no_class_of_its_own(values):
+    with pytest.raises(DataError, match=rf"the labels '{values[0]}' = '{values[1]}' are one number spelt .*row \d"):
+        labels_of(values)
