@@ -61,6 +61,11 @@ def test_the_main_job_ends_well_and_prints_what_is_shown(main_job, folder):
     for here, there in zip(numbers(printed), numbers(shown), strict=True):
         assert abs(here - there) < 3, f"README shows {there}, got {here}"
     assert verdict.findall(shown) == verdict.findall(printed) == ["pass"] * 4
+    # What stands around the tables is the same, wherever its lines are broken.
+    words = [" ".join(text.split()) for text in (shown, printed)]
+    for begins, ends in (("preset", "by stroke_weight"), ("Judged:", "predict`)")):
+        parts = [re.sub(r"\d+\.\d|─+", "", text[text.index(begins) : text.index(ends)]) for text in words]
+        assert re.sub(r"[-+ ,\[\]]+", " ", parts[0]) == re.sub(r"[-+ ,\[\]]+", " ", parts[1])
     assert (folder / "runs/coop/artifact/manifest.json").is_file()
 
 

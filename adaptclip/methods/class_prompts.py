@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.text import make_text_tower
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
-from adaptclip.prompts import fill
+from adaptclip.prompts import fill, zero_shot_weights
 
 
 class ClassPrompts:
@@ -43,11 +43,22 @@ class ClassPrompts:
         backbone.tokenize(self._prompts)  # a prompt that is too long is better known now
         self._backbone, self._num_classes, self._num_templates = backbone, len(class_names), len(templates)
         self._memory_budget_bytes, self._fast = memory_budget_bytes, fast
+        self._names, self._templates = tuple(class_names), tuple(templates)
+        self._frozen: Tensor | None = None
 
     @cached_property
     def _ids(self) -> list[list[int]]:
         tower = make_text_tower(self._backbone.model, self._backbone.tokenizer)
         return [[*tower.start_ids, *ids, *tower.end_ids] for ids in tower.word_ids(self._prompts)]
+
+    def frozen(self) -> Tensor:
+        """Returns (C, D) unit-norm features by the backbone's own text tower, made once, in full precision."""
+        device = self._backbone.device
+        if self._frozen is None or self._frozen.device != device:
+            # The first call may stand under the autocast of training, and evaluation is in full precision.
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+                self._frozen = zero_shot_weights(self._backbone, self._names, self._templates)
+        return self._frozen
 
     def encoder(self, model: nn.Module, *, share_prefix: bool = True) -> ClassEncoder:
         """Returns what encodes the prompts by a model's text tower; with dropout in it, prompts must share nothing."""

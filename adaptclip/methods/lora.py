@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,28 +36,13 @@ from adaptclip.methods.lora_layers import (
     set_lora_scale,
 )
 from adaptclip.methods.objective import ClassBias
-from adaptclip.prompts import zero_shot_weights
+from adaptclip.methods.snapshots import Snapshot, take_snapshot
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.training.criterion import ObjectiveName, check_objective
 from adaptclip.types import Batch
 
 BIAS_FILE = "class_bias.safetensors"
 """What the sigmoid objective learns beside PEFT's own files."""
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """The adapted model at one state of its parameters, frozen, for evaluation.
-
-    Attributes:
-        state: the parameters it was taken at.
-        encoder: both towers as a backbone of their own.
-        class_weights: (C, D) text features.
-    """
-
-    state: dict[str, Tensor]
-    encoder: ClipBackbone
-    class_weights: Tensor
 
 
 class LoRA(nn.Module):
@@ -136,8 +119,7 @@ class LoRA(nn.Module):
         self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
         self._start_magnitudes = magnitudes(self.model)
         self._encode_image: Callable[[nn.Module, Tensor], Tensor] = encode_image
-        self._snapshot: _Snapshot | None = None
-        self._fixed_text: Tensor | None = None
+        self._snapshot: Snapshot | None = None
         if self.adapts_text:
             self._whole = self._prompts.encoder(self.model, share_prefix=False)
             self._shared = self._prompts.encoder(self.model)
@@ -168,12 +150,9 @@ class LoRA(nn.Module):
         """
         if not self.training and not torch.is_grad_enabled():
             snapshot = self._take_snapshot()
-            features = (
-                batch_features(batch, snapshot.encoder.embed_dim)
-                if batch.images is None
-                else snapshot.encoder.encode_image(batch.images)
+            return scaled_logits(
+                snapshot.features(batch), snapshot.class_weights, self.backbone.logit_scale, self.class_bias()
             )
-            return scaled_logits(features, snapshot.class_weights, self.backbone.logit_scale, self.class_bias())
         if self.adapts_image and batch.images is None:
             raise DataError(
                 "LoRA on the image tower learns from pixels, but the batch has none; take PixelLoader, or adapt the "
@@ -207,11 +186,7 @@ class LoRA(nn.Module):
     def text_features(self) -> Tensor:
         """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
         if not self.adapts_text:
-            if self._fixed_text is None or self._fixed_text.device != self.backbone.device:
-                # The first call may stand under the autocast of training, and evaluation is in full precision.
-                with torch.inference_mode(False), torch.autocast(self.backbone.device.type, enabled=False):
-                    self._fixed_text = zero_shot_weights(self.backbone, self.class_names, self.templates)
-            return self._fixed_text
+            return self._prompts.frozen()
         # With dropout, what the prompts have in common would also share its random draws.
         dropped = self.training and self._layers["dropout"] > 0
         encoder = self._whole if dropped else self._shared
@@ -303,38 +278,16 @@ class LoRA(nn.Module):
         return copied
 
     @torch.inference_mode(False)
-    def _take_snapshot(self) -> _Snapshot:
+    def _take_snapshot(self) -> Snapshot:
         """Returns the snapshot of the present parameters, made anew only when one of them changed."""
         state = self._update()
-        known = self._snapshot
-        if known is None or known.encoder.device != self.backbone.device or not _equal(known.state, state):
-            state = {name: value.clone() for name, value in state.items()}
-            base = self.backbone
-            digest = self._digest(state)
-            image_digest = digest if self.adapts_image else base.image_digest
-            encoder = ClipBackbone(
-                self._scaled_copy(), base.tokenizer, name=f"{base.name} with LoRA", pretrained=base.pretrained,
-                precision=base.precision, digest=digest, image_digest=image_digest,
+        if self._snapshot is None or not self._snapshot.is_of(state, self.backbone.device):
+            self._snapshot = take_snapshot(
+                state, self.backbone, made_with="LoRA", settings=f"{self.scale} {self._layers}",
+                model=self._scaled_copy, prompts=self._prompts, adapts_text=self.adapts_text,
+                adapts_image=self.adapts_image,
             )  # fmt: skip
-            with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
-                text = (
-                    self._prompts.features(self._prompts.encoder(encoder.model), base.device)
-                    if self.adapts_text
-                    else self.text_features()
-                )
-            known = self._snapshot = _Snapshot(state, encoder, text)
-        return known
-
-    def _digest(self, state: Mapping[str, Tensor]) -> str:
-        """SHA-256 of all that decides what the adapted towers compute."""
-        sha = hashlib.sha256(f"{self.backbone.digest} {self.scale} {self._layers}".encode())
-        for name in sorted(state):
-            sha.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
-
-
-def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return all(value.device == first[name].device and torch.equal(first[name], value) for name, value in second.items())
+        return self._snapshot
 
 
 def _checkpoint_image_tower(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,7 +16,7 @@ from adaptclip.backbone.lora_targets import Towers
 from adaptclip.errors import ConfigError, DataError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.class_prompts import ClassPrompts
-from adaptclip.prompts import zero_shot_weights
+from adaptclip.methods.snapshots import Snapshot, take_snapshot
 from adaptclip.types import Batch
 
 Tune = Literal["layernorm", "bitfit"]
@@ -123,8 +122,7 @@ class TowerTuning(nn.Module):
             setattr(self.model.get_submodule(parent), part, tuned)
         self._names = tuple(names)
         self._text = self._prompts.encoder(self.model) if self.adapts_text else None
-        self._fixed_text: Tensor | None = None
-        self._snapshot: tuple[dict[str, Tensor], ClipBackbone, Tensor] | None = None
+        self._snapshot: Snapshot | None = None
         self.train(False)
 
     @property
@@ -145,11 +143,8 @@ class TowerTuning(nn.Module):
             DataError: the batch has what the method does not learn from.
         """
         if not self.training and not torch.is_grad_enabled():
-            _, encoder, text = self._take_snapshot()
-            features = (
-                batch_features(batch, encoder.embed_dim) if batch.images is None else encoder.encode_image(batch.images)
-            )
-            return scaled_logits(features, text, self.backbone.logit_scale)
+            snapshot = self._take_snapshot()
+            return scaled_logits(snapshot.features(batch), snapshot.class_weights, self.backbone.logit_scale)
         if not self.adapts_image:
             features = batch_features(batch, self.backbone.embed_dim)
         elif batch.images is None:
@@ -163,13 +158,9 @@ class TowerTuning(nn.Module):
 
     def text_features(self) -> Tensor:
         """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
-        if self._text is not None:
-            return self._prompts.features(self._text, self.backbone.device, share=self.training)
-        if self._fixed_text is None or self._fixed_text.device != self.backbone.device:
-            # The first call may stand under the autocast of training, and evaluation is in full precision.
-            with torch.inference_mode(False), torch.autocast(self.backbone.device.type, enabled=False):
-                self._fixed_text = zero_shot_weights(self.backbone, self.class_names, self.templates)
-        return self._fixed_text
+        if self._text is None:
+            return self._prompts.frozen()
+        return self._prompts.features(self._text, self.backbone.device, share=self.training)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the tuned norms or biases."""
@@ -193,45 +184,24 @@ class TowerTuning(nn.Module):
     @property
     def encoder(self) -> ClipBackbone:
         """The tuned towers, frozen as they are now: makes features that `forward` takes."""
-        return self._take_snapshot()[1]
+        return self._take_snapshot().encoder
 
     def class_weights(self) -> Tensor:
         """Returns (C, D) unit-norm text features of the tuned text tower, without gradients."""
-        return self._take_snapshot()[2]
+        return self._take_snapshot().class_weights
 
     def merged_model(self) -> nn.Module:
         """Returns a stock open_clip model with the tuned numbers in their places."""
         return share_weights(self.model, also_trainable=False).requires_grad_(False)
 
     @torch.inference_mode(False)
-    def _take_snapshot(self) -> tuple[dict[str, Tensor], ClipBackbone, Tensor]:
-        """Returns state, towers and class weights at the present numbers, made anew only when one of them changed."""
-        state, known = self.adapter_state(), self._snapshot
-        if (
-            known is None
-            or known[1].device != self.backbone.device
-            or any(value.device != known[0][name].device or not torch.equal(known[0][name], value)
-                   for name, value in state.items())
-        ):  # fmt: skip
-            state = {name: value.clone() for name, value in state.items()}
-            base, digest = self.backbone, self._digest(state)
-            encoder = ClipBackbone(
-                self.merged_model(), base.tokenizer, name=f"{base.name} with {self.tune}",
-                pretrained=base.pretrained, precision=base.precision, digest=digest,
-                image_digest=digest if self.adapts_image else base.image_digest,
+    def _take_snapshot(self) -> Snapshot:
+        """Returns the snapshot of the present numbers, made anew only when one of them changed."""
+        state = self.adapter_state()
+        if self._snapshot is None or not self._snapshot.is_of(state, self.backbone.device):
+            self._snapshot = take_snapshot(
+                state, self.backbone, made_with=self.tune, settings=f"{self.tune} {self.towers}",
+                model=self.merged_model, prompts=self._prompts, adapts_text=self.adapts_text,
+                adapts_image=self.adapts_image,
             )  # fmt: skip
-            with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
-                text = (
-                    self._prompts.features(self._prompts.encoder(encoder.model), base.device)
-                    if self.adapts_text
-                    else self.text_features()
-                )
-            known = self._snapshot = (state, encoder, text)
-        return known
-
-    def _digest(self, state: Mapping[str, Tensor]) -> str:
-        """SHA-256 of all that decides what the tuned towers compute."""
-        sha = hashlib.sha256(f"{self.backbone.digest} {self.tune} {self.towers}".encode())
-        for name in sorted(state):
-            sha.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        return self._snapshot
