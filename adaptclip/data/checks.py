@@ -198,24 +198,39 @@ def _check_unused(data: DomainData, unused: Mapping[str, Sequence[Any]]) -> Iter
 
 
 def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> Iterator[Problem]:
-    hashes = {part: _pictures_of(images, found) for part, images in data.parts.items()}
+    if found is None and data.test.has_pixels:
+        found = {
+            content: picture
+            for images in data.parts.values()
+            for content, picture in zip(images.contents, _pictures_of(images), strict=True)
+        }
     for (first, a), (second, b) in combinations(data.parts.items(), 2):
         row_of = {content: row for row, content in enumerate(a.contents)}
         copies = {j: row_of[content] for j, content in enumerate(b.contents) if content in row_of}
         if copies:
             yield _leak(f"{second} images are the same file as a {first} image", a, b, copies, "duplicate_pictures")
-        if isinstance(a.store, FeatureRows) and isinstance(b.store, FeatureRows):
-            near = near_copies(a.store.values[0, a.rows], b.store.values[0, b.rows])
-        else:
-            near = similar_pairs(hashes[first], hashes[second])
-        alike = {j: i for i, j in near if j not in copies}
+        alike = {j: i for i, j in look_alikes(a, b, found=found or {}) if j not in copies}
         if alike:
             yield _leak(f"{second} images look the same as a {first} image", a, b, alike, "similar_pictures")
 
 
-def _pictures_of(images: ImageDataset, found: Mapping[str, Picture] | None) -> list[Picture]:
-    if found is not None:
-        return [found[content] for content in images.contents]
+def look_alikes(
+    first: ImageDataset, second: ImageDataset | None = None, *, found: Mapping[str, Picture]
+) -> Iterator[tuple[int, int]]:
+    """Yields the positions of images that look the same or, where there are features alone, have nearly the same ones.
+
+    Args:
+        first: images.
+        second: images of the same source to compare them with; None compares `first` with itself, each pair once.
+        found: content digest -> picture hashes; not read where there are no pixels.
+    """
+    both = (first,) if second is None else (first, second)
+    if isinstance(first.store, FeatureRows):
+        return near_copies(*(first.store.values[0, images.rows] for images in both))
+    return similar_pairs(*([found[content] for content in images.contents] for images in both))
+
+
+def _pictures_of(images: ImageDataset) -> list[Picture]:
     return pictures(images.read, images.contents, where=images.where, window=images.window, store=None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def read_features(card: Card, data_root: Path | None) -> RawRows:
         raise CardError(
             f"card {card.name}: features come with no words; list `class_names:` in the order of the text features"
         )
-    (path,) = _one_file(card, source.file, data_root)
+    path = _one_file(card, source.file, data_root)
     arrays = _read_arrays(path)
     image, text = _features(card, source, path, arrays)
     values = _unit(image if image.ndim == 3 else image[None], f"{shown(path)}: the image features {source.image!r}")
@@ -45,14 +47,14 @@ def read_features(card: Card, data_root: Path | None) -> RawRows:
         columns.setdefault(card.columns.label, columns[source.label])
     passed_over: tuple[str, ...] = ()
     if source.table is not None:
-        (file,) = _one_file(card, source.table, data_root)
-        told, passed_over = _read_table(file, num_rows)
+        told, passed_over = _read_table(_one_file(card, source.table, data_root), num_rows)
         columns |= told
     wanted = wanted_columns(card)
     check_columns(wanted, list(columns), f"{shown(path)}{f' with {source.table}' if source.table else ''}")
-    _unit(text, f"{shown(path)}: the text features {source.text!r}")
+    text = text.astype(np.float32)
+    _norms(text, f"{shown(path)}: the text features {source.text!r}")
     store = FeatureRows(
-        values, text.astype(np.float32), tuple(card.aliases.get(name, name) for name in card.class_names),
+        values, text, tuple(card.aliases.get(name, name) for name in card.class_names),
         source.logit_scale, source.logit_bias, shown(path.name),
     )  # fmt: skip
     used = {*wanted, source.label}
@@ -88,11 +90,11 @@ def near_copies(first: np.ndarray, second: np.ndarray | None = None) -> Iterator
         yield from zip((i[keep] + start).tolist(), j[keep].tolist(), strict=True)
 
 
-def _one_file(card: Card, name: str, data_root: Path | None) -> list[Path]:
+def _one_file(card: Card, name: str, data_root: Path | None) -> Path:
     files = find_files(card, name, data_root)[None]
     if len(files) > 1:
         raise DataError(f"card {card.name}: {name!r} fits {len(files)} files; features are read from one. Name it")
-    return files
+    return files[0]
 
 
 def _read_arrays(path: Path) -> Mapping[str, np.ndarray]:
@@ -108,7 +110,9 @@ def _read_arrays(path: Path) -> Mapping[str, np.ndarray]:
             return {"": loaded}
         with loaded:
             return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, safetensors.SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, EOFError, TypeError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise DataError(
             f"cannot read the features in {shown(path)}: {error}. The file is damaged, or holds Python objects "
             "instead of numbers"
@@ -118,10 +122,6 @@ def _read_arrays(path: Path) -> Mapping[str, np.ndarray]:
             f"cannot read the features in {shown(path)}: its header asks for more memory than there is. The file is "
             "damaged, or too large for this machine"
         ) from error
-    except Exception as error:  # zipfile and zlib have errors of their own for damaged .npz files
-        if type(error).__module__ in ("zipfile", "zlib"):
-            raise DataError(f"cannot read the features in {shown(path)}: {error}. The file is damaged") from error
-        raise
 
 
 def _features(
@@ -162,15 +162,20 @@ def _features(
 
 
 def _unit(features: np.ndarray, what: str) -> np.ndarray:
-    """Returns features as float32 rows of unit norm; raises DataError where a row is not finite or has no direction."""
+    """Returns features as float32 rows of unit norm; for the errors see `_norms`."""
     rows = np.asarray(features, dtype=np.float32)
+    return (rows / _norms(rows, what)).astype(np.float32)
+
+
+def _norms(rows: np.ndarray, what: str) -> np.ndarray:
+    """Returns the norms (..., 1) of rows, float64; raises DataError where a row is not finite or has no direction."""
     norms = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
         raise DataError(
             f"{what} have {int(bad.sum())} rows that are zero or not finite, so that they have no direction"
         )
-    return (rows / norms).astype(np.float32)
+    return norms
 
 
 def _read_table(path: Path, num_rows: int) -> tuple[dict[str, list[Any]], tuple[str, ...]]:

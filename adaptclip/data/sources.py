@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +15,13 @@ from adaptclip.data.arrow_rows import read_hub, read_parquet_files
 from adaptclip.data.captions import caption_values, join_repeated_pictures
 from adaptclip.data.card import Card
 from adaptclip.data.card_block import PARTS, Splits
-from adaptclip.data.checks import check_data
+from adaptclip.data.checks import check_data, look_alikes
 from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
 from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.declared import check_declared
-from adaptclip.data.feature_rows import FeatureRows, near_copies, read_features
+from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
-from adaptclip.data.fingerprints import Picture, content_digests, pictures, similar_pairs
+from adaptclip.data.fingerprints import Picture, content_digests, pictures
 from adaptclip.data.rows import RawRows
 from adaptclip.data.spellings import plain
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
@@ -187,13 +187,6 @@ def _split_names(raw: RawRows, rule: Splits | None) -> Sequence[str]:
     return raw.splits or [""] * len(raw)
 
 
-def _alike(images: ImageDataset, found: dict[str, Picture]) -> Iterator[tuple[int, int]]:
-    """Pairs of rows that show the same, or have the same features."""
-    if isinstance(images.store, FeatureRows):
-        return near_copies(images.store.values[0, images.rows])
-    return similar_pairs([found[content] for content in images.contents])
-
-
 def _parts(
     card: Card, raw: RawRows, rule: Splits | None, images: ImageDataset, found: dict[str, Picture]
 ) -> tuple[str, ...]:
@@ -207,7 +200,7 @@ def _parts(
         names = _split_names(raw, rule)
         return named_parts(rule, [str(names[row]) for row in images.rows])
     keys = [images.contents] if images.clusters is None else [images.contents, list(map(plain, images.clusters))]
-    alike = [] if "similar_pictures" in card.allow else _alike(images, found)
+    alike = [] if "similar_pictures" in card.allow else look_alikes(images, found=found)
     unit_of_row = units(len(images), keys=keys, pairs=alike)
     largest = int(np.bincount(unit_of_row).max())
     if largest > MAX_UNIT_SHARE * len(images):
