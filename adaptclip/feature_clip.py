@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,35 +15,6 @@ from adaptclip.storage import digest
 
 OPENAI_SCALE = 100.0
 """exp(logit_scale) of the models that OpenAI trained, and of most after them (Radford et al. 2021, sec. 2.5)."""
-
-
-class Clip(Protocol):
-    """What methods that learn from features ask of a model: `ClipBackbone` has all of it, `FeatureClip` no more.
-
-    Attributes:
-        name: what the model is called.
-        digest: of all its weights.
-        image_digest: of what makes its image features; "" where that is not known.
-        embed_dim: D.
-        device: where its tensors are.
-        logit_scale: scalar float32, exp() applied.
-        logit_bias: scalar float32 added to the logits (SigLIP), or None.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def digest(self) -> str: ...  # noqa: D102
-    @property
-    def image_digest(self) -> str: ...  # noqa: D102
-    @property
-    def embed_dim(self) -> int: ...  # noqa: D102
-    @property
-    def device(self) -> torch.device: ...  # noqa: D102
-    @property
-    def logit_scale(self) -> Tensor: ...  # noqa: D102
-    @property
-    def logit_bias(self) -> Tensor | None: ...  # noqa: D102
 
 
 class FeatureClip(nn.Module):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,26 @@ class Batch:
         """Returns the batch on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
+
+
+class Learner(Protocol):
+    """A method, as far as its training is concerned: an `nn.Module` whose `forward` does all that the loss needs.
+
+    Attributes:
+        backbone: the frozen model it sits on.
+        consumes: whether `forward` reads `batch.features` or `batch.images` in training.
+    """
+
+    backbone: Any
+    consumes: Literal["features", "pixels"]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns (B, C) float32 logits, already multiplied by the logit scale."""
+        ...
+
+    def penalty(self) -> Tensor:
+        """Scalar to add to the loss, computed in the last `forward`; 0 where there is no regulariser."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ArtifactError, DataError
-from adaptclip.types import Batch, Features
+from adaptclip.types import Batch, Features, Learner
 
 
-class Adapter(Protocol):
+class Adapter(Learner, Protocol):
     """A classifier on top of a frozen CLIP; an `nn.Module` whose `forward` does all that the loss needs.
 
     Attributes:
         backbone: the frozen model it sits on, never changed.
-        consumes: whether, in training, `forward` reads `batch.features` or `batch.images`.
         settings: JSON-able keyword arguments that build the same adapter again, beside backbone and class names.
     """
 
     backbone: ClipBackbone
-    consumes: Literal["features", "pixels"]
 
     @property
     def encoder(self) -> ClipBackbone:
@@ -33,10 +31,6 @@ class Adapter(Protocol):
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        ...
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Returns (B, C) float32 logits, already multiplied by the logit scale."""
         ...
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -49,10 +43,6 @@ class Adapter(Protocol):
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `adapter_state` returned. Raises ArtifactError when names or shapes differ."""
-        ...
-
-    def penalty(self) -> Tensor:
-        """Scalar to add to the loss, computed in the last `forward`; 0 for an adapter without a regulariser."""
         ...
 
     def class_weights(self) -> Tensor:

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adaptclip.training.steps import Learner, Loader, backward_and_step, train_steps
-from adaptclip.types import Batch
+from adaptclip.training.steps import Loader, backward_and_step, train_steps
+from adaptclip.types import Batch, Learner
 
 
 def train_by_steps(

@@ -18,8 +18,8 @@ from adaptclip.data.transforms import Augment
 from adaptclip.errors import ConfigError
 from adaptclip.features import FeatureCache
 from adaptclip.seeding import derive_seed
-from adaptclip.training.steps import FeatureLoader, Learner, StepPlan
-from adaptclip.types import Batch
+from adaptclip.training.steps import FeatureLoader, StepPlan
+from adaptclip.types import Batch, Learner
 
 
 class PixelLoader:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -45,26 +45,6 @@ class Loader(Protocol[BatchT]):
 
     def batch(self, micro_step: int) -> BatchT:
         """Returns this process's batch of a micro-step, counted from 0."""
-        ...
-
-
-class Learner(Protocol):
-    """A method, as far as its training is concerned: an `nn.Module` whose `forward` does all that the loss needs.
-
-    Attributes:
-        backbone: the frozen model it sits on.
-        consumes: whether `forward` reads `batch.features` or `batch.images` in training.
-    """
-
-    backbone: Any
-    consumes: Literal["features", "pixels"]
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Returns (B, C) float32 logits."""
-        ...
-
-    def penalty(self) -> Tensor:
-        """Scalar to add to the loss, computed in the last `forward`."""
         ...
 
 
