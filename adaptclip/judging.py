@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from adaptclip.data.dataset import UNKNOWN
 from adaptclip.errors import DataError, GateError, did_you_mean
 from adaptclip.feature_clip import in_order
 from adaptclip.gate_rules import ZERO_SHOT, GateRule, Outcome
@@ -156,8 +157,13 @@ def _metric(metric: Metric | Callable[..., Any]) -> Metric:
     return Metric.of(name, metric)
 
 
-def _known(labels: list[Any]) -> list[Any]:
-    return [label for label in labels if not (label is None or (isinstance(label, float) and np.isnan(label)))]
+def _is_gap(value: Any) -> bool:
+    """Whether a value is Python's None or NaN."""
+    return value is None or (isinstance(value, float) and np.isnan(value))
+
+
+def _known(values: list[Any]) -> list[Any]:
+    return [value for value in values if not _is_gap(value)]
 
 
 def _plain(values: Any) -> list[Any]:
@@ -167,8 +173,8 @@ def _plain(values: Any) -> list[Any]:
 
 def _text(value: Any) -> str:
     """A cell as text; what is missing in pandas' or Python's way is "unknown"."""
-    missing = value is None or (isinstance(value, float) and np.isnan(value)) or str(value) in ("nan", "<NA>", "NaT")
-    return "unknown" if missing or not str(value).strip() else str(value)
+    missing = _is_gap(value) or str(value) in ("nan", "<NA>", "NaT") or not str(value).strip()
+    return UNKNOWN if missing else str(value)
 
 
 def _check_rows(**given: Any) -> None:
@@ -218,12 +224,11 @@ def _labels(y_true: Any, names: tuple[str, ...] | None, shape: tuple[int, ...]) 
         raise DataError(f"there are {len(names)} class names and {num_classes} columns of probabilities")
     if any(hasattr(label, "__len__") and not isinstance(label, str) for label in labels):
         raise DataError("y_true should be one label for each image, got several in a row; for (N, 1) take [:, 0]")
-    if any(
-        isinstance(label, float) and not isinstance(label, bool) and label != int(label) for label in _known(labels)
-    ):
+    known = _known(labels)
+    if any(isinstance(label, float) and not label.is_integer() for label in known):
         raise DataError("labels should be class names or whole numbers, got numbers such as 0.5")
-    if len(_known(labels)) < len(labels):
-        raise DataError(f"{len(labels) - len(_known(labels)):,} labels are missing; leave these rows out")
+    if len(known) < len(labels):
+        raise DataError(f"{len(labels) - len(known):,} labels are missing; leave these rows out")
     # A column of whole numbers that once had a gap is one of floats in pandas.
     labels = [int(label) if isinstance(label, float) else label for label in labels]
     whole = all(isinstance(label, int | np.integer) and not isinstance(label, bool) for label in labels)

@@ -315,18 +315,11 @@ def wrap_clip(model: nn.Module, tokenizer: Any, transform: Any = None, *, name: 
     """
     if isinstance(model, ClipBackbone):
         raise BackboneError("this model is wrapped already; use it as it is")
-    lacking = [
-        f"{what} without {attribute}"
-        for what, given, attribute in (
-            ("a model", model, "encode_image"), ("a model", model, "encode_text"), ("a model", model, "visual"),
-            ("a tokenizer", tokenizer, "context_length"),
-        )
-        if not hasattr(given, attribute)
-    ]  # fmt: skip
-    if lacking or not callable(tokenizer):
+    lacking = [name for name in ("encode_image", "encode_text", "visual") if not hasattr(model, name)]
+    if lacking or not callable(tokenizer) or not hasattr(tokenizer, "context_length"):
         raise BackboneError(
             f"wrap_clip takes an open_clip model and its tokenizer (`open_clip.get_tokenizer`), got "
-            f"{type(model).__name__} and {type(tokenizer).__name__}: {lacking[0] if lacking else 'no tokenizer'}"
+            f"{type(model).__name__} and {type(tokenizer).__name__}"
         )
     return ClipBackbone(model, tokenizer, name=name, transform=transform)
 

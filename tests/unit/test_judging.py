@@ -145,6 +145,7 @@ LABELS, PROBS = answers(30)
         ({"y_true": LABELS[:, None]}, "one label for each image"),
         ({"y_true": [None, *LABELS[1:]]}, "1 labels are missing"),
         ({"y_true": LABELS + 0.5}, "whole numbers"),
+        ({"y_true": [float("inf"), *LABELS[1:]]}, "whole numbers"),
         (
             {"probabilities": pd.DataFrame(PROBS, columns=["cat", "dog", "cow"]), "class_names": NAMES},
             "'cow' is only in",
