@@ -4,15 +4,18 @@ Method    Locked image tower (Zhai et al., "LiT", arXiv:2111.07991). Class names
           are pulled to the image tower's own classifier, whose posterior over unlabelled images they also reproduce
           (Hinton et al., arXiv:1503.02531). Captions: the contrastive loss of CLIP (arXiv:2103.00020) against all
           captioned pictures, and the directions that a sentence encoder gives them (all-MiniLM-L6-v2 behind one
-          linear map; Wang et al., arXiv:2002.10957).
+          linear map; Wang et al., arXiv:2002.10957). Numerals, last: the embeddings of their tokens alone learn to name
+          drawn ones (adaptclip/data/numerals.py); a text without these tokens stays exactly as it was.
 Needs     pip install "adaptclip[starter,starter-training]"
 Run       accelerate launch recipes/starter.py --data-root DATA     (tiny_imagenet, flickr8k, imagenet1k_one_each)
-Measure   accelerate launch recipes/starter.py --data-root DATA --evaluate     (also flowers17, grocery, ham10000)
+          With --start FILE only the numerals are learnt, on top of text weights that are there already.
+Measure   accelerate launch recipes/starter.py --data-root DATA --evaluate    (also flowers17, grocery, ham10000)
 Expected  see adaptclip/backbone/starter_clip/README.md
 """
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +27,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
 
 import adaptclip as ac
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.caption_teacher import caption_directions, sentence_embeddings
 from adaptclip.backbone.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
+from adaptclip.backbone.word_learning import learn_words
 from adaptclip.data.dataset import ImageDataset, MemoryStore
+from adaptclip.data.embedded import DIGIT_NAMES
+from adaptclip.data.numerals import draw_numeral
 from adaptclip.data.rows import card_places
 from adaptclip.errors import DataError
 from adaptclip.evaluation.measuring import measure
@@ -43,13 +51,26 @@ from adaptclip.prompts import zero_shot_weights
 from adaptclip.reports.numbers import number
 from adaptclip.seeding import numpy_generator
 from adaptclip.storage import digest, write_json
+from adaptclip.training.tracking import Run
 
 TEMPLATES = (
     "a photo of a {}.", "itap of a {}.", "a bad photo of the {}.", "a photo of the large {}.", "art of the {}.",
     "a close-up photo of a {}.", "{}",
 )  # fmt: skip
 EVALUATION_TEMPLATES = TEMPLATES[:3]
-UNSEEN = ("flowers17", "grocery", "ham10000")
+NUMERAL_TEMPLATES = (
+    "a photo of the digit {}.", "a photo of the number {}.", "a photo of the numeral {}.", "the handwritten digit {}.",
+    "a handwritten {}.", "the number {}.", "the digit {}", "a photo of a handwritten {}.", "the number {} in print.",
+    "a drawing of the number {}.", "the figure {} written by hand.", "number {}", "a blurry photo of the number {}.",
+    'a photo of the number: "{}".',
+)  # fmt: skip
+NUMERAL_EVALUATION_TEMPLATES = ("a photo of the handwritten digit {}.", "the number {} written by hand.")
+"""Those of the card digits; the numerals are learnt without them."""
+NUMERALS = (DIGIT_NAMES, tuple("0123456789"))
+"""What a digit is called, in words and in figures."""
+NUMERAL_CONTEXT = ("digit", "number", "handwritten")
+"""Words that learn with the numerals, so that "the number two" may mean what "two dogs" does not."""
+UNSEEN = ("flowers17", "grocery", "ham10000", "digits")
 """Cards that nothing here is trained on; their zero-shot accuracy is measured."""
 FEATURE_NORM = 33.5
 """Mean length of the image tower's features on tiny_imagenet. The cache keeps unit-norm features, and with this one
@@ -78,6 +99,12 @@ class Config:
     """Weight of 1 - cosine between captions, centred, and the directions that the sentence encoder gives them."""
     synonyms: float = 0.1
     """Share of the class names that are replaced by another name of the same class."""
+    start: Path | None = None
+    """Text weights to go on from: nothing is learnt but the numerals. None begins with a random tower."""
+    num_numerals: int = 8000
+    """Drawn numerals to learn from; a quarter as many others measure what was learnt."""
+    numeral_steps: int = 300
+    """Optimizer steps in which the words for numerals are learnt; 0 leaves them as they are."""
     lr: float = 2e-3
     """Peak learning rate of AdamW (betas 0.9 and 0.98, weight decay 0.05), one cycle."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
@@ -126,8 +153,6 @@ class Student(nn.Module):
         self.clip, self.text = clip, text
         clip.requires_grad_(True)
         clip.visual.requires_grad_(False)
-        with torch.no_grad():
-            clip.logit_scale.fill_(math.log(20.0))
 
     def forward(self, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
         """Returns unit-norm features of the names (C, D) and of the captions (P, D), and the scale of the logits."""
@@ -161,14 +186,8 @@ class PictureSet:
         if not files:
             raise DataError(f"no Parquet files in {root / name}; --data-root names the folder that holds {name}/")
         whole = pa.concat_tables([pq.read_table(file) for file in files], promote_options="default")
-        pictures = [picture["bytes"] for picture in whole["image"].to_pylist()]
-        rows = range(len(pictures))
-        names = tuple(f"{name}/{row}" for row in rows)
         self.table = whole.drop_columns(["image"])
-        self.images = ImageDataset(
-            MemoryStore(pictures, names), np.array(rows), ("picture",), names, np.zeros(len(rows), np.int64),
-            tuple(digest(picture) for picture in pictures),
-        )  # fmt: skip
+        self.images = in_memory([picture["bytes"] for picture in whole["image"].to_pylist()], name)
 
     def part(self, name: str) -> np.ndarray:
         """Returns the rows whose column "split" says `name`."""
@@ -180,29 +199,45 @@ class PictureSet:
         return [values[label] for label in range(len(values))]
 
 
+def in_memory(pictures: list[bytes], name: str) -> ImageDataset:
+    """Returns encoded pictures, all of one class, as the feature cache takes them."""
+    rows = range(len(pictures))
+    names = tuple(f"{name}/{row}" for row in rows)
+    return ImageDataset(
+        MemoryStore(pictures, names), np.array(rows), ("picture",), names, np.zeros(len(rows), np.int64),
+        tuple(digest(picture) for picture in pictures),
+    )  # fmt: skip
+
+
+class Words:
+    """Tokens of ImageNet's names and synonyms, class by class, and of the captions that are learnt from."""
+
+    def __init__(self, cfg: Config, backbone: ClipBackbone) -> None:
+        imagenet, card = PictureSet(cfg.data_root, "imagenet1k_one_each"), ac.load_card("flickr8k")
+        check_cache(cfg.cache, *card_places(card, cfg.data_root))
+        self.flickr = ac.open_data(card, data_root=cfg.data_root).train
+        self.digests = {"flickr8k": self.flickr.digest, "imagenet1k_one_each": imagenet.images.digest}
+        self.first_names = imagenet.by_class("label_name")
+        names = zip(self.first_names, imagenet.by_class("synonyms"), strict=True)
+        spellings = [list(dict.fromkeys([name, *(s.strip() for s in more.split(","))])) for name, more in names]
+        self.names = [[backbone.tokenize([t.format(n) for t in TEMPLATES]) for n in own] for own in spellings]
+        captions, _ = caption_tokens(backbone, self.flickr.captions or ())
+        self.captions, self.owner = captions.tokens, captions.owner
+
+
 class Corpus:
     """Draws each step's names, images and captions from (seed, step) alone, so that a resumed run sees the same.
 
     The pictures of imagenet1k_one_each and Flickr8k's test part are never drawn: the evaluation is on them.
     """
 
-    def __init__(self, cfg: Config, backbone: ClipBackbone) -> None:
-        self.cfg = cfg
-        tiny, imagenet = (PictureSet(cfg.data_root, name) for name in ("tiny_imagenet", "imagenet1k_one_each"))
-        card = ac.load_card("flickr8k")
-        check_cache(cfg.cache, *card_places(card, cfg.data_root))
-        flickr = ac.open_data(card, data_root=cfg.data_root).train
-        self.digests = {"tiny_imagenet": tiny.images.digest, "flickr8k": flickr.digest}
-        self.digests["imagenet1k_one_each"] = imagenet.images.digest
-        names = zip(imagenet.by_class("label_name"), imagenet.by_class("synonyms"), strict=True)
-        spellings = [list(dict.fromkeys([name, *(s.strip() for s in more.split(","))])) for name, more in names]
-        self.names = [[backbone.tokenize([t.format(n) for t in TEMPLATES]) for n in own] for own in spellings]
-        cache = ac.FeatureCache(cfg.cache)
-        self.captioned = cache.get(backbone, flickr).values[0]
-        texts = flickr.captions or ()
-        captions, _ = caption_tokens(backbone, texts)
-        self.captions, self.owner = captions.tokens, captions.owner
-        embeddings = sentence_embeddings([text for own in texts for text in own], cfg.cache / "sentences")
+    def __init__(self, cfg: Config, backbone: ClipBackbone, words: Words) -> None:
+        self.cfg, self.names, self.captions, self.owner = cfg, words.names, words.captions, words.owner
+        tiny, cache = PictureSet(cfg.data_root, "tiny_imagenet"), ac.FeatureCache(cfg.cache)
+        self.digests = {"tiny_imagenet": tiny.images.digest, **words.digests}
+        self.captioned = cache.get(backbone, words.flickr).values[0]
+        texts = [text for own in words.flickr.captions or () for text in own]
+        embeddings = sentence_embeddings(texts, cfg.cache / "sentences")
         self.directions = caption_directions(embeddings, self.captioned, self.owner, seed=cfg.seed)
         self.pictures = cache.get(backbone, tiny.images.select(tiny.part("train"))).values[0]
 
@@ -226,7 +261,7 @@ class Corpus:
 
 
 def main(cfg: Config) -> int:
-    """Pictures and words → cached features → text tower → evaluation."""
+    """Pictures and words → cached features → text tower → words for drawn numerals → evaluation."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
     if cfg.evaluate:
         backbone = ac.load_backbone("starter")
@@ -234,17 +269,34 @@ def main(cfg: Config) -> int:
             evaluate_names(backbone, cfg) | recall_at_10(backbone, cfg, "test") | evaluate_unseen(backbone, cfg)
         )
     ac.seed_everything(cfg.seed)
-    clip = build_starter(random_text=True, seed=cfg.seed)
+    clip = build_starter(cfg.start, random_text=cfg.start is None, seed=cfg.seed)
     backbone = ClipBackbone(clip, open_clip.get_tokenizer(f"local-dir:{FOLDER}"), name="starter")
+    words = Words(cfg, backbone)
+    corpus = Corpus(cfg, backbone, words) if cfg.start is None else None
+    run = ac.start_run(
+        cfg.out, config=asdict(cfg), accelerator=accelerator, backbone=backbone,
+        others=words.digests if corpus is None else corpus.digests, resume=cfg.resume, overwrite=cfg.overwrite,
+        save_every=cfg.save_every,
+    )  # fmt: skip
     student = Student(clip, backbone.text)
-    corpus = Corpus(cfg, backbone)
-    device = accelerator.device
+    if corpus is not None:
+        train_tower(cfg, student, corpus, accelerator, run)
+    results = learn_numerals(cfg, student, backbone, words) if cfg.numeral_steps else {}
+    weights = run.path / "text_tower.safetensors"
+    save_text_weights(clip, weights)
+    # The test sets are left to --evaluate, on the one tower that is kept.
+    results |= recall_at_10(ac.load_backbone("starter", text_weights=weights), cfg, "validation")
+    write_json(run.path / "evaluation.json", results)
+    return show(results)
+
+
+def train_tower(cfg: Config, student: Student, corpus: Corpus, accelerator: Accelerator, run: Run) -> None:
+    """Trains the whole text tower on names, images and captions."""
+    device, clip = accelerator.device, student.clip
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(20.0))
     captioned, weight, bias = (value.to(device) for value in (corpus.captioned, *image_classifier()))
     centred = F.normalize(weight - weight.mean(dim=0), dim=-1)
-    run = ac.start_run(
-        cfg.out, config=asdict(cfg), accelerator=accelerator, backbone=backbone, others=corpus.digests,
-        resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,
-    )  # fmt: skip
     learnt = [p for p in student.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learnt if p.ndim > 1], "weight_decay": 0.05}]
     groups.append({"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0})
@@ -277,12 +329,35 @@ def main(cfg: Config) -> int:
         if run.save_is_due(step, cfg.steps):
             ac.save_checkpoint(run.checkpoints, step, student, optimizer, scheduler, accelerator)
 
-    weights = run.path / "text_tower.safetensors"
-    save_text_weights(clip, weights)
-    # The test sets are left to --evaluate, on the one tower that is kept.
-    results = recall_at_10(ac.load_backbone("starter", text_weights=weights), cfg, "validation")
-    write_json(run.path / "evaluation.json", results)
-    return show(results)
+
+def learn_numerals(cfg: Config, student: Student, backbone: ClipBackbone, words: Words) -> dict[str, dict[str, Any]]:
+    """Teaches the words for numerals, and returns the top-1 accuracy on drawings that were not learnt from."""
+    cache, device = ac.FeatureCache(cfg.cache), student.clip.logit_scale.device
+    amounts = {"train": cfg.num_numerals, "validation": cfg.num_numerals // 4}
+    features, labels = {}, {name: torch.arange(amount) % 10 for name, amount in amounts.items()}
+    for name, amount in amounts.items():
+        rng, pictures = numpy_generator(cfg.seed, "numerals", name), []
+        for i in tqdm(range(amount), desc=f"drawing numerals, {name}", disable=None, leave=False):
+            buffer = io.BytesIO()
+            draw_numeral(i % 10, rng).picture.save(buffer, "PNG")
+            pictures.append(buffer.getvalue())
+        features[name] = cache.get(backbone, in_memory(pictures, f"numerals, {name}")).values[0]
+    prompts = [backbone.tokenize([t.format(n) for n in names]) for t in NUMERAL_TEMPLATES for names in NUMERALS]
+    tokens = backbone.tokenize([*(word for names in NUMERALS for word in names), *NUMERAL_CONTEXT])[:, 1].unique()
+    others = zero_shot_weights(backbone, words.first_names, EVALUATION_TEMPLATES)
+    kept = torch.cat([*(name for own in words.names for name in own), words.captions])
+    student.requires_grad_(False)
+    cosine = learn_words(
+        student.clip.token_embedding, student.encode, tokens.to(device), prompts=torch.stack(prompts).to(device),
+        images=features["train"].to(device), labels=labels["train"].to(device), others=others.to(device),
+        kept=kept.to(device), scale=float(backbone.logit_scale), steps=cfg.numeral_steps, seed=cfg.seed,
+    )  # fmt: skip
+    print(f"names and captions with the learnt tokens kept a mean cosine of {cosine:.3f} to what they were")
+    weights = zero_shot_weights(backbone, DIGIT_NAMES, NUMERAL_EVALUATION_TEMPLATES).cpu()
+    answers = (features["validation"] @ weights.T).argmax(dim=1)
+    right, n = int((answers == labels["validation"]).sum()), len(answers)
+    low, high = wilson(right, n)
+    return {"drawn numerals, top-1": {"value": right / n, "low": low, "high": high, "n": n}}
 
 
 def evaluate_names(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, Any]]:

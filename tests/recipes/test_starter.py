@@ -55,15 +55,17 @@ def corpus(tmp_path_factory):
 def config(corpus, cache, tmp_path, monkeypatch, sentence_encoder):
     monkeypatch.setattr(starter, "caption_directions", partial(starter.caption_directions, steps=5, batch_size=8))
     return starter.Config(
-        data_root=corpus, steps=3, num_names=6, num_images=10, num_captions=8, cache=cache, out=tmp_path / "run",
-        mixed_precision="no",
+        data_root=corpus, steps=3, num_names=6, num_images=10, num_captions=8, num_numerals=40, numeral_steps=2,
+        cache=cache, out=tmp_path / "run", mixed_precision="no",
     )  # fmt: skip
 
 
 def test_it_trains_measures_validation_and_its_weights_load(config, capsys):
     assert starter.main(config) == 0
     results = json.loads((config.out / "evaluation.json").read_text())
-    assert list(results) == [f"Flickr8k validation, {way}, R@10" for way in ("image_to_text", "text_to_image")]
+    searched = [f"Flickr8k validation, {way}, R@10" for way in ("image_to_text", "text_to_image")]
+    assert list(results) == ["drawn numerals, top-1", *searched]
+    assert results["drawn numerals, top-1"]["n"] == 10
     # Five images, of which 10 answers are all; twelve captions, of which they are most.
     assert results["Flickr8k validation, text_to_image, R@10"]["value"] == 1
     assert results["Flickr8k validation, image_to_text, R@10"]["n"] == 5
@@ -94,9 +96,28 @@ def test_an_interrupted_run_ends_alike(config, tmp_path, monkeypatch):
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 
+def test_from_a_start_nothing_but_numerals_is_learnt(config, capsys):
+    start = starter.FOLDER / "text_tower.safetensors"
+    assert starter.main(replace(config, start=start)) == 0
+    assert "kept a mean cosine of 0.9" in capsys.readouterr().out
+    before, after = read_tensors(start), read_tensors(config.out / "text_tower.safetensors")
+    assert before.keys() == after.keys()
+    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
+    assert changed == ["token_embedding.weight"]
+    moved = (before[changed[0]] != after[changed[0]]).any(dim=1).nonzero().flatten().tolist()
+    words = [*starter.DIGIT_NAMES, *"0123456789", "digit", "number", "handwritten"]
+    assert moved == sorted(int(ids[1]) for ids in ac.load_backbone("starter").tokenize(words))
+    assert len(moved) == 23
+
+
+def test_the_cards_own_templates_are_not_learnt_from():
+    assert ac.load_card("digits").templates == starter.NUMERAL_EVALUATION_TEMPLATES
+    assert not set(starter.NUMERAL_EVALUATION_TEMPLATES) & set(starter.NUMERAL_TEMPLATES)
+
+
 def test_draws_never_touch_what_is_measured(config):
     backbone = ac.load_backbone("starter")
-    found = starter.Corpus(config, backbone)
+    found = starter.Corpus(config, backbone, starter.Words(config, backbone))
     assert (len(found.captioned), len(found.pictures), len(found.names)) == (10, 10, NUM_CLASSES)
     # Pictures 0 to 9 are the training part; every second one has a third caption.
     assert found.owner.tolist() == [i for i in range(10) for _ in range(2 + i % 2)]
@@ -121,6 +142,11 @@ def test_evaluate_measures_the_shipped_starter(config, monkeypatch, capsys):
     assert not config.out.exists()
 
 
-def test_a_missing_set_is_named(config, tmp_path):
-    with pytest.raises(DataError, match=r"no Parquet files in .*tiny_imagenet; --data-root names the folder"):
+@pytest.mark.parametrize(
+    ("present", "missing"), [((), "imagenet1k_one_each"), (("imagenet1k_one_each", "flickr8k"), "tiny_imagenet")]
+)
+def test_a_missing_set_is_named(config, tmp_path, present, missing):
+    for name in present:
+        (tmp_path / name).symlink_to(config.data_root / name)
+    with pytest.raises(DataError, match=rf"no Parquet files in .*{missing}; --data-root names the folder"):
         starter.main(replace(config, data_root=tmp_path))
