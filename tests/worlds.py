@@ -2,7 +2,7 @@
 
 Classes differ in recall, patients' images are alike, patients differ in how many images they have, classes are rare,
 confidence depends on the class, one class gains what another loses. A world draws whole data sets; what a metric would
-be on endless images of it is computed once from a large sample of independent images.
+be on endless images of it is computed once from images in exactly the shares of the world.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from adaptclip.metrics.gaps import largest_difference
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.metric import Drawing, Metric
 from adaptclip.types import Predictions
+
+_MANY = 42_000
+"""Images that stand for endless ones: (nearly) every share and recall of the worlds is a whole number of them."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,17 @@ class World:
 
     @cached_property
     def _endless(self) -> tuple[Judged, Judged | None]:
-        """So many independent images that their number is the truth to 0.1 points."""
-        many = replace(self, patients=400_000, sizes=1, alike=0.0, counts=None)
-        if self.counts is not None:
-            many = replace(many, shares=tuple(c / sum(self.counts) for c in self.counts))
-        return many.draw(np.random.default_rng(123))
+        """Independent images in exactly the shares and with the recalls of this world: nothing is left to chance."""
+        shares = self.shares if self.counts is None else np.divide(self.counts, sum(self.counts))
+        labels = np.repeat(np.arange(len(shares)), np.rint(np.multiply(shares, _MANY)).astype(int))
+        place = np.arange(len(labels)) - np.searchsorted(labels, labels)
+        sampling = Sampling.of(len(labels), None)
+
+        def answered(recalls: tuple[float, ...]) -> Judged:
+            right = place < np.rint(np.multiply(recalls, np.bincount(labels)))[labels]
+            return self._answered(labels, right, sampling)
+
+        return answered(self.recalls), None if self.before is None else answered(self.before)
 
     def truth(self, metric: Metric | str, change: bool = False) -> float:
         """What the metric, or its change, would be on endless images."""
@@ -348,11 +357,11 @@ RANGES = tuple(
     )
 )  # fmt: skip
 
-Line = tuple[str, str, bool, Callable[[int], Tally]]
+Line = tuple[str, str, bool, Callable[..., Tally]]
 
 
 def lines() -> list[Line]:
-    """Name of the world, metric, whether it is of a paired change, and what counts it: all that is studied."""
+    """World, metric, whether it is of a paired change, and what counts it (repeats, seed): all that is studied."""
     found: list[tuple[World, str, bool]] = [(world, "accuracy", False) for world in PATIENTS]
     found += [(world, "mean_per_class_accuracy", False) for world in (*PATIENTS, RARE, *SMALL_CLASSES)]
     found += [(world, "macro_f1", False) for world in (RARE, *SMALL_CLASSES, *PATIENTS[:12])]

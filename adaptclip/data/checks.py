@@ -296,7 +296,7 @@ def _remarks(data: DomainData) -> list[str]:
     for name, values in data.test.groups.items():
         counts = Counter(values)
         if 0 < counts[UNKNOWN] < len(values):
-            remarks.append(f"group {name!r} is unknown for {counts[UNKNOWN]} of {len(values)} test images")
+            remarks.append(f"group {name!r} is unknown for {counts[UNKNOWN]:,} of {len(values):,} test images")
     return remarks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,6 +21,12 @@ class Grouped(Protocol):
     def groups(self) -> Mapping[str, Sequence[str]]:
         """Attribute name -> N values."""
         ...
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a row; between those of an intersection ("female, 60+"), which have commas of their own, semicolons."""
+    named = list(map(str, names))
+    return ("; " if any(", " in name for name in named) else ", ").join(named)
 
 
 def align(predictions: Predictions, baseline: Predictions) -> Predictions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import chdtr, lambertw
 
 from adaptclip.evaluation.grouping import encode
 from adaptclip.types import Predictions
@@ -15,8 +16,11 @@ _CHANCE = 1e-4
 _FEWEST, _SHARE = 3, 0.02
 """So many rows, and so large a share of all, must be copies of another row to be told."""
 
-_DIFFERENT, _NEARLY_ALL, _PRECISE = 30, 0.95, 5
-"""Rows that all stand there equally often: so many different answers, such a share of rows, so many decimals."""
+_DIFFERENT = 30
+"""From so many different answers on, how often each stands there tells whether that is by chance."""
+
+_PRECISE, _UNEVEN = 3, 2.0
+"""With so many decimals rows are rarely equal by nature: how many are may vary so much more than by chance."""
 
 _SURE = 0.999
 """Rows of such a confidence are equal because numbers end, not because they are copies."""
@@ -45,12 +49,15 @@ def repeated_rows(predictions: Predictions) -> Repeated | None:
     - The whole table is one sequence of rows (classes, groups, probabilities) several times over. That is found even
       where answers are coarse; what classes and groups make alike by design does not count, only the answers do.
     - At least 2 % of the rows have a copy, most rows are different, and rounding all probabilities once more makes
-      hardly any further rows equal. Rounded answers, votes and steps of a calibration are equal by nature and are left
-      alone: there, rounding makes many more equal, or few rows are different.
-    - Nearly all rows stand in the table equally often, with probabilities of (nearly) full precision: three or more
-      copies of all rows, in any order. Answers that are equal by nature are so in all kinds of numbers.
+      hardly any further rows equal.
+    - Most rows have copies, and how often they stand there varies less than chance would have it: all three times, or
+      some twice and others three times, in any order, as a join brings about.
 
-    Copies of coarse answers in a new order cannot be told from answers that are equal by nature.
+    Rounded answers, votes and steps of a calibration are equal by nature and are left alone: there, rounding makes many
+    more rows equal, few rows are different, or the numbers of equal ones vary more than chance would have it, many
+    answers standing there once and some very often.
+
+    Copies of answers that are coarse themselves, in a new order, cannot be told from answers that are equal by nature.
     """
     n = len(predictions)
     if n < 2 * _FEWEST:
@@ -113,42 +120,61 @@ def _chance(answers: np.ndarray, stratum: np.ndarray, length: int) -> float:
 def _copies(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> Repeated | None:
     if not predictions.confident or predictions.ranked is not None:
         return None  # their numbers are made from an order
-    n, probs = len(predictions), predictions.probs
     distinct = int(answers.max()) + 1
     if distinct < 3 * len(predictions.class_names):
         return None
-    kept = np.flatnonzero(probs.max(axis=1) < _SURE)
-    labels, probs, unit, answers = predictions.labels[kept], probs[kept], unit[kept], answers[kept]
-    if distinct < n / 2 and not _equally_often(answers, probs):
+    # One row of each answer and unit, and none whose probabilities are equal because numbers end.
+    kept = np.unique(answers.astype(np.int64) * (int(unit.max()) + 1) + unit, return_index=True)[1]
+    kept = kept[predictions.probs[kept].max(axis=1) < _SURE]
+    labels, probs, unit = predictions.labels[kept], predictions.probs[kept], unit[kept]
+    first, times = np.unique(answers[kept], return_index=True, return_counts=True)[1:]
+    n, copies = len(predictions), int((times - 1).sum())
+    if copies < max(_FEWEST, _SHARE * n):
         return None
-    pairs = _pairs(answers, unit)
-    copies = len(answers) - len(np.unique(answers))
-    if pairs == 0 or copies < max(_FEWEST, _SHARE * n):
-        return None
-    # Numbers that fall together by rounding do so ten times as often with one decimal less.
-    coarser = _codes(labels, np.round(probs.astype(np.float64) * 10.0 ** (_decimals(probs) - 1)).astype(np.float32))
-    if _pairs(coarser, unit) > 3 * pairs:
-        return None
+    if not _too_even(times, labels[first]):
+        varied = times.var() / _by_chance(times.mean())
+        by_nature = varied > (_UNEVEN if _decimals(probs) >= _PRECISE else 1)
+        if distinct < n / 2 or by_nature or _rounded(labels, probs, unit, times):
+            return None
     return Repeated(
         copies, n, f"{copies:,} of {n:,} rows equal another row in class and all probabilities, under ids of their own"
     )
 
 
-def _equally_often(answers: np.ndarray, probs: np.ndarray) -> bool:
-    """Whether nearly all rows have the same number of copies, of many different answers written with many decimals."""
-    times = np.unique(answers, return_counts=True)[1]
-    if len(times) < _DIFFERENT:
+def _too_even(times: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether the numbers of rows with the same answer vary less than chance would have it: too few stand there once.
+
+    How many rows a class has may be fixed, so that its answers are compared with their own mean. Fewer than two rows of
+    an answer on average say nothing.
+
+    Args:
+        times: (D,) rows of each answer.
+        labels: (D,) the class of those rows.
+    """
+    answers = np.bincount(labels)
+    mean = (np.bincount(labels, times) / np.maximum(answers, 1))[labels]
+    told = mean >= 2
+    df = int(told.sum()) - len(np.unique(labels[told]))
+    if df < _DIFFERENT or times.mean() < 2:
         return False
-    usual = int(np.bincount(times).argmax())
-    alike = usual * int((times == usual).sum())
-    return usual > 1 and alike >= _NEARLY_ALL * len(answers) and _decimals(probs) >= _PRECISE
+    return bool(chdtr(df, ((times - mean) ** 2 / _by_chance(np.maximum(mean, 2)))[told].sum()) < _CHANCE)
 
 
-def _pairs(codes: np.ndarray, unit: np.ndarray) -> int:
-    """How many pairs of rows of different units have equal codes."""
-    within = np.unique(np.stack([codes, unit]), axis=1, return_counts=True)[1]
-    among = np.bincount(codes)
-    return int((among * (among - 1)).sum() - (within * (within - 1)).sum()) // 2
+def _by_chance(mean: np.ndarray) -> np.ndarray:
+    """Variance of how often an answer that is there stands there, by its mean, if each row took any answer by chance.
+
+    That is Poisson's distribution without zero; where some answers are likelier than others there is more of it.
+    """
+    rate = mean + lambertw(-mean * np.exp(-mean)).real
+    return mean * (1 + rate - mean)
+
+
+def _rounded(labels: np.ndarray, probs: np.ndarray, unit: np.ndarray, times: np.ndarray) -> bool:
+    """Whether rows are equal because they are rounded: with one decimal less, ten times as many are."""
+    coarser = _codes(labels, np.round(probs.astype(np.float64) * 10.0 ** (_decimals(probs) - 1)).astype(np.float32))
+    of_units = np.unique(coarser.astype(np.int64) * (int(unit.max()) + 1) + unit) // (int(unit.max()) + 1)
+    among = np.unique(of_units, return_counts=True)[1]
+    return bool((among * (among - 1)).sum() > 3 * (times * (times - 1)).sum())
 
 
 def _decimals(probs: np.ndarray) -> int:

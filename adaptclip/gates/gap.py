@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptclip.evaluation.grouping import listed
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates.sample_size import Claim, More, more_images
 from adaptclip.gates.verdicts import Conclusion, Verdict
@@ -119,7 +120,7 @@ def _small_words(
     """Groups that take no part, each with what it has too little of."""
     counts = {name: lacking.get(name, supports[name][0]) for name in small}
     kind = {name: "" if support.what == "images" else f" {support.what}" for name, support in counts.items()}
-    return ", ".join(f"{name} ({support.count:,}{kind[name]})" for name, support in counts.items())
+    return listed(f"{name} ({support.count:,}{kind[name]})" for name, support in counts.items())
 
 
 def _undecided(
@@ -171,18 +172,21 @@ def _guard(rule: GateRule, usable: Mapping[str, Comparison]) -> tuple[Conclusion
     margin = f"by more than {shown(rule, rule.slack, 'g').replace(' %', ' points')}"
     if any(lost):
         return "fail", (
-            f"Levelled down: with the confidence asked for, {_named(usable, lost)} lies below the zero-shot model's "
-            f"worst group {margin}."
+            f"Levelled down: with the confidence asked for, the {subject_of(rule)} of {_named(usable, lost)} is worse "
+            f"than that of the zero-shot model's worst group {margin}."
         )
     if all(kept):
-        return "pass", f"No group lies below the zero-shot model's worst group {margin}."
+        return "pass", f"No group is worse than the zero-shot model's worst group {margin}."
     unsure = _named(usable, [not k for k in kept])
-    return "inconclusive", f"It is not ruled out that {unsure} lies below the zero-shot model's worst group {margin}."
+    return (
+        "inconclusive",
+        f"It is not ruled out that {unsure} is worse than the zero-shot model's worst group {margin}.",
+    )
 
 
 def _named(usable: Mapping[str, Comparison], which: Sequence[bool]) -> str:
     named = [name for name, chosen in zip(usable, which, strict=True) if chosen]
-    return f"each of {', '.join(named)}" if len(named) > 1 else named[0]
+    return f"each of the groups {listed(named)}" if len(named) > 1 else named[0]
 
 
 def _against(group: Comparison, reference: Comparison, side: Side, alpha: float) -> float:
@@ -237,7 +241,9 @@ def _sentences(
     ]
     if noise is not None:
         said.append(f"Noise alone gives equal groups of these sizes a gap of up to {points(noise)} in 95 % of cases.")
-    said.append(guard[1])
+    # What decides stands first: the headline has room for one sentence.
+    decides = guard[0] == "fail" and lower <= limit
+    said = [guard[1], *said] if decides else [*said, guard[1]]
     if small:
         said.append(f"Too small for a verdict, or without an interval: {small}.")
     if conclusion == "inconclusive" and lower <= limit < upper:

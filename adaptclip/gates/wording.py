@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adaptclip.evaluation.grouping import listed
 from adaptclip.gate_rules import ZERO_SHOT, GateRule
 from adaptclip.gates.sample_size import POWER, More
 from adaptclip.gates.verdicts import Conclusion, Verdict
@@ -131,11 +132,12 @@ def family_reason(rule: GateRule, ordered: Sequence[Verdict]) -> str:
     alike = [v for v in ordered[1:] if v.verdict == worst.verdict]
     if worst.verdict == "pass":
         every = "Both" if len(ordered) == 2 else f"All {len(ordered)}"
-        return f"{every} groups pass; the worst: {worst.reason}" if len(ordered) > 1 else worst.reason
+        reason = worst.reason[:1].lower() + worst.reason[1:]
+        return f"{every} groups pass; the worst: {reason}" if len(ordered) > 1 else worst.reason
     if not alike:
         return worst.reason
     named = [str(v.group) + _more_of(v) for v in alike]
-    return f"{worst.reason} The same verdict for {', '.join(named)} (of {len(ordered)} groups)."
+    return f"{worst.reason} The same verdict for {listed(named)} (of {len(ordered)} groups)."
 
 
 def _more_of(verdict: Verdict) -> str:
@@ -149,5 +151,5 @@ def excluded_words(rule: GateRule, excluded: Sequence[dict[str, object]]) -> str
     """What was left out by declaration, and why."""
     if not excluded:
         return ""
-    named = ", ".join(f"{e['group']} ({e['n']} images)" for e in excluded)
+    named = listed(f"{e['group']} ({e['n']} images)" for e in excluded)
     return f" Left out by declaration: {named}. Reason given: {rule.reason.strip().rstrip('.')}."

@@ -120,7 +120,7 @@ def _predictive(side: int, judged: Judged) -> Estimate:
     called, own = judged.answer == side, judged.labels == side
     if judged.prevalence is None:
         value, weights = float(own[called].mean()), called / called.sum()
-        at = f"for the {100 * float((judged.labels == 1).mean()):.3g} % of positive images here; no prevalence declared"
+        at = f"at the {100 * float((judged.labels == 1).mean()):.3g} % of positive images here; no prevalence declared"
         return Estimate(value, weights * (own - value), weights, n=int(called.sum()), note=at)
     frequency = judged.prevalence if side else 1 - judged.prevalence
     good, bad = float(called[own].mean()), float(called[~own].mean())
@@ -161,7 +161,7 @@ def _at(judged: Judged) -> str:
 
 def _no_threshold(judged: Judged) -> str:
     if judged.threshold is None:
-        return "the most probable class decides, and net benefit is weighed at a threshold"
+        return "it needs a decision threshold, and here the most probable class decides"
     return _sides_missing(judged)
 
 
@@ -238,11 +238,11 @@ def _predictive_value(side: int, name: str, words: str, short: str, meaning: str
 
 
 PPV = _predictive_value(
-    1, "ppv", "positive predictive value", "PPV", "of the images called positive, the share that are"
+    1, "ppv", "positive predictive value", "PPV", "of the images called positive, the share that truly is"
 )
 
 NPV = _predictive_value(
-    0, "npv", "negative predictive value", "NPV", "of the images called negative, the share that are"
+    0, "npv", "negative predictive value", "NPV", "of the images called negative, the share that truly is"
 )
 
 NET_BENEFIT = Metric(

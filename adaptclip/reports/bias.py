@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adaptclip.evaluation.comparisons import difference, sign_test
-from adaptclip.evaluation.grouping import group_rows, group_values
+from adaptclip.evaluation.grouping import group_rows, group_values, listed
 from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.gate_rules import BETWEEN
 from adaptclip.metrics import GROUP_METRICS, Metric, find_metric
@@ -202,11 +202,11 @@ def _cautions(attribute: str, rows: list[dict[str, Any]], too_small: list[dict[s
     if tiny:
         cautions.append(
             f"groups of fewer than {min_group} images take no part in gaps and tests, and no gate can decide on them: "
-            + ", ".join(tiny)
+            + listed(tiny)
         )
     if small:
-        cautions.append(f"groups of fewer than {SMALL_GROUP} images say little: {', '.join(small)}")
+        cautions.append(f"groups of fewer than {SMALL_GROUP} images say little: {listed(small)}")
     few = [row["group"] for row in rows if row["accuracy"]["model"]["note"].startswith("no interval: ")]
     if few:
-        cautions.append(f"groups of too few clusters for an interval: {', '.join(few)}")
+        cautions.append(f"groups of too few clusters for an interval: {listed(few)}")
     return cautions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from adaptclip.evaluation.grouping import listed
 from adaptclip.metrics import METRICS
 from adaptclip.reports.blocks import (
     MAX_SCREEN_ROWS,
@@ -187,7 +188,7 @@ def _of_groups(of: Mapping[str, Sequence[str]]) -> str:
     same: dict[tuple[str, ...], list[str]] = {}
     for short, groups in of.items():
         same.setdefault(tuple(groups), []).append(short)
-    return "; ".join(f"{' and '.join(shorts)} of {', '.join(groups)}" for groups, shorts in same.items())
+    return "; ".join(f"{' and '.join(shorts)} of {listed(groups)}" for groups, shorts in same.items())
 
 
 def group_metrics(table: Mapping[str, Any]) -> list[str]:
@@ -318,7 +319,7 @@ def _one_vs_rest(found: Mapping[str, Any] | None) -> Iterator[Block]:
         yield Paragraph("No class has enough images in two groups for its rates to be compared.", "muted")
         return
     for entry in compared[:10]:
-        rates = ", ".join(f"{one_line(group)} {show_rate(number)}" for group, number in entry["tpr"].items())
+        rates = "; ".join(f"{one_line(group)} {show_rate(number)}" for group, number in entry["tpr"].items())
         gap = entry["equal_opportunity_difference"]
         rows.append([text(one_line(entry["class"])), count(entry["n"]), Cell(f"{100 * gap:.1f}", numeric=True),
                      p_cell(entry["p_holm"]), text(rates)])  # fmt: skip

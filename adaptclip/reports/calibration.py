@@ -118,7 +118,7 @@ def _log_loss(predictions: Predictions) -> Measurement:
 
 
 def _surplus(predictions: Predictions, rows: np.ndarray | None = None) -> Measurement:
-    """Mean confidence minus accuracy: above 0 the model claims more than it keeps."""
+    """Mean confidence minus accuracy: above 0 the model is surer than it is right."""
     keep = slice(None) if rows is None else rows
     right = predictions.pred[keep] == predictions.labels[keep]
     values = predictions.probs[keep].max(axis=1).astype(np.float64) - right
@@ -247,9 +247,9 @@ def _cautions(predictions: Predictions, validation: Predictions | None, used_for
     unlike = _distance(validation.labels, predictions.labels, len(predictions.class_names))
     if unlike > _UNLIKE:
         cautions.append(
-            f"classes are mixed otherwise in the validation images than in the test images ({100 * unlike:.0f} % of "
-            "them would have to change class), as few-shot draws are; the temperature and the sets are meant for the "
-            "mixture that they were fitted on"
+            f"the validation images have another mix of classes than the test images ({100 * unlike:.0f} % of them "
+            "would have to change class), as few-shot draws do; the temperature and the sets are meant for the mix "
+            "that they were fitted on"
         )
     return cautions
 

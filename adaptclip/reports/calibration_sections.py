@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from adaptclip.metrics.metric import MIN_CLASS_IMAGES
 from adaptclip.reports.bias_sections import sentence
 from adaptclip.reports.blocks import (
     Block,
@@ -24,6 +25,7 @@ from adaptclip.reports.blocks import (
     show_rate,
     text,
 )
+from adaptclip.reports.numbers import MIN_GROUP
 from adaptclip.reports.plots import coverage, reliability
 
 
@@ -57,10 +59,12 @@ def _reliability_words(found: Mapping[str, Any]) -> str:
     surplus = found["scores"]["surplus"]
     how = "more" if surplus["value"] > 0 else "less"
     fullest = max(found["bins"], key=lambda row: row["n"])
+    bins = [*found["bins"], *(found["temperature"]["bins"] or ())]
+    few = f"; open points stand for fewer than {MIN_CLASS_IMAGES}" * any(row["n"] < MIN_CLASS_IMAGES for row in bins)
     return (
         f"Its mean confidence is {abs(100 * surplus['value']):.1f} points {how} than its accuracy. In the fullest bin "
         f"({fullest['n']} images) the mean confidence is {100 * fullest['confidence']:.0f} % and the accuracy "
-        f"{show_rate(fullest['accuracy'])}. Grey bars show where the images are."
+        f"{show_rate(fullest['accuracy'])}. Grey bars show where the images are{few}."
     )
 
 
@@ -130,7 +134,9 @@ def selective_section(report: Mapping[str, Any], *, plots: bool) -> Section | No
         words = "; ".join(
             f"{100 * p['coverage']:.0f} % answered: {show_rate(p['accuracy'])} right" for p in selective["points"]
         )
-        svg = coverage(selective["curve"], accuracy)
+        # The first few answers are right or wrong by luck, and a line would make something of it.
+        told = [point for point in selective["curve"] if point[0] * report["num_images"] >= MIN_GROUP]
+        svg = coverage(told or selective["curve"], accuracy)
         blocks.append(Figure("Accuracy of the answers by share answered", svg, words + "."))
     blocks += list(_set_blocks(found["sets"]))
     return Section("When to answer", "answers", blocks)
@@ -145,7 +151,7 @@ def _set_blocks(sets: Mapping[str, Any]) -> Iterator[Block]:
         f"Sets of classes meant to hold the true one in {level} of cases (split conformal, calibrated on "
         f"{sets['n']} validation images: every class with a probability of {100 * sets['value']:.2g} % or more). On "
         f"the test images they hold it in {show_rate(sets['coverage'])} and have {show_plain(sets['size'], 2)} "
-        f"classes; {sets['single']} have exactly one, {sets['empty']} none."
+        f"classes; sets of exactly one class: {sets['single']:,}, empty ones: {sets['empty']:,}."
     )
     if sets["note"]:
         yield Paragraph(sentence(sets["note"]), "muted")

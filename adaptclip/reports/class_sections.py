@@ -50,8 +50,8 @@ def class_section(report: Mapping[str, Any], *, plots: bool) -> Section:
     blocks.append(_class_rows(report))
     if (report.get("shift") or {}).get("classes"):
         words = (
-            "Each bracket is of that class alone; the last column allows for the number of classes, so that it may not "
-            "tell where a bracket leaves out zero."
+            "Each bracket is of that class alone; the last column allows for the number of classes, so that it may say "
+            "“cannot tell” where a bracket leaves out zero."
         )
         blocks.append(Paragraph(words, "muted"))
     if not all(row["sufficient"] for row in report["per_class"]):
@@ -98,7 +98,7 @@ def _shift_blocks(shift: Mapping[str, Any], confidence: float) -> Iterator[Block
         yield Paragraph(
             f"Of {tested} classes, {len(worse)} got worse than zero-shot and {len(better)} better beyond what chance "
             f"explains (exact test on the images that changed, at the {100 * (1 - confidence):.3g} % level, "
-            f"Holm-corrected over the classes). Classes with a lower accuracy, shown or not: {shift['num_lower']}."
+            f"Holm-corrected over the classes). Classes with a lower accuracy, by chance or not: {shift['num_lower']}."
         )
         listed = [row for row in shift["classes"] if row["direction"] == "worse"] or shift["classes"][:3]
         listed = [row for row in listed if row["change"]["value"] < 0]
@@ -243,8 +243,9 @@ def _severity_blocks(severity: Mapping[str, Any]) -> list[Block]:
     if model["value"] is None:
         return [Paragraph(sentence(model["note"]))]
     words = (
-        f"Severity of the {model['n']} mistakes: {show_plain(model, 2)} on a scale from 1 (right on the finest level) "
-        f"to {severity['max_height']} (nothing shared but the root): the mean height of the lowest common ancestor."
+        f"Severity of the {model['n']:,} mistakes: {show_plain(model, 2)} on a scale from 1 (right on the finest "
+        f"level) to {severity['max_height']} (nothing shared but the root): the mean height of the lowest common "
+        "ancestor."
     )
     words += f" Zero-shot: {show_plain(before, 2)}." if before and before["value"] is not None else ""
     rows = [

@@ -199,15 +199,17 @@ def _reading_section(report: Mapping[str, Any]) -> Section:
 def _sampling_words(sampling: Mapping[str, Any]) -> str:
     unit, num = one_line(sampling["unit"]), sampling["num_units"]
     drawn = {
-        "image": f"other images like these {num:,}, each drawn by itself (no cluster such as a patient is known)",
-        "cluster": f"other clusters (patients, places) like these {num:,}: the cluster is the unit, not the image",
+        "image": f"other images like these {num:,} could have given, each taken as drawn by itself (no cluster such as "
+        "a patient is known)",
+        "cluster": f"other clusters (patients, places) like these {num:,} could have given; the unit is the cluster, "
+        "not the image",
     }[unit]
     mix = {
-        "random": "The mix of classes is taken as random, as it was met, and would be another there",
+        "random": "The mix of classes counts as met by chance, and would differ there",
         "fixed": "The card says that the study fixed how many images there are of each class, so their mix would be "
         "the same there",
     }[sampling["classes"]]
-    return f"Intervals say what {drawn}, could have given. {mix}."
+    return f"Intervals say what {drawn}. {mix}."
 
 
 def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:
@@ -215,7 +217,7 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
     narrow = [metric for metric in report["overall"] if told(report, metric)["per_cent"]]
     shown = {**report, "overall": {metric: report["overall"][metric] for metric in narrow}}
     title = (
-        f"{report['num_images']} images, {report['num_classes']} classes; per cent "
+        f"{report['num_images']:,} images, {report['num_classes']} classes; per cent "
         f"[{100 * report['confidence']:g} % interval], changes in points"
     )
     rows = overall_rows(shown, "short", title, sign="")

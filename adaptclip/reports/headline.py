@@ -132,14 +132,14 @@ def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:
     outcomes = [o for o in report.get("outcomes", ()) if o["sensitivity"]["model"]["value"] is not None]
     if outcomes:
         name, found = one_line(outcomes[0]["name"]), outcomes[0]["sensitivity"]
-        about = f"{name}: so many of its {outcomes[0]['num_positive']:,} images are found, the others missed"
+        about = f"{name}: the share of its {outcomes[0]['num_positive']:,} images that is found; the others are missed"
         if found["zero_shot"] is not None:
             about += f"; zero-shot {show_rate(found['zero_shot'])}"
         return "Sensitivity", show_rate(found["model"]), about
     calibration = report.get("calibration")
     if calibration:
         surplus = calibration["scores"]["surplus"]
-        about = "it claims more than it keeps" if surplus["value"] > 0 else "it keeps more than it claims"
+        about = "it is surer than it is right" if surplus["value"] > 0 else "it is right more often than it is sure"
         if surplus["low"] is not None and surplus["low"] <= 0 <= surplus["high"]:
             about = "no more than noise explains"
         return "Confidence minus accuracy", f"{show_points(surplus)} points", about
@@ -203,9 +203,8 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
     for attribute, outcome, gap in gaps:
         if gap and any(gap is found for found in missing):
             yield (
-                f"Missed more often for {one_line(attribute)} = {one_line(gap['worst_group'])} than for "
-                f"{one_line(gap['best_group'])}: {one_line(outcome)}, by {100 * gap['value']:.1f} points, more than "
-                "noise explains"
+                f"{one_line(outcome)} is missed more often for {one_line(attribute)} = {one_line(gap['worst_group'])} "
+                f"than for {one_line(gap['best_group'])}, by {100 * gap['value']:.1f} points, more than noise explains"
             )
     losing = _losing(tables, level)
     lost = [

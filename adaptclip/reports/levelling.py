@@ -25,7 +25,7 @@ from typing import Any, get_args
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.evaluation.grouping import align, group_rows
+from adaptclip.evaluation.grouping import align, group_rows, listed
 from adaptclip.evaluation.measuring import measure
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.estimates import Comparison, Measurement
@@ -257,7 +257,7 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
         )
     left_out = [f"{row['group']} ({row['n']})" for row in result["groups"] if not row["judged"]]
     if left_out:
-        sentences.append(f"Not judged, having too few images or clusters: {', '.join(left_out)}.")
+        sentences.append(f"Not judged, having too few images or clusters: {listed(left_out)}.")
     return {"verdict": verdict, "reason": " ".join(sentences)}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptclip.evaluation.grouping import listed
 from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.gaps import GapTest, gap_test
 from adaptclip.metrics.judged import Sampling
@@ -102,5 +103,5 @@ def _gap_note(test: GapTest, confidence: float, left_out: list[str], min_group: 
         if test.p_value <= 1 - confidence
         else f"noise can explain it ({p_words(test.p_value)})"
     )
-    small = f"; left out as smaller than {min_group} images: {', '.join(left_out)}" if left_out else ""
+    small = f"; left out as smaller than {min_group} images: {listed(left_out)}" if left_out else ""
     return f"{noise}, so {far}{small}"

@@ -124,8 +124,8 @@ def _own_words(names: Sequence[str]) -> str:
 
 def _note(min_group: int) -> str:
     return (
-        f"true positive rates are compared between groups with {MIN_CLASS_IMAGES} images of the class or more, the "
-        f"other rates between groups of {min_group} images or more"
+        f"the gap is between groups with {MIN_CLASS_IMAGES} images of the class or more; of smaller ones the rate is "
+        f"only shown (differences in other rates, in the JSON, are between groups of {min_group} images or more)"
     )
 
 

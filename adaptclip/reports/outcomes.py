@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptclip.evaluation.grouping import group_rows
+from adaptclip.evaluation.grouping import group_rows, listed
 from adaptclip.evaluation.measuring import sampling_of
 from adaptclip.evaluation.outcomes import measure_outcome, two_sided
 from adaptclip.gate_rules import Outcome
@@ -115,7 +115,7 @@ def group_outcome(
         **_fairlearn_differences(judged, {name: by_group[name] for name in kept}),
         "intervals": _intervals([m for name, m in zip(by_group, measured, strict=True) if name in kept], confidence),
         "left_out": left_out,
-        "note": f"{note}: {', '.join(left_out)}" if left_out else "",
+        "note": f"{note}: {listed(left_out)}" if left_out else "",
     }
 
 

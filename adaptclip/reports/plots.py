@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adaptclip.metrics.metric import MIN_CLASS_IMAGES
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -118,13 +120,16 @@ def reliability(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str
 
 
 def _bins(axes: Axes, rows: Sequence[Mapping[str, Any]], colour: str, marker: str, label: str) -> None:
-    x = [row["confidence"] for row in rows]
-    y = [row["accuracy"]["value"] for row in rows]
-    low = [row["accuracy"]["low"] for row in rows]
-    for at, bottom, row in zip(x, low, rows, strict=True):
-        if bottom is not None:
-            axes.plot([at, at], [bottom, row["accuracy"]["high"]], color=colour, lw=1.2)
-    axes.plot(x, y, color=colour, marker=marker, ms=4.5, lw=1.2, label=label)
+    """A line through the bins of enough images; the others are open points, which a line would make too much of."""
+    for row in rows:
+        few, at, accuracy = row["n"] < MIN_CLASS_IMAGES, row["confidence"], row["accuracy"]
+        if accuracy["low"] is not None:
+            axes.plot([at, at], [accuracy["low"], accuracy["high"]], color=colour, lw=1.2, alpha=0.4 if few else 1)
+        if few:
+            axes.plot(at, accuracy["value"], color=colour, marker=marker, ms=4.5, markerfacecolor="none", clip_on=False)
+    known = [row for row in rows if row["n"] >= MIN_CLASS_IMAGES]
+    x, y = [row["confidence"] for row in known], [row["accuracy"]["value"] for row in known]
+    axes.plot(x, y, color=colour, marker=marker, ms=4.5, lw=1.2, label=label, clip_on=False)
 
 
 def coverage(curve: Sequence[Sequence[float]], accuracy: float) -> str:

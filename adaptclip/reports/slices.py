@@ -161,7 +161,7 @@ def _blocks(slices: Mapping[str, Any], confidence: float) -> Iterator[Block]:
         + (
             f"Tested on the test images: the {len(tested)} that did worst there."
             if tested
-            else "None that could be tested did worse there by a standard error or more, so that none was."
+            else "None of them did worse there by a standard error or more, so that none was tested."
         )
     )
     if not tested:

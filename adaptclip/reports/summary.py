@@ -125,5 +125,5 @@ def _cautions(num_absent: int, num_classes: int, attributes: list[str], clusters
     if not attributes:
         cautions.append("no groups were reported: without group columns, differences between groups cannot be assessed")
     if clusters is not None:
-        cautions.append(f"images come from {clusters} clusters, which are the unit of resampling")
+        cautions.append(f"the images come from {clusters:,} clusters, which are the unit of all intervals")
     return cautions

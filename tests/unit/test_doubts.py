@@ -81,9 +81,13 @@ def test_a_table_several_times_over_passes_nothing(times):
         np.random.default_rng(1).permutation(np.tile(np.arange(200), 3)),
         np.random.default_rng(1).permutation(np.tile(np.arange(400), 4))[:-15],
         np.random.default_rng(1).permutation(np.tile(np.arange(60), 7)),
+        np.random.default_rng(1).permutation(np.repeat(np.arange(400), np.arange(400) % 2 + 2)),
+        np.random.default_rng(1).permutation(np.repeat(np.arange(400), np.arange(400) % 3 + 2)),
+        np.random.default_rng(1).permutation(np.repeat(np.arange(400), 1 + 2 * (np.arange(400) % 10 == 0))),
     ],
-    ids=["shuffled", "each twice", "twenty of four hundred", "three times", "nearly four times", "seven times"],
-)
+    ids=["shuffled", "each twice", "twenty of four hundred", "three times", "nearly four times", "seven times",
+         "two or three times", "two to four times", "one in ten three times"],
+)  # fmt: skip
 @pytest.mark.parametrize("num_classes", [2, 3, 10])
 def test_copies_of_exact_rows_are_found_in_any_order(rows, num_classes):
     whole = drawn(num_classes=num_classes)
@@ -115,6 +119,57 @@ def test_equal_rows_by_rounding_are_no_copies(decimals, num_classes):
         for sharpness in (1.0, 4.0, 12.0):
             made = drawn(1000, num_classes, decimals=decimals, sharpness=sharpness, seed=seed)
             assert repeated_rows(made) is None, (seed, sharpness)
+
+
+def test_equal_rows_by_rounding_of_few_images_are_no_copies():
+    """With one decimal less hardly more of 60 rows are equal; but some answers stand there very often."""
+    for seed in range(40):
+        assert repeated_rows(drawn(60, 2, decimals=2, sharpness=4.0, seed=seed)) is None, seed
+
+
+@pytest.mark.parametrize("decimals", [2, 3])
+def test_uneven_copies_are_found_among_rounded_rows_too(decimals):
+    """Of many classes, few rows are equal by rounding; a join that repeats all of them is seen by how even it is."""
+    whole = drawn(num_classes=5, decimals=decimals, sharpness=2.0)
+    assert repeated_rows(whole) is None
+    found = repeated_rows(taken(whole, np.random.default_rng(1).permutation(np.repeat(np.arange(400), [2, 3] * 200))))
+    assert found is not None
+    assert found.total == 1000
+    assert found.rows >= 600  # what is equal by rounding comes on top
+
+
+def test_answers_that_vary_more_than_chance_are_no_copies():
+    """Isotonic steps of three classes, normed: full precision, most rows different, some answers very frequent."""
+    for seed in range(5):
+        made = drawn(1500, 3, seed=seed)
+        steps = np.random.default_rng(seed).exponential(size=(3, 80)).cumsum(axis=1)  # a class has steps of its own
+        ends = np.c_[np.zeros(3), steps / steps[:, -1:]]
+        heights = np.stack([ends[c][np.searchsorted(ends[c, 1:], made.probs[:, c])] for c in range(3)])
+        probs = (heights.T + 1e-3) / (heights.T + 1e-3).sum(axis=1, keepdims=True)
+        times = np.unique(np.c_[made.labels, probs].astype(np.float32), axis=0, return_counts=True)[1]
+        assert times.max() > 8
+        assert len(times) > 750  # most rows are different
+        assert repeated_rows(replace(made, probs=probs.astype(np.float32))) is None, seed
+
+
+def test_equally_likely_answers_are_no_copies():
+    """Each of 500 answers of two classes about twice, by chance: a seventh of them never, a fourth just once."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        answers, labels = rng.dirichlet(np.ones(2), size=500), rng.integers(2, size=2000)
+        made = replace(drawn(2000, 2), labels=labels, probs=answers[rng.integers(500, size=2000)].astype(np.float32))
+        assert repeated_rows(made) is None, seed
+
+
+def test_classes_of_fixed_size_with_few_answers_each_are_no_copies():
+    """300 classes of 20 images, four answers of each: in a class the numbers add up to 20, which evens them out."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(300), 20)
+    answers = rng.dirichlet(np.ones(300), size=(300, 4)).astype(np.float32)
+    for _ in range(3):
+        probs = answers[labels, rng.integers(4, size=6000)]
+        names = tuple(f"c{i}" for i in range(300))
+        assert repeated_rows(Predictions(tuple(map(str, range(6000))), labels, probs, names)) is None
 
 
 def test_votes_and_steps_of_a_calibration_are_no_copies():

@@ -105,7 +105,7 @@ def test_groups_are_ordered_worst_first_in_the_metrics_own_direction():
 
 def test_the_reason_of_a_family_names_those_with_the_same_verdict():
     three = one(by_site(a=(190, 200), b=(189, 200), c=(191, 200)), at_least=0.8, group="site")
-    assert three.reason.startswith("All 3 groups pass; the worst: The accuracy for site = b")
+    assert three.reason.startswith("All 3 groups pass; the worst: the accuracy for site = b")
     single = one(by_site(a=(190, 200)), at_least=0.8, group="site")
     assert single.reason.startswith("The accuracy for site = a")
     unsure = one(by_site(a=(160, 200), b=(158, 200), c=(195, 200)), at_least=0.76, group="site")
@@ -250,7 +250,7 @@ def test_reasons_say_directions_notes_and_groups():
         in one(model, **rate, at_most=0.1).reason
     )
     noted = one(model, metric="ppv", positive=("ill",), at_least=0.5, min_n=1).reason
-    assert noted.endswith(" (for the 50 % of positive images here; no prevalence declared.)")
+    assert noted.endswith(" (at the 50 % of positive images here; no prevalence declared.)")
     small = one(by_site(a=(190, 200), small=(55, 60)), at_least=0.5, group="site").reason
     assert small.endswith("At least 40 more images of site = small are needed.")
     alone = one(by_site(a=(100, 200), b=(190, 200)), at_least=0.8, group="site").reason

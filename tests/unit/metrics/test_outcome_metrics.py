@@ -113,7 +113,7 @@ def test_clusters_of_both_sides_that_fail_together_widen_the_interval():
 def test_what_cannot_be_told_says_why():
     judged = images(np.random.default_rng(0), threshold=None)
     silent = replace(judged, decided=np.zeros(400, int))
-    assert METRICS["net_benefit"].compare(judged).model.note.startswith("the most probable class decides")
+    assert METRICS["net_benefit"].compare(judged).model.note.endswith("here the most probable class decides")
     assert METRICS["ppv"].compare(silent).model.note == "no image is called positive"
     paired = METRICS["ppv"].compare(judged, silent)
     assert paired.model.interval(0.95) == METRICS["ppv"].compare(judged).model.interval(0.95)

@@ -122,7 +122,7 @@ def test_the_change_of_two_models_is_of_independent_bounds():
 
 def test_notes_say_at_which_prevalence_and_what_a_miss_is_worth():
     at = METRICS["ppv"].compare(images()).model
-    assert at.note == "for the 20 % of positive images here; no prevalence declared"
+    assert at.note == "at the 20 % of positive images here; no prevalence declared"
     assert at.n == 30
     benefit = METRICS["net_benefit"].compare(images(threshold=0.2)).model
     assert benefit.note == (

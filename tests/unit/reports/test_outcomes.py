@@ -120,7 +120,7 @@ def test_without_validation_images_nothing_is_chosen_and_the_gate_is_open():
     assert "not chosen yet" in to_markdown(report, verdicts)
 
 
-@pytest.mark.parametrize(("fixed", "words"), [(True, "the study fixed how many"), (False, "taken as random")])
+@pytest.mark.parametrize(("fixed", "words"), [(True, "the study fixed how many"), (False, "met by chance")])
 def test_the_page_says_how_the_images_were_sampled(fixed, words, tmp_path):
     model = world(fixed_classes=fixed, clusters=tuple(f"p{i // 2}" for i in range(300)))
     model.save(tmp_path / "p.parquet")
@@ -130,4 +130,4 @@ def test_the_page_says_how_the_images_were_sampled(fixed, words, tmp_path):
     assert (sampling_of(model).stratum is None) == (not fixed)
     page = to_markdown(report, None)
     assert words in page
-    assert "like these 150: the cluster is the unit" in page
+    assert "like these 150 could have given; the unit is the cluster" in page
