@@ -6,7 +6,8 @@ The rules, which every command, recipe and saving function shares:
   adaptclip wrote there (`strangers`), and overwriting was asked for. A new path and an empty folder need no such word.
 - Nothing is written through a link, and no folder in the place of a file or a file in the place of a folder.
 - An output never is, holds or lies in what is read to make it; a cache may lie in it behind a hidden folder.
-- Nothing is put into an artifact, index, export or saved model afterwards, and into a run only by what judges it.
+- Nothing is put into an artifact, index, export or saved model afterwards, and into a run only what is its own: its
+  parts, and under the names of its files what judges it. Else it could not be replaced as a whole later.
 - All of this is checked before anything is moved, and again before the one rename that replaces.
 """
 
@@ -41,7 +42,8 @@ class Kind:
         listing: the file whose "files" has the names of what was written.
         files: patterns of what may lie in it besides, as paths below it.
         parts: name of a folder in it -> the kind of that folder.
-        closed: it is complete once it is written, and nothing is put into it later.
+        judged: names of the files that may be put into it later, by what judges it.
+        closed: nothing is put into it later but its parts and those files.
     """
 
     words: str
@@ -51,6 +53,7 @@ class Kind:
     listing: str = ""
     files: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
+    judged: tuple[str, ...] = ()
     closed: bool = True
 
     def made(self, folder: Path) -> bool:
@@ -70,9 +73,10 @@ _INDEX = {"format_version", "transform", "count"}
 _EXPORT = {"features", "cosines", "probabilities", "tolerance"}
 _BENCH = {"cards", "protocol", "methods", "shots"}
 _RUN = {"adaptclip", "num_processes", "config"}
+_JUDGED = ("report.md", "report.html", "probe.json", "gates.xml", "compare.json", "compare.md")
 _OF_A_RUN = (
     *("run.json", "run.lock", "run.lock.json", "config.yaml", "split.json", LEDGER, "metrics.jsonl", ".*.tmp"),
-    *("*predictions.parquet", "gates.yaml", "report.json", "report.md", "report.html", "probe.json", "evaluation.json"),
+    *("*predictions.parquet", "gates.yaml", "report.json", *_JUDGED, "evaluation.json"),
     *("retrieval.json", "retrieval.md", "wise_ft.json", "wise_ft.md", "text_tower.safetensors"),
     *("checkpoints/step-*.safetensors", "checkpoints/.*.tmp", "adaptclip/*"),  # the last by trackers
 )
@@ -95,7 +99,7 @@ KINDS = {
         "a bench folder", "config.yaml", frozenset(_BENCH), early=(".*.tmp", "jobs"), files=("*",), closed=False,
     ),
     "run": Kind(
-        "a run folder", "run.json", frozenset(_RUN), files=_OF_A_RUN, closed=False,
+        "a run folder", "run.json", frozenset(_RUN), files=_OF_A_RUN, judged=_JUDGED,
         parts={"artifact": "artifact", "model": "open_clip", "head": "run"},
     ),
 }  # fmt: skip
@@ -125,7 +129,7 @@ def check_folder(
     Raises:
         StorageError: see the head of this module; the message says which rule.
     """
-    check_apart(path, inputs, roots)
+    check_apart(path, inputs, roots, kind=kind)
     known = KINDS[kind]
     try:
         if not path.exists():
@@ -209,13 +213,16 @@ def refuse_strangers(folder: Path, kind: str, parts: bool = False) -> None:
         )
 
 
-def check_file(path: Path, inputs: Iterable[Path] = (), *, judges_runs: bool = False) -> None:
+def check_file(
+    path: Path, inputs: Iterable[Path] = (), *, judges_runs: bool = False, images: Iterable[Path] = ()
+) -> None:
     """Refuses a file that may not be written: a link, a folder, a device, one of `inputs`, or in a folder of ours.
 
     Args:
         path: the output.
         inputs: what is read.
-        judges_runs: it may lie in a run folder.
+        judges_runs: it may lie in a run folder, under the name of one of the run's files.
+        images: folders of images that are read, where a new file could be taken for a table of theirs.
 
     Raises:
         StorageError: the message says which rule.
@@ -224,20 +231,47 @@ def check_file(path: Path, inputs: Iterable[Path] = (), *, judges_runs: bool = F
     for given in inputs:
         if _identity(path) is not None and _identity(path) == _identity(given):
             raise StorageError(f"{path} is itself what is read; choose another name for the output")
-    _check_open(path, [known for name, known in KINDS.items() if known.closed or (name == "run" and not judges_runs)])
-
-
-def _check_open(path: Path, kinds: Iterable[Kind]) -> None:
-    """Raises StorageError where an output would lie in a folder that nothing is put into."""
-    kinds = list(kinds)
     try:
-        above = path.absolute().parent.resolve()
+        above = {_identity(folder) for folder in path.absolute().resolve().parents}
     except (OSError, RuntimeError, ValueError) as error:
         raise StorageError(f"cannot write {path}: {error}") from error
-    for folder in (above, *above.parents):
-        for known in kinds:
-            if known.made(folder):
-                raise StorageError(f"{path} would lie in {known.words} ({folder}); choose a place outside it")
+    for given in images:
+        if Path(given).is_dir() and _identity(given) in above:
+            raise StorageError(f"{path} lies among the images that are read ({given}); choose a place outside it")
+    _check_open(path, judges_runs=judges_runs)
+
+
+def _check_open(path: Path, *, kind: str = "", judges_runs: bool = False) -> None:
+    """Raises StorageError where an output would lie in a folder of ours that it is no part of.
+
+    Args:
+        path: the output.
+        kind: of the output, if it is a folder of ours.
+        judges_runs: see `check_file`.
+    """
+    try:
+        real = path.absolute().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StorageError(f"cannot write {path}: {error}") from error
+    for folder in reversed(real.parents):  # what is proposed lies beside the outermost
+        for name, known in KINDS.items():
+            if not known.closed or not known.made(folder):
+                continue
+            if _is_part(real.relative_to(folder), name, kind, judges_runs=judges_runs):
+                continue
+            beside = folder.with_name(f"{folder.name}-{real.name}")
+            raise StorageError(
+                f"{path} would lie in {known.words} ({folder}); choose a place outside it, like {beside}"
+            )
+
+
+def _is_part(below: Path, of: str, kind: str, *, judges_runs: bool) -> bool:
+    """Whether an output is a part of a folder of a kind, or one of the files that are put into it later."""
+    first, *rest = below.parts
+    part = KINDS[of].parts.get(first)
+    if rest:
+        return part is not None and _is_part(Path(*rest), part, kind, judges_runs=judges_runs)
+    return part == kind if kind else judges_runs and first in KINDS[of].judged
 
 
 def check_cache(cache: Path | None, inputs: Iterable[Path] = (), roots: Iterable[Path] = ()) -> None:
@@ -264,14 +298,17 @@ def check_cache(cache: Path | None, inputs: Iterable[Path] = (), roots: Iterable
         raise StorageError(f"the cache cannot be there: {error} (--cache)") from error
 
 
-def check_apart(path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] = (), *, hidden: bool = False) -> None:
-    """Refuses a folder that is a link, or is, holds or lies in an input, or lies in what is complete.
+def check_apart(
+    path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] = (), *, hidden: bool = False, kind: str = ""
+) -> None:
+    """Refuses a folder that is a link, or is, holds or lies in an input, or lies in a folder of ours.
 
     Args:
         path: the output.
         inputs: see `check_folder`.
         roots: see `check_folder`.
         hidden: it may lie in an input where a folder between them is hidden.
+        kind: a key of KINDS, for a folder that may be a part of another.
 
     Raises:
         StorageError: the message says which rule.
@@ -293,7 +330,7 @@ def check_apart(path: Path, inputs: Iterable[Path] = (), roots: Iterable[Path] =
                     raise StorageError(f"{path} lies in what is read ({given}); choose a folder outside it")
     except (OSError, RuntimeError, ValueError) as error:  # may not be looked into, links in a circle, NUL in the name
         raise StorageError(f"cannot write {path}: {error}") from error
-    _check_open(path, [known for known in KINDS.values() if known.closed])
+    _check_open(path, kind=kind)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,24 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Where the real image sets lie when a checkout has them beside it; `ADAPTCLIP_TEST_DATA` overrides it."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--order", metavar="reverse|SEED", help="run the tests backwards, or shuffled by a whole number")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Another order of files, and of the tests in each; the tests of one file stay together, for its fixtures."""
+    order = config.getoption("--order")
+    if order == "reverse":
+        items.reverse()
+    elif order is not None:
+        if not order.isdecimal():
+            raise pytest.UsageError(f"--order takes 'reverse' or a whole number, got {order!r}")
+        drawn = random.Random(int(order))
+        files = {item.path: drawn.random() for item in items}
+        items.sort(key=lambda item: (files[item.path], drawn.random()))
 
 
 def _data_root() -> Path:

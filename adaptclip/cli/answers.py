@@ -28,13 +28,21 @@ class Answers:
     is called NAME.partial until then.
     """
 
-    def __init__(self, *, form: Format | None = None, out: Path | None = None, raw_csv: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        form: Format | None = None,
+        out: Path | None = None,
+        raw_csv: bool = False,
+        images: Iterable[Path] = (),
+    ) -> None:
         """Checks where the rows will go, before they are computed; nothing is written yet.
 
         Args:
             form: None goes by the ending of `out`, and is a table without one.
             out: a new file; None is standard output.
             raw_csv: leave text in CSV as it is, though a spreadsheet may run it.
+            images: folders of images that are read, where no file is put.
 
         Raises:
             ConfigError: the format is a table, or unknown, and there is a file to write.
@@ -52,7 +60,7 @@ class Answers:
             if os.path.lexists(path):
                 what = " (unfinished rows of an earlier command are called so)" if path != out else ""
                 raise StorageError(f"{path} exists already{what}; choose another name, or remove it yourself")
-            check_file(path)
+            check_file(path, images=images)
 
     def start(self, columns: Sequence[str], headings: Sequence[str]) -> Answers:
         """Opens the output, for a `with` block.

@@ -48,7 +48,7 @@ def predict(
 
     from adaptclip.artifact import Unreadable, load
 
-    answers = Answers(form=format, out=out, raw_csv=raw_csv)
+    answers = Answers(form=format, out=out, raw_csv=raw_csv, images=images)
     paths, passed = find_images(images)
     if passed:
         say(f"passed over: {passed}", to=sys.stderr)

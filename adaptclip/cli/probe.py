@@ -59,7 +59,7 @@ def probe(
     if out is not None:
         own = artifact_folder(model)
         read = [words, described.path, *(p for p in own.rglob("*") if p.is_file())]
-        check_file(out, [path for path in read if path is not None], judges_runs=True)
+        check_file(out, [path for path in read if path is not None], judges_runs=True, images=places)
     kinds = _kinds(described, words)
     adapted = load(model, device=device, allow_failed_gates=allow_failed_gates)
     check_words(kinds, (*adapted.class_names, *adapted.manifest["prompt_names"]))

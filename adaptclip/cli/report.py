@@ -53,7 +53,8 @@ def report(
     if out is not None and out.suffix not in ("", *FORMATS):
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
     for path in _outputs(out) if out is not None else ():
-        check_file(path, files_read(predictions, baseline, validation, source, gates), judges_runs=True)
+        read = files_read(predictions, baseline, validation, source, gates)
+        check_file(path, read, judges_runs=True, images=[images] if images else [])
     given = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
     held_out = validation or of_run(predictions, "validation_predictions.parquet")

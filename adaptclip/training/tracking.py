@@ -264,7 +264,7 @@ def start_run(
     def open_folder() -> int:
         cache = Path(config["cache"]) if config.get("cache") else None
         read, roots = places_read(config, data)
-        check_apart(path, [*read, cache] if cache else read, roots)
+        check_apart(path, [*read, cache] if cache else read, roots, kind="run")
         check_cache(cache, read, roots)
         check_kind(path)
         locks.append(lock_folder(path))

@@ -119,6 +119,14 @@ FOLDERS: dict[str, tuple[Callable[..., Any], bool, str]] = {
     "below an index": (
         lambda kind, home, read: plant("index", home / "done") or home / "done" / "a" / "out", True, "lie in an index",
     ),
+    "below a run": (
+        lambda kind, home, read: plant("run", home / "done") or home / "done" / "out", True,
+        r"would lie in a run folder \(.*done\); choose a place outside it, like .*/done-out$",
+    ),
+    "below a run's artifact": (
+        lambda kind, home, read: plant("run", home / "done") or home / "done" / "artifact" / "out",
+        True, "lie in a run folder",
+    ),
     "another kind of ours": (lambda kind, home, read: plant(other_kind(kind), home / "out"), True, "is not an? "),
     "a foreign folder": (lambda kind, home, read: foreign(home / "out"), True, "never replaced"),
     "a foreign folder, no overwrite": (lambda kind, home, read: foreign(home / "out"), False, "exists already"),
@@ -410,33 +418,103 @@ def run_recipes_copy(home: Path, out: Path) -> None:
     copy_recipes(["coop"], out=out.parent)
 
 
-INTO: dict[str, tuple[str, bool, Callable[[Path, Path], None]]] = {
-    **{name: (out, name != "card new", call) for name, (out, _, call) in FILE_COMMANDS.items()},
-    "predict": ("out.csv", False, run_predict),
-    "search": ("out.jsonl", False, run_search),
-    "probe": ("out.json", True, run_probe),
-    "recipes copy": ("coop.py", False, run_recipes_copy),
+INTO: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    **{name: (out, call) for name, (out, _, call) in FILE_COMMANDS.items()},
+    "predict": ("out.csv", run_predict),
+    "search": ("out.jsonl", run_search),
+    "probe": ("out.json", run_probe),
+    "recipes copy": ("coop.py", run_recipes_copy),
 }
-"""Command -> name of its output, whether it judges runs and may write into one, how it is called."""
+"""Command -> name of its output, how it is called."""
 
 
-COMPLETE = [
-    (command, kind)
-    for command, (_, judges_runs, _) in INTO.items()
-    for kind in KINDS
-    if kind not in ("bench", *["run"] * judges_runs)
-]
+COMPLETE = [(command, kind) for command in INTO for kind in KINDS if kind != "bench"]
 
 
 @pytest.mark.parametrize("where", ["", "below"])
 @pytest.mark.parametrize(("command", "kind"), COMPLETE)
 def test_nothing_is_put_into_what_is_complete(home, monkeypatch, command, kind, where):
-    name, _, call = INTO[command]
+    name, call = INTO[command]
     plant(kind, home / "done")
     before = snapshot(home)
     monkeypatch.setattr("adaptclip.artifact.load", None)  # it is refused before a model is loaded
     with pytest.raises(StorageError, match=rf"would lie in {KINDS[kind].words} \(.*done\); choose a place outside it"):
         call(home, home / "done" / where / name)
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("command", ["export", "embed", "save_artifact", "save_open_clip", "every other recipe"])
+def test_an_output_in_a_run_would_stop_its_overwriting_and_is_refused(world, home, command):
+    """What any command may leave in a run is what `--overwrite` of the run may remove."""
+    plant("run", home / "run")
+    before = snapshot(home)
+    for below in ("x", "artifact/x", "checkpoints/x"):
+        with pytest.raises(AdaptclipError, match=r"lies in what is read|would lie in a run folder .* outside it, like"):
+            COMMANDS[command][2](world, home, home / "run" / below, overwrite=True)
+    assert snapshot(home) == before
+    assert strangers(home / "run", "run") == []
+
+
+PARTS = [
+    *[("run", name, kind) for name, kind in KINDS["run"].parts.items()],
+    ("run", "head/artifact", "artifact"), ("run", "head/head", "run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("of", "name", "kind"), PARTS)
+def test_a_part_of_a_run_is_written_into_it_and_nothing_else_under_its_name(home, of, name, kind):
+    plant(of, home / "done")
+    if "/" in name:
+        plant("run", home / "done" / "head")
+    assert check_folder(home / "done" / name, kind) is False
+    for other in KINDS:
+        if other != kind:
+            with pytest.raises(StorageError, match="would lie in a run folder"):
+                check_folder(home / "done" / name, other)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("report", "report.html"), ("report", "report.md"), ("gate --junit", "gates.xml"), ("compare", "compare.md")],
+)
+def test_what_judges_a_run_writes_into_it_what_is_replaced_with_it(home, command, name):
+    plant("run", home / "run")
+    (home / "run" / "report.json").unlink()
+    (home / "run" / "report.json").write_text('{"method": "coop"}')
+    for path in [home / "run" / name, home / "run" / f"mine{Path(name).suffix}", home / "run" / "more" / name]:
+        before = snapshot(home)
+        if path.name == name and path.parent.name == "run":
+            INTO[command][1](home, path)
+            assert path.is_file()
+        else:
+            with pytest.raises(StorageError, match=rf"would lie in a run folder .* like .*/run-{path.name}$"):
+                INTO[command][1](home, path)
+            assert snapshot(home) == before
+    assert strangers(home / "run", "run") == []
+
+
+def test_the_record_of_a_run_is_not_replaced_by_a_report_of_something_else(home):
+    plant("run", home / "other")
+    before = snapshot(home)
+    with pytest.raises(StorageError, match=r"report\.json would lie in a run folder"):
+        report(home / "run" / "predictions.parquet", out=home / "other" / "report.json")
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("where", ["", "cat", "of/mine"])
+def test_no_table_is_put_among_images_that_are_read(home, monkeypatch, where):
+    """There it would be taken for a table of the images when they are read next."""
+    photos = home / "in" / "photos"
+    before = snapshot(home)
+    monkeypatch.setattr("adaptclip.artifact.load", None)
+    calls = [
+        lambda: run_predict(home, photos / where / "metadata.csv"),
+        lambda: report(home / "run", images=photos, out=photos / where / "report.json"),
+        lambda: probe(home / "run", card=str(photos), out=photos / where / "probe.json"),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError, match=r"lies among the images that are read \(.*photos\); choose a place out"):
+            call()
     assert snapshot(home) == before
 
 
@@ -451,6 +529,7 @@ CACHES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "around the images": (lambda home: home / "in", "holds what is read"),
     "in an artifact": (lambda home: home / "run" / "artifact" / "cache", "would lie in an artifact"),
     "in an artifact, hidden": (lambda home: home / "run" / "artifact" / ".cache", "would lie in an artifact"),
+    "in a run": (lambda home: plant("run", home / "done") or home / "done" / "cache", "would lie in a run folder"),
     "where a link leads in circles": (lambda home: link(home / "c", home / "c"), "cannot write the cache|is a link"),
 }
 """Place of --cache -> where that is, what is said."""
