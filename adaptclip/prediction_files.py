@@ -13,10 +13,14 @@ Columns, by name:
                     other units of resampling ("patient_id"): such a one is named `cluster` or `group:patient_id`
     cluster         unit of resampling: patient, lesion, place
     level:NAME      value of the taxonomy level NAME of the true class; the same for all rows of a class
+
+CSV is UTF-8, or UTF-16 with its mark; commas, semicolons, tabs or bars stand between cells, points or commas in
+numbers.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +31,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from adaptclip.csv_files import Dialect, dialect_of
 from adaptclip.errors import DataError, did_you_mean
+from adaptclip.spellings import blanks_apart, numbers_twice, spelt
 from adaptclip.storage import check_is_file, read_parquet
 from adaptclip.terminal import QUOTED
 from adaptclip.words import tells_units
 
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
-_TEXT_FILES = {".csv": ",", ".tsv": "\t"}
+_PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d{0,15})(\.\d+)?")
+_TEXT_FILES = (".csv", ".tsv")
 SIGMOID = "sigmoid_"
 POSITIVE = "positive_"
 MAX_GROUP_VALUES = 200
@@ -61,6 +68,8 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     if table.num_rows == 0:
         raise DataError(f"{path} has columns and no rows: there is nothing to judge")
     own = "class_names" in metadata  # written by adaptclip: labels and probability columns carry class ids
+    if not own:
+        _refuse_two_spellings(table, path)
     names = _class_names(table, metadata["class_names"] if own else classes, path)
     labels = _class_ids(table["label"], names, "label", path, numbered=own)
     answers = _answers(table, names, path, numbered=own)
@@ -88,24 +97,73 @@ def _read_text(path: Path) -> pa.Table:
     if path.exists():
         check_is_file(path)
     try:
-        options = pyarrow.csv.ParseOptions(delimiter=_TEXT_FILES[path.suffix.lower()])
-        table = pyarrow.csv.read_csv(path, parse_options=options)
-        # What is no UTF-8 comes in as bytes, or shows when a name is asked for.
-        strange = [
-            name for name, kind in zip(table.column_names, table.schema.types, strict=True) if kind == pa.binary()
-        ]
+        dialect = dialect_of(path)
+        table = _parsed(path, dialect, ".")
+        if any(_of_numbers(name) and pa.types.is_string(table[name].type) for name in table.column_names):
+            with_commas = _parsed(path, dialect, ",")  # as spreadsheets of many countries write numbers
+            if not any(_of_numbers(name) and pa.types.is_string(kind) for name, kind in _types(with_commas)):
+                table = with_commas
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path}: {error}. It should be UTF-8 text with one header line.") from error
-    if strange:
-        raise DataError(f"cannot read {path}: column {strange[0]!r} is no UTF-8 text; save the table as UTF-8")
-    # What we and others write before text that a spreadsheet would run is no part of the text.
-    for i, field in enumerate(table.schema):
-        if pa.types.is_string(field.type):
-            plain = pc.replace_substring_regex(table[i], QUOTED, r"\1")  # pyright: ignore[reportAttributeAccessIssue]
-            table = table.set_column(i, field.name, plain)
+    for i, (name, kind) in enumerate(_types(table)):
+        column = table[i]
+        if pa.types.is_string(kind):
+            # What we and others write before text that a spreadsheet would run is no part of the text.
+            column = pc.replace_substring_regex(column, QUOTED, r"\1")  # pyright: ignore[reportAttributeAccessIssue]
+        if _of_classes(name):
+            column = _as_numbers(column)
+        table = table.set_column(i, name, column)
     return table
+
+
+def _parsed(path: Path, dialect: Dialect, decimal: str) -> pa.Table:
+    """Cells that name classes and rows stay text at first, so that "007" stays "007"."""
+    encoding = "utf8" if dialect.encoding == "utf-8-sig" else dialect.encoding
+    header = next(csv.reader([dialect.header], delimiter=dialect.delimiter), [])
+    texts = {name: pa.string() for name in header if name == "id" or _of_classes(name)}
+    return pyarrow.csv.read_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(encoding=encoding, skip_rows=dialect.before),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=dialect.delimiter),
+        convert_options=pyarrow.csv.ConvertOptions(decimal_point=decimal, column_types=texts),
+    )
+
+
+def _types(table: pa.Table) -> list[tuple[str, pa.DataType]]:
+    return list(zip(table.column_names, table.schema.types, strict=True))
+
+
+def _of_classes(name: str) -> bool:
+    return name in ("label", "pred") or bool(_RANKED.fullmatch(name) and not name.endswith("_prob"))
+
+
+def _of_numbers(name: str) -> bool:
+    return name.startswith(("prob_", SIGMOID)) or bool(_RANKED.fullmatch(name) and name.endswith("_prob"))
+
+
+def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of classes as numbers where it holds nothing else, each written in one way; else as it is."""
+    found = [value for value in column.unique().to_pylist() if value]
+    if not found or not all(_PLAIN_NUMBER.fullmatch(value) for value in found) or numbers_twice(found):
+        return column
+    empty = pc.equal(column, "")  # pyright: ignore[reportAttributeAccessIssue]
+    filled = pc.if_else(empty, pa.scalar(None, pa.string()), column)  # pyright: ignore[reportAttributeAccessIssue]
+    return filled.cast(pa.float64() if any("." in value for value in found) else pa.int64())
+
+
+def _refuse_two_spellings(table: pa.Table, path: Path) -> None:
+    """Raises DataError where a class is written in two ways, which would make two of one or, as numbers, one of two."""
+    columns = [name for name in table.column_names if _of_classes(name)]
+    found = {value for column in columns for value in _distinct(table[column])}
+    found |= {name.removeprefix("prob_") for name in table.column_names if name.startswith("prob_")}
+    for several, why in (
+        (numbers_twice(found), "are one number spelt in several ways"),
+        (blanks_apart(found), "differ only in blanks around them or in the Unicode form of a letter"),
+    ):
+        if several:
+            raise DataError(f"{path}: the classes {spelt(several)} {why}; write each in one way")
 
 
 def _check_columns(table: pa.Table, path: Path) -> None:
@@ -136,7 +194,7 @@ def _class_names(table: pa.Table, classes: Sequence[str] | None, path: Path) -> 
     found = {name for column in answers for name in _distinct(table[column])} - {""}
     if not found:
         raise DataError(f"{path} names no class in {', '.join(answers)}")
-    numbered = all(name.isdecimal() for name in found)
+    numbered = all(name.isdecimal() and name == str(int(name)) for name in found)
     return tuple(map(str, range(max(map(int, found)) + 1))) if numbered else tuple(sorted(found))
 
 

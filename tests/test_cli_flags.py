@@ -151,7 +151,7 @@ def test_flags_in_the_documents_exist(configs):
     assert len(functions) >= 6
     known |= {a for f in functions for a in f.__annotations__}
     others = {"help", "config", "standalone", "nproc-per-node", "num-processes", "multi-gpu", "cpu", "mixed-precision"}
-    others |= {"no-deps", "quiet", "durations", "junitxml"}
+    others |= {"no-deps", "quiet", "durations", "junitxml", "order"}
     shown = 0
     for path in DOCUMENTS:
         for flag in re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", path.read_text(encoding="utf-8")):

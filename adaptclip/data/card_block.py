@@ -22,10 +22,14 @@ ALLOWABLE = (
     "missing_classes",
     "unreadable_images",
     "empty_groups",
+    "label_conflicts",
     "shared_values",
+    "unused_folds",
 )
-"""Names of the checks that a card may allow to fail; see `adaptclip.data.checks`. `shared_values` is allowed column by
-column, as "shared_values.age"."""
+"""Names of the checks that a card may allow to fail; see `adaptclip.data.checks`. Those of BY_COLUMN are allowed column
+by column, as "shared_values.age"."""
+
+BY_COLUMN = ("shared_values", "unused_folds")
 
 
 def normalise_text(value: Any) -> Any:
@@ -144,7 +148,8 @@ class Splits(BaseModel):
     """Which images play which part: named by the source, or drawn here by `fractions`.
 
     Attributes:
-        train: the source's name of the training split; a card that names only `test` is for evaluation alone.
+        train: the source's name of the training split, or several values of `column`, as of folds; a card that names
+            only `test` is for evaluation alone.
         validation: the source's name of the validation split, if any.
         test: the source's name of the test split.
         column: column that holds those names, where rows carry their split.
@@ -154,9 +159,9 @@ class Splits(BaseModel):
     """
 
     model_config = _STRICT
-    train: Name | None = None
-    validation: Name | None = None
-    test: Name | None = None
+    train: Name | tuple[Name, ...] | None = None
+    validation: Name | tuple[Name, ...] | None = None
+    test: Name | tuple[Name, ...] | None = None
     column: Name | None = None
     fractions: dict[Literal["train", "validation", "test"], float] | None = None
     seed: int = 0
@@ -172,18 +177,32 @@ class Splits(BaseModel):
                 raise ValueError(f"fractions need train and test above 0 and none below; got {shares}")
             if not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
                 raise ValueError(f"fractions must sum to 1; got {sum(shares.values()):g} from {shares}")
+        elif () in (getattr(self, part) for part in named):
+            raise ValueError("lists no name at all for a part; leave the part out, or name its values")
         elif named and not (self.test and (self.train or named == ["test"])):
             got = ", ".join(named)
             raise ValueError(f"needs both train and test; got only {got} (test alone would do for evaluation)")
-        elif len({getattr(self, part) for part in named}) < len(named):
+        elif self.column is None and any(isinstance(getattr(self, part), tuple) for part in named):
+            raise ValueError("lists several names for a part, which only the values of a `column` can be")
+        elif len(self.parts) < sum(map(len, self._values.values())):
             raise ValueError("uses one source split for two parts; each part needs its own")
         return self
 
     @property
-    def names(self) -> dict[str, str]:
-        """Part -> name in the source; the parts' own names where none are given."""
+    def _values(self) -> dict[str, tuple[str, ...]]:
         given = {part: getattr(self, part) for part in PARTS if getattr(self, part) is not None}
-        return given or dict(zip(PARTS, PARTS, strict=True))
+        given = given or dict(zip(PARTS, PARTS, strict=True))
+        return {part: (names,) if isinstance(names, str) else names for part, names in given.items()}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Part -> name in the source, with commas between several; the parts' own names where none are given."""
+        return {part: ", ".join(names) for part, names in self._values.items()}
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Name in the source -> part."""
+        return {name: part for part, names in self._values.items() for name in names}
 
     @property
     def is_test_only(self) -> bool:
@@ -349,10 +368,10 @@ class CardBlock(BaseModel):
                 raise ValueError(f"templates need exactly one {{}} for the class name; got {template!r}")
         for name in self.allow:
             check, _, column = name.partition(".")
-            if check not in ALLOWABLE or (column and check != "shared_values"):
+            if check not in ALLOWABLE or (column and check not in BY_COLUMN):
                 raise ValueError(f"allow has no check named {name!r}. {did_you_mean(name, ALLOWABLE)}")
-            if check == "shared_values" and not column:
-                raise ValueError("allow names shared_values without a column; write, for example, shared_values.age")
+            if check in BY_COLUMN and not column:
+                raise ValueError(f"allow names {check} without a column; write, for example, {check}.age")
         if self.window is not None and not self.window[0] < self.window[1]:
             raise ValueError(f"window must be [black, white] with black < white; got {list(self.window)}")
         for name in self.aliases:

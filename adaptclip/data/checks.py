@@ -14,15 +14,15 @@ import numpy as np
 
 from adaptclip.data.columns import as_text, is_missing
 from adaptclip.data.dataset import ALONE, UNKNOWN, DomainData, ImageDataset
-from adaptclip.data.divisions import division, division_lines
+from adaptclip.data.divisions import division, division_lines, folds, folds_in_words
 from adaptclip.data.feature_rows import FeatureRows, near_copies
 from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
 from adaptclip.data.inseparable import inseparable
-from adaptclip.data.spellings import plain, several_spellings, spelt
 from adaptclip.data.unused import shared_values
 from adaptclip.errors import AdaptclipError, DataError, SplitError, did_you_mean
+from adaptclip.spellings import plain, several_spellings, spelt
 
-LEAKS = ("duplicate_pictures", "similar_pictures", "shared_clusters", "shared_values")
+LEAKS = ("duplicate_pictures", "similar_pictures", "shared_clusters", "shared_values", "unused_folds")
 """Checks whose failing makes results look better than they are."""
 
 _EXAMPLES = 3
@@ -79,7 +79,7 @@ def check_data(
     problems = [*_check_names(data), *_check_labels(data)]
     if not problems:
         problems += [*_check_classes(data), *_check_groups(data), *_check_clusters(data), *_check_pictures(data, found)]
-        problems += _check_unused(data, unused or {})
+        problems += [*_check_unused(data, unused or {}), *_check_folds(data, unused or {}), *_check_conflicts(data)]
     fatal = [problem for problem in problems if problem.check not in data.card.allow]
     if fatal:
         lines = "\n  ".join(f"{problem.message}. {problem.remedy}.{_how_to_allow(problem)}" for problem in fatal)
@@ -197,6 +197,33 @@ def _check_unused(data: DomainData, unused: Mapping[str, Sequence[Any]]) -> Iter
             )
 
 
+def _check_folds(data: DomainData, unused: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
+    """Columns of folds that the card does not follow."""
+    for name, cells in unused.items():
+        values = folds(name, [cells[row] for images in data.parts.values() for row in images.rows])
+        parts = [{as_text(cells[row]) for row in images.rows} & set(values) for images in data.parts.values()]
+        if any(a & b for a, b in combinations(parts, 2)):
+            message, remedy = folds_in_words(name, values)
+            yield Problem(message, remedy, SplitError, f"unused_folds.{name}")
+
+
+def _check_conflicts(data: DomainData) -> Iterator[Problem]:
+    """The very same file under several classes within one part."""
+    for part, images in data.parts.items():
+        rows = _conflicts([images])
+        if rows:
+            shown = [f"{images.where(row)} ({data.class_names[images.labels[row]]})" for _, row in rows[:_EXAMPLES]]
+            more = ", ..." if len(rows) > _EXAMPLES else ""
+            yield Problem(
+                f"label conflict: {len(rows)} of {len(images)} {part} images are the same file as one of another "
+                f"class: {', '.join(shown)}{more}",
+                "Keep each picture under the class that is right; if a picture has several labels, make a card with "
+                "two classes (it, and not it) of each",
+                DataError,
+                "label_conflicts",
+            )
+
+
 def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> Iterator[Problem]:
     if found is None and data.test.has_pixels:
         found = {
@@ -290,7 +317,7 @@ def _remarks(data: DomainData) -> list[str]:
         missing = _missing_classes(data, data.validation)
         if missing:
             remarks.append(f"{len(missing)} classes have no validation image: {_listed(missing)}")
-    conflicts = _conflicts(data)
+    conflicts = [data_part.ids[row] for data_part, row in _conflicts(list(data.parts.values()))]
     if conflicts:
         remarks.append(f"{len(conflicts)} pictures are there under several classes: {_listed(conflicts)}")
     for name, values in data.test.groups.items():
@@ -300,17 +327,14 @@ def _remarks(data: DomainData) -> list[str]:
     return remarks
 
 
-def _conflicts(data: DomainData) -> list[str]:
-    """Returns the ids of images whose very file also has another label."""
+def _conflicts(parts: Sequence[ImageDataset]) -> list[tuple[ImageDataset, int]]:
+    """Returns the part and place there of images whose very file also has another label in one of `parts`."""
     labels: defaultdict[str, set[int]] = defaultdict(set)
-    for images in data.parts.values():
+    for images in parts:
         for content, label in zip(images.contents, images.labels, strict=True):
             labels[content].add(int(label))
     return [
-        row
-        for images in data.parts.values()
-        for row, content in zip(images.ids, images.contents, strict=True)
-        if len(labels[content]) > 1
+        (images, row) for images in parts for row, content in enumerate(images.contents) if len(labels[content]) > 1
     ]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from adaptclip.data.card_block import GroupBins, normalise_text
 from adaptclip.data.dataset import UNKNOWN
-from adaptclip.data.spellings import several_spellings, spelt
 from adaptclip.errors import DataError, did_you_mean
+from adaptclip.spellings import blanks_apart, numbers_twice, spelt
 
 ONE_LABEL = (
     "A card's images have one label each, also for --objective sigmoid, which learns each class by itself but from "
@@ -130,16 +130,31 @@ def refuse_unclear_labels(values: Sequence[Any], names: Sequence[str], where: Ca
                 raise DataError(
                     f"{where(row)}: the label {text!r} is {len(parts)} labels in one cell.{empty} {ONE_LABEL}"
                 )
-    whole = {text for text in first if as_number(text) is not None}
-    twice = [] if _all_whole([text for text in first if text]) else several_spellings(whole)
+    twice = numbers_twice(first)
     if twice:
         raise DataError(
             f"the labels {spelt(twice)} are one number spelt in several ways (first {where(first[twice[0][-1]])}), and "
-            "would be classes of their own; write each in one way"
+            "nothing says whether they are one class; write each in one way"
         )
     lists = [text for text in first if text == "[]" or text.startswith(("['", '["'))]
     if lists:
         raise DataError(f"{where(first[lists[0]])}: the label {lists[0]!r} is a list in one cell. {ONE_LABEL}")
+
+
+def merged_labels(values: Sequence[Any], where: Callable[[int], str]) -> tuple[str, ...]:
+    """Returns a sentence about labels that `as_text` makes one, such as "crack" and "crack "; () without any."""
+    counts = Counter(value for value in values if isinstance(value, str) and not is_missing(value))
+    merged = blanks_apart(counts)
+    if not merged:
+        return ()
+    usual = {max(spellings, key=counts.__getitem__) for spellings in merged}
+    rare = {text for spellings in merged for text in spellings} - usual
+    first = next(row for row, value in enumerate(values) if value in rare)
+    return (
+        f"the labels {spelt(merged)} differ only in blanks around them or in the Unicode form of a letter, and each "
+        f"is read as one class ({sum(counts[text] for text in rare)} of {len(values)} rows are written otherwise than "
+        f"the rest, first {where(first)}); write each in one way, or give them names of their own if they differ",
+    )
 
 
 def _are_numbers_as_names(values: Sequence[Any], card_names: tuple[str, ...] | None) -> bool:

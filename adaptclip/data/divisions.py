@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptclip.data.card_block import PARTS
 from adaptclip.data.columns import as_text, is_missing
-from adaptclip.data.spellings import plain
-from adaptclip.words import role_of, split_part, words_of
+from adaptclip.spellings import plain
+from adaptclip.words import is_fold, role_of, split_part, words_of
 
+_FOLDS = frozenset(("fold", "folds", "kfold", "cvfold", "cv", "faltung"))
+_MOST_FOLDS = 20
 _FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 
 
@@ -33,6 +36,28 @@ def division(name: str, cells: Sequence[Any]) -> dict[str, str]:
         found = {marked: flags[True], other: flags[False]}
         return {part: found[part] for part in PARTS if part in found}
     return {}
+
+
+def folds(name: str, cells: Sequence[Any]) -> list[str]:
+    """Returns the values of a column of folds ("fold" with 0 to 4, "split" with 1 to 3), sorted; [] for any other."""
+    values = sorted({as_text(cell) for cell in cells if not is_missing(cell)}, key=lambda value: (len(value), value))
+    called_so = role_of(name) == "split" or bool(set(words_of(name)) & _FOLDS)
+    numbered = all(value.isdecimal() or is_fold(value) for value in values)
+    return values if called_so and numbered and 2 <= len(values) <= _MOST_FOLDS else []
+
+
+def folds_in_words(name: str, values: Sequence[str]) -> tuple[str, str]:
+    """Returns what is wrong where a column of folds is not followed, and how a card follows it."""
+    test, *rest = values
+    validation, train = (rest[:1], rest[1:]) if len(rest) > 1 else ([], rest)
+    parts = {"train": train, "validation": validation, "test": [test]}
+    told = ", ".join(f"{part}: {json.dumps(names, ensure_ascii=False)}" for part, names in parts.items() if names)
+    return (
+        f"the column {name!r} seems to number {len(values)} folds ({', '.join(values)}), and the card does not follow "
+        "it: what was kept together in one fold can be in two parts",
+        "Say which values are for training and which for the test, for example "
+        f"`splits: {{column: {json.dumps(name, ensure_ascii=False)}, {told}}}`",
+    )
 
 
 def division_lines(name: str, division: Mapping[str, str]) -> str:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from adaptclip.data.card import Card, parse_card
 from adaptclip.data.card_block import PARTS, Splits
-from adaptclip.data.columns import as_text, refuse_unclear_labels
-from adaptclip.data.divisions import division
+from adaptclip.data.columns import as_text, merged_labels, refuse_unclear_labels
+from adaptclip.data.divisions import division, folds, folds_in_words
 from adaptclip.data.drafted_gates import Units, drafted_gates, drafted_outcome
 from adaptclip.data.file_rows import read_image_folder, read_manifest
 from adaptclip.data.image_files import list_images
@@ -215,7 +215,12 @@ def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
         columns=proposed.columns,
         bins=proposed.bins,
         labels=labels,
-        notes=[*rows.passed_over, *([] if named else notes), *proposed.notes],
+        notes=[
+            *rows.passed_over,
+            *merged_labels(labels, rows.store.where),
+            *([] if named else notes),
+            *proposed.notes,
+        ],
         units=proposed.units,
     )
 
@@ -229,9 +234,12 @@ def _division(
     found = {name: parts for name in [*own, *free] if (parts := division(name, values[name]))}
     rest = {role: name for role, name in roles.items() if role != "split"}
     if not found:
-        unclear = [f"the column {name!r} may divide the images and is not used, as none of its values is called train "
-                   "and test; name them under `splits:` if it does" for name in own]  # fmt: skip
-        return rest, unclear, {}
+        numbered = {name: of_folds for name in [*own, *free] if (of_folds := folds(name, values[name]))}
+        unclear = [
+            f"the column {name!r} may divide the images and is not used, as none of its values is called train and "
+            "test; name them under `splits:` if it does" for name in own if name not in numbered
+        ]  # fmt: skip
+        return rest, [*unclear, *(". ".join(folds_in_words(*of_folds)) for of_folds in numbered.items())], {}
     name = next(iter(found))
     said = ", ".join(f"{part} is {shown(value)}" for part, value in found[name].items())
     notes = [f"the column {name!r} divides the images, and the card follows it: {said}"] * (name not in own)

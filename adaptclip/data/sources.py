@@ -16,16 +16,24 @@ from adaptclip.data.captions import caption_values, join_repeated_pictures
 from adaptclip.data.card import Card
 from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.checks import check_data, look_alikes
-from adaptclip.data.columns import as_text, group_values, is_missing, level_values, resolve_labels, row_ids
+from adaptclip.data.columns import (
+    as_text,
+    group_values,
+    is_missing,
+    level_values,
+    merged_labels,
+    resolve_labels,
+    row_ids,
+)
 from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.declared import check_declared
 from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.file_rows import read_embedded, read_image_folder, read_manifest
 from adaptclip.data.fingerprints import Picture, content_digests, pictures
 from adaptclip.data.rows import RawRows
-from adaptclip.data.spellings import plain
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
 from adaptclip.errors import CardError, DataError, SplitError, did_you_mean
+from adaptclip.spellings import plain
 from adaptclip.storage import digest
 
 _log = logging.getLogger(__name__)
@@ -110,7 +118,9 @@ def open_data(
     if not check:
         return data
     checked = check_data(data, found=found, unused=raw.unused)
-    return replace(data, notes=checked.notes, worries=checked.worries)
+    label = raw.columns.label
+    merged = merged_labels(raw.values[label], raw.store.where) if label is not None else ()
+    return replace(data, notes=(*merged, *checked.notes), worries=(*merged, *checked.worries))
 
 
 def _check_card(card: Card, images: ImageDataset) -> None:

@@ -30,8 +30,8 @@ def named_parts(splits: Splits | None, source_splits: Sequence[str]) -> tuple[st
     Raises:
         SplitError: there is no row for the training or the test part; the former only where the card names one.
     """
-    names = (splits or Splits()).names
-    part_of = {name: part for part, name in names.items()}
+    rule = splits or Splits()
+    names, part_of = rule.names, rule.parts
     parts = tuple(part_of.get(name, UNUSED) for name in source_splits)
     for part in ("train", "test"):
         if part in names and part not in parts:

@@ -16,10 +16,10 @@ from adaptclip.data.drafted_gates import Units
 from adaptclip.data.file_rows import ImagePlaces
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.layouts import class_folder_names
-from adaptclip.data.spellings import plain
 from adaptclip.data.tables import open_table
 from adaptclip.data.unused import is_function_of_class
 from adaptclip.errors import CardError, DataError, shown
+from adaptclip.spellings import plain
 from adaptclip.words import FEW_VALUES, identity_rank, is_place, role_of, words_of
 
 _SAMPLE = 2_000

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from adaptclip.csv_files import dialect_of, encoding_of, not_utf_8
 from adaptclip.data.card_block import normalise_text
 from adaptclip.errors import DataError, StorageError, shown
 from adaptclip.storage import parse_json
@@ -57,31 +57,17 @@ def _worded(path: Path, read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     try:
         yield from read()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown(path)} is not UTF-8 text (byte 0x{error.object[error.start]:02x}, {error.reason}); it may be "
-            "Windows-1252 or Latin-1. Save it as UTF-8: in Excel as `CSV UTF-8`, elsewhere with "
-            "`iconv -f WINDOWS-1252 -t UTF-8`"
-        ) from error
+        raise DataError(not_utf_8(path, error)) from error
     except (OSError, csv.Error) as error:
         raise DataError(f"cannot read {shown(path)}: {error}") from error
 
 
-def _open_text(path: Path) -> TextIO:
-    with path.open("rb") as file:
-        start = file.read(512)
-    marked = start.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if not marked and b"\0" in start:
-        raise DataError(f"{shown(path)} holds NUL bytes: it is damaged, or UTF-16 without its mark; save it as UTF-8")
-    return path.open(encoding="utf-16" if marked else "utf-8-sig", newline="")
-
-
 def _open_csv(path: Path) -> Iterator[Any]:
-    with _open_text(path) as file:
-        before, start, head, told = 0, 0, file.readline(), None
-        while head and (not head.strip() or (told is None and (told := _separator_line(head)))):
-            before, start, head = before + 1, file.tell(), file.readline()
-        file.seek(start)
-        reader = csv.reader(file, delimiter=told[1] if told else _delimiter(head), strict=True)
+    dialect = dialect_of(path)
+    with path.open(encoding=dialect.encoding, newline="") as file:
+        for _ in range(before := dialect.before):
+            file.readline()
+        reader = csv.reader(file, delimiter=dialect.delimiter, strict=True)
         names = [normalise_text(name) for name in next(reader, [])]
         columns = _unique(names, str(path))
         unnamed = [str(i + 1) for i, name in enumerate(names) if not name]
@@ -105,20 +91,9 @@ def _open_csv(path: Path) -> Iterator[Any]:
             yield reader.line_num + before, row
 
 
-def _separator_line(head: str) -> re.Match[str] | None:
-    """Matches Excel's own first line, which is no header."""
-    return re.fullmatch(r'"?sep=(.)"?', head.strip("\r\n "), re.I)
-
-
-def _delimiter(head: str) -> str:
-    """The separator of a header; spreadsheets of many countries take semicolons."""
-    bare = re.sub(r'"[^"]*"', "", head)
-    return max(",;\t|", key=bare.count)
-
-
 def _open_jsonl(path: Path) -> Iterator[Any]:
     seen = False
-    with _open_text(path) as file:
+    with path.open(encoding=encoding_of(path), newline="") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue

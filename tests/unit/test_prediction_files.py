@@ -111,8 +111,8 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
     (tmp_path / "p.parquet").write_bytes(b"nonsense" * 9)
     os.mkfifo(tmp_path / "pipe.csv")
     for name, message in (
-        ("latin.csv", "should be UTF-8"),
-        ("cell.csv", "'label' is no UTF-8 text"),
+        ("latin.csv", "latin.csv is not UTF-8 text .byte 0xe9.*Windows-1252.*CSV UTF-8"),
+        ("cell.csv", "cell.csv is not UTF-8 text .byte 0xe9.*Windows-1252.*CSV UTF-8"),
         ("p.json", "allowed: .parquet, .csv, .tsv"),
         ("p.parquet", "cannot read"),
         ("none.csv", "there is no file"),
@@ -120,6 +120,71 @@ def test_files_that_are_no_tables_are_refused(tmp_path):
     ):
         with pytest.raises((DataError, StorageError), match=message):
             Predictions.load(tmp_path / name)
+
+
+PLAIN = "id,label,prob_ant,prob_bee,group:age\n007,ant,0.75,0.25,30.5\n7,bee,0.5,0.5,41\n8,bee,1,0,7.5\n"
+GERMAN = PLAIN.replace(",", ";").replace(".", ",")
+
+WRITTEN_AS: dict[str, bytes] = {
+    "UTF-8 with a mark": PLAIN.encode("utf-8-sig"),
+    "UTF-16": PLAIN.encode("utf-16"),
+    "German Excel, CSV UTF-8": GERMAN.replace("\n", "\r\n").encode("utf-8-sig"),
+    "German Excel, Unicode text": GERMAN.replace(";", "\t").replace("\n", "\r\n").encode("utf-16"),
+    "Excel's line about the separator": b"sep=;\r\n" + GERMAN.replace("\n", "\r\n").encode(),
+    "semicolons and points": PLAIN.replace(",", ";").encode(),
+    "commas in quotes": b'id,label,prob_ant,prob_bee,group:age\n007,ant,"0,75","0,25","30,5"\n'
+    b'7,bee,"0,5","0,5",41\n8,bee,1,0,"7,5"\n',
+    "bars": PLAIN.replace(",", "|").encode(),
+    "all in quotes": GERMAN.replace(";", '";"').replace("\n", '"\n"').removesuffix('"').join(['"', ""]).encode(),
+    "blank lines first": b"\n\n" + PLAIN.encode(),
+}
+"""How a file is written -> the same predictions."""
+
+
+@pytest.mark.parametrize("kind", WRITTEN_AS)
+def test_every_way_of_writing_the_same_predictions(tmp_path, kind):
+    (tmp_path / "p.csv").write_bytes(WRITTEN_AS[kind])
+    found = Predictions.load(tmp_path / "p.csv")
+    assert (found.ids, found.class_names, found.labels.tolist()) == (("007", "7", "8"), ("ant", "bee"), [0, 1, 1])
+    assert found.probs.tolist() == [[0.75, 0.25], [0.5, 0.5], [1, 0]]
+    assert found.groups["age"] in (("30.5", "41", "7.5"), ("30,5", "41", "7,5"))
+
+
+def test_german_excel_in_windows_1252_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "p.csv").write_bytes(GERMAN.replace("ant", "Käfer").encode("cp1252"))
+    with pytest.raises(
+        DataError, match=r"p.csv is not UTF-8 text \(byte 0xe4, .*Save it as UTF-8: in Excel as `CSV UTF-8`"
+    ):
+        Predictions.load(tmp_path / "p.csv")
+    (tmp_path / "mixed.csv").write_text("label;prob_a;prob_b\na;0,5;0.5\n")
+    with pytest.raises(DataError, match=r"'prob_a' should hold numbers, and has '0,5' in row 1"):
+        Predictions.load(tmp_path / "mixed.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("label,pred\n0,0\n1,01\n", r"the classes '01' = '1' are one number spelt in several ways; write each in one"),
+        ("label,pred\n0,0\n00,1\n1,1\n", "the classes '0' = '00' are one number"),
+        ("label,pred\n1,1\n1.0,0\n", r"the classes '1' = '1\.0' are one number"),
+        ("label,top_1,top_2\n1,1,2\n2,02,1\n", "the classes '02' = '2' are one number"),
+        ("label,prob_1,prob_2\n01,0.7,0.3\n2,0.7,0.3\n", "the classes '01' = '1' are one number"),
+        ("label,pred\na,a\na ,b\nb,b\n", "the classes 'a' = 'a ' differ only in blanks around them"),
+        ("label,prob_a,prob_b\na,0.7,0.3\nb ,0.7,0.3\n", "the classes 'b' = 'b ' differ only in blanks around them"),
+        ("label,pred\n\u00e9,b\ne\u0301,b\n", r"the classes 'e.u0301' = '.xe9' differ only in .* the Unicode form"),
+    ],
+)
+def test_a_class_in_two_spellings_is_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        Predictions.load(write(tmp_path / "p.csv", text))
+
+
+def test_numbers_of_one_spelling_are_what_they_say(tmp_path):
+    padded = write(tmp_path / "padded.csv", "label,prob_01,prob_02\n01,0.7,0.3\n02,0.7,0.3\n")
+    assert Predictions.load(padded).labels.tolist() == [0, 1]  # and no ids that count from 0
+    assert Predictions.load(write(tmp_path / "p.csv", "label,pred\n01,02\n02,02\n")).class_names == ("01", "02")
+    floats = write(tmp_path / "floats.csv", "label,pred\n0.0,1\n1.0,1\n")
+    assert Predictions.load(floats).labels.tolist() == [0, 1]
 
 
 def test_columns_of_many_values_are_not_groups(tmp_path):

@@ -121,6 +121,21 @@ READ: dict[str, tuple[str, bytes | str, dict[str, str]]] = {
         lines("image,label,patient_age,patient sex", "{i}.png,{c},4{i},f"),
         {"cluster": "None"},
     ),
+    "a label with a blank behind it": (
+        "t.csv",
+        PLAIN.replace("3.png,intact", "3.png,intact "),
+        {"said": "the labels 'intact' = 'intact ' differ only in blanks around them", "classes": "crack 4, intact 4"},
+    ),
+    "folds": (
+        "t.csv",
+        lines("image,label,fold", "{i}.png,{c},{n}").replace("0.png,crack,1", "0.png,crack,0"),
+        {
+            "said": "the column 'fold' seems to number 3 folds (0, 1, 2), and the card does not follow it: what was "
+            "kept together in one fold can be in two parts. Say which values are for training and which for the test, "
+            'for example `splits: {column: "fold", train: ["2"], validation: ["1"], test: ["0"]}`',
+            "text": "fractions:",
+        },
+    ),
     "few sites are groups": ("t.csv", lines("image,label,site", "{i}.png,{c},S{n}"), {"cluster": "None"}),
 }
 
@@ -222,6 +237,26 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
         .replace("3.png,intact", "3.png,crack;intact")
         .replace("4.png,crack", "4.png,"),
         "the label 'crack;intact' is 2 labels in one cell. The empty cells seem to mean none of them",
+    ),
+    "a number in two spellings": (
+        "t.csv",
+        lines("image,label", "{i}.png,{n}").replace("6.png,1", "6.png,01"),
+        "the labels '01' = '1' are one number spelt in several ways",
+    ),
+    "a zero in two spellings, where ids count from 0": (
+        "t.csv",
+        lines("image,label", "{i}.png,{n}").replace(",2", ",0").replace("7.png,0", "7.png,00"),
+        "the labels '0' = '00' are one number spelt in several ways",
+    ),
+    "a number with and without a point": (
+        "t.csv",
+        lines("image,label", "{i}.png,{n}").replace("6.png,1", "6.png,1.0"),
+        r"the labels '1' = '1\.0' are one number spelt in several ways",
+    ),
+    "German Excel in Windows-1252": (
+        "t.csv",
+        PLAIN.replace(",", ";").replace("crack", "Riß").replace("\n", "\r\n").encode("cp1252"),
+        "is not UTF-8 text .byte 0xdf.*Windows-1252.*CSV UTF-8",
     ),
     "a list of labels in a cell": ("t.csv", lines("image,labels", "{i}.png,\"['{c}']\""), "is a list in one cell"),
     "a column for each class": (
@@ -397,6 +432,60 @@ def test_an_unused_column_that_straddles_must_be_answered(tmp_path, capsys, spli
     assert "to worry about" not in capsys.readouterr().out
 
 
+FOLDS = [str(i // 2 % 5) for i in range(40)]
+
+
+@pytest.mark.parametrize("column", ["fold", "kfold", "CV_Fold", "Partition"])
+def test_folds_that_the_card_does_not_follow_must_be_answered(tmp_path, capsys, column):
+    assert run(["card", "check", str(survey(tmp_path, column, FOLDS, split=False))]) == 1
+    error = capsys.readouterr().err
+    assert f"the column {column!r} seems to number 5 folds (0, 1, 2, 3, 4), and the card does not follow it" in error
+    follow = f'splits: {{column: "{column}", train: ["2", "3", "4"], validation: ["1"], test: ["0"]}}'
+    assert f"for example `{follow}`. If it must be so, the card can say `allow: [unused_folds.{column}]`" in error
+    allowed = survey(tmp_path, column, FOLDS, split=False, lines=f"  allow: [unused_folds.{column}]\n")
+    assert run(["card", "check", str(allowed)]) == 0
+    capsys.readouterr()
+    text = allowed.read_text(encoding="utf-8").replace("splits: {fractions: {train: 0.5, test: 0.5}}", follow)
+    allowed.write_text(text, encoding="utf-8")
+    data = open_data(load_card(allowed))
+    folds = {part: {FOLDS[row] for row in images.rows} for part, images in data.parts.items()}
+    assert folds == {"train": {"2", "3", "4"}, "validation": {"1"}, "test": {"0"}}
+    assert sum(map(len, data.parts.values())) == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "values"),
+    [
+        ("names of sources", "dataset", ["ab"[i // 4 % 2] for i in range(40)]),
+        ("numbers of a scale", "grade", FOLDS),
+        ("folds within the parts", "fold", [str(i % 4) for i in range(40)]),
+    ],
+)
+def test_what_does_not_look_like_folds_or_is_followed(tmp_path, capsys, kind, column, values):
+    assert run(["card", "check", str(survey(tmp_path, column, values, split=True))]) == 0
+    assert "folds" not in capsys.readouterr().out
+
+
+def test_a_blank_that_two_labels_differ_in_is_told(tmp_path, capsys):
+    card = survey(tmp_path, "grade", FOLDS, split=True)
+    table = tmp_path / "t.csv"
+    table.write_text(table.read_text().replace("3.png,b,", "3.png,b ,"))  # and those of 13, 23 and 33
+    assert run(["card", "check", str(card)]) == 0
+    told = "to worry about: the labels 'b' = 'b ' differ only in blanks around them or in the Unicode form of a letter"
+    out = capsys.readouterr().out
+    assert f"{told}, and each is read as one class (4 of 40 rows are written otherwise than the rest, first" in out
+
+
+def test_a_picture_under_two_labels_is_counted(tmp_path, capsys):
+    card = survey(tmp_path, "grade", FOLDS, split=True)
+    put(tmp_path, "4.png", picture(1))
+    put(tmp_path, "5.png", picture(0))
+    assert run(["card", "check", str(card)]) == 1
+    error = capsys.readouterr().err
+    assert "label conflict: 4 of 20 train images are the same file as one of another class: " in error
+    assert "allow: [label_conflicts]" in error
+
+
 @pytest.mark.parametrize(
     ("kind", "column", "values"),
     [
@@ -469,7 +558,7 @@ DIVIDED: dict[str, tuple[str, str, str, str]] = {
     ),
     "folds": (
         "image,label,fold", "{i}.png,{c},{f}", "fractions: {train",
-        "the column 'fold' may divide the images and is not used",
+        "the column 'fold' seems to number 2 folds (0, 1), and the card does not follow it",
     ),
 }  # fmt: skip
 

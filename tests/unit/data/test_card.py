@@ -182,6 +182,22 @@ def test_a_folder_with_its_own_splits_keeps_them(tmp_path):
         load_card(tmp_path)
 
 
+def test_values_of_a_column_can_be_several_for_one_part():
+    head = "---\nadaptclip:\n  source: {kind: manifest, files: t.csv}\n  splits: "
+    card = parse_card(head + '{column: fold, train: ["1", "2"], test: ["0"]}\n---\n', name="t")
+    assert card.splits is not None
+    assert card.splits.parts == {"1": "train", "2": "train", "0": "test"}
+    assert card.splits.names == {"train": "1, 2", "test": "0"}
+    for rule, message in (
+        ('{train: ["a", "b"], test: c}', "several names for a part, which only the values of a `column`"),
+        ('{column: fold, train: ["1", "0"], test: "0"}', "one source split for two parts"),
+        ('{column: fold, train: ["1", "1"], test: "0"}', "one source split for two parts"),
+        ('{column: fold, train: [], test: "0"}', "lists no name at all for a part"),
+    ):
+        with pytest.raises(CardError, match=message):
+            parse_card(head + rule + "\n---\n", name="t")
+
+
 def test_a_training_folder_without_a_test_folder_is_not_guessed_at(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(CardError, match="none for the test images"):

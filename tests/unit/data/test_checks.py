@@ -60,6 +60,24 @@ def test_the_same_file_in_train_and_test():
     assert "2 pictures are there under several classes: 'train-0', 'test-1'" in conflict
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_same_file_under_two_classes_of_one_part(part):
+    twice = part_of(part, [photo(5), photo(6), photo(5)], [0, 1, 1])
+    data = data_of(**{part: twice})
+    message = rf"label conflict: 2 of 3 {part} images are the same file as one of another class: "
+    with pytest.raises(
+        DataError, match=message + rf"image {part}-0 \(\w+\), image {part}-2 \(\w+\)\. Keep each picture"
+    ):
+        check_data(data)
+    allowed = replace(data, card=data_of("  allow: [label_conflicts]\n").card)
+    assert "label conflict: 2 of 3" in check_data(allowed).notes[0]
+    assert "(allowed by the card: label_conflicts)" in check_data(allowed).notes[0]
+
+
+def test_the_same_file_twice_under_one_class_is_no_conflict():
+    assert check_data(data_of(train=part_of("train", [photo(5), photo(6), photo(5)], [0, 1, 0]))) == Checked()
+
+
 def test_the_same_picture_saved_anew():
     data = data_of(test=part_of("test", [photo(3), photo(2, quality=60)], [0, 1]))
     with pytest.raises(SplitError, match=r"1 of 2 test images look the same as a train image: image test-1 = image tr"):

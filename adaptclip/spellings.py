@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _NUMBER = re.compile(r"([+-]?)0*(\d+)(?:[.,]0+)?")
 
@@ -21,13 +22,28 @@ def plain(text: str) -> str:
 
 def several_spellings(values: Iterable[str]) -> list[tuple[str, ...]]:
     """Returns the values that are spelt in two or more ways, each as its sorted spellings."""
+    return _several(values, plain)
+
+
+def numbers_twice(values: Iterable[str]) -> list[tuple[str, ...]]:
+    """Returns the whole numbers that are spelt in two or more ways, as `several_spellings` does."""
+    return several_spellings(value for value in values if _NUMBER.fullmatch(value.strip()))
+
+
+def blanks_apart(values: Iterable[str]) -> list[tuple[str, ...]]:
+    """Returns the values that are one without outer blanks and in Unicode form NFC, each as its sorted spellings."""
+    return _several(values, lambda value: unicodedata.normalize("NFC", value).strip())
+
+
+def _several(values: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, ...]]:
     found: defaultdict[str, set[str]] = defaultdict(set)
     for value in values:
-        found[plain(value)].add(value)
+        found[key(value)].add(value)
     return sorted(tuple(sorted(spelt)) for spelt in found.values() if len(spelt) > 1)
 
 
 def spelt(several: list[tuple[str, ...]], most: int = 3) -> str:
     """Words spellings for a message: 'P003' = 'p003', 'P004' = 'p004' and 2 more."""
-    told = ", ".join(" = ".join(map(repr, spellings)) for spellings in several[:most])
+    look_alike = any(len({unicodedata.normalize("NFC", text) for text in texts}) < len(texts) for texts in several)
+    told = ", ".join(" = ".join(map(ascii if look_alike else repr, spellings)) for spellings in several[:most])
     return told + (f" and {len(several) - most} more" if len(several) > most else "")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from adaptclip.data.divisions import division
-from adaptclip.data.spellings import plain, several_spellings, spelt
+from adaptclip.spellings import blanks_apart, numbers_twice, plain, several_spellings, spelt
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,13 @@ def test_spellings_of_one_value(one, other):
 def test_values_that_are_different(one, other):
     assert plain(one) != plain(other)
     assert several_spellings([one, other, one]) == []
+
+
+def test_numbers_and_blanks():
+    assert numbers_twice(["01", "1", "P1", "p1", "2"]) == [("01", "1")]
+    assert blanks_apart(["a", "a ", "A", "b"]) == [("a", "a ")]
+    several = blanks_apart(["\u00e9", "e\u0301"])  # which look the same when they are printed
+    assert spelt(several) == r"'e\u0301' = '\xe9'"
 
 
 def test_spellings_in_words():
