@@ -47,7 +47,7 @@ from adaptclip.methods import ADAPTERS, Adapter
 from adaptclip.methods.earlier import complete_settings
 from adaptclip.methods.objective import objective_of
 from adaptclip.model_card import model_card
-from adaptclip.outputs import atomic_folder
+from adaptclip.outputs import atomic_folder, runs_below
 from adaptclip.seals import check_file, describe_files, read_report, seal, stays_inside
 from adaptclip.storage import read_tensors, write_json, write_tensors, write_text
 from adaptclip.types import GateRule
@@ -271,7 +271,9 @@ def artifact_folder(path: Path | str) -> Path:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Reads and checks manifest.json and the files that it names."""
     if not os.path.lexists(folder / MANIFEST_FILE):
-        raise ArtifactError(f"{folder} is not an artifact: it has no manifest.json. A run keeps it in RUN/artifact.")
+        raise ArtifactError(
+            f"{folder} is not an artifact: it has no manifest.json. A run keeps it in RUN/artifact.{runs_below(folder)}"
+        )
     manifest = read_manifest(folder, FORMAT_VERSION)
     if manifest["method"] not in ADAPTERS:
         raise ArtifactError(

@@ -80,6 +80,11 @@ def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20) -> str:
     return (f'Did you mean "{by_lower[near[0]]}"? ' if near else "") + f"Allowed: {listed or 'none'}."
 
 
+def agree(number: int, one: str, many: str) -> str:
+    """Returns the word that goes with a number: `agree(n, "class has", "classes have")`."""
+    return one if number == 1 else many
+
+
 def shown(text: object, *, keep: str = "") -> str:
     """Returns text that can be printed anywhere: control characters and bytes that are no UTF-8 as escapes.
 

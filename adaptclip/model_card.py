@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from adaptclip.data.card import Card
 from adaptclip.data.card_block import HubSource
+from adaptclip.errors import agree
 from adaptclip.gates import Verdict, overall_verdict
 from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.reports.bias_sections import told
@@ -181,7 +182,10 @@ def _limits(card: Card, report: Mapping[str, Any]) -> str:
     issues = issues or ["- The data card names no known issues, which does not mean that there are none."]
     few = [row["class"] for row in report["per_class"] if not row["sufficient"]]
     if few:
-        issues.append(f"- {len(few)} classes have fewer than 10 test images; nothing is known of them.")
+        issues.append(
+            f"- {len(few)} {agree(len(few), 'class has', 'classes have')} fewer than 10 test images; "
+            f"nothing is known about {agree(len(few), 'it', 'them')}."
+        )
     shift = report.get("shift") or {}
     if shift.get("worse"):
         names = ", ".join(escape_markdown(name) for name in shift["worse"])

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from adaptclip.errors import StorageError
+from adaptclip.errors import StorageError, agree
 from adaptclip.storage import check_plain, read_json, read_yaml
 
 LEDGER = "judgements.jsonl"
@@ -153,6 +153,19 @@ def check_folder(
         raise StorageError(f"{path} exists already; choose another folder, or overwrite it on purpose")
     refuse_strangers(path, kind)
     return True
+
+
+def runs_below(folder: Path) -> str:
+    """Words which runs lie directly in a folder that is none itself, for a message; "" where there are none."""
+    try:
+        runs = sorted(path for path in folder.iterdir() if KINDS["run"].made(path))
+    except OSError:
+        return ""
+    if not runs:
+        return ""
+    more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
+    lie = agree(len(runs), "A run lies", f"{len(runs)} runs lie")
+    return f" {lie} in it: {', '.join(map(str, runs[:_NAMED]))}{more}; name {agree(len(runs), 'it', 'those you mean')}."
 
 
 def strangers(folder: Path, kind: str) -> list[str]:

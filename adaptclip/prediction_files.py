@@ -99,10 +99,9 @@ def _read_text(path: Path) -> pa.Table:
     try:
         dialect = dialect_of(path)
         table = _parsed(path, dialect, ".")
-        if any(_of_numbers(name) and pa.types.is_string(table[name].type) for name in table.column_names):
+        if _has_text_for_numbers(table):
             with_commas = _parsed(path, dialect, ",")  # as spreadsheets of many countries write numbers
-            if not any(_of_numbers(name) and pa.types.is_string(kind) for name, kind in _types(with_commas)):
-                table = with_commas
+            table = table if _has_text_for_numbers(with_commas) else with_commas
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
     except (OSError, pa.ArrowException) as error:
@@ -133,6 +132,10 @@ def _parsed(path: Path, dialect: Dialect, decimal: str) -> pa.Table:
 
 def _types(table: pa.Table) -> list[tuple[str, pa.DataType]]:
     return list(zip(table.column_names, table.schema.types, strict=True))
+
+
+def _has_text_for_numbers(table: pa.Table) -> bool:
+    return any(_of_numbers(name) and pa.types.is_string(kind) for name, kind in _types(table))
 
 
 def _of_classes(name: str) -> bool:

@@ -196,7 +196,8 @@ def check_run(run: Path, names: Iterable[str]) -> None:
     if not report and os.path.lexists(run / "run.json"):
         raise StorageError(
             f"{run} has no {REPORT_FILE}, which every finished run has, and with it nothing that tells whether its "
-            "files are as they were written. Finish the run (--resume), or take a fresh copy."
+            "files are as they were written. Finish the run (its recipe with --resume, or with --overwrite where it "
+            "has no --resume), or take a fresh copy."
         )
     if files is None:
         warnings.warn(
@@ -211,7 +212,10 @@ def check_run(run: Path, names: Iterable[str]) -> None:
             try:
                 check_file(run, name, files[name])
             except StorageError as error:
-                raise StorageError(f"{error}. Finish the run again (--resume), or take a fresh copy.") from error
+                raise StorageError(
+                    f"{error}. Finish the run again (its recipe with --resume, or with --overwrite where it has no "
+                    "--resume), or take a fresh copy."
+                ) from error
         elif os.path.lexists(run / name):
             own_file(run, name)
             if files is not None:

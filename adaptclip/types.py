@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from adaptclip.errors import DataError, did_you_mean
+from adaptclip.errors import DataError, agree, did_you_mean
 from adaptclip.gate_rules import Expected, Outcome
 from adaptclip.gate_rules import GateRule as GateRule
 from adaptclip.prediction_files import read_predictions
@@ -157,7 +157,8 @@ class Predictions:
         if len(set(self.ids)) != n:
             twice = next(row for row, count in Counter(self.ids).items() if count > 1)
             raise DataError(
-                f"predictions have {n - len(set(self.ids))} repeated ids, for example {twice!r}; each row needs its own"
+                f"predictions have {(again := n - len(set(self.ids)))} repeated {agree(again, 'id', 'ids')}, for "
+                f"example {twice!r}; each row needs its own"
             )
         if n and (self.labels.min() < 0 or self.labels.max() >= c):
             raise DataError(f"predictions have label ids {self.labels.min()}..{self.labels.max()}; allowed 0..{c - 1}")
@@ -208,7 +209,8 @@ class Predictions:
         first = int(np.argmax(bad))
         mends = "; divide per cent by 100" if np.allclose(sums, 100, atol=0.5) else "; logits need a softmax first"
         return (
-            f"predictions have {int(bad.sum()):,} rows that are not probabilities: each must be >= 0 and sum to 1; "
+            f"predictions have {int(bad.sum()):,} {agree(int(bad.sum()), 'row', 'rows')} whose numbers are not "
+            "probabilities: each must be >= 0 and sum to 1; "
             f"{self.ids[first]!r} has {self.probs[first].min():g} to {self.probs[first].max():g} with the sum "
             f"{sums[first]:g}{mends}"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptclip.errors import DataError
+from adaptclip.outputs import KINDS, runs_below
 
 _READ = ("config.yaml", "gates.yaml", "judgements.jsonl", "probe.json", "report.json", "run.json", "split.json")
 """Files of a run folder that say what it was and how it is judged."""
@@ -68,6 +69,9 @@ def load_predictions(path: Path, baseline: Path | None, classes: Sequence[str] =
     """
     from adaptclip.types import Predictions
 
+    for folder in (path, baseline):
+        if folder is not None and folder.is_dir() and not KINDS["run"].made(folder) and (below := runs_below(folder)):
+            raise DataError(f"{folder} is no run folder.{below}")
     names = None if path.is_dir() else classes or None
     predictions = Predictions.load(_file(path), classes=names)
     own = of_run(path, "zero_shot_predictions.parquet")

@@ -19,7 +19,7 @@ from adaptclip.data.feature_rows import FeatureRows, near_copies
 from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
 from adaptclip.data.inseparable import inseparable
 from adaptclip.data.unused import shared_values
-from adaptclip.errors import AdaptclipError, DataError, SplitError, did_you_mean
+from adaptclip.errors import AdaptclipError, DataError, SplitError, agree, did_you_mean
 from adaptclip.spellings import plain, several_spellings, spelt
 
 LEAKS = ("duplicate_pictures", "similar_pictures", "shared_clusters", "shared_values", "unused_folds")
@@ -122,7 +122,8 @@ def _check_labels(data: DomainData) -> Iterator[Problem]:
         wrong = np.flatnonzero((images.labels < 0) | (images.labels >= len(data.class_names)))
         if len(wrong):
             first = int(wrong[0])
-            message = f"{len(wrong)} {part} images have a label id out of range, for example {images.labels[first]}"
+            have = agree(len(wrong), "image has", "images have")
+            message = f"{len(wrong)} {part} {have} a label id out of range, for example {images.labels[first]}"
             allowed = f"Allowed are 0 to {len(data.class_names) - 1}, as there are {len(data.class_names)} class names"
             yield Problem(f"{message} ({images.where(first)})", allowed, DataError)
 
@@ -132,7 +133,8 @@ def _check_classes(data: DomainData) -> Iterator[Problem]:
     for part in ("test",) if test_only else ("train", "test"):
         missing = _missing_classes(data, data.parts[part])
         if missing:
-            message = f"{len(missing)} of {len(data.class_names)} classes have no {part} image: {_listed(missing)}"
+            have = agree(len(missing), "has", "have")
+            message = f"{len(missing)} of {len(data.class_names)} classes {have} no {part} image: {_listed(missing)}"
             yield Problem(message, "Add some, or take the classes out", SplitError, "missing_classes")
 
 
@@ -163,8 +165,9 @@ def _check_clusters(data: DomainData) -> Iterator[Problem]:
         if shared:
             rows = sum(cluster in shared for cluster in b.clusters or ())
             yield Problem(
-                f"{len(shared)} values of {kind!r} (patient, site, ...) are in both {first} and {second}, with {rows} "
-                f"{second} images: {_listed(sorted(shared))}",
+                f"{len(shared)} {agree(len(shared), 'value', 'values')} of {kind!r} (patient, site, ...) "
+                f"{agree(len(shared), 'is', 'are')} in both {first} and {second}, with {rows} {second} "
+                f"{agree(rows, 'image', 'images')}: {_listed(sorted(shared))}",
                 "What is learnt from one image of a patient or site helps with the next, so the result would look "
                 "better than it is: put each into one split (`splits: {fractions: ...}` does)",
                 SplitError,
@@ -175,8 +178,9 @@ def _check_clusters(data: DomainData) -> Iterator[Problem]:
         if several := several_spellings(values):
             rows = sum(cluster in values for cluster in b.clusters or ())
             yield Problem(
-                f"{len(several)} values of {kind!r} (patient, site, ...) are in both {first} and {second} but for "
-                f"their spelling, with {rows} {second} images: {spelt(several)}",
+                f"{len(several)} {agree(len(several), 'value', 'values')} of {kind!r} (patient, site, ...) "
+                f"{agree(len(several), 'is', 'are')} in both {first} and {second} but for the spelling, with {rows} "
+                f"{second} {agree(rows, 'image', 'images')}: {spelt(several)}",
                 "Write each patient or site in one way, and put it into one split",
                 SplitError,
                 "shared_clusters",
@@ -235,10 +239,12 @@ def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> It
         row_of = {content: row for row, content in enumerate(a.contents)}
         copies = {j: row_of[content] for j, content in enumerate(b.contents) if content in row_of}
         if copies:
-            yield _leak(f"{second} images are the same file as a {first} image", a, b, copies, "duplicate_pictures")
+            are = agree(len(copies), "is", "are")
+            yield _leak(f"{second} images {are} the same file as a {first} image", a, b, copies, "duplicate_pictures")
         alike = {j: i for i, j in look_alikes(a, b, found=found or {}) if j not in copies}
         if alike:
-            yield _leak(f"{second} images look the same as a {first} image", a, b, alike, "similar_pictures")
+            look = agree(len(alike), "looks", "look")
+            yield _leak(f"{second} images {look} the same as a {first} image", a, b, alike, "similar_pictures")
 
 
 def look_alikes(
@@ -279,8 +285,9 @@ def _doubts(data: DomainData) -> list[str]:
     alone = sum(cluster.startswith(ALONE) for cluster in clusters)
     if alone:
         doubts.append(
-            f"{alone} of {total} images have no value of {data.card.columns.cluster!r} (patient, site, ...): each of "
-            "them is treated as one of its own, also where several are of the same, in any part"
+            f"{alone} of {total} images {agree(alone, 'has', 'have')} no value of {data.card.columns.cluster!r} "
+            "(patient, site, ...): each such image is treated as one of its own, also where several are of the same, "
+            "in any part"
         )
     names = {"clusters": clusters}
     for images in data.parts.values():
@@ -316,10 +323,11 @@ def _remarks(data: DomainData) -> list[str]:
     if len(data.validation):
         missing = _missing_classes(data, data.validation)
         if missing:
-            remarks.append(f"{len(missing)} classes have no validation image: {_listed(missing)}")
+            have = agree(len(missing), "class has", "classes have")
+            remarks.append(f"{len(missing)} {have} no validation image: {_listed(missing)}")
     conflicts = [data_part.ids[row] for data_part, row in _conflicts(list(data.parts.values()))]
     if conflicts:
-        remarks.append(f"{len(conflicts)} pictures are there under several classes: {_listed(conflicts)}")
+        remarks.append(f"{len(conflicts)} pictures are found under several classes: {_listed(conflicts)}")
     for name, values in data.test.groups.items():
         counts = Counter(values)
         if 0 < counts[UNKNOWN] < len(values):

@@ -12,7 +12,7 @@ import numpy as np
 
 from adaptclip.data.card_block import GroupBins, normalise_text
 from adaptclip.data.dataset import UNKNOWN
-from adaptclip.errors import DataError, did_you_mean
+from adaptclip.errors import DataError, agree, did_you_mean
 from adaptclip.spellings import blanks_apart, numbers_twice, spelt
 
 ONE_LABEL = (
@@ -94,12 +94,14 @@ def _refuse_bad_cells(values: Sequence[Any], where: Callable[[int], str]) -> Non
     several = [row for row, value in enumerate(values) if isinstance(value, list | tuple | np.ndarray | set)]
     if several:
         raise DataError(
-            f"{len(several)} rows have a list of labels, first {where(several[0])}: {values[several[0]]!r}. {ONE_LABEL}"
+            f"{len(several)} {agree(len(several), 'row has', 'rows have')} a list of labels, first "
+            f"{where(several[0])}: {values[several[0]]!r}. {ONE_LABEL}"
         )
     missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
         raise DataError(
-            f"{len(missing)} rows have no label, first {where(missing[0])}: label them, or leave them out of the files"
+            f"{len(missing)} {agree(len(missing), 'row has', 'rows have')} no label, first {where(missing[0])}: label "
+            f"{agree(len(missing), 'it, or leave it', 'them, or leave them')} out of the files"
         )
     kinds = {type(value).__name__ for value in values}
     for row, value in enumerate(values):
@@ -171,8 +173,9 @@ def _ids_of_names(texts: Sequence[str], names: tuple[str, ...], where: Callable[
         name, count = unknown.most_common(1)[0]
         first = next(row for row, text in enumerate(texts) if text == name)
         raise DataError(
-            f"{sum(unknown.values())} rows have a label that is no class of the card, for example {name!r} "
-            f"({count} rows, first {where(first)}). {did_you_mean(name, names)}"
+            f"{(rows := sum(unknown.values()))} {agree(rows, 'row has', 'rows have')} a label that is no class of the "
+            f"card, for example {name!r} ({count} {agree(count, 'row', 'rows')}, first {where(first)}). "
+            f"{did_you_mean(name, names)}"
         )
     return np.asarray([ids[text] for text in texts], dtype=np.int64)
 
@@ -194,7 +197,8 @@ def _check_range(ids: np.ndarray, values: Sequence[Any], num_classes: int, where
         if ids.min() >= 1:
             hint = f". The numbers here are {ids.min()} to {ids.max()}: {_count_from_one(values)}"
         raise DataError(
-            f"{len(wrong)} rows have a label id out of range, for example {ids[wrong[0]]} ({where(int(wrong[0]))}). "
+            f"{len(wrong)} {agree(len(wrong), 'row has', 'rows have')} a label id out of range, for example "
+            f"{ids[wrong[0]]} ({where(int(wrong[0]))}). "
             f"Allowed: 0 to {num_classes - 1}, as there are {num_classes} class names{hint}"
         )
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adaptclip.errors import shown
+from adaptclip.errors import agree, shown
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES, MIN_CLUSTERS, MIN_IMAGES, MIN_OUTCOMES
 
 UNKNOWN = "unknown"
@@ -99,8 +99,9 @@ def _of_many(classes: Mapping[str, int]) -> list[str]:
     small = sum(count < MIN_CLASS_IMAGES for count in classes.values())
     if small:
         lines.append(
-            f"# {small:,} of {len(classes):,} classes have fewer than {MIN_CLASS_IMAGES} images in all, and a mean "
-            f"over the classes asks for {MIN_CLASS_IMAGES} test images of each: it may stay inconclusive."
+            f"# {small:,} of {len(classes):,} classes {agree(small, 'has', 'have')} fewer than {MIN_CLASS_IMAGES} "
+            f"images in all, and a mean over the classes asks for {MIN_CLASS_IMAGES} test images of each: it may stay "
+            "inconclusive."
         )
     return lines
 

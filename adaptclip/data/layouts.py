@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adaptclip.data.card_block import PARTS, Splits, normalise_text
 from adaptclip.data.image_files import is_image_file, list_images
-from adaptclip.errors import CardError, DataError, shown
+from adaptclip.errors import CardError, DataError, agree, shown
 from adaptclip.words import CONTAINERS, is_fold, is_junk, share_of, split_part, words_of
 
 MADE_UP_FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
@@ -191,7 +191,8 @@ def _named(base: Path, rule: Splits, asked: frozenset[str]) -> Layout:
             raise DataError(f"{shown(start)} is not a folder; the card takes it for a split of class folders")
     used = {Path(name).parts[0] for name in starts}
     unused = [
-        f"{len(files)} images in the folder {shown(path.name)} are not used: it is no split and no class"
+        f"{len(files)} {agree(len(files), 'image', 'images')} in the folder {shown(path.name)} "
+        f"{agree(len(files), 'is', 'are')} not used: it is no split and no class"
         for path in _folders(base)
         if path.name not in used and (files := images_below(path))
     ]
@@ -215,7 +216,10 @@ def _unwrapped_split(start: Path) -> Path:
 
 def _loose(folder: Path) -> list[str]:
     number = _images(folder)
-    return [f"{number} images directly in {shown(folder)} are not used: they lie in no class folder"] if number else []
+    if not number:
+        return []
+    images, are, they = ("image", "is", "it lies") if number == 1 else ("images", "are", "they lie")
+    return [f"{number} {images} directly in {shown(folder)} {are} not used: {they} in no class folder"]
 
 
 def _class_folders(folder: Path, asked: frozenset[str]) -> dict[str, Path]:

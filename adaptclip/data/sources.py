@@ -32,7 +32,7 @@ from adaptclip.data.file_rows import read_embedded, read_image_folder, read_mani
 from adaptclip.data.fingerprints import Picture, content_digests, pictures
 from adaptclip.data.rows import RawRows
 from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
-from adaptclip.errors import CardError, DataError, SplitError, did_you_mean
+from adaptclip.errors import CardError, DataError, SplitError, agree, did_you_mean
 from adaptclip.spellings import plain
 from adaptclip.storage import digest
 
@@ -105,7 +105,10 @@ def open_data(
     unused = Counter(
         _split_names(raw, rule)[row] for row, part in zip(images.rows, parts, strict=True) if part == UNUSED
     )
-    skipped += [f"{count} images of the split {name!r} are not used" for name, count in unused.items()]
+    skipped += [
+        f"{count} {agree(count, 'image', 'images')} of the split {name!r} {agree(count, 'is', 'are')} not used"
+        for name, count in unused.items()
+    ]
     skipped += raw.passed_over
     for sentence in skipped:
         _log.warning("card %s: %s", card.name, sentence)
@@ -215,8 +218,9 @@ def _parts(
     largest = int(np.bincount(unit_of_row).max())
     if largest > MAX_UNIT_SHARE * len(images):
         raise SplitError(
-            f"card {card.name}: {largest} of {len(images)} images hang together by clusters, copies or look-alikes, so "
-            "no split can be drawn. Check the cluster column; where all pictures look alike by nature, the card can "
+            f"card {card.name}: {largest} of {len(images)} images are tied together as clusters, copies or "
+            "look-alikes, so no split can be drawn. Check the cluster column; where all pictures look alike by "
+            "nature, the card can "
             "say `allow: [similar_pictures]`"
         )
     return drawn_parts(rule, images.labels, images.contents, unit_of_row)

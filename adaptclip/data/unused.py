@@ -17,6 +17,7 @@ import numpy as np
 
 from adaptclip.data.columns import as_number, as_text, is_missing
 from adaptclip.data.dataset import DomainData
+from adaptclip.errors import agree
 from adaptclip.words import FEW_VALUES, is_person, words_of
 
 _REPEATED = 0.1
@@ -83,10 +84,14 @@ def shared_values(data: DomainData, name: str, cells: Sequence[Any]) -> str:
     shared = [value for value in values["test"] if value in learnt]
     if shared:
         share = f"{len(shared)} of {len(values['test'])} test images ({len(shared) / len(values['test']):.0%})"
-        return f"has {len(set(shared))} values in test that are in another part too ({_some(shared)}): {share} have one"
+        number = len(set(shared))
+        values_are = agree(number, "value in test that is", "values in test that are")
+        have = agree(len(shared), "has", "have")
+        return f"has {number} {values_are} in another part too ({_some(shared)}): {share} {have} one"
     inner = (set(values["train"]) & set(values["validation"])) - {""}
     if inner:
-        return f"has {len(inner)} values that are in train and in validation ({_some(inner)})"
+        values_are = agree(len(inner), "value that is", "values that are")
+        return f"has {len(inner)} {values_are} in train and in validation ({_some(inner)})"
     if data.card.splits is None or data.card.splits.fractions is None:
         return ""
     units: defaultdict[str, set[str]] = defaultdict(set)
@@ -96,7 +101,8 @@ def shared_values(data: DomainData, name: str, cells: Sequence[Any]) -> str:
     several = {value for value, own in units.items() if len(own) > 1} - {""}
     if not several:
         return ""
-    return f"has {len(several)} values with several images ({_some(several)}), which a draw may put into two parts"
+    number = f"{len(several)} {agree(len(several), 'value', 'values')}"
+    return f"has {number} with several images ({_some(several)}), which a draw may put into two parts"
 
 
 def _some(values: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from adaptclip.backbone import ClipBackbone
-from adaptclip.errors import DataError
+from adaptclip.errors import DataError, agree
 from adaptclip.methods.contrastive import encode_packed, packed_tower
 from adaptclip.metrics.estimates import mean_of
 
@@ -154,6 +154,8 @@ def _check(images: Tensor, texts: Tensor, owner: Tensor, ks: Sequence[int], chun
         raise DataError(f"owners of texts are {owner.min()} to {owner.max()}; allowed 0 to {len(images) - 1}")
     without = len(images) - len(torch.unique(owner))
     if without:
-        raise DataError(f"{without} of {len(images)} images have no text, so no answer could be right for them")
+        raise DataError(
+            f"{without} of {len(images)} images {agree(without, 'has', 'have')} no text, so no answer could be right"
+        )
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
         raise DataError("features have values that are not finite")

@@ -141,7 +141,7 @@ def _plan(rule: GateRule, assumed: Assumed) -> Planned:
     share = _share(rule, assumed)
     units = _fewest(rule, assumed, share, number)
     if units is None:
-        words = f"No realistic number: even {_MOST_UNITS:,} in each group would not do."
+        words = f"No realistic number: even {_MOST_UNITS:,} in each group would not be enough."
         return Planned(rule.title, None, None, number, None, None, metric.about, None, words)
     each = units * assumed.per_patient
     patients = units * number if assumed.per_patient > 1 else None

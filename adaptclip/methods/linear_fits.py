@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaptclip.data.balance import balanced_order
-from adaptclip.errors import DataError
+from adaptclip.errors import DataError, agree
 from adaptclip.seeding import generator
 from adaptclip.training.criterion import sigmoid_losses
 
@@ -115,8 +115,9 @@ def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str]) -> None:
     if unseen:
         listed = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
         warnings.warn(
-            f"{len(unseen)} of {len(class_names)} classes have no training image ({listed}); a logistic head "
-            "can never predict them. The heads text-init, clap and lp++ know every class by its words.",
+            f"{len(unseen)} of {len(class_names)} classes {agree(len(unseen), 'has', 'have')} no training image "
+            f"({listed}); a logistic head can never predict them. The heads text-init, clap and lp++ know every class "
+            "by its words.",
             stacklevel=4,
         )
 

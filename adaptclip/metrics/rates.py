@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from adaptclip.errors import DataError
+from adaptclip.errors import DataError, agree
 from adaptclip.metrics.estimates import Estimate, share
 from adaptclip.metrics.judged import Judged
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES, MIN_IMAGES, MIN_OUTCOMES, Metric, Support
@@ -40,9 +40,8 @@ def absent_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
 def absent_words(judged: Judged) -> str:
     """What a mean over the classes leaves out, or ""."""
     absent = int((judged.counts == 0).sum())
-    return (
-        f"{absent} of {judged.num_classes} classes have no images here and are left out of the mean" if absent else ""
-    )
+    verbs = agree(absent, "has no images here and is", "have no images here and are")
+    return f"{absent} of {judged.num_classes} classes {verbs} left out of the mean" if absent else ""
 
 
 def class_weights(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -116,7 +116,7 @@ def _shift_blocks(shift: Mapping[str, Any], confidence: float) -> Iterator[Block
         yield _base_new_rows(found)
         yield Paragraph(
             "Base classes were learnt, new ones are known by their names only; either half is judged among its own "
-            f"classes. Their harmonic mean stands high only where both do. Of its change: "
+            f"classes. Their harmonic mean is high only where both are. Of its change: "
             f"{sentence(found['harmonic_mean']['change']['note'])}",
             "muted",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from adaptclip.errors import agree
 from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS
 from adaptclip.metrics.worst_decile import WORST_DECILE
@@ -113,7 +114,7 @@ def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
         total = sum(row["large_enough"] for table in report["groups"].values() for row in table["rows"])
         about = f"{one_line(attribute)} = {one_line(group['group'])}, {group['n']:,} images"
         # Of many groups one is the lowest by luck, and its interval does not know that it was picked.
-        about += f"; the lowest of {total} groups, in which chance may have a part" if total > 1 else ""
+        about += f"; the lowest of {total} groups, which may partly be chance" if total > 1 else ""
         return "Lowest accuracy of a group", show_rate(group), about
     fine = report.get("fine_grained")
     decile = fine["overall"][WORST_DECILE.name] if fine else None
@@ -166,7 +167,7 @@ def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) ->
     ]
     kept = [sentence(worry) for worry in found]
     if len(kept) > MAX_WORRIES:
-        kept = [*kept[: MAX_WORRIES - 1], f"{len(kept) - MAX_WORRIES + 1} more are told below."]
+        kept = [*kept[: MAX_WORRIES - 1], f"{len(kept) - MAX_WORRIES + 1} more are listed below."]
     return kept
 
 
@@ -268,18 +269,18 @@ def _data_worries(report: Mapping[str, Any]) -> Iterator[str]:
     found = (report.get("data") or {}).get("worries", [])
     if found:
         others = len(found) - 1
-        more = f" ({others} more finding{'s' * (others > 1)} of this kind: see Data)" if others else ""
+        more = f" ({others} more {agree(others, 'finding', 'findings')} of this kind: see Data)" if others else ""
         yield f"{one_line(found[0]).removesuffix('.')}{more}"
 
 
 def _unknown_worries(report: Mapping[str, Any]) -> Iterator[str]:
     few = [row for row in report["per_class"] if not row["sufficient"]]
     if few:
-        known = "next to nothing is known of these"
-        yield f"{len(few)} of {report['num_classes']} classes have fewer than 10 test images: {known}"
+        known = f"next to nothing is known about {agree(len(few), 'it', 'them')}"
+        have = agree(len(few), "has", "have")
+        yield f"{len(few)} of {report['num_classes']} classes {have} fewer than 10 test images: {known}"
     if not report["groups"]:
         yield "No groups were reported: without group columns, differences between groups cannot be assessed"
     issues = (report.get("data") or {}).get("known_issues", [])
     if issues:
-        several = "issues" if len(issues) > 1 else "issue"
-        yield f"The data card names {len(issues)} known {several}: see Data"
+        yield f"The data card names {len(issues)} known {agree(len(issues), 'issue', 'issues')}: see Data"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from adaptclip.errors import DataError, did_you_mean
+from adaptclip.errors import DataError, agree, did_you_mean
 from adaptclip.evaluation.grouping import align
 from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.gate_rules import BETWEEN
@@ -117,8 +117,8 @@ def _cautions(num_absent: int, num_classes: int, attributes: list[str], clusters
     cautions = []
     if num_absent:
         cautions.append(
-            f"{num_absent} of {num_classes} classes have no test images: nothing is known about them, and they are "
-            "left out of the mean per class"
+            f"{num_absent} of {num_classes} classes {agree(num_absent, 'has', 'have')} no test images: nothing is "
+            f"known about {agree(num_absent, 'it, and it is', 'them, and they are')} left out of the mean per class"
         )
     if num_classes < 2:
         cautions.append("there is a single class, so that every answer is right: nothing is assessed")

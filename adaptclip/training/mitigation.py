@@ -30,7 +30,7 @@ from torch import Tensor
 
 from adaptclip.data.balance import effective_number_weights, inverse_frequency
 from adaptclip.data.dataset import UNKNOWN, ImageDataset
-from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.errors import ConfigError, agree, did_you_mean
 from adaptclip.training.criterion import Objective, ObjectiveName, sigmoid_losses
 from adaptclip.training.group_dro import GroupDRO
 from adaptclip.types import Batch
@@ -298,8 +298,9 @@ def _classes(setting: MitigationSetting, images: ImageDataset) -> tuple[list[str
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if empty:
         raise ConfigError(
-            f"{setting.text}: {len(empty)} of {len(names)} classes have no training image "
-            f"({', '.join(empty[:5])}{', …' * (len(empty) > 5)}) and cannot be balanced; add images of them, or leave "
+            f"{setting.text}: {len(empty)} of {len(names)} classes {agree(len(empty), 'has', 'have')} no training "
+            f"image ({', '.join(empty[:5])}{', …' * (len(empty) > 5)}) and cannot be balanced; add images of them, or "
+            "leave "
             "them out of the card"
         )
     return list(names), images.labels.astype(np.int64)

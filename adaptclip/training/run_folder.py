@@ -135,9 +135,10 @@ def check_earlier(
     if overwrite:
         return
     if not resume:
-        raise TrainingError(
-            f"{path} holds an earlier run. Go on with it (--resume), replace it (--overwrite) or choose another --out."
-        )
+        # A recipe without a loop has nothing to go on with, and no such flag.
+        goes_on = "resume" in record["config"] or "overwrite" not in record["config"]
+        ways = "Go on with it (--resume), replace it" if goes_on else "Replace it"
+        raise TrainingError(f"{path} holds an earlier run. {ways} (--overwrite) or choose another --out.")
     if earlier["num_processes"] != record["num_processes"]:
         raise TrainingError(
             f"{path} was started with {earlier['num_processes']} processes and there are {record['num_processes']} "

@@ -167,5 +167,7 @@ def test_a_run_knows_its_files(folder):
         check_run(folder, ["file"])
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "file").unlink()
-    with pytest.raises(StorageError, match=r"file is missing.*Finish the run again \(--resume\)"):
+    with pytest.raises(
+        StorageError, match=r"file is missing.*Finish the run again \(its recipe with --resume, or with"
+    ):
         check_run(folder, ["file"])

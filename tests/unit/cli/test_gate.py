@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from adaptclip.artifact import load
 from adaptclip.cli.gate import gate
-from adaptclip.errors import DataError, GateError
+from adaptclip.errors import ArtifactError, DataError, GateError
 from adaptclip.types import Predictions
 
 AT_LEAST_80 = "gates:\n  - {metric: accuracy, at_least: 0.8}\n"
@@ -88,6 +89,25 @@ def test_junit_has_a_suite_per_run(files, tmp_path, capsys):
     assert [(s.get("failures"), s.get("errors")) for s in suites] == [("0", "0"), ("1", "0"), ("0", "1")]
     assert [Path(s.get("name") or "").stem for s in suites] == ["good", "bad", "open"]
     capsys.readouterr()
+
+
+def test_the_folder_above_runs_says_which_lie_in_it(tmp_path, files):
+    marker = '{"adaptclip": "0", "num_processes": 1, "config": {}}'
+    for name in ("coop", "lora"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(marker)
+    (tmp_path / "runs" / "notes").mkdir()
+    with pytest.raises(DataError) as caught:
+        gate([tmp_path / "runs"])
+    home = tmp_path / "runs"
+    assert str(caught.value) == (
+        f"{home} is no run folder. 2 runs lie in it: {home / 'coop'}, {home / 'lora'}; name those you mean."
+    )
+    (home / "coop" / "run.json").unlink()
+    with pytest.raises(DataError, match=r"A run lies in it: .*lora; name it\."):
+        gate([files["good"]], gates=files["rule"], baseline=home)
+    with pytest.raises(ArtifactError, match=r"is not an artifact: .*A run lies in it: .*lora; name it\."):
+        load(home)
 
 
 def test_wrong_input_is_named(files, tmp_path):

@@ -28,7 +28,7 @@ def test_texts_are_sorted_into_classes():
     ("values", "names", "message"),
     [
         ([["Mass"], ["Effusion", "Mass"], []], None, r"3 rows have a list of labels, first row 0: \['Mass'\]"),
-        ([np.array([0, 1]), 1], None, "1 rows have a list of labels, first row 0"),
+        ([np.array([0, 1]), 1], None, "1 row has a list of labels, first row 0"),
         (["Mass", "Effusion|Mass", "Effusion"], None, r"row 1: the label 'Effusion\|Mass' is 2 labels in one cell"),
         (["Effusion; Mass"], ("Effusion", "Mass"), "row 0: the label 'Effusion; Mass' is 2 labels in one cell"),
     ],
@@ -65,9 +65,7 @@ def test_numbers_need_names():
 
 
 def test_ids_out_of_range_name_the_row():
-    with pytest.raises(
-        DataError, match=r"1 rows have a label id out of range, for example 2 \(row 1\). Allowed: 0 to 1"
-    ):
+    with pytest.raises(DataError, match=r"1 row has a label id out of range, for example 2 \(row 1\). Allowed: 0 to 1"):
         labels_of([0, 2], ("a", "b"))
     with pytest.raises(DataError, match="-1 usually marks the hidden labels"):
         labels_of([-1, 0], None, ("a", "b"))
@@ -80,7 +78,7 @@ def test_unknown_names_come_with_the_nearest():
 
 @pytest.mark.parametrize("value", [None, math.nan, "", " "])
 def test_missing_labels_are_counted(value):
-    with pytest.raises(DataError, match="1 rows have no label, first row 1"):
+    with pytest.raises(DataError, match="1 row has no label, first row 1"):
         labels_of(["a", value])
 
 

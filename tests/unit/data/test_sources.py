@@ -145,7 +145,7 @@ def test_everything_in_one_cluster_cannot_be_split(tmp_path):
         "  source: {kind: parquet, files: x.parquet}\n  splits: {fractions: {train: .5, test: .5}}\n"
         "  columns: {cluster: who}\n"
     )
-    with pytest.raises(SplitError, match="8 of 8 images hang together by clusters"):
+    with pytest.raises(SplitError, match="8 of 8 images are tied together as clusters"):
         open_data(card, data_root=tmp_path)
 
 
@@ -291,7 +291,7 @@ def test_a_folder_with_train_and_test(tmp_path):
     data = open_data(load_card(tmp_path))
     assert [len(part) for part in data.parts.values()] == [6, 1, 4]
     assert data.validation.labels.tolist() == [1]
-    assert data.notes == ("1 classes have no validation image: 'a'",)
+    assert data.notes == ("1 class has no validation image: 'a'",)
 
 
 def test_folder_mistakes(tmp_path):
@@ -304,7 +304,7 @@ def test_folder_mistakes(tmp_path):
         open_data(load_card(tmp_path / "one"))
     write_folder(tmp_path / "empty", ["cat"], 4)
     (tmp_path / "empty" / "dog").mkdir()
-    with pytest.raises(SplitError, match="1 of 2 classes have no train image: 'dog'"):
+    with pytest.raises(SplitError, match="1 of 2 classes has no train image: 'dog'"):
         open_data(load_card(tmp_path / "empty"))
     forms = [unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD")]
     write_folder(tmp_path / "forms", forms, 2)
@@ -319,9 +319,7 @@ def test_the_same_picture_in_train_and_test_folders(tmp_path):
     write_folder(tmp_path / "train", ["a", "b"], 3)
     write_folder(tmp_path / "test", ["a", "b"], 2, start=200)
     (tmp_path / "test" / "a" / "copy.png").write_bytes(photo(0))
-    with pytest.raises(
-        SplitError, match=r"1 of 5 test images are the same file as a train image: .*copy.png = .*0.png"
-    ):
+    with pytest.raises(SplitError, match=r"1 of 5 test images is the same file as a train image: .*copy.png = .*0.png"):
         open_data(load_card(tmp_path))
     assert len(open_data(load_card(tmp_path), check=False).test) == 5
 

@@ -170,7 +170,7 @@ def test_a_rule_of_its_own_minimum_keeps_it():
 def test_no_number_beyond_ten_million():
     found = one(Assumed(0.90001), at_least=0.9)
     assert (found.images, found.patients, found.in_group, found.counted, found.power) == (None,) * 5
-    assert found.words == "No realistic number: even 10,000,000 in each group would not do."
+    assert found.words == "No realistic number: even 10,000,000 in each group would not be enough."
     assert (one(Assumed(0.9003), at_least=0.9).images or 0) > 5_000_000
 
 

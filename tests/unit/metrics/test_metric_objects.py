@@ -322,7 +322,7 @@ def test_one_positive_image_leaves_an_area_uncertain():
     assert (half.value, half.least) == pytest.approx((0.5, 2 * (0.25 + 19 * q) / 20 / 2**2))
     assert half.note == ""
     three = images([0, 0, 1, 1], [1, 1, 0, 1], classes=3)
-    assert METRICS["macro_auc"].compare(three).model.note.startswith("1 of 3 classes have no images here")
+    assert METRICS["macro_auc"].compare(three).model.note.startswith("1 of 3 classes has no images here")
     assert METRICS["macro_auc"].supports(three) == classes_support(three)
     assert METRICS["auc"].compare(images([0, 0], [1, 0], classes=2)).model.note == "AUC needs images of two classes"
 
@@ -340,7 +340,7 @@ def test_what_means_over_classes_rest_on():
     everywhere = images(np.repeat([0, 1, 2], [4, 12, 24]), np.ones(40))
     assert classes_support(everywhere)[1].count == 4
     assert absent_words(everywhere) == ""
-    assert absent_words(judged) == "1 of 4 classes have no images here and are left out of the mean"
+    assert absent_words(judged) == "1 of 4 classes has no images here and is left out of the mean"
     nothing = everywhere.take(np.zeros(0, int))
     assert [support.count for support in classes_support(nothing)] == [0, 0]
     no_classes = Judged(np.zeros(0, int), np.zeros((0, 0)), Sampling.of(0))

@@ -82,7 +82,7 @@ def test_classes_with_few_or_no_images_are_marked():
     assert by_class["c4"]["accuracy"]["value"] is None
     assert by_class["c4"]["accuracy"]["note"] == "no images"
     assert report["absent_classes"] == ["c4"]
-    assert any("1 of 6 classes have no test images" in caution for caution in report["cautions"])
+    assert any("1 of 6 classes has no test images" in caution for caution in report["cautions"])
     assert any("without group columns" in caution for caution in report["cautions"])
 
 

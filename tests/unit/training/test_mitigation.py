@@ -76,7 +76,7 @@ def test_settings():
         ("group-dro:sex", {"groups": {"sex": ("f",) * 60}}, "all 60 training images are 'f'; there is nothing"),
         ("group-dro:sex", {"groups": {"sex": ("f", "unknown") * 30}}, "are 'f' or unknown; there is nothing"),
         ("group-dro:sex", {"groups": {"sex": ("unknown",) * 60}}, "all 60 training images are 'unknown'"),
-        ("class-weights", {"labels": np.repeat([0, 2], 30)}, r"1 of 3 classes have no training image \(dog\)"),
+        ("class-weights", {"labels": np.repeat([0, 2], 30)}, r"1 of 3 classes has no training image \(dog\)"),
         ("class-sampling", {"class_names": ("cat",), "labels": np.zeros(60, int)}, "of the one class cat"),
     ],
 )

@@ -75,6 +75,9 @@ def test_an_earlier_run_is_never_touched_unasked(tmp_path):
     with pytest.raises(TrainingError, match=r"holds an earlier run\. Go on with it \(--resume\), replace it"):
         _start(tmp_path / "run")
     assert len(_lines(run)) == 1
+    # linear_probe and zero_shot have no loop and no --resume, so that none is proposed.
+    with pytest.raises(TrainingError, match=r"holds an earlier run\. Replace it \(--overwrite\) or choose"):
+        _start(tmp_path / "run", config={"overwrite": False})
 
 
 def test_overwrite_empties_the_run_folder(tmp_path):
