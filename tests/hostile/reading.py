@@ -34,7 +34,7 @@ def limit(path: Path) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, WAIT_S)
     is_pipe = os.path.lexists(path) and stat.S_ISFIFO(path.lstat().st_mode)
     opens = ["timeout", str(WAIT_S), "sh", "-c", f"sleep {LIMIT_S}; echo > '{path}'"]
-    other_end = subprocess.Popen(opens) if is_pipe else None
+    other_end = subprocess.Popen(opens, start_new_session=True) if is_pipe else None
     started = time.monotonic()
     try:
         yield
@@ -44,7 +44,8 @@ def limit(path: Path) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if other_end is not None:
-            other_end.terminate()
+            with contextlib.suppress(ProcessLookupError):  # it has opened the pipe, and is done
+                os.killpg(other_end.pid, signal.SIGKILL)  # the shell too, which would wait for a reader for ever
             other_end.wait()
             if time.monotonic() - started >= LIMIT_S:
                 raise Hang
