@@ -225,13 +225,13 @@ def tally(
             assert part is not None
             yield part, any(support.count < support.default for support in found.supports(after))
 
-    return _counted(measurements(), world.truth(metric, change), repeats)
+    return _counted(measurements(), world.truth(metric, change), repeats, found.lower_is_better)
 
 
 def tally_odds(world: Groups, repeats: int, *, seed: int = 0) -> Tally:
     """The same of the equalised-odds difference between groups."""
     rng = np.random.default_rng(seed)
-    return _counted(((world.odds(rng), False) for _ in range(repeats)), world.truth, repeats)
+    return _counted(((world.odds(rng), False) for _ in range(repeats)), world.truth, repeats, lower_is_better=True)
 
 
 def tally_conformal(world: Validation, repeats: int, *, level: float = 0.9, seed: int = 0) -> Tally:
@@ -245,7 +245,10 @@ def tally_conformal(world: Validation, repeats: int, *, level: float = 0.9, seed
     return Tally(1 - (below + above) / repeats, below / repeats, above / repeats, 0.0, repeats)
 
 
-def _counted(measurements: Iterator[tuple[Measurement, bool]], truth: float, repeats: int) -> Tally:
+def _counted(
+    measurements: Iterator[tuple[Measurement, bool]], truth: float, repeats: int, lower_is_better: bool
+) -> Tally:
+    good, bad = ("high", "low") if lower_is_better else ("low", "high")
     covered = passed = failed = unknown = silent = 0
     for part, small in measurements:
         bounds = part.interval(0.95)
@@ -254,8 +257,8 @@ def _counted(measurements: Iterator[tuple[Measurement, bool]], truth: float, rep
         open_ = bounds is None or small
         unknown += open_
         if not open_:
-            passed += _beyond(part, truth, "low")
-            failed += _beyond(part, truth, "high")
+            passed += _beyond(part, truth, good)
+            failed += _beyond(part, truth, bad)
     known = max(repeats - silent, 1)
     return Tally(covered / known, passed / repeats, failed / repeats, unknown / repeats, repeats)
 

@@ -203,9 +203,10 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
     missing = _beyond_noise([gap for *_, gap in gaps], level)
     for attribute, outcome, gap in gaps:
         if gap and any(gap is found for found in missing):
+            missed, more = one_line(outcome), f"{one_line(attribute)} = {one_line(gap['worst_group'])}"
             yield (
-                f"{one_line(outcome)} is missed more often for {one_line(attribute)} = {one_line(gap['worst_group'])} "
-                f"than for {one_line(gap['best_group'])}, by {100 * gap['value']:.1f} points, more than noise explains"
+                f"{missed[:1].upper()}{missed[1:]} is missed more often for {more} than for "
+                f"{one_line(gap['best_group'])}, by {100 * gap['value']:.1f} points, more than noise explains"
             )
     losing = _losing(tables, level)
     lost = [
