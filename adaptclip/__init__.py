@@ -18,21 +18,11 @@ _HOMES = {
     "AdaptclipError": "errors",
     "AdaptedModel": "artifact",
     "CaptionLoader": "data.captions",
-    "CoCoOp": "methods",
-    "CoOp": "methods",
-    "ContrastiveTuning": "methods",
     "FeatureCache": "features",
     "FeatureLoader": "training.steps",
     "Features": "types",
-    "GDA": "methods",
-    "LinearProbe": "methods",
-    "LoRA": "methods",
     "PixelLoader": "training.pixels",
     "Predictions": "types",
-    "SSText": "methods",
-    "TipAdapter": "methods",
-    "TwoStage": "methods",
-    "ZeroShotClassifier": "methods",
     "backward_and_step": "training.steps",
     "FeatureClip": "feature_clip",
     "clip_of": "backbone",
@@ -63,6 +53,13 @@ _HOMES = {
     "read_prompt": "methods.prompt_reading",
     "sample_few_shot": "data.fewshot",
     "save_artifact": "artifact",
+    "save_model": "artifact",
+    "DataSettings": "settings",
+    "RunSettings": "settings",
+    "refuse_settings": "settings",
+    "Support": "training.support",
+    "Training": "training.support",
+    "train_by_steps": "training.loop",
     "save_checkpoint": "training.checkpoint",
     "seed_everything": "seeding",
     "start_run": "training.tracking",
@@ -80,16 +77,22 @@ __all__ = [
     "CoCoOp",
     "CoOp",
     "ContrastiveTuning",
+    "DataSettings",
     "FeatureCache",
     "FeatureClip",
     "FeatureLoader",
     "Features",
     "LinearProbe",
     "LoRA",
+    "Method",
     "PixelLoader",
     "Predictions",
+    "RunSettings",
     "SSText",
+    "Support",
     "TipAdapter",
+    "TowerTuning",
+    "Training",
     "TwoStage",
     "ZeroShotClassifier",
     "__version__",
@@ -119,12 +122,15 @@ __all__ = [
     "predict",
     "predict_held_out",
     "read_prompt",
+    "refuse_settings",
     "sample_few_shot",
     "save_artifact",
     "save_checkpoint",
+    "save_model",
     "seed_everything",
     "start_run",
     "train_augment",
+    "train_by_steps",
     "train_steps",
     "training_crop",
     "training_loader",
@@ -132,7 +138,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from adaptclip.artifact import AdaptedModel, load, save_artifact
+    from adaptclip.artifact import AdaptedModel, load, save_artifact, save_model
     from adaptclip.backbone import clip_of, load_backbone, load_clip, wrap_clip
     from adaptclip.data.captions import CaptionLoader
     from adaptclip.data.card import load_card
@@ -153,8 +159,10 @@ if TYPE_CHECKING:
         CoOp,
         LinearProbe,
         LoRA,
+        Method,
         SSText,
         TipAdapter,
+        TowerTuning,
         TwoStage,
         ZeroShotClassifier,
     )
@@ -164,21 +172,27 @@ if TYPE_CHECKING:
     from adaptclip.reports.summary import build_report
     from adaptclip.results import choose_gates, finish_run, predict_held_out
     from adaptclip.seeding import seed_everything
+    from adaptclip.settings import DataSettings, RunSettings, refuse_settings
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
     from adaptclip.training.criterion import parse_objective
+    from adaptclip.training.loop import train_by_steps
     from adaptclip.training.mitigation import build_mitigation
     from adaptclip.training.optim import build_optimizer, build_scheduler
     from adaptclip.training.pixels import PixelLoader, training_loader
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
+    from adaptclip.training.support import Support, Training
     from adaptclip.training.tracking import make_accelerator, start_run
     from adaptclip.types import Features, Predictions
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name.startswith("_"):
         raise AttributeError(f"module 'adaptclip' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"adaptclip.{_HOMES[name]}"), name)
+    # What is not named above is a method, or nothing.
+    return getattr(importlib.import_module(f"adaptclip.{_HOMES.get(name, 'methods')}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    from adaptclip.methods import class_homes
+
+    return sorted({*__all__, *class_homes()})

@@ -18,7 +18,7 @@ from adaptclip.data.decode import decode_image
 from adaptclip.errors import DataError, ResourceError
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.feature_clip import as_features
-from adaptclip.methods import Adapter
+from adaptclip.methods.method import Method
 from adaptclip.types import Batch
 
 
@@ -66,7 +66,7 @@ class AdaptedModel:
         folder: the artifact folder it was loaded from.
     """
 
-    def __init__(self, adapter: Adapter, backbone: ClipBackbone, manifest: Mapping[str, Any], *, folder: Path) -> None:
+    def __init__(self, adapter: Method, backbone: ClipBackbone, manifest: Mapping[str, Any], *, folder: Path) -> None:
         self.adapter, self.folder = adapter, folder
         self.backbone = backbone
         self.manifest = manifest

@@ -39,14 +39,15 @@ from adaptclip.backbone import ClipBackbone, load_backbone
 from adaptclip.backbone.loading import local_folders
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
-from adaptclip.errors import ArtifactError, DataError, did_you_mean
+from adaptclip.errors import ArtifactError, ConfigError, DataError, did_you_mean
 from adaptclip.evaluation.thresholds import Thresholds, even_thresholds
 from adaptclip.feature_clip import FeatureClip
 from adaptclip.gates import Verdict
-from adaptclip.methods import ADAPTERS, Adapter
 from adaptclip.methods.earlier import complete_settings
+from adaptclip.methods.method import Method
 from adaptclip.methods.objective import objective_of
-from adaptclip.model_card import model_card
+from adaptclip.methods.registry import methods
+from adaptclip.model_card import NO_CARD, model_card, unjudged_card
 from adaptclip.outputs import atomic_folder, runs_below
 from adaptclip.seals import check_file, describe_files, read_report, seal, stays_inside
 from adaptclip.storage import read_tensors, write_json, write_tensors, write_text
@@ -63,7 +64,7 @@ _LIBRARIES = ("accelerate", "open_clip_torch", "peft", "timm", "torch", "torchvi
 
 def save_artifact(
     path: Path,
-    adapter: Adapter,
+    adapter: Method,
     backbone: ClipBackbone | FeatureClip,
     data: DomainData,
     split: FewShotSplit | None,
@@ -83,11 +84,11 @@ def save_artifact(
         backbone: the model it was trained on; only its names and digests are written.
         data: the data set it was trained on.
         split: the images it was trained on; None where nothing was.
-        method: a key of ADAPTERS.
+        method: a key of the registry (`methods.registry`).
         report: the report on the test split (`full_report`, or `build_report`).
         verdicts: the gates' verdicts; an artifact with a failed gate is loaded only on purpose.
         rules: the gates that were declared, one verdict each; None takes those that have a verdict.
-        thresholds: of an adapter of the sigmoid objective; None is 0.5 for every class.
+        thresholds: of a method of the sigmoid objective; None is 0.5 for every class.
         overwrite: replace an earlier artifact.
 
     Raises:
@@ -98,43 +99,81 @@ def save_artifact(
     declared = judged if rules is None else [rule.title for rule in rules]
     if declared != judged:
         raise ArtifactError(f"each declared gate needs its verdict; declared are {declared}, verdicts are on {judged}")
-    told = {}
-    if objective_of(adapter) == "sigmoid":
-        used = thresholds or even_thresholds(data.class_names)
-        told = {"objective": {"name": "sigmoid", "thresholds": used.to_dict()}}
     with atomic_folder(path, "artifact", overwrite=overwrite, inputs=local_folders(backbone.name)) as folder:
         manifest = {
-            "format_version": FORMAT_VERSION,
-            "method": method,
-            "settings": adapter.settings,
-            **told,
-            "backbone": {
-                "name": backbone.name,
-                "pretrained": backbone.pretrained,
-                "digest": backbone.digest,
-                **({"image_size": backbone.asked_size} if backbone.asked_size else {}),
-                **(_describe_features(backbone) if isinstance(backbone, FeatureClip) else {}),
-            },
-            "class_names": list(data.class_names),
+            **_describe(folder, method, adapter, backbone, data.class_names, thresholds),
             "prompt_names": list(data.prompt_names),
-            "transform": backbone.transform_spec,
             "window": card.window,
             "card": {"name": card.name, "digest": card.digest},
             "split": split and {"shots": split.shots, "seed": split.seed, "rule": split.rule, "digest": split.digest},
-            "libraries": {
-                "adaptclip": adaptclip.__version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
             "metrics": report["overall"],
             "gates": declared,
             "verdicts": [verdict.to_dict() for verdict in verdicts],
-            "files": describe_files(
-                folder, [path.name for path in (*_write_adapter(folder, adapter), *_write_clip(folder, backbone))]
-            ),
         }
         write_json(folder / MANIFEST_FILE, seal(manifest))
         write_text(folder / README_FILE, model_card(manifest, card, report, verdicts))
+
+
+def save_model(model: Method, path: Path | str, *, overwrite: bool = False) -> None:
+    """Writes a method that learnt outside of a run as an artifact; no gate was declared, and its README says so.
+
+    Args:
+        model: fitted.
+        path: the new folder.
+        overwrite: replace an earlier artifact.
+
+    Raises:
+        ConfigError: it has not learnt yet.
+        StorageError: the folder exists already, is no artifact, or cannot be written (see `adaptclip.outputs`).
+    """
+    if model.learns_from != "nothing" and not model.__sklearn_is_fitted__():
+        raise ConfigError(f"{type(model).__name__} has not learnt anything yet; call fit(x, y) before save")
+    backbone = model.backbone
+    with atomic_folder(Path(path), "artifact", overwrite=overwrite, inputs=local_folders(backbone.name)) as folder:
+        manifest = {
+            **_describe(folder, model.name, model, backbone, model.class_names, None),
+            "prompt_names": list(model.class_names), "window": None, "card": {"name": NO_CARD, "digest": ""},
+            "split": None, "metrics": {}, "gates": [], "verdicts": [],
+        }  # fmt: skip
+        write_json(folder / MANIFEST_FILE, seal(manifest))
+        write_text(folder / README_FILE, unjudged_card(manifest))
+
+
+def _describe(
+    folder: Path,
+    method: str,
+    adapter: Method,
+    backbone: ClipBackbone | FeatureClip,
+    class_names: Sequence[str],
+    thresholds: Thresholds | None,
+) -> dict[str, Any]:
+    """Writes what was learnt into the folder, and returns what the manifest says of it and of the backbone."""
+    told = {}
+    if objective_of(adapter) == "sigmoid":
+        told = {"objective": {"name": "sigmoid", "thresholds": (thresholds or even_thresholds(class_names)).to_dict()}}
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": method,
+        "settings": adapter.settings,
+        **told,
+        "backbone": {
+            "name": backbone.name,
+            "pretrained": backbone.pretrained,
+            "digest": backbone.digest,
+            **({"image_size": backbone.asked_size} if backbone.asked_size else {}),
+            **(_describe_features(backbone) if isinstance(backbone, FeatureClip) else {}),
+        },
+        "class_names": list(class_names),
+        "transform": backbone.transform_spec,
+        "libraries": {
+            "adaptclip": adaptclip.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+        "files": describe_files(
+            folder, [path.name for path in (*_write_adapter(folder, adapter), *_write_clip(folder, backbone))]
+        ),
+    }
 
 
 def _describe_features(clip: FeatureClip) -> dict[str, Any]:
@@ -175,7 +214,7 @@ class _HasFiles(Protocol):
     def load_adapter(self, folder: Path) -> None: ...
 
 
-def _write_adapter(folder: Path, adapter: Adapter) -> list[Path]:
+def _write_adapter(folder: Path, adapter: Method) -> list[Path]:
     """Writes what was learnt into an artifact folder and returns the files."""
     if isinstance(adapter, _HasFiles):
         return adapter.save_adapter(folder)
@@ -184,7 +223,7 @@ def _write_adapter(folder: Path, adapter: Adapter) -> list[Path]:
     return [weights]
 
 
-def _read_adapter(folder: Path, adapter: Adapter) -> None:
+def _read_adapter(folder: Path, adapter: Method) -> None:
     """Gives an adapter what `_write_adapter` wrote."""
     if isinstance(adapter, _HasFiles):
         adapter.load_adapter(folder)
@@ -241,7 +280,7 @@ def load(
         )
     settings = complete_settings(manifest["method"], manifest["settings"])
     try:
-        adapter = ADAPTERS[manifest["method"]](model, manifest["prompt_names"], **settings)
+        adapter = methods()[manifest["method"]](model, manifest["prompt_names"], **settings)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} is damaged: {manifest['method']} cannot have its settings ({error})") from error
     with as_damage(folder):
@@ -275,9 +314,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is not an artifact: it has no manifest.json. A run keeps it in RUN/artifact.{runs_below(folder)}"
         )
     manifest = read_manifest(folder, FORMAT_VERSION)
-    if manifest["method"] not in ADAPTERS:
+    if manifest["method"] not in methods():
         raise ArtifactError(
-            f"{folder} holds the unknown method {manifest['method']!r}. {did_you_mean(manifest['method'], ADAPTERS)}"
+            f"{folder} holds the unknown method {manifest['method']!r}. {did_you_mean(manifest['method'], methods())}"
         )
     check_objective(folder, manifest)
     check_learnt(folder, manifest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,10 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.settings import check_numbers
 from adaptclip.storage import read_yaml, write_yaml
 
 T = TypeVar("T")
-
-_COUNTS = ("batch_size", "accumulate", "epochs", "steps", "views", "save_every", "image_size")
-_RATES = ("lr", "head_lr", "memory_gib")
 
 
 def parse(config_type: type[T], argv: Sequence[str] | None = None) -> T:
@@ -44,35 +41,6 @@ def parse(config_type: type[T], argv: Sequence[str] | None = None) -> T:
     )
     check_numbers(config)
     return config
-
-
-def check_numbers(config: Any) -> None:
-    """Refuses lengths, batch sizes and rates that no training can have, before anything is read or made.
-
-    Args:
-        config: settings of a recipe. A 0 is allowed where it is the default or nothing is, and there has a meaning of
-            its own.
-
-    Raises:
-        ConfigError: a number is out of range.
-    """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None or field.name not in (*_COUNTS, *_RATES):
-            continue
-        zero = field.default in (0, None) or field.name == "save_every"
-        if field.name in _COUNTS:
-            if value < (0 if zero else 1):
-                wanted = "a whole number from 0 up" if zero else "1 or more"
-                raise ConfigError(f"{field.name} must be {wanted}, got {value}{_stands_for(field, zero)}")
-        elif not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-            raise ConfigError(f"{field.name} must be a positive number, got {value}{_stands_for(field, zero)}")
-
-
-def _stands_for(field: dataclasses.Field[Any], zero: bool) -> str:
-    if zero:
-        return "; 0 has a meaning of its own, see --help"
-    return "" if field.default is dataclasses.MISSING else f"; the default is {field.default}"
 
 
 def parse_command(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -30,7 +30,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.data.card_block import Augmentation
 from adaptclip.data.dataset import FeatureRows, ImageDataset
 from adaptclip.data.read_image import DECODING
@@ -40,6 +39,9 @@ from adaptclip.feature_clip import FeatureClip
 from adaptclip.seeding import derive_seed
 from adaptclip.storage import check_is_file, digest, parse_json, write_bytes, write_json
 from adaptclip.types import Features
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 SHARD_ROWS = 256
 """Most images per shard (a whole number of batches, at least one): what a kill can cost in encoding."""

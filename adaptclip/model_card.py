@@ -18,6 +18,22 @@ from adaptclip.reports.render import escape_markdown, to_markdown
 
 _MANY_CLASSES = 60
 
+NO_CARD = "none"
+"""What an artifact says of the data card where there was none."""
+
+
+def unjudged_card(manifest: Mapping[str, Any]) -> str:
+    """Writes the README of a model that was saved by itself: what it is, and that nobody judged it."""
+    names = [escape_markdown(name) for name in manifest["class_names"]]
+    return (
+        f"# {manifest['method']}\n\n`{manifest['backbone']['name']}` for {len(names)} classes: "
+        f"{', '.join(names[:_MANY_CLASSES])}{', …' * (len(names) > _MANY_CLASSES)}.\n\n"
+        "It was saved from a program: no data card says what it learnt from, no gate was declared, and nothing here "
+        "says how good it is. Judge it on images that it has not seen (`adaptclip.judge`) before relying on it.\n\n"
+        '```python\nimport adaptclip\n\nmodel = adaptclip.load("path/to/this/folder")\n'
+        f'print(model.predict(["image.jpg"]))\n```\n\n{_loading([])}\n'
+    )
+
 
 def model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     """Writes the model card.

@@ -25,7 +25,7 @@ from adaptclip.gate_rules import ZERO_SHOT
 from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_gates
 from adaptclip.gates.ledger import note_judgement
 from adaptclip.gates.references import load_references
-from adaptclip.methods import Adapter
+from adaptclip.methods.method import Method
 from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
 from adaptclip.reports.render import print_report, to_html, to_markdown
@@ -143,7 +143,7 @@ def predict_held_out(
 
 def finish_run(
     out: Path,
-    adapter: Adapter,
+    adapter: Method,
     backbone: ClipBackbone,
     data: DomainData,
     split: FewShotSplit | None,
@@ -168,7 +168,7 @@ def finish_run(
         backbone: what it was trained on.
         data: what it was trained on.
         split: the images it was trained on; None where nothing was.
-        method: a key of ADAPTERS.
+        method: a key of the registry (`methods.registry`).
         predictions: on the whole test split, the same on every process.
         zero_shot: the same of the backbone without adaptation; None where that is what was judged.
         rules: the gates (`choose_gates`), read before training so that a mistake in them costs no training.

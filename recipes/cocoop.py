@@ -8,70 +8,34 @@ Expected  see README.md in this folder
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import adaptclip as ac
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ac.RunSettings):
     """CoCoOp. Defaults follow the paper (sec. 4)."""
 
-    card: str = "digits"
-    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
-    data_root: Path | None = None
-    """Folder that holds the card's files; the card's own folder if not given."""
-    backbone: str = "starter"
-    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
-    pretrained: str | None = None
-    """open_clip weights tag or checkpoint file; not for the other spellings."""
-    image_size: int = 0
-    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
-    shots: int = 16
-    """Labelled training images per class; 0 means all."""
-    rule: Literal["nested", "coop"] = "nested"
-    """How the images are drawn: 1 shot is part of 2 and so on (nested), or as the published code does (coop)."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """What an unreadable image does; what was skipped is listed."""
-    seed: int = 1
-    """Chooses the few-shot images, the initial meta-net and the order of images."""
+    out: Path = Path("runs/cocoop")
+    """Run folder: settings, metrics, predictions, report, artifact."""
     n_ctx: int = 4
     """Number of learnt context tokens M; not used with --ctx-init."""
     ctx_init: str = "a photo of a"
     """Words to start from; empty means random, standard deviation 0.02."""
-    epochs: int = 10
-    """Passes over the training images."""
-    views: int = 0
-    """Sets of random crops, taken in turn; 0 makes fresh ones for every epoch as the paper does."""
-    lr: float = 2e-3
-    """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4)."""
-    batch_size: int = 1
-    """Images per process and micro-step; every image encodes all class prompts anew."""
-    accumulate: int = 0
-    """Micro-batches of that size per optimizer step; 0 does what accelerate launch was told, or 1."""
-    mitigate: str = ""
-    """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Autocast of the text tower while training; auto does what accelerate launch was told."""
+    epochs: int | None = None
+    """Passes over the training images; 10 in the paper."""
+    views: int | None = None
+    """Sets of random crops, taken in turn; the paper takes fresh ones for every epoch."""
+    lr: float | None = None
+    """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4); 2e-3 in the paper."""
+    batch_size: int | None = None
+    """Images per process and micro-step; 1 in the paper: every image encodes all class prompts anew."""
     memory_gib: float = 4.0
     """Budget for the text tower's activations; more prompts than fit are taken in chunks, with the same gradients."""
-    save_every: int = 100
-    """Optimizer steps between checkpoints; one is also written every five minutes."""
-    gates: str = "card"
-    """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
-    trackers: str = ""
-    """Accelerate's trackers, separated by commas; metrics.jsonl is always written."""
-    cache: Path = Path(".cache/features")
-    """Image features, shared by all recipes, shots and seeds."""
-    out: Path = Path("runs/cocoop")
-    """Run folder: settings, metrics, predictions, report, artifact."""
-    resume: bool = False
-    """Go on with the run in `out`."""
-    overwrite: bool = False
-    """Replace the run in `out`."""
 
 
 def main(cfg: Config) -> int:
@@ -90,24 +54,44 @@ def main(cfg: Config) -> int:
         backbone, data.prompt_names, n_ctx=cfg.n_ctx, ctx_init=cfg.ctx_init, seed=cfg.seed,
         memory_budget_bytes=int(cfg.memory_gib * 2**30),
     ).to(accelerator.device)  # fmt: skip
+    schedule = adapter.schedule(
+        cfg.shots, epochs=cfg.epochs, views=cfg.views, lr=cfg.lr, batch_size=cfg.batch_size
+    )  # fmt: skip
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    crop = ac.training_crop(backbone, card.augmentation)
-    features = cache.get(backbone, few_shots, views=cfg.views or cfg.epochs, augment=crop, accelerator=accelerator)
-    loader = ac.FeatureLoader(
-        features, batch_size=cfg.batch_size, seed=cfg.seed, accelerator=accelerator, strata=mitigation.strata
-    )
-    num_steps = cfg.epochs * loader.steps_per_epoch
-    optimizer = ac.build_optimizer(adapter.trainable_parameters(), name="sgd", lr=cfg.lr, weight_decay=5e-4)
-    scheduler = ac.build_scheduler(optimizer, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch)
+    support = ac.Support(
+        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        accelerator=accelerator, mitigation=mitigation,
+    )  # fmt: skip
+    told = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
+
+    # The test split is read once, here: nothing above has seen it and nothing below chooses. It is judged in full
+    # precision, as the artifact will be used.
+    test = cache.get(backbone, data.test, accelerator=accelerator)
+    predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
+    baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
+    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    code = ac.finish_run(
+        run.path, adapter, backbone, data, split, method="cocoop", predictions=predictions, zero_shot=baseline,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation,
+        training={**told, "nearest_words": ac.read_prompt(adapter)},
+    )  # fmt: skip
+    run.finish()
+    return code
+
+
+def train(training: ac.Training, run: Any, accelerator: Any) -> None:
+    """Takes the steps of CoCoOp, with checkpoints and metrics in the run's folder."""
+    adapter, loader, optimizer, scheduler, num_steps, mitigation, stage = training
+    run = run.stage(stage)
     model, optimizer = accelerator.prepare(adapter, optimizer)
     start = ac.load_checkpoint(run.checkpoints, adapter, optimizer, scheduler, accelerator, mitigation)
 
-    started = time.perf_counter()
     # --- loop: the same lines in every recipe ---
     model.train()
     for step, batch in ac.train_steps(loader, num_steps, accelerator, start=start, run=run):
@@ -120,31 +104,7 @@ def main(cfg: Config) -> int:
         if run.save_is_due(step, num_steps):
             ac.save_checkpoint(run.checkpoints, step, adapter, optimizer, scheduler, accelerator, mitigation)
     # --- end of loop ---
-    seconds = time.perf_counter() - started
-
-    # The test split is read once, here: nothing above has seen it and nothing below chooses. It is judged in full
-    # precision, as the artifact will be used.
-    adapter = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    test = cache.get(backbone, data.test, accelerator=accelerator)
-    predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
-    baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
-    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
-    training = {
-        "trainable_parameters": sum(p.numel() for p in adapter.trainable_parameters()),
-        "seconds": seconds,  # of this process: after --resume, without the steps taken before
-        "schedule": f"{num_steps} steps ({cfg.epochs} epochs) of SGD, learning rate {cfg.lr:g}, cosine per epoch",
-        "chosen": {},
-        "validation_used_for": "nothing",
-        "nearest_words": ac.read_prompt(adapter),
-        "mitigation": mitigation.describe(),
-    }
-    code = ac.finish_run(
-        run.path, adapter, backbone, data, split, method="cocoop", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=training,
-    )  # fmt: skip
-    run.finish()
-    return code
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
 
 if __name__ == "__main__":

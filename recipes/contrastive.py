@@ -28,25 +28,13 @@ from adaptclip.training.presets import chosen_preset
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ac.RunSettings):
     """Contrastive tuning. Defaults follow FLYP; the embedded default, and only it, is short."""
 
-    card: str = "digits"
-    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
-    data_root: Path | None = None
-    """Folder that holds the card's files; the card's own folder if not given."""
-    backbone: str = "starter"
-    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
-    pretrained: str | None = None
-    """open_clip weights tag or checkpoint file; not for the other spellings."""
-    image_size: int = 0
-    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     shots: int = 0
     """Training images per class, or in all where the card has captions and no classes; 0 means all."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """What an unreadable image does; what was skipped is listed."""
-    seed: int = 1
-    """Chooses the few-shot images, the order of images and the text each shows in an epoch."""
+    out: Path = Path("runs/contrastive")
+    """Run folder: settings, metrics, report, wise_ft.json, retrieval.json, and model/, a stock open_clip folder."""
     train: Literal["both", "image", "text"] = "both"
     """Towers that learn; with `text`, image features are computed once."""
     how: Literal["full", "lora"] = "full"
@@ -59,36 +47,14 @@ class Config:
     """Share alpha of the tuned weights in the saved model, 0 to 1; declared before the test images are read."""
     zero_shot_card: str = ""
     """Another card whose zero-shot accuracy along the WiSE-FT curve shows what was forgotten."""
-    preset: Literal["auto", "smoke", "paper"] = "auto"
-    """What is not given is FLYP's, or smoke: 16 shots, 2 epochs, 32 pairs; auto: smoke for the embedded default."""
-    epochs: int = 0
-    """Passes over the training images; 0 takes the preset's, in the paper 10."""
+    epochs: int | None = None
+    """Passes over the training images; 10 in FLYP, smoke 2."""
     views: int = 0
     """Sets of random crops, taken in turn; 0 makes fresh ones, or with a locked image tower takes the whole image."""
     lr: float = 1e-5
     """Peak rate of AdamW (decay .1; few shots 0), cosine after FLYP's 500 warm steps (few shots 0), at most a fifth."""
-    batch_size: int = 0
-    """Pairs per process; all processes' pairs are contrasted. 0 takes the preset's, in the paper 256."""
-    accumulate: int = 0
-    """Micro-batches per optimizer step, each contrasted by itself; 0 does what accelerate launch was told, or 1."""
-    mitigate: str = ""
-    """Balance of what an epoch shows, such as group-sampling:sex or class-sampling; empty for none."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Autocast of the towers while training; auto does what accelerate launch was told."""
-    save_every: int = 100
-    """Optimizer steps between checkpoints; one is also written every five minutes."""
-    gates: str = "card"
-    """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
-    trackers: str = ""
-    """Accelerate's trackers, separated by commas; metrics.jsonl is always written."""
-    cache: Path = Path(".cache/features")
-    """Image features, shared by all recipes, shots and seeds."""
-    out: Path = Path("runs/contrastive")
-    """Run folder: settings, metrics, report, wise_ft.json, retrieval.json, and model/, a stock open_clip folder."""
-    resume: bool = False
-    """Go on with the run in `out`."""
-    overwrite: bool = False
-    """Replace the run in `out`."""
+    batch_size: int | None = None
+    """Pairs per process; all processes' pairs are contrasted. 256 in FLYP, smoke 32."""
 
 
 def main(cfg: Config) -> int:
@@ -99,7 +65,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     shots, epochs, batch_size = training_length(cfg)
-    split = ac.sample_few_shot(data, shots=shots, seed=cfg.seed)
+    split = ac.sample_few_shot(data, shots=shots, seed=cfg.seed, rule=cfg.rule)
     images, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, images, data.train, accelerator=accelerator, pairs=True)
     other = ac.open_data(ac.load_card(cfg.zero_shot_card), data_root=cfg.data_root) if cfg.zero_shot_card else None

@@ -23,22 +23,18 @@ from adaptclip.data.rows import card_places
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.experiments.board import Board, launch_id
 from adaptclip.experiments.jobs import Worker, make_grid
-from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
+from adaptclip.experiments.methods import choose_methods, read_settings
 from adaptclip.experiments.output import Asked, write_output
 from adaptclip.experiments.progress import Progress
 from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_targets
 from adaptclip.experiments.runner import run_jobs, take_place
 from adaptclip.experiments.search import Budget
 from adaptclip.experiments.store import FeatureStore
+from adaptclip.methods.registry import named
 from adaptclip.outputs import check_cache, check_folder
 from adaptclip.storage import write_yaml
 from adaptclip.terminal import say
-
-SHORT = (
-    "coop.epochs=50", "coop.views=5", "kgcoop.epochs=50", "kgcoop.views=5", "lora.steps=60", "lora.lr=1e-2",
-    "two-stage.steps=80", "two-stage.lr=1e-2",
-)  # fmt: skip
-"""Short schedules of the embedded default, and only of it."""
+from adaptclip.training.presets import chosen_preset
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,8 @@ class Config:
     """What an unreadable image does; what was skipped is listed."""
     settings: tuple[str, ...] = ()
     """Changes of the methods' settings, METHOD.SETTING=VALUE, for example coop.epochs=50 lora.steps=200."""
+    preset: Literal["auto", "smoke", "paper"] = "auto"
+    """Where settings come from that are not given: the papers, or a short smoke test; auto: smoke for the default."""
     search_trials: int = 0
     """Settings tried per job on its validation images, the published ones first; 0 searches nothing. Needs optuna."""
     search_seconds: float = 0.0
@@ -104,10 +102,8 @@ def main(cfg: Config) -> int:
     check_cache(cfg.cache, read, roots)
     place = take_place(cfg.threads)
     methods = choose_methods(cfg.methods, new_names=PROTOCOLS[cfg.protocol].new_names)
-    changes = cfg.settings
-    if cfg.cards == ("digits",) and cfg.backbone == "starter" and not changes:
-        changes = tuple(text for text in SHORT if text.partition(".")[0] in methods)
-    settings = read_settings(changes, methods)
+    settings = read_settings(cfg.settings, methods)
+    preset = chosen_preset(cfg.preset, " ".join(cfg.cards), cfg.backbone)
     budget = Budget(cfg.search_trials, cfg.search_seconds) if cfg.search_trials else None
 
     accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
@@ -116,14 +112,14 @@ def main(cfg: Config) -> int:
     backbone = ac.clip_of(data[0], cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     grid = make_grid(
         sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
-        shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget,
+        shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget, preset=preset,
     )  # fmt: skip
     board = Board(cfg.out / "jobs", launch)
     worker = Worker(grid, FeatureStore(ac.FeatureCache(cfg.cache), backbone, board.folder / "encoding"), accelerator)
     asked = Asked(
         protocol=cfg.protocol, backbone=" ".join(filter(None, (cfg.backbone, cfg.pretrained, backbone.digest[:12]))),
         metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
-        give_advice="ladder" in cfg.methods, changes=changes,
+        give_advice="ladder" in cfg.methods, changes=(*cfg.settings, *(["preset=smoke"] if preset == "smoke" else [])),
         search=f"{cfg.search_trials} trials per job" if budget else "",
         worries=tuple(f"{d.card.name}: {worry}" for d in data for worry in d.worries),
     )  # fmt: skip
@@ -157,8 +153,8 @@ def check(cfg: Config) -> None:
     """Raises ConfigError for what a program, unlike the command line, can get wrong, and for an empty grid."""
     if cfg.protocol not in PROTOCOLS:
         raise ConfigError(f"no protocol {cfg.protocol!r}. {did_you_mean(cfg.protocol, PROTOCOLS)}")
-    if cfg.baseline not in METHODS:
-        raise ConfigError(f"no method {cfg.baseline!r} for --baseline. {did_you_mean(cfg.baseline, METHODS)}")
+    if cfg.baseline not in named():
+        raise ConfigError(f"no method {cfg.baseline!r} for --baseline. {did_you_mean(cfg.baseline, named())}")
     check_targets(cfg.protocol, cfg.targets)
     for name in ("cards", "shots", "seeds"):
         values = getattr(cfg, name)

@@ -17,69 +17,41 @@ from typing import Literal
 
 import adaptclip as ac
 
-PUBLISHED_VIEWS = {"logistic": 0, "text-init": 20, "clap": 20, "lp++": 1}
-"""Sets of random crops that each head's paper uses; 0 is the evaluation transform."""
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(ac.RunSettings):
     """Linear heads. Defaults are the papers'; a setting that the chosen head does not have is refused."""
 
-    card: str = "digits"
-    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
-    data_root: Path | None = None
-    """Folder that holds the card's files; the card's own folder if not given."""
-    backbone: str = "starter"
-    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
-    pretrained: str | None = None
-    """open_clip weights tag or checkpoint file; not for the other spellings."""
-    image_size: int = 0
-    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
-    shots: int = 16
-    """Labelled training images per class; 0 means all."""
-    rule: Literal["nested", "coop"] = "nested"
-    """How the images are drawn: 1 shot is part of 2 and so on (nested), or as the published code does (coop)."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """What an unreadable image does; what was skipped is listed."""
-    seed: int = 1
-    """Chooses the few-shot images and, in text-init and clap, the order of images."""
-    head: Literal["logistic", "text-init", "clap", "lp++"] = "logistic"
-    """How the weights are found: logistic regression, descent from the text features, that held near them, or LP++."""
-    C: float = 0.0
-    """Inverse strength of the penalty of logistic; 0 chooses it on the few-shot validation images."""
-    start_norm: float = 0.0
-    """Norm at which the weights of text-init and clap start; 0 takes the root of the logit scale (OpenAI's: 10)."""
-    reading: Literal["", "code", "paper"] = ""
-    """LP++ as its code has it (the default and the published numbers: alpha, bias, best epoch) or as its paper has."""
-    lr: float = 0.0
-    """Peak learning rate of text-init and clap; 0 takes the paper's 0.1."""
-    epochs: int = 0
-    """Passes over the training images of text-init, clap and lp++; 0 takes the papers' 300."""
-    clap_weight: float | None = None
-    """Multiplies the penalties of clap; not given it is 1, as in the paper, and 0 makes it text-init."""
-    views: int | None = None
-    """Sets of random crops, 0 for the evaluation transform; not given: 20 (text-init, clap), 1 (lp++), 0 (logistic)."""
-    objective: str = "softmax"
-    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
-    mitigate: str = ""
-    """Balance of groups or classes, such as group-sampling:sex, class-weights or group-dro:sex; empty for none."""
-    min_scale: float = 0.5
-    """Smallest random crop as a share of the image's area; a larger limit of the card wins."""
-    templates: tuple[str, ...] = ()
-    """Prompts with one {} for the class name, averaged; empty takes the card's."""
-    gates: str = "card"
-    """card, a YAML file of gates, or report (judge by the card's gates, but do not let them decide the exit code)."""
-    cache: Path = Path(".cache/features")
-    """Image features, shared by all recipes, shots and seeds."""
     out: Path = Path("runs/linear_probe")
     """Run folder: settings, predictions, report, artifact."""
-    overwrite: bool = False
-    """Replace the run in `out`."""
+    head: Literal["logistic", "text-init", "clap", "lp++"] = "logistic"
+    """How the weights are found: logistic regression, descent from the text features, that held near them, or LP++."""
+    C: float | None = None
+    """Inverse strength of the penalty of logistic; not given, it is chosen on the few-shot validation images."""
+    start_norm: float | None = None
+    """Norm at which the weights of text-init and clap start; not given the root of the logit scale (OpenAI's: 10)."""
+    reading: Literal["code", "paper"] | None = None
+    """LP++ as its code has it (the default and the published numbers: alpha, bias, best epoch) or as its paper has."""
+    lr: float | None = None
+    """Peak learning rate of text-init and clap; 0.1 in the paper."""
+    epochs: int | None = None
+    """Passes over the training images of text-init, clap and lp++; 300 in the papers."""
+    clap_weight: float | None = None
+    """Multiplies the penalties of clap; 1 in the paper, and 0 makes it text-init."""
+    views: int | None = None
+    """Sets of random crops, 0 for the evaluation transform; not given: 20 (text-init, clap), 1 (lp++), 0 (logistic)."""
+    min_scale: float | None = None
+    """Smallest random crop as a share of the image's area (0.5); a larger limit of the card wins."""
+    templates: tuple[str, ...] = ()
+    """Prompts with one {} for the class name, averaged; empty takes the card's."""
+    objective: str = "softmax"
+    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
 
 
 def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → linear head → predictions → report, gates, artifact."""
-    accelerator = ac.make_accelerator("no", 1)
+    ac.refuse_settings(cfg, "a linear head is fitted as a whole, in full precision", "mixed_precision", "accumulate")
+    accelerator = ac.make_accelerator("no", 1, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
     objective = ac.parse_objective(cfg.objective)
 
@@ -94,39 +66,37 @@ def main(cfg: Config) -> int:
     templates = cfg.templates or card.templates
     adapter = ac.LinearProbe(
         backbone, data.prompt_names, head=cfg.head, templates=templates, objective=objective.name,
-        start_norm=cfg.start_norm or None, reading=cfg.reading or None,
+        start_norm=cfg.start_norm, reading=cfg.reading,
     ).to(accelerator.device)  # fmt: skip
-    # 0 stands for "as published"; what the head does not have is refused here, before anything is encoded.
-    settings = adapter.fit_settings(
-        c=cfg.C or None, lr=cfg.lr or None, epochs=cfg.epochs or None, clap_weight=cfg.clap_weight
-    )
-    adapter.check_balance(mitigation)
+    # What the head does not have is refused here, before anything is encoded.
+    schedule = adapter.schedule(
+        cfg.shots, views=cfg.views, min_scale=cfg.min_scale, c=cfg.C, lr=cfg.lr, epochs=cfg.epochs,
+        clap_weight=cfg.clap_weight,
+    )  # fmt: skip
+    adapter.check_mitigation(mitigation)
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
-        overwrite=cfg.overwrite,
+        resume=cfg.resume, overwrite=cfg.overwrite,
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    crop = ac.training_crop(backbone, card.augmentation, min_scale=cfg.min_scale)
-    views = PUBLISHED_VIEWS[cfg.head] if cfg.views is None else cfg.views
-    features = cache.get(backbone, few_shots, views=views, augment=crop, accelerator=accelerator)
-    # Logistic without --C chooses by them and lp++ keeps its best epoch; the other heads have no use for them.
-    reads = adapter.reads_validation(settings.get("c")) and len(held_out) > 0
-    validation = cache.get(backbone, held_out, accelerator=accelerator) if reads else None
-    fitted = adapter.fit(features, validation, **settings, seed=cfg.seed, balance=mitigation)
-    num_learnt = sum(p.numel() for p in adapter.trainable_parameters())
-    accelerator.print(f"{cfg.head}: {num_learnt:,} weights fitted in {fitted['seconds']:.1f} s")
+    # Logistic without --C chooses by the validation images and lp++ keeps its best epoch; the others do not use them.
+    support = ac.Support(
+        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        accelerator=accelerator, mitigation=mitigation,
+    )  # fmt: skip
+    told = adapter.learn(support, schedule)
+    accelerator.print(f"{cfg.head}: {told['trainable_parameters']:,} weights fitted in {told['seconds']:.1f} s")
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
-    judged_held_out = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="linear_probe", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=judged_held_out,
-        training={"trainable_parameters": num_learnt, **fitted, "mitigation": mitigation.describe()},
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=told,
         objective=objective,
     )  # fmt: skip
     run.finish()

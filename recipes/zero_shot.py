@@ -10,40 +10,24 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import adaptclip as ac
 from adaptclip.reports.names import name_audit
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ac.DataSettings):
     """Zero-shot classification of the card's test split."""
 
-    card: str = "digits"
-    """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
-    data_root: Path | None = None
-    """Folder that holds the card's files; the card's own folder if not given."""
-    backbone: str = "starter"
-    """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
-    pretrained: str | None = None
-    """open_clip weights tag or checkpoint file; not for the other spellings."""
-    image_size: int = 0
-    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """What an unreadable image does; what was skipped is listed."""
+    gates: str = "report"
+    """report (judge by the card's gates, but do not let them decide the exit code), card, or a YAML file of gates."""
+    out: Path = Path("runs/zero_shot")
+    """Run folder: settings, predictions, report, artifact."""
     templates: tuple[str, ...] = ()
     """Prompts with one {} for the class name, averaged; empty takes the card's."""
     audit_names: bool = False
     """Also try the class names without the card's aliases, and each template by itself; the report compares them."""
-    gates: str = "report"
-    """report (judge by the card's gates, but do not let them decide the exit code), card, or a YAML file of gates."""
-    cache: Path = Path(".cache/features")
-    """Image features, shared by all recipes, shots and seeds."""
-    out: Path = Path("runs/zero_shot")
-    """Run folder: settings, predictions, report, artifact."""
-    overwrite: bool = False
-    """Replace the run in `out`."""
 
 
 def main(cfg: Config) -> int:

@@ -16,7 +16,7 @@ from adaptclip.artifact import save_artifact
 from adaptclip.backbone import ClipBackbone
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.gates import check_gates
-from adaptclip.methods import ADAPTERS
+from adaptclip.methods.registry import methods
 from adaptclip.reports.summary import build_report
 from adaptclip.seals import SEAL, describe_files, seal
 from adaptclip.storage import digest
@@ -135,12 +135,12 @@ def train_a_little(adapter: Any, method: str, backbone: ClipBackbone, num_classe
     labels = torch.arange(num_classes).repeat(3)
     rows = torch.nn.functional.normalize(torch.randn(1, len(labels), backbone.embed_dim, generator=draw), dim=-1)
     features = Features(rows, labels, tuple(map(str, range(len(labels)))), backbone.image_digest)
-    if method == "linear_probe" and adapter.head == "logistic":
-        adapter.fit(features, c=10.0)
+    if method == "linear_probe" and adapter.kind == "logistic":
+        adapter.fit_features(features, c=10.0)
     elif method == "linear_probe":
-        adapter.fit(features, **({} if adapter.head == "lp++" else {"lr": 0.1}), epochs=3)
-    elif hasattr(adapter, "fit"):
-        adapter.fit(features)
+        adapter.fit_features(features, **({} if adapter.kind == "lp++" else {"lr": 0.1}), epochs=3)
+    elif hasattr(adapter, "fit_features"):
+        adapter.fit_features(features)
     with torch.no_grad():
         for parameter in adapter.trainable_parameters() if method != "linear_probe" else []:
             parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
@@ -157,7 +157,7 @@ def save(
     **settings: Any,
 ) -> Any:
     """Saves an artifact of a slightly trained adapter and returns the adapter; `max_ece` is its only gate."""
-    adapter = ADAPTERS[method](backbone, data.prompt_names, **settings)
+    adapter = methods()[method](backbone, data.prompt_names, **settings)
     train_a_little(adapter, method, backbone, len(data.class_names))
     n, classes = 200, len(data.class_names)
     labels = np.arange(n) % classes

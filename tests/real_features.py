@@ -12,27 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.types import Batch, Features
 
 VIT_B_32 = Path(__file__).parents[1] / "data_cards" / "aerial_features.safetensors"
 """The features of the card `aerial_features`: WHU-RS19 by OpenAI's ViT-B/32."""
 NUM_CLASSES = 19
 NAMES = tuple(f"{i}" for i in range(NUM_CLASSES))
-
-
-class TextOnly:
-    """What methods on features ask of a frozen CLIP: its text features, its scale. A class's name is its number."""
-
-    def __init__(self, text: Tensor, scale: float) -> None:
-        self.text, self.logit_scale, self.logit_bias = text, torch.tensor(scale), None
-        self.device, self.embed_dim, self.precision = torch.device("cpu"), text.shape[1], "fp32"
-        self.name, self.digest, self.image_digest = "features", "0" * 64, "0" * 64
-
-    def tokenize(self, texts: list[str]) -> Tensor:
-        return torch.tensor([int(text) for text in texts])
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        return self.text[tokens]
 
 
 @dataclass(frozen=True)
@@ -48,8 +34,8 @@ class Real:
     scale: float = 100.0
 
     @property
-    def clip(self) -> Any:
-        return TextOnly(self.text, self.scale)
+    def clip(self) -> FeatureClip:
+        return FeatureClip(self.text, NAMES, logit_scale=self.scale)
 
     def draw(self, shots: int, seed: int) -> tuple[Features, Features]:
         """Training and validation features: `shots` images of each class, and min(shots, 4) others."""
@@ -62,7 +48,7 @@ class Real:
 
     def of(self, rows: np.ndarray) -> Features:
         index = torch.from_numpy(rows)
-        return Features(self.images[index][None], self.labels[index], tuple(map(str, rows)), "0" * 64)
+        return Features(self.images[index][None], self.labels[index], tuple(map(str, rows)))
 
     @property
     def test(self) -> Features:

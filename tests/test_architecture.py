@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "errors", "terminal", "storage", "seals", "outputs", "seeding", "metrics", "gate_rules", "words", "spellings",
-    "csv_files", "prediction_files", "types", "config", "hub", "feature_clip", "data", "backbone", "prompts",
-    "features", "training", "methods", "evaluation", "reports", "gates", "judging", "artifact_checks", "model_card",
-    "adapted_model", "artifact", "export", "search", "results", "experiments", "entrypoint", "cli",
+    "csv_files", "prediction_files", "types", "settings", "config", "hub", "feature_clip", "data", "backbone",
+    "prompts", "features", "training", "methods", "evaluation", "reports", "gates", "judging", "artifact_checks",
+    "model_card", "adapted_model", "artifact", "export", "search", "results", "experiments", "entrypoint", "cli",
 )  # fmt: skip
 PACKAGE = sorted((ROOT / "adaptclip").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

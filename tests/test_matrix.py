@@ -24,16 +24,17 @@ from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.export import Kind, export_artifact
-from adaptclip.methods import ADAPTERS, ContrastiveTuning, TwoStage
+from adaptclip.methods import ContrastiveTuning, TwoStage
 from adaptclip.methods.objective import objective_of
+from adaptclip.methods.registry import methods
 from adaptclip.reports.summary import build_report
 from adaptclip.training.mitigation import Mitigation
 from adaptclip.types import Batch, Features, Predictions
 
-METHODS = (*ADAPTERS, "contrastive")
+METHODS = (*methods(), "contrastive")
 PAIRS = [(kind, method) for kind in KINDS for method in METHODS]
-NUM_PAIRS = 120
-"""12 kinds times 10 methods; nothing is left out."""
+NUM_PAIRS = 132
+"""12 kinds times 11 methods; nothing is left out."""
 
 SIGMOID_PAIRS = [
     (kind, method)
@@ -61,7 +62,7 @@ IMPOSSIBLE = [
 ]
 """Kind, method, settings and the error that says at once, before any training, why they do not go together."""
 
-EXPORTS: dict[str, tuple[Kind, ...]] = {"lora": ("classifier", "open_clip"), "zero_shot": ("classifier", "open_clip")}
+EXPORTS: dict[str, tuple[Kind, ...]] = dict.fromkeys(("lora", "tower_tuning", "zero_shot"), ("classifier", "open_clip"))
 """Method -> its exports here; the others are exported as a classifier. What contrastive tuning saves is one already."""
 
 IMPOSSIBLE_EXPORTS: dict[tuple[str, Kind], str] = {
@@ -147,7 +148,7 @@ def classification_loss(adapter: Any, batch: Batch) -> Tensor:
 
 def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images: Batch, **settings: Any) -> Any:
     """An adapter trained the way its recipe does."""
-    made: Any = ADAPTERS[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
+    made: Any = methods()[method](backbone, data.prompt_names, **SETTINGS.get(method, {}), **settings)
     adapter: Any = made.to(backbone.device)
     if isinstance(adapter, TwoStage):
         train_two_steps(adapter.first.requires_grad_(True), images, classification_loss)
@@ -155,12 +156,12 @@ def make_and_train(method: str, backbone: ClipBackbone, data: DomainData, images
         trained.requires_grad_(False)
         adapter = TwoStage(backbone, data.prompt_names, first=trained).to(backbone.device)
     batch = images if adapter.consumes == "pixels" else with_features(adapter.encoder, images)
-    if hasattr(adapter, "fit"):
+    if hasattr(adapter, "fit_features"):
         assert batch.features is not None
         ids = tuple(map(str, range(len(batch.labels))))
         # As `FeatureCache` gives them, on the CPU.
         features = Features(batch.features[None].cpu(), batch.labels.cpu(), ids, weights=backbone.image_digest)
-        adapter.fit(features, **({"c": 1.0} if method == "linear_probe" and not settings else {}))
+        adapter.fit_features(features, **({"c": 1.0} if method == "linear_probe" and not settings else {}))
     if any(p.requires_grad for p in adapter.trainable_parameters()):
         train_two_steps(adapter, batch, classification_loss)
     return adapter.eval()
@@ -282,7 +283,7 @@ def test_full_tuning_reaches_every_tensor(kind, models, digits):
 @pytest.mark.parametrize(("kind", "method", "settings", "message"), IMPOSSIBLE)
 def test_what_does_not_go_together_says_so_at_once(kind, method, settings, message, models, digits):
     names = () if method == "contrastive" else (digits.prompt_names,)
-    make = ContrastiveTuning if method == "contrastive" else ADAPTERS[method]
+    make = ContrastiveTuning if method == "contrastive" else methods()[method]
     with pytest.raises((BackboneError, ConfigError), match=message):
         make(models[kind], *names, **settings)
 
@@ -296,5 +297,5 @@ def test_every_pair_ran(request, capsys):
         told += f"; {len(EXPORTED)} exports of {len({pair[:2] for pair in EXPORTED})} of them were checked"
         sys.stdout.write(f"\n{told}; {len(IMPOSSIBLE)} impossible settings were refused\n")
     assert len(RAN) == len(PAIRS) == NUM_PAIRS
-    # All methods of ADAPTERS but CoCoOp leave as a classifier, two of them as a CLIP too.
-    assert len(EXPORTED) == len(KINDS) * (len(ADAPTERS) - 1 + 2)
+    # All methods of methods() but CoCoOp leave as a classifier, three of them as a CLIP too.
+    assert len(EXPORTED) == len(KINDS) * (len(methods()) - 1 + 3)

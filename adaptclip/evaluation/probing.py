@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from adaptclip.evaluation.predict import evaluation_mode
-from adaptclip.methods import Adapter
+from adaptclip.methods.method import Method
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch, Features
 
 
 @torch.no_grad()
 def probe_scores(
-    adapter: Adapter, features: Features, words: Sequence[str], templates: Sequence[str], *, batch_size: int = 1024
+    adapter: Method, features: Features, words: Sequence[str], templates: Sequence[str], *, batch_size: int = 1024
 ) -> np.ndarray:
     """Scores every image against the classes and against extra words, as if the words were classes too.
 
@@ -50,7 +50,7 @@ def probe_scores(
 
 
 @torch.no_grad()
-def is_comparable(adapter: Adapter, features: Features, scores: np.ndarray) -> bool:
+def is_comparable(adapter: Method, features: Features, scores: np.ndarray) -> bool:
     """Returns whether the classes' logits are cosines times CLIP's scale, as the extra words' are.
 
     Args:

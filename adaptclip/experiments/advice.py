@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from adaptclip.experiments.methods import METHODS
 from adaptclip.experiments.progress import duration
 from adaptclip.experiments.protocols import HARMONIC_MEAN
 from adaptclip.experiments.summary import Estimate, Row, estimate, honest_difference, paired, values_by_cell
 from adaptclip.experiments.tables import METRIC_NAMES, shots_in_words
+from adaptclip.methods.registry import named
 
 CHEAPER_BY_S = 1.0
 """A method counts as cheaper when it takes half the time of fitting or less, and saves at least so many seconds."""
@@ -40,7 +40,7 @@ def advice(rows: Sequence[Row], *, metric: str, num_seeds: int) -> list[str]:
     main = HARMONIC_MEAN if HARMONIC_MEAN in targets else next(iter(row["target"] for row in rows), "")
     for card in cards:
         for shots in sorted({row["shots"] for row in rows}, key=lambda k: k or float("inf")):
-            column = {m: cells[key] for m in METHODS if (key := (card, _target(rows, card, main), shots, m)) in cells}
+            column = {m: cells[key] for m in named() if (key := (card, _target(rows, card, main), shots, m)) in cells}
             column = {m: values for m, values in column.items() if len(values) == num_seeds}
             if len(column) > 1:
                 cost = {m: _seconds(rows, card, shots, m) for m in column}

@@ -6,9 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adaptclip.experiments.methods import METHODS
 from adaptclip.experiments.summary import Row, estimate, values_by_cell
 from adaptclip.experiments.tables import METRIC_NAMES
+from adaptclip.methods.registry import named
 
 MARKERS = "osD^v<>PX*hp"
 
@@ -39,7 +39,7 @@ def _figure(card: str, cells: Mapping[tuple[str, int, str], dict[int, float]], m
     found = {shots for _, shots, _ in cells}
     shots = [k for k in sorted(found) if k] + [0] * (0 in found)
     place = {k: i for i, k in enumerate(shots)}
-    methods = [method for method in METHODS if any(key[2] == method for key in cells)]
+    methods = [method for method in named() if any(key[2] == method for key in cells)]
     with matplotlib.rc_context({"svg.hashsalt": "adaptclip", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(5.2 * len(targets) + 1.6, 4.2), layout="constrained")
         panels = figure.subplots(1, len(targets), squeeze=False, sharey=True)[0]
@@ -47,7 +47,7 @@ def _figure(card: str, cells: Mapping[tuple[str, int, str], dict[int, float]], m
             for number, method in enumerate(methods):
                 line = {k: cells[target, k, method] for k in shots if (target, k, method) in cells}
                 # A little apart, so that bars of several methods can be told from each other.
-                apart = 0.03 * (number - (len(methods) - 1) / 2) if METHODS[method].learns else 0.0
+                apart = 0.03 * (number - (len(methods) - 1) / 2) if named()[method].learns else 0.0
                 _line(panel, [place[k] + apart for k in line], list(line.values()), method)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0), min(high, 100))
@@ -63,11 +63,11 @@ def _figure(card: str, cells: Mapping[tuple[str, int, str], dict[int, float]], m
 def _line(panel: Any, places: list[float], seeds: list[dict[int, float]], method: str) -> None:
     from matplotlib import colormaps
 
-    number = METHODS[method].cost  # a method looks the same in every figure
+    number = list(named()).index(method)  # a method looks the same in every figure
     colour = colormaps["tab20"](number % 20)
     estimates = [estimate(list(values.values())) for values in seeds]
     means = [100 * e.mean for e in estimates]
-    if not METHODS[method].learns:
+    if not named()[method].learns:
         panel.plot(places, means, color=colour, linestyle=":" if number % 2 else "--", label=method)
         return
     halves = [100 * (e.half or 0.0) for e in estimates]

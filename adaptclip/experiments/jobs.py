@@ -19,15 +19,16 @@ from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.data.fewshot import Rule
 from adaptclip.evaluation.measuring import judged
 from adaptclip.evaluation.predict import predict
-from adaptclip.experiments.fits import Fitted, Support
-from adaptclip.experiments.methods import METHODS, Method
+from adaptclip.experiments.methods import Fitted, fit_named
 from adaptclip.experiments.protocols import HARMONIC_MEAN, PROTOCOLS, Case, Judged
 from adaptclip.experiments.search import Budget, search
-from adaptclip.experiments.store import FeatureStore
+from adaptclip.experiments.store import FeatureStore, PooledFeatures
 from adaptclip.features import FeatureCache
+from adaptclip.methods.registry import Named, named
 from adaptclip.metrics import GENERAL_METRICS, METRICS
-from adaptclip.seeding import seed_everything
 from adaptclip.storage import digest
+from adaptclip.training.presets import Preset
+from adaptclip.training.support import Support
 from adaptclip.types import Features, Predictions
 
 FORMAT = 1
@@ -40,7 +41,7 @@ class Job:
 
     Attributes:
         card: name of the card that is learnt from.
-        method: a name of METHODS.
+        method: a name of `methods.registry.named`.
         settings: all settings of the method.
         shots: k; 0 is all images.
         seed: of the draw and of the method.
@@ -67,12 +68,14 @@ class Grid:
         cases: (card, shots, seed) -> the draw.
         jobs: in the order in which they are taken, cheap methods and few shots first.
         budget: of the search for settings, or None.
+        preset: whose values the settings take that are not given.
     """
 
     protocol: str
     cases: Mapping[tuple[str, int, int], Case]
     jobs: tuple[Job, ...]
     budget: Budget | None = None
+    preset: Preset = "paper"
 
 
 def make_grid(
@@ -86,6 +89,7 @@ def make_grid(
     seeds: Sequence[int],
     rule: Rule = "nested",
     budget: Budget | None = None,
+    preset: Preset = "paper",
 ) -> Grid:
     """Draws all cases and lists all jobs; every process arrives at the same ones.
 
@@ -99,6 +103,7 @@ def make_grid(
         seeds: of the draws.
         rule: of the draws.
         budget: of the search for settings; None takes the settings as they are.
+        preset: whose values the settings take that are not given.
 
     Raises:
         SplitError: a case cannot be drawn.
@@ -109,10 +114,10 @@ def make_grid(
     world = {
         "format": FORMAT, "adaptclip": __version__, "protocol": protocol, "backbone": backbone.digest,
         "precision": backbone.precision, "transform": backbone.transform_spec,
-        "search": None if budget is None else vars(budget),
+        "search": None if budget is None else vars(budget), "preset": preset,
     }  # fmt: skip
     jobs = []
-    for method in sorted(settings, key=lambda name: METHODS[name].cost):
+    for method in sorted(settings, key=lambda name: named()[name].cost):
         for k in sorted(shots, key=lambda k: k or float("inf")):
             for seed in seeds:
                 for name, data in cards.items():
@@ -126,7 +131,7 @@ def make_grid(
                     }  # fmt: skip
                     key = digest(json.dumps(own, sort_keys=True))[:32]
                     jobs.append(Job(name, method, settings[method], k, seed, key))
-    return Grid(protocol, cases, tuple(jobs), budget)
+    return Grid(protocol, cases, tuple(jobs), budget, preset)
 
 
 @dataclass
@@ -149,40 +154,39 @@ class Worker:
 
         The test images are read once, after fitting and every choice.
         """
-        case, method = self.grid.cases[job.card, job.shots, job.seed], METHODS[job.method]
-        seed_everything(job.seed)  # PEFT's dropout draws from torch's own generator
+        case, one = self.grid.cases[job.card, job.shots, job.seed], named()[job.method]
         started = time.perf_counter()
         support = self.support(job)
+        words = case.data.prompt_names, case.data.card.templates
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            read_s = self._read_ahead(support, method)
             fit_started = time.perf_counter()
-            if self.grid.budget is not None and method.search:
-                fitted = search(method, support, job.settings, self.grid.budget)
+            how: Any = {"preset": self.grid.preset}
+            if self.grid.budget is not None and one.variant.search:
+                fitted = search(one, support, *words, job.settings, self.grid.budget, **how)
             else:
-                fitted = method.fit(support, **job.settings)
-            fit_s = time.perf_counter() - fit_started
-            judged = {part.name: self.judge(fitted, method, part) for part in case.judged}
-        learnt = sum(p.numel() for p in fitted.adapter.trainable_parameters())
+                fitted = fit_named(one, support, *words, job.settings, **how)
+            fit_s = time.perf_counter() - fit_started - support.reading_s
+            judged = {part.name: self.judge(fitted, one, part) for part in case.judged}
         if case.joined is not None:
             judged[HARMONIC_MEAN] = _harmonic(*(judged[name] for name in case.joined))
         return {
             "job": {
                 "protocol": self.grid.protocol, "card": job.card, "method": job.method, "shots": job.shots,
-                "seed": job.seed, "settings": dict(job.settings), "split": case.split.digest,
+                "seed": job.seed, "settings": fitted.told["settings"], "split": case.split.digest,
                 "backbone": self.store.backbone.name, "pretrained": self.store.backbone.pretrained,
                 "weights": self.store.backbone.digest, "adaptclip": __version__,
             },
             "judged": judged,
             "train_images": len(case.split.train),
             "validation_images": len(case.split.validation),
-            "validation_used_for": fitted.told.get("validation_used_for", "nothing"),
-            "schedule": fitted.told.get("schedule", "nothing is learnt"),
-            "chosen": fitted.told.get("chosen", {}),
+            "validation_used_for": fitted.told["validation_used_for"],
+            "schedule": fitted.told["schedule"],
+            "chosen": fitted.told["chosen"],
             "search": fitted.told.get("search"),
-            "trainable_parameters": fitted.told.get("trainable_parameters", learnt),
+            "trainable_parameters": fitted.told["trainable_parameters"],
             "fit_s": fit_s,
-            "read_s": read_s,
+            "read_s": support.reading_s,
             "total_s": time.perf_counter() - started,
             "warnings": sorted({str(w.message) for w in caught}),
         }  # fmt: skip
@@ -190,11 +194,11 @@ class Worker:
     def support(self, job: Job) -> Support:
         """Returns what the method of a job may see."""
         case = self.grid.cases[job.card, job.shots, job.seed]
-        card, (images, held_out) = case.data.card, case.split.select(case.data)
+        parts = case.split.select(case.data)
+        pool_of = list(zip(parts, self.pools(job.card), strict=True))
         return Support(
-            store=self.store, names=case.data.prompt_names, templates=card.templates,
-            augmentation=card.augmentation, images=images, held_out=held_out, pools=self.pools(job.card),
-            shots=job.shots, seed=job.seed, accelerator=self.accelerator,
+            self.store.backbone, *parts, source=PooledFeatures(self.store, pool_of),
+            augmentation=case.data.card.augmentation, shots=job.shots, seed=job.seed, accelerator=self.accelerator,
         )  # fmt: skip
 
     def pools(self, card: str) -> tuple[ImageDataset, ImageDataset]:
@@ -211,13 +215,12 @@ class Worker:
             self._pools[card] = (parts[0], parts[1])
         return self._pools[card]
 
-    def judge(self, fitted: Fitted, method: Method, part: Judged) -> dict[str, Any]:
+    def judge(self, fitted: Fitted, one: Named, part: Judged) -> dict[str, Any]:
         """Judges an adapter on test images, read here for the first time."""
         adapter: Any = fitted.adapter
         names, test = part.data.prompt_names, part.data.test
         if not part.learnt:
-            assert method.rename is not None, "choose_methods lets no such method through"
-            adapter = method.rename(adapter, names, part.data.card.templates)
+            adapter = adapter.for_classes(names, one.templates(part.data.card.templates))
         features = self.test_features(adapter.encoder, test)
         predictions = predict(adapter.to(self.accelerator.device), features, test)
         return measure(predictions, part.classes)
@@ -227,15 +230,6 @@ class Worker:
         if encoder.image_digest == self.store.backbone.image_digest:
             return self.store.get(test, test)
         return FeatureCache(None).get(encoder, test)
-
-    def _read_ahead(self, support: Support, method: Method) -> float:
-        """Reads (and where nobody has yet, encodes) what the method will ask for, so that fitting is timed alone."""
-        started = time.perf_counter()
-        settings = method.settings()
-        if method.learns and "steps" not in settings:
-            views = int(settings.get("views", 0))
-            support.features(views, min_scale=0.0 if "n_ctx" in settings else 0.5)
-        return time.perf_counter() - started
 
 
 BENCH_METRICS = tuple(name for name in GENERAL_METRICS if METRICS[name].per_cent)

@@ -1,105 +1,74 @@
-"""The methods of the bench by name: what fits them, what they cost, what a search may change."""
+"""The methods that a run of the bench takes, their settings, and how one of them is fitted."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adaptclip.errors import ConfigError, did_you_mean
-from adaptclip.experiments.fits import (
-    Fitted,
-    fit_coop,
-    fit_ensemble,
-    fit_gda,
-    fit_linear,
-    fit_lora,
-    fit_ss_text,
-    fit_tip,
-    fit_two_stage,
-    fit_zero_shot,
-    with_context,
-    with_ensemble,
-    with_templates,
-)
-from adaptclip.methods.base import Adapter
+from adaptclip.methods.method import Method
+from adaptclip.methods.registry import Named, named
+from adaptclip.training.presets import Preset
+from adaptclip.training.support import Support
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to adapt, as the bench runs it.
+class Fitted:
+    """A fitted method, and what to tell about it (JSON-able: schedule, chosen, validation_used_for, settings)."""
 
-    Attributes:
-        fit: (support, **settings) to a fitted adapter; its keyword arguments are the settings.
-        cost: place on the ladder from cheap to dear; jobs run in this order.
-        learns: whether images are learnt from; otherwise results do not vary with shots and seeds.
-        rename: (adapter, names, templates) to a classifier of classes that were not learnt, or None.
-        search: setting -> (low, high) searched at equal ratios, or a tuple of options as a list.
-        ladder: whether `ladder` includes it.
+    adapter: Method
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+def fit_named(
+    one: Named,
+    support: Support,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    settings: Mapping[str, Any],
+    *,
+    preset: Preset = "paper",
+) -> Fitted:
+    """Builds a method and lets it learn; what recipes and `fit` do, without a run folder.
+
+    Args:
+        one: of `named`.
+        support: what it may see.
+        class_names: C names as prompts say them.
+        templates: the card's prompts.
+        settings: by name; None is "as published".
+        preset: of what is not given.
+
+    Raises:
+        ConfigError: a setting is out of range.
     """
-
-    fit: Callable[..., Fitted]
-    cost: int
-    learns: bool = True
-    rename: Callable[[Any, Sequence[str], Sequence[str]], Adapter] | None = None
-    search: Mapping[str, tuple[float, float] | list[Any]] = field(default_factory=dict)
-    ladder: bool = True
-
-    def settings(self) -> dict[str, Any]:
-        """Returns every setting with its default."""
-        parameters = inspect.signature(self.fit).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-METHODS: dict[str, Method] = {
-    "zero-shot": Method(fit_zero_shot, 0, learns=False, rename=with_templates),
-    "ensemble": Method(fit_ensemble, 1, learns=False, rename=with_ensemble),
-    "ss-text": Method(fit_ss_text, 2),
-    "logistic": Method(partial(fit_linear, head="logistic", views=0), 3),
-    "lp++": Method(partial(fit_linear, head="lp++", views=1), 4),
-    "tip": Method(fit_tip, 5),
-    "gda": Method(fit_gda, 6),
-    "tip-f": Method(
-        partial(fit_tip, learn=True), 7, search={"lr": (2e-4, 1e-2), "epochs": [20, 50, 100]}
-    ),
-    "text-init": Method(
-        partial(fit_linear, head="text-init", views=20), 8, search={"lr": (1e-2, 1.0)}, ladder=False
-    ),
-    "clap": Method(
-        partial(fit_linear, head="clap", views=20), 9, search={"lr": (1e-2, 1.0), "clap_weight": (0.1, 10.0)}
-    ),
-    "coop": Method(fit_coop, 10, rename=with_context, search={"lr": (5e-4, 2e-2), "n_ctx": [4, 8, 16]}),
-    "kgcoop": Method(
-        partial(fit_coop, n_ctx=4, ctx_init="a photo of a", kg_weight=8.0), 11,
-        rename=with_context, search={"lr": (5e-4, 2e-2), "kg_weight": (1.0, 32.0)}, ladder=False,
-    ),
-    "lora": Method(fit_lora, 12, rename=with_templates, search={"lr": (1e-4, 2e-2), "rank": [2, 4, 8]}),
-    "two-stage": Method(
-        fit_two_stage, 13, rename=with_templates, search={"lr": (1e-4, 2e-2), "head_lr": (1e-4, 1e-2)}, ladder=False
-    ),
-}  # fmt: skip
-"""Method name -> how it is fitted, cheap before dear."""
+    own, planned = one.split(settings)
+    method = one.build(support.backbone, class_names, templates, support.seed, **own)
+    plan = method.schedule(support.shots, images_per_class=support.images_per_class, preset=preset, **planned)
+    told = method.learn(support, plan)
+    return Fitted(method, {**told, "settings": {**own, **asdict(plan)}})
 
 
 def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
     """Returns the methods asked for, cheap before dear; `ladder` stands for those of the ladder.
 
     Args:
-        names: of METHODS, or `ladder`.
+        names: of `named`, or `ladder`.
         new_names: the protocol judges classes that were not learnt.
 
     Raises:
         ConfigError: an unknown name, none, or a method asked for by name that cannot take new class names.
     """
-    able = [name for name, method in METHODS.items() if method.rename is not None or not new_names]
+    known = named()
+    able = [name for name, one in known.items() if one.method.takes_new_names or not new_names]
     chosen: list[str] = []
     for name in names:
         if name == "ladder":
-            chosen += [own for own in able if METHODS[own].ladder]
-        elif name not in METHODS:
-            raise ConfigError(f"no method {name!r}. {did_you_mean(name, [*METHODS, 'ladder'])}")
+            chosen += [own for own in able if known[own].variant.ladder]
+        elif name not in known:
+            raise ConfigError(f"no method {name!r}. {did_you_mean(name, [*known, 'ladder'])}")
         elif name not in able:
             raise ConfigError(
                 f"{name} has a weight for each class it learnt and none for others, so it cannot be judged on new "
@@ -108,8 +77,8 @@ def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
         else:
             chosen.append(name)
     if not chosen:
-        raise ConfigError(f"name at least one method. {did_you_mean('', [*METHODS, 'ladder'])}")
-    return tuple(name for name in METHODS if name in chosen)
+        raise ConfigError(f"name at least one method. {did_you_mean('', [*known, 'ladder'])}")
+    return tuple(name for name in known if name in chosen)
 
 
 def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -118,21 +87,28 @@ def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
     Raises:
         ConfigError: an unknown method or setting, one of a method that does not run, or a value of another type.
     """
-    settings = {name: METHODS[name].settings() for name in methods}
+    settings = {name: named()[name].settings() for name in methods}
     for text in texts:
         left, equals, value = text.partition("=")
         name, dot, setting = left.partition(".")
         if not (equals and dot):
             raise ConfigError(f"settings are written METHOD.SETTING=VALUE, for example coop.epochs=50; got {text!r}")
         if name not in settings:
-            where = "does not run here" if name in METHODS else "is no method"
+            where = "does not run here" if name in named() else "is no method"
             raise ConfigError(f"{text!r}: {name!r} {where}. {did_you_mean(name, settings)}")
-        known = {key: default for key, default in settings[name].items() if key not in ("head", "learn")}
-        if setting not in known:
-            raise ConfigError(f"{name} has no setting {setting!r}. {did_you_mean(setting, known)}")
-        try:
-            settings[name][setting] = type(known[setting])(value)
-        except ValueError as error:
-            kind = type(known[setting]).__name__
-            raise ConfigError(f"{text!r}: {setting} should be {kind}, got {value!r}") from error
+        if setting not in settings[name]:
+            raise ConfigError(f"{name} has no setting {setting!r}. {did_you_mean(setting, settings[name])}")
+        settings[name][setting] = _read(value, named()[name].kinds()[setting], text)
     return settings
+
+
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _read(value: str, kinds: Sequence[type], text: str) -> Any:
+    """Returns a value as the first of the types that it can be."""
+    for kind in kinds:
+        with contextlib.suppress(ValueError, KeyError):
+            return _BOOLS[value.lower()] if kind is bool else kind(value)
+    wanted = " or ".join(kind.__name__ for kind in kinds) or "left as it is"
+    raise ConfigError(f"{text!r}: {text.partition('=')[0].partition('.')[2]} should be {wanted}, got {value!r}")

@@ -17,7 +17,7 @@ class Comparison:
     """A published number and one's own.
 
     Attributes:
-        method: name of METHODS.
+        method: name of a method (`methods.registry.named`).
         cards: a card, or the name of a published group of sets.
         target: judged set.
         shots: k.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adaptclip.errors import ConfigError
 from adaptclip.evaluation.predict import predict
-from adaptclip.experiments.fits import Fitted, Support
+from adaptclip.experiments.methods import Fitted, fit_named
+from adaptclip.methods.registry import Named
 from adaptclip.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from adaptclip.experiments.methods import Method
+from adaptclip.training.presets import Preset
+from adaptclip.training.support import Support
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,16 @@ class Budget:
             )
 
 
-def search(method: Method, support: Support, settings: Mapping[str, Any], budget: Budget) -> Fitted:
+def search(
+    one: Named,
+    support: Support,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    settings: Mapping[str, Any],
+    budget: Budget,
+    *,
+    preset: Preset = "paper",
+) -> Fitted:
     """Fits a method with several settings and keeps the adapter that does best on the validation shots.
 
     Better means more validation images right, and among equals the lower cross-entropy; the published settings are the
@@ -56,7 +65,7 @@ def search(method: Method, support: Support, settings: Mapping[str, Any], budget
         import optuna
     except ImportError as error:
         raise ConfigError('a search needs optuna: python -m pip install "adaptclip[tune]"') from error
-    if not len(support.held_out):
+    if not len(support.validation_images):
         raise ConfigError(
             "this draw has no validation images to search settings on; leave --search-trials at 0, take fewer shots, "
             "or a card with a validation part"
@@ -71,13 +80,13 @@ def search(method: Method, support: Support, settings: Mapping[str, Any], budget
         if number and budget.seconds and time.perf_counter() - started > budget.seconds:
             break
         trial = study.ask() if number else None
-        values = dict(settings) if trial is None else {**settings, **_suggest(trial, method)}
-        fitted = method.fit(support, **values)
+        values = dict(settings) if trial is None else {**settings, **_suggest(trial, one)}
+        fitted = fit_named(one, support, class_names, templates, values, preset=preset)
         right, loss = _validate(fitted, support)
         score = right - loss / (1 + loss)
         if trial is not None:
             study.tell(trial, score)
-        changed = {name: values[name] for name in method.search}
+        changed = {name: fitted.told["settings"][name] for name in one.variant.search}
         tried.append({"settings": changed, "right": right, "loss": loss})
         if best is None or score > best[0]:
             best = (score, fitted, changed)
@@ -85,16 +94,20 @@ def search(method: Method, support: Support, settings: Mapping[str, Any], budget
     _, fitted, chosen = best
     told = dict(fitted.told)
     used = told.get("validation_used_for", "nothing")
-    searched = f"choosing {', '.join(method.search)} among {len(tried)} settings"
+    searched = f"choosing {', '.join(one.variant.search)} among {len(tried)} settings"
     told["validation_used_for"] = searched if used == "nothing" else f"{searched}; {used}"
     told["chosen"] = {**told.get("chosen", {}), **chosen}
-    told["search"] = {"images": len(support.held_out), "trials": tried, "seconds": time.perf_counter() - started}
+    told["search"] = {
+        "images": len(support.validation_images),
+        "trials": tried,
+        "seconds": time.perf_counter() - started,
+    }
     return Fitted(fitted.adapter, told)
 
 
-def _suggest(trial: Any, method: Method) -> dict[str, Any]:
+def _suggest(trial: Any, one: Named) -> dict[str, Any]:
     values = {}
-    for name, span in method.search.items():
+    for name, span in one.variant.search.items():
         if isinstance(span, list):
             values[name] = trial.suggest_categorical(name, span)
         else:
@@ -105,6 +118,8 @@ def _suggest(trial: Any, method: Method) -> dict[str, Any]:
 def _validate(fitted: Fitted, support: Support) -> tuple[int, float]:
     """Validation images that are right, and their mean cross-entropy."""
     adapter: Any = fitted.adapter
-    judged = predict(adapter, support.validation(adapter.encoder), support.held_out)
+    features = support.validation(adapter.encoder)
+    assert features is not None
+    judged = predict(adapter, features, support.validation_images)
     own = judged.probs[np.arange(len(judged)), judged.labels].astype(np.float64)
     return int((judged.pred == judged.labels).sum()), float(-np.log(np.maximum(own, 1e-12)).mean())

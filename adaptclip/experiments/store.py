@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -83,3 +85,18 @@ class FeatureStore:
     def _drop_oldest(self) -> None:
         while len(self._pools) > 1 and sum(v.nbytes for v in self._pools.values()) > MEMORY_BYTES:
             del self._pools[next(iter(self._pools))]
+
+
+class PooledFeatures:
+    """The store as the source of one case's support set: each part is read from the pool that it belongs to."""
+
+    def __init__(self, store: FeatureStore, pool_of: Sequence[tuple[ImageDataset, ImageDataset]]) -> None:
+        """`pool_of` has (part, its pool) for the parts of a case."""
+        self._store, self._pool_of = store, tuple(pool_of)
+
+    def get(
+        self, backbone: Any, dataset: ImageDataset, *, views: int = 0, augment: Augment | None = None, **_: Any
+    ) -> Features:
+        """Returns features of one of the parts; see `FeatureStore.get`."""
+        pool = next(pool for part, pool in self._pool_of if part is dataset)
+        return self._store.get(dataset, pool, views=views, augment=augment)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import studentized_range, t
 
-from adaptclip.experiments.methods import METHODS
+from adaptclip.methods.registry import named
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def tidy_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
                     "split": job["split"], "job": result["key"],
                 }
             )  # fmt: skip
-    order = {name: method.cost for name, method in METHODS.items()}
+    order = {name: method.cost for name, method in named().items()}
     return sorted(rows, key=lambda r: (r["protocol"], r["card"], order[r["method"]], r["shots"], r["seed"]))
 
 
@@ -125,7 +125,7 @@ def clear_falls(rows: Sequence[Row], metric: str) -> tuple[int, list[str]]:
         How many steps of methods that learn were looked at (those with an interval), and in words those whose 95 %
         interval lies below 0. They are not adjusted for their number: of 40 level steps, one would be found.
     """
-    cells = {key: values for key, values in values_by_cell(rows, metric).items() if METHODS[key[3]].learns}
+    cells = {key: values for key, values in values_by_cell(rows, metric).items() if named()[key[3]].learns}
     shots = sorted({key[2] for key in cells}, key=lambda k: k or float("inf"))
     looked_at, falls = 0, []
     for card, target, method in dict.fromkeys((card, target, method) for card, target, _, method in cells):
@@ -188,7 +188,7 @@ def column_cells(column: Mapping[str, Values], num_seeds: int) -> dict[str, Cell
             and estimates[best].mean - found.mean <= reach
         )  # fmt: skip
         cells[method] = Cell(
-            found, METHODS[method].learns, method == best, tied, found.n == num_seeds, fallen.get(method, ())
+            found, named()[method].learns, method == best, tied, found.n == num_seeds, fallen.get(method, ())
         )
     return cells
 
@@ -231,7 +231,7 @@ def collapsed_seeds(column: Mapping[str, Values]) -> dict[str, tuple[tuple[int, 
     that a method whose seeds all scatter is not accused of one.
     """
     middles = {method: statistics.median(own.values()) for method, own in column.items() if len(own) >= 3}
-    apart = [abs(value - middles[m]) for m in middles for value in column[m].values() if METHODS[m].learns]
+    apart = [abs(value - middles[m]) for m in middles for value in column[m].values() if named()[m].learns]
     if not apart:
         return {}
     usual = 1.4826 * statistics.median(apart)

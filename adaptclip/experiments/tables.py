@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptclip.experiments.methods import METHODS
 from adaptclip.experiments.summary import (
     ALL_CARDS,
     Cell,
@@ -16,6 +15,7 @@ from adaptclip.experiments.summary import (
     paired,
     values_by_cell,
 )
+from adaptclip.methods.registry import named
 from adaptclip.metrics import METRICS
 
 METRIC_NAMES = {name: metric.words for name, metric in METRICS.items() if metric.is_general and metric.decides}
@@ -70,7 +70,7 @@ def result_tables(rows: Sequence[Row], *, metric: str, baseline: str, num_seeds:
     """
     cells = values_by_cell(rows, metric)
     shots = sorted({row["shots"] for row in rows}, key=lambda k: k or float("inf"))
-    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    methods = [name for name in named() if any(row["method"] == name for row in rows)]
     tables = []
     for card in dict.fromkeys(key[0] for key in cells):
         own = [row for row in rows if card in (row["card"], ALL_CARDS)]
@@ -116,7 +116,7 @@ def cost_table(rows: Sequence[Row]) -> ResultTable:
     """Returns what every method costs at every number of shots: median seconds of fitting, parameters, validation."""
     shots = sorted({row["shots"] for row in rows}, key=lambda k: k or float("inf"))
     lines = []
-    for method in [name for name in METHODS if any(row["method"] == name for row in rows)]:
+    for method in [name for name in named() if any(row["method"] == name for row in rows)]:
         own = [row for row in rows if row["method"] == method]
         seconds = [sorted(row["fit_s"] for row in own if row["shots"] == k) for k in shots]
         texts = [f"{s[len(s) // 2]:.3g}" if s else "–" for s in seconds]

@@ -29,7 +29,7 @@ ARTIFACT_FOLDER = "artifact"
 
 def kind(model: AdaptedModel) -> str:
     """What stands at the top of the folder: "open_clip" where the result is a CLIP, else "classifier"."""
-    return "open_clip" if model.manifest["method"] in stock.IS_CLIP else "classifier"
+    return "open_clip" if model.adapter.is_clip else "classifier"
 
 
 def write(folder: Path, model: AdaptedModel) -> None:

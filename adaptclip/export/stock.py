@@ -21,14 +21,12 @@ from adaptclip.errors import ArtifactError
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.decoding import write_decoder
 from adaptclip.export.heads import head_of, merged_model
+from adaptclip.methods.registry import methods
 from adaptclip.prompts import clean_class_name
 from adaptclip.storage import read_json, write_json
 
 CLASSES_FILE = "classes.json"
 """Names of the classes, and what stands in for them in prompts."""
-
-IS_CLIP = ("zero_shot", "lora")
-"""Methods whose result is a CLIP: what they know is in the weights of the towers, and classes are named by prompts."""
 
 CHECK = """\
 for name, told in json.load(open(f"{folder}/check.json", encoding="utf-8"))["files"].items():
@@ -89,11 +87,11 @@ def write(folder: Path, model: AdaptedModel) -> None:
         BackboneError: open_clip could not build this backbone again from a folder.
     """
     method = model.manifest["method"]
-    if method not in IS_CLIP:
+    if not model.adapter.is_clip:
         raise ArtifactError(
             f"the result of {method!r} is a head on image features, not a CLIP: its text tower does not know what was "
             f"learnt. Export it with `--to classifier` (image tower and head) or `--to onnx`; `--to open_clip` is for "
-            f"{' and '.join(IS_CLIP)}."
+            f"{', '.join(key for key, own in methods().items() if own.is_clip)}."
         )
     # The folder is a temporary one that is there already.
     save_open_clip(folder, merged_model(model).state_dict(), model.backbone, overwrite=True)

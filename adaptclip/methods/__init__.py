@@ -1,44 +1,44 @@
-"""Adapters: what is put on a frozen CLIP to fit it to a domain, each behind the operations of `base.Adapter`."""
+"""Methods: ways to fit a frozen CLIP to a domain, one file each, all behind the operations of `method.Method`.
+
+A class is found by its name in the files of this folder and imported when it is first used, so that a method costs what
+it needs and no more. `registry` has all of them by key, those of other packages too.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from adaptclip.methods.base import Adapter
-from adaptclip.methods.cache_model import TipAdapter
-from adaptclip.methods.closed_form import GDA, SSText
-from adaptclip.methods.cocoop import CoCoOp
-from adaptclip.methods.contrastive import ContrastiveTuning
-from adaptclip.methods.coop import CoOp
-from adaptclip.methods.linear import LinearProbe
-from adaptclip.methods.lora import LoRA
-from adaptclip.methods.two_stage import TwoStage
-from adaptclip.methods.zero_shot import ZeroShotClassifier
+if TYPE_CHECKING:
+    from adaptclip.methods.cache_model import TipAdapter as TipAdapter
+    from adaptclip.methods.closed_form import GDA as GDA
+    from adaptclip.methods.closed_form import SSText as SSText
+    from adaptclip.methods.cocoop import CoCoOp as CoCoOp
+    from adaptclip.methods.contrastive import ContrastiveTuning as ContrastiveTuning
+    from adaptclip.methods.coop import CoOp as CoOp
+    from adaptclip.methods.linear import LinearProbe as LinearProbe
+    from adaptclip.methods.lora import LoRA as LoRA
+    from adaptclip.methods.method import Method as Method
+    from adaptclip.methods.tower_tuning import TowerTuning as TowerTuning
+    from adaptclip.methods.two_stage import TwoStage as TwoStage
+    from adaptclip.methods.zero_shot import ZeroShotClassifier as ZeroShotClassifier
 
-ADAPTERS: dict[str, type[Any]] = {
-    "zero_shot": ZeroShotClassifier,
-    "coop": CoOp,
-    "cocoop": CoCoOp,
-    "linear_probe": LinearProbe,
-    "tip_adapter": TipAdapter,
-    "gda": GDA,
-    "ss_text": SSText,
-    "lora": LoRA,
-    "two_stage": TwoStage,
-}
-"""Method name -> adapter class; an artifact names its method by these."""
 
-__all__ = [
-    "ADAPTERS",
-    "GDA",
-    "Adapter",
-    "CoCoOp",
-    "CoOp",
-    "ContrastiveTuning",
-    "LinearProbe",
-    "LoRA",
-    "SSText",
-    "TipAdapter",
-    "TwoStage",
-    "ZeroShotClassifier",
-]
+@cache
+def class_homes() -> dict[str, str]:
+    """Returns name -> module of the public classes that are modules to train or use, without importing any."""
+    homes: dict[str, str] = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"^class ([A-Z]\w+)\((?:Method|nn\.Module)\):", text, flags=re.M):
+            homes[name] = f"{__name__}.{path.stem}"
+    return homes
+
+
+def __getattr__(name: str) -> Any:
+    if name not in class_homes():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(class_homes()[name]), name)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import AdaptclipError
-from adaptclip.methods import ADAPTERS, ContrastiveTuning, TwoStage
+from adaptclip.methods.contrastive import ContrastiveTuning
+from adaptclip.methods.registry import methods
+from adaptclip.methods.two_stage import TwoStage
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Applicability:
     """Whether a method applies to a model at its default settings.
 
     Attributes:
-        method: a key of ADAPTERS, or "contrastive" (its LoRA form).
+        method: a key of the registry, or "contrastive" (its LoRA form).
         applies: whether it can be built.
         consumes: "features" or "pixels"; None where it does not apply.
         learnt: numbers it learns, of all its stages; 0 for a closed form. None where it does not apply.
@@ -47,8 +49,8 @@ def methods_for(backbone: ClipBackbone, *, num_classes: int = 10) -> list[Applic
     def build(kind: Any, **settings: Any) -> Callable[[], Any]:
         return lambda: kind(backbone, names, **settings)
 
-    makers: dict[str, Callable[[], Any]] = {name: build(kind) for name, kind in ADAPTERS.items()}
-    makers["tip_adapter"] = build(ADAPTERS["tip_adapter"], num_keys=num_classes)
+    makers: dict[str, Callable[[], Any]] = {name: build(kind) for name, kind in methods().items()}
+    makers["tip_adapter"] = build(methods()["tip_adapter"], num_keys=num_classes)
     makers["contrastive"] = lambda: ContrastiveTuning(backbone, how="lora")
     return [_try(method, make) for method, make in makers.items()]
 

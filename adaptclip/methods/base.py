@@ -1,53 +1,18 @@
-"""What every adapter offers, and the few lines they share."""
+"""The few lines that the methods share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ArtifactError, DataError
-from adaptclip.types import Batch, Features, Learner
+from adaptclip.types import Batch, Features
 
-
-class Adapter(Learner, Protocol):
-    """A classifier on top of a frozen CLIP; an `nn.Module` whose `forward` does all that the loss needs.
-
-    Attributes:
-        backbone: the frozen model it sits on, never changed.
-        settings: JSON-able keyword arguments that build the same adapter again, beside backbone and class names.
-    """
-
-    backbone: ClipBackbone
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The model that makes the features `forward` takes: the backbone itself, or the adapted one."""
-        ...
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        ...
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that learn; empty for an adapter without training."""
-        ...
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """What must be kept of the adapter, without anything of the backbone."""
-        ...
-
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `adapter_state` returned. Raises ArtifactError when names or shapes differ."""
-        ...
-
-    def class_weights(self) -> Tensor:
-        """(C, D) unit-norm text features the images are compared with, without gradients."""
-        ...
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 
 def batch_features(batch: Batch, width: int) -> Tensor:

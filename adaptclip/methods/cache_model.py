@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ArtifactError, ConfigError
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
-from adaptclip.methods.support import Choice, check_factor, choose_by_accuracy, support_rows, validation_rows
+from adaptclip.methods.choosing import Choice, check_factor, choose_by_accuracy, support_rows, validation_rows
+from adaptclip.methods.head import Head
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 ALPHAS = tuple(round(0.1 * 500 ** (i / 19), 4) for i in range(20))
 """Candidates for alpha: 20 from 0.1 to 50, at equal ratios.
@@ -34,7 +41,28 @@ BETAS = tuple(round(0.1 * 500 ** (i / 49), 4) for i in range(50))
 """Candidates for beta: 50 from 0.1 to 50, at equal ratios; in the published search, 200 up to 7 to 50 by data set."""
 
 
-class TipAdapter(nn.Module):
+@dataclass(frozen=True)
+class TipAdapterSchedule(Schedule):
+    """How Tip-Adapter makes its keys and Tip-Adapter-F learns them (sec. 4.1 and the published code).
+
+    Attributes:
+        views: sets of crops whose mean is a key; 0 is the evaluation transform.
+        min_scale: smallest crop as a share of the image's area; a larger limit of the card wins.
+        choose: whether alpha and beta are chosen on the validation images, where there are any and neither was given.
+        epochs: passes of Tip-Adapter-F over the training images; the paper gives EuroSAT 100.
+        lr: peak learning rate of its AdamW (eps 1e-4, weight decay 0.01, which is torch's), a cosine per step.
+        batch_size: its images per process and step.
+    """
+
+    views: int = 10
+    min_scale: float = 0.5
+    choose: bool = True
+    epochs: int = 20
+    lr: float = 1e-3
+    batch_size: int = 256
+
+
+class TipAdapter(Method):
     """Tip-Adapter and Tip-Adapter-F (Zhang et al. 2022, arXiv:2207.09519), a key-value cache beside zero-shot CLIP.
 
     With the unit-norm feature f of an image, the text features t_c, the keys k_j and their classes y_j (sec. 3.1):
@@ -52,31 +80,38 @@ class TipAdapter(nn.Module):
     pair of the training unless another is better by more than chance, and the last epoch is kept. It trains EuroSAT for
     100 epochs, all others for 20.
 
-    Without keys (before `fit`), and with alpha 0, it is the zero-shot classifier.
+    Without keys (before it has learnt), and with alpha 0, it is the zero-shot classifier.
 
     Args:
         backbone: frozen CLIP.
-        class_names: C names in the order of the label ids.
+        class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         templates: prompts with one `{}`; their features are averaged per class.
         alpha: weight of the cache against the text, 0 or more; None is the paper's 1, for Tip-Adapter-F 3.
         beta: sharpness of the similarity, 0 or more; None is the paper's 5.5, for Tip-Adapter-F 1.
         learn_keys: the keys are trainable (Tip-Adapter-F).
-        num_keys: keys of a state that will be loaded; `fit` makes as many as there are images.
+        num_keys: keys of a state that will be loaded; learning makes as many as there are images.
 
     Raises:
         ConfigError: alpha, beta or num_keys is out of range.
         BackboneError: a prompt is longer than the context.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "tip_adapter"
+    variants = {
+        "tip": Variant(5, {"learn_keys": False}, ladder=True),
+        "tip-f": Variant(
+            7, {"learn_keys": True}, ladder=True, search={"lr": (2e-4, 1e-2), "epochs": [20, 50, 100]}
+        ),
+    }  # fmt: skip
+    schedule_type = TipAdapterSchedule
     text: Tensor
     key_labels: Tensor
     values: Tensor
 
     def __init__(
         self,
-        backbone: ClipBackbone,
-        class_names: Sequence[str],
+        backbone: ClipBackbone | FeatureClip,
+        class_names: Sequence[str] | None = None,
         *,
         templates: Sequence[str] = ("a photo of a {}.",),
         alpha: float | None = None,
@@ -90,18 +125,15 @@ class TipAdapter(nn.Module):
         usual = (TRAINING_ALPHA, TRAINING_BETA) if learn_keys else (1.0, 5.5)
         self.alpha = check_factor("alpha", usual[0] if alpha is None else alpha)
         self.beta = check_factor("beta", usual[1] if beta is None else beta)
-        self.backbone, self.templates, self.learn_keys = backbone, tuple(templates), learn_keys
-        text = zero_shot_weights(backbone, tuple(class_names), self.templates)
+        self._fixed = alpha is not None or beta is not None
+        names = self._sit_on(backbone, class_names)
+        self.templates, self.learn_keys = tuple(templates), learn_keys
+        text = zero_shot_weights(backbone, names, self.templates)
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("key_labels", torch.empty(0, dtype=torch.long), persistent=False)
         self.register_buffer("values", torch.empty(0), persistent=False)
         # Keys of no class yet: they vote for none.
         self._set_keys(torch.zeros(num_keys, text.shape[1]), torch.full((num_keys,), -1))
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -114,7 +146,7 @@ class TipAdapter(nn.Module):
             "num_keys": len(self.keys),
         }
 
-    def fit(self, features: Features) -> None:
+    def fit_features(self, features: Features) -> None:
         """Makes the cache: one key per training image. Call it before an optimizer is built over the keys.
 
         Args:
@@ -125,6 +157,42 @@ class TipAdapter(nn.Module):
         """
         rows, labels = support_rows(features, self.backbone, len(self.text))
         self._set_keys(F.normalize(rows.mean(dim=0), dim=-1).float(), labels)
+
+    @property
+    def learns_by_steps(self) -> bool:  # type: ignore[override]
+        """Whether it is Tip-Adapter-F."""
+        return self.learn_keys
+
+    def _learn(self, support: Support, schedule: TipAdapterSchedule, loop: Loop) -> dict[str, Any]:
+        features = support.features(schedule.views, min_scale=schedule.min_scale)
+        self.fit_features(features)
+        validation = support.validation() if schedule.choose and not self._fixed else None
+        if not self.learn_keys:
+            chosen = {} if validation is None else self.choose(validation).told()
+            return {"schedule": "closed form", "chosen": self._pair(), **chosen}
+        # Tip-Adapter-F chooses what it trains at, and afterwards whether to use the keys with another pair.
+        if validation is not None:
+            self.choose_training(validation)
+        trained_at = f"alpha {self.alpha:g}, beta {self.beta:g}"
+        loader = support.loader(features, batch_size=schedule.batch_size)
+        num_steps = schedule.epochs * loader.steps_per_epoch
+        loop(
+            support.training(
+                self, loader, num_steps, optimizer="adamw", lr=schedule.lr, weight_decay=0.01, eps=1e-4,
+                schedule="cosine_per_step",
+            )
+        )  # fmt: skip
+        told = {} if validation is None else self.choose_trained(validation).told()
+        about = f"AdamW {schedule.lr:g}, cosine, {schedule.epochs} epochs ({num_steps} steps) at {trained_at}"
+        return {"schedule": about, "chosen": self._pair(), **told}
+
+    def _pair(self) -> dict[str, float]:
+        return {"alpha": self.alpha, "beta": self.beta}
+
+    def head(self) -> Head:
+        """Returns the zero-shot head and the keys with their votes."""
+        zero_shot = super().head()
+        return replace(zero_shot, keys=self.keys, votes=self.alpha * self.values, sharpness=self.beta)
 
     def choose(
         self, validation: Features, *, alphas: Sequence[float] = ALPHAS, betas: Sequence[float] = BETAS
@@ -195,8 +263,7 @@ class TipAdapter(nn.Module):
         """Returns the (K, D) keys and their (K,) class ids, K training images."""
         return {"keys": self.keys.detach(), "key_labels": self.key_labels}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over keys and their classes. Raises ArtifactError when they do not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         shapes = {"keys": self.keys.shape, "key_labels": self.key_labels.shape}
         check_state(state, shapes, f"a Tip-Adapter with {len(self.keys)} keys")
         labels = state["key_labels"]
@@ -209,10 +276,6 @@ class TipAdapter(nn.Module):
         with torch.no_grad():
             self.keys.copy_(state["keys"])  # in place: an optimizer may hold the parameter
         self._set_labels(labels)
-
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.text.device)
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm text features; the keys are not among them."""

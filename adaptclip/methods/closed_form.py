@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError, DataError, did_you_mean
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
-from adaptclip.methods.support import (
+from adaptclip.methods.choosing import (
     Choice,
     check_factor,
     choose_by_accuracy,
@@ -20,8 +21,14 @@ from adaptclip.methods.support import (
     support_rows,
     validation_rows,
 )
+from adaptclip.methods.head import Head
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 GDA_ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 """Candidates for alpha of GDA, those of the published search."""
@@ -131,7 +138,22 @@ def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode
     return weights - F.normalize(2 * weights - weights.mean(dim=0), dim=-1)
 
 
-class GDA(nn.Module):
+@dataclass(frozen=True)
+class GDASchedule(Schedule):
+    """What GDA learns from (published code: 10 random crops of each image, of half its area or more).
+
+    Attributes:
+        views: sets of crops; 0 is the evaluation transform.
+        min_scale: smallest crop as a share of the image's area; a larger limit of the card wins.
+        choose: whether alpha is chosen on the validation images, where there are any and it was not given.
+    """
+
+    views: int = 10
+    min_scale: float = 0.5
+    choose: bool = True
+
+
+class GDA(Method):
     """Zero-shot logits plus those of a Gaussian discriminant (Wang et al. 2024, "A hard-to-beat baseline").
 
         logit_c = scale · f·t_c  +  alpha · (f·w_c + b_c)
@@ -140,47 +162,47 @@ class GDA(nn.Module):
 
     Args:
         backbone: frozen CLIP.
-        class_names: C names in the order of the label ids.
+        class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         templates: prompts with one `{}`; their features are averaged per class.
-        alpha: weight of the Gaussian's log posterior, 0 or more; 1 adds it as it is.
+        alpha: weight of the Gaussian's log posterior, 0 or more; None is 1, which adds it as it is, or is chosen on
+            validation images where learning has any.
 
     Raises:
         ConfigError: alpha is out of range.
         BackboneError: a prompt is longer than the context.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "gda"
+    variants = {"gda": Variant(6, ladder=True)}
+    schedule_type = GDASchedule
     text: Tensor
     weights: Tensor
     biases: Tensor
 
     def __init__(
         self,
-        backbone: ClipBackbone,
-        class_names: Sequence[str],
+        backbone: ClipBackbone | FeatureClip,
+        class_names: Sequence[str] | None = None,
         *,
         templates: Sequence[str] = ("a photo of a {}.",),
-        alpha: float = 1.0,
+        alpha: float | None = None,
     ) -> None:
         super().__init__()
-        self.alpha = check_factor("alpha", alpha)
-        self.backbone, self.templates = backbone, tuple(templates)
-        text = zero_shot_weights(backbone, tuple(class_names), self.templates)
+        self._fixed = alpha is not None
+        self.alpha = check_factor("alpha", 1.0 if alpha is None else alpha)
+        names = self._sit_on(backbone, class_names)
+        self.templates = tuple(templates)
+        text = zero_shot_weights(backbone, names, self.templates)
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("weights", torch.zeros_like(text), persistent=False)
         self.register_buffer("biases", torch.zeros_like(text[:, 0]), persistent=False)
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
 
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
         return {"templates": list(self.templates), "alpha": self.alpha}
 
-    def fit(self, features: Features) -> None:
+    def fit_features(self, features: Features) -> None:
         """Estimates means and covariance, in double precision.
 
         Args:
@@ -214,6 +236,18 @@ class GDA(nn.Module):
         self.alpha = choice.values["alpha"]
         return choice
 
+    def _learn(self, support: Support, schedule: GDASchedule, loop: Loop) -> dict[str, Any]:
+        self.fit_features(support.features(schedule.views, min_scale=schedule.min_scale))
+        validation = support.validation() if schedule.choose and not self._fixed else None
+        told = {} if validation is None else self.choose(validation).told()
+        return {"schedule": "closed form", "chosen": {"alpha": self.alpha}, **told}
+
+    def head(self) -> Head:
+        """Returns the zero-shot head and the Gaussian's, added."""
+        scale = float(self.backbone.logit_scale)
+        weight = scale * self.text + self.alpha * self.weights
+        return Head(self.encoder, weight, self.alpha * self.biases, scale)
+
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.text.shape[1])
@@ -221,30 +255,34 @@ class GDA(nn.Module):
         with torch.autocast(device_type=features.device.type, enabled=False):
             return zero_shot + self.alpha * (features.float() @ self.weights.T + self.biases)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns nothing: there is no training."""
-        return []
-
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns the (C, D) weights and (C,) biases of the Gaussian discriminant."""
         return {"weights": self.weights, "biases": self.biases}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over weights and biases. Raises ArtifactError when they do not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         check_state(state, {"weights": self.weights.shape, "biases": self.biases.shape}, "GDA")
         self.weights.copy_(state["weights"])
         self.biases.copy_(state["biases"])
-
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.text.device)
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm text features; the Gaussian's weights are not among them."""
         return self.text
 
 
-class SSText(nn.Module):
+@dataclass(frozen=True)
+class SSTextSchedule(Schedule):
+    """What SS-Text learns from: in the published code the evaluation transform alone.
+
+    Attributes:
+        views: sets of crops, whose features are averaged; 0 is the evaluation transform.
+        min_scale: smallest crop as a share of the image's area.
+    """
+
+    views: int = 0
+    min_scale: float = 0.5
+
+
+class SSText(Method):
     """A linear head in closed form between text and image features (SS-Text, arXiv:2506.17500).
 
     Images are compared with the direction of each class's `text_anchored` weights:
@@ -256,7 +294,7 @@ class SSText(nn.Module):
 
     Args:
         backbone: frozen CLIP.
-        class_names: C names in the order of the label ids.
+        class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         templates: prompts with one `{}`; their features are averaged per class.
         mode: "plus" (SS-Text+) or "plain" (SS-Text); see `text_anchored`.
 
@@ -265,14 +303,16 @@ class SSText(nn.Module):
         BackboneError: a prompt is longer than the context.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "ss_text"
+    variants = {"ss-text": Variant(2, ladder=True)}
+    schedule_type = SSTextSchedule
     text: Tensor
     weights: Tensor
 
     def __init__(
         self,
-        backbone: ClipBackbone,
-        class_names: Sequence[str],
+        backbone: ClipBackbone | FeatureClip,
+        class_names: Sequence[str] | None = None,
         *,
         templates: Sequence[str] = ("a photo of a {}.",),
         mode: Mode = "plus",
@@ -280,23 +320,19 @@ class SSText(nn.Module):
         super().__init__()
         if mode not in get_args(Mode):
             raise ConfigError(f"SS-Text has no mode {mode!r}. {did_you_mean(str(mode), get_args(Mode))}")
-        self.backbone, self.templates = backbone, tuple(templates)
+        names = self._sit_on(backbone, class_names)
+        self.templates = tuple(templates)
         self.mode: Mode = mode
-        text = zero_shot_weights(backbone, tuple(class_names), self.templates)
+        text = zero_shot_weights(backbone, names, self.templates)
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("weights", text.clone(), persistent=False)
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
 
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
         return {"templates": list(self.templates), "mode": self.mode}
 
-    def fit(self, features: Features) -> None:
+    def fit_features(self, features: Features) -> None:
         """Computes the head, in double precision.
 
         Args:
@@ -313,27 +349,22 @@ class SSText(nn.Module):
         kept = (weights == text).all(dim=1, keepdim=True)  # to the bit
         self.weights.copy_(torch.where(kept, text, F.normalize(weights, dim=-1)))
 
+    def _learn(self, support: Support, schedule: SSTextSchedule, loop: Loop) -> dict[str, Any]:
+        self.fit_features(support.features(schedule.views, min_scale=schedule.min_scale))
+        return {"schedule": f"closed form ({self.mode})"}
+
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.text.shape[1])
         return scaled_logits(features, self.weights, self.backbone.logit_scale)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns nothing: there is no training."""
-        return []
-
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns the (C, D) unit-norm class weights."""
         return {"class_weights": self.weights}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over the class weights. Raises ArtifactError when they do not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         check_state(state, {"class_weights": self.weights.shape}, "SS-Text")
         self.weights.copy_(state["class_weights"])
-
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.text.device)
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm class weights."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from adaptclip.backbone import ClipBackbone
-from adaptclip.errors import ConfigError
 from adaptclip.methods.base import batch_features, check_state
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
-from adaptclip.methods.coop import initial_context, suffix_ids
+from adaptclip.methods.coop import initial_context, learn_prompts, suffix_ids
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.seeding import generator
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch
 
 REDUCTION = 16
@@ -23,7 +25,24 @@ HELD_FEATURES = 65536
 """Most text features (images times classes) held at once where no gradients are asked for."""
 
 
-class CoCoOp(nn.Module):
+@dataclass(frozen=True)
+class CoCoOpSchedule(Schedule):
+    """How CoCoOp learns (sec. 4): SGD with momentum 0.9 and weight decay 5e-4, a cosine per epoch, image by image.
+
+    Attributes:
+        epochs: passes over the training images.
+        views: sets of random crops, taken in turn; None makes fresh ones for every epoch, as published.
+        lr: peak learning rate.
+        batch_size: images per process and step; every image encodes all class prompts anew.
+    """
+
+    epochs: int = 10
+    views: int | None = None
+    lr: float = 2e-3
+    batch_size: int = 1
+
+
+class CoCoOp(Method):
     """Conditional context optimisation (Zhou et al. 2022, arXiv:2203.05557, sec. 3.2).
 
     The prompt of class c for an image with the unit-norm feature f is
@@ -51,7 +70,11 @@ class CoCoOp(nn.Module):
         BackboneError: the backbone's text tower is of a kind whose prompts cannot be learnt.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "cocoop"
+    variants = {"cocoop": Variant(11.5, search={"lr": (5e-4, 2e-2)})}
+    schedule_type = CoCoOpSchedule
+    learns_by_steps = True
+    takes_new_names = True
 
     def __init__(
         self,
@@ -65,10 +88,7 @@ class CoCoOp(nn.Module):
         fast: bool = True,
     ) -> None:
         super().__init__()
-        if not class_names:
-            raise ConfigError("CoCoOp needs at least one class name, got none")
-        self.backbone = backbone
-        self.class_names = tuple(class_names)
+        class_names = self._sit_on(backbone, class_names)
         self.ctx_init, self.seed = ctx_init, seed
         self.tower = backbone.text
         self.context = nn.Parameter(initial_context(backbone, n_ctx, ctx_init, seed))
@@ -78,11 +98,6 @@ class CoCoOp(nn.Module):
             self.tower, suffixes, prefix_length=len(self.tower.start_ids) + len(self.context), fast=fast,
             memory_budget_bytes=memory_budget_bytes,
         )  # fmt: skip
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -112,16 +127,28 @@ class CoCoOp(nn.Module):
         net = {f"meta_net.{name}": tensor.detach() for name, tensor in self.meta_net.named_parameters()}
         return {"context": self.context.detach(), **net}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over context and meta-net. Raises ArtifactError when they do not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         own = self.adapter_state()
         check_state(state, {name: tensor.shape for name, tensor in own.items()}, "CoCoOp")
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
-    def penalty(self) -> Tensor:
-        """Returns 0: there is no regulariser."""
-        return self.context.new_zeros(())
+    def _learn(self, support: Support, schedule: CoCoOpSchedule, loop: Loop) -> dict[str, Any]:
+        views = min(schedule.views or schedule.epochs, schedule.epochs)
+        return learn_prompts(self, support, support.features(views), schedule, loop, f"{views} sets of crops")
+
+    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> CoCoOp:
+        """Returns the learnt context and meta-net around other names."""
+        moved = CoCoOp(self.backbone, class_names, **self.settings)
+        moved.load_adapter_state(self.adapter_state())
+        return moved
+
+    def head(self) -> NoReturn:
+        """Raises ConfigError: there are no fixed class weights."""
+        self._lacks(
+            "has no fixed head: its text features are made anew for every image by the text tower, so there are no "
+            "fixed class weights"
+        )
 
     @torch.no_grad()
     def class_weights(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from adaptclip.backbone.text import TextTower
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.methods.objective import ClassBias
 from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
 from adaptclip.seeding import generator
 from adaptclip.training.criterion import ObjectiveName, check_objective
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch, Features
 
 POSITIONS = ("end", "middle", "front")
@@ -45,7 +47,39 @@ def published_length(shots: int, *, kg_weight: float = 0.0) -> tuple[int, int]:
     return (50 if shots in (0, 1) else 100 if shots <= 4 else 200), 32
 
 
-class CoOp(nn.Module):
+@dataclass(frozen=True)
+class CoOpSchedule(Schedule):
+    """How CoOp (Zhou et al. 2022, sec. 4.1) and KgCoOp (Yao et al. 2023, sec. 4) learn.
+
+    By SGD with momentum 0.9 and weight decay 5e-4, a first epoch at 1e-5 and a cosine per epoch.
+
+    Attributes:
+        epochs: passes over the training images; for the published ones see `published_length`.
+        views: sets of random crops, taken in turn; None makes fresh ones for every epoch, as published.
+        lr: peak learning rate.
+        batch_size: images per process and step.
+    """
+
+    epochs: int = 200
+    views: int | None = None
+    lr: float = 2e-3
+    batch_size: int = 32
+
+
+def learn_prompts(
+    method: Method, support: Support, features: Features, schedule: Any, loop: Loop, about: str
+) -> dict[str, Any]:
+    """Trains prompts as CoOp and CoCoOp do: SGD, a first epoch at 1e-5, a cosine per epoch."""
+    loader = support.loader(features, batch_size=schedule.batch_size)
+    num_steps = schedule.epochs * loader.steps_per_epoch
+    loop(support.training(method, loader, num_steps, optimizer="sgd", lr=schedule.lr, weight_decay=5e-4))
+    return {
+        "schedule": f"{num_steps} steps ({schedule.epochs} epochs) of SGD, learning rate {schedule.lr:g}, cosine per "
+        f"epoch, over {about}"
+    }
+
+
+class CoOp(Method):
     """Context optimisation (Zhou et al. 2022, arXiv:2109.01134, sec. 3.2).
 
     Only the M context vectors learn, the logit scale is frozen. The prompt of a class is one of
@@ -84,7 +118,18 @@ class CoOp(nn.Module):
             is longer than its context.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "coop"
+    variants = {
+        "coop": Variant(10, ladder=True, search={"lr": (5e-4, 2e-2), "n_ctx": [4, 8, 16]}),
+        "kgcoop": Variant(
+            11, defaults={"n_ctx": 4, "ctx_init": "a photo of a", "kg_weight": 8.0},
+            search={"lr": (5e-4, 2e-2), "kg_weight": (1.0, 32.0)},
+        ),
+    }  # fmt: skip
+    schedule_type = CoOpSchedule
+    smoke = {"epochs": 50, "views": 5}
+    learns_by_steps = True
+    takes_new_names = True
 
     def __init__(
         self,
@@ -104,8 +149,7 @@ class CoOp(nn.Module):
         shard_classes: bool = True,
     ) -> None:
         super().__init__()
-        if not class_names:
-            raise ConfigError("CoOp needs at least one class name, got none")
+        class_names = self._sit_on(backbone, class_names)
         if kg_weight < 0 or memory_budget_bytes <= 0:
             raise ConfigError(
                 f"kg_weight must be at least 0 and memory_budget_bytes positive, got {kg_weight}, {memory_budget_bytes}"
@@ -116,8 +160,6 @@ class CoOp(nn.Module):
         if kg_weight:
             # The features are computed when training starts; that the prompts fit is better known now.
             backbone.tokenize([prompt for prompts in fill(templates, class_names) for prompt in prompts])
-        self.backbone = backbone
-        self.class_names = tuple(class_names)
         self.ctx_init, self.templates, self.kg_weight, self.seed = ctx_init, tuple(templates), float(kg_weight), seed
         self.class_specific, self.position = class_specific, position
         self.tower = backbone.text
@@ -139,11 +181,6 @@ class CoOp(nn.Module):
         self._penalty: Tensor | None = None
         self._anchor: Tensor | None = None
         self._cached: _Encoded | None = None
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -176,6 +213,29 @@ class CoOp(nn.Module):
         """Returns the (C,) bias of the sigmoid objective without gradients; None under softmax."""
         return None if self.bias is None else self.bias().detach()
 
+    def published(self, shots: int, images_per_class: int) -> CoOpSchedule:
+        """Returns the papers' lengths for k shots, KgCoOp's where `kg_weight` is above 0."""
+        epochs, batch_size = published_length(shots, kg_weight=self.kg_weight)
+        return CoOpSchedule(epochs=epochs, batch_size=batch_size)
+
+    def _learn(self, support: Support, schedule: CoOpSchedule, loop: Loop) -> dict[str, Any]:
+        views = min(schedule.views or schedule.epochs, schedule.epochs)
+        features = support.features(views)
+        self.begin(features)
+        return learn_prompts(self, support, features, schedule, loop, f"{views} sets of crops")
+
+    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> CoOp:
+        """Returns the learnt context around other names.
+
+        Raises:
+            ConfigError: every class has learnt a context of its own, or the objective has a bias for each.
+        """
+        if self.class_specific or self.bias is not None:
+            self._lacks("has learnt a context or a bias for each class, and has none for others")
+        moved = CoOp(self.backbone, class_names, **self.settings, shard_classes=False)
+        moved.load_adapter_state(self.adapter_state())
+        return moved
+
     def begin(self, features: Features) -> None:
         """Sets where the bias of the sigmoid objective starts, from training images; softmax has nothing to set."""
         if self.bias is not None:
@@ -207,8 +267,7 @@ class CoOp(nn.Module):
         """Returns the context, (M, T) or (C, M, T) where it is class-specific, and under sigmoid the bias."""
         return {"context": self.context.detach(), **({} if self.bias is None else self.bias.state())}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         check_state(state, {name: value.shape for name, value in self.adapter_state().items()}, "CoOp")
         with torch.no_grad():
             self.context.copy_(state["context"])

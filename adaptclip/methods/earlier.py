@@ -17,7 +17,7 @@ def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any
     - two_stage: LoRA in the first stage.
 
     Args:
-        method: a key of ADAPTERS.
+        method: a key of the registry.
         settings: of the manifest.
     """
     head = settings.get("head")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError, DataError, TrainingError, did_you_mean
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.methods.base import batch_features, check_features, check_state, scaled_logits
+from adaptclip.methods.head import Head
 from adaptclip.methods.linear_fits import (
     ImageBalance,
     fit_from_text,
@@ -25,18 +28,53 @@ from adaptclip.methods.linear_fits import (
     warn_of_unseen,
     zero_shot_confidence,
 )
-from adaptclip.methods.linear_settings import Head, check_balance_of, check_variant, settings_of_fit
+from adaptclip.methods.linear_settings import HeadKind, check_balance_of, check_variant, settings_of_fit
 from adaptclip.methods.lp_plus_plus import Reading, fit_lp_plus_plus, step_sizes
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.methods.objective import ClassBias
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.training.criterion import ObjectiveName, check_objective
+from adaptclip.training.mitigation import Mitigation
+from adaptclip.training.presets import Preset
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 BATCH_SIZE = 256
 """Rows per step of text-init and clap (Silva-Rodríguez et al. 2024)."""
 
 
-class LinearProbe(nn.Module):
+PUBLISHED_VIEWS = {"logistic": 0, "text-init": 20, "clap": 20, "lp++": 1}
+"""Sets of random crops that each head's paper uses; 0 is the evaluation transform."""
+
+FIXED_C = 10.0
+"""C of `logistic` in `fit` without validation images; of the right order for unit-norm features."""
+
+
+@dataclass(frozen=True)
+class LinearSchedule(Schedule):
+    """How a head is fitted; what a head does not have stays None.
+
+    Attributes:
+        views: sets of crops; 0 is the evaluation transform.
+        min_scale: smallest crop as a share of the image's area; a larger limit of the card wins.
+        c: inverse strength of `logistic`'s penalty; None chooses it on the validation images.
+        lr: peak learning rate of `text-init` and `clap`.
+        epochs: passes of `text-init`, `clap` and `lp++`.
+        clap_weight: multiplies the penalties of `clap`; 0 makes it `text-init`.
+    """
+
+    views: int = 0
+    min_scale: float = 0.5
+    c: float | None = None
+    lr: float | None = None
+    epochs: int | None = None
+    clap_weight: float | None = None
+
+
+class LinearProbe(Method):
     """A linear classifier on frozen image features.
 
     The heads, with f a unit-norm feature and t_c the zero-shot text features:
@@ -51,7 +89,7 @@ class LinearProbe(nn.Module):
     - `lp++`: logits f · (w_c + alpha_c t_c) + b_c (Huang et al. 2024, arXiv:2404.02285), in the reading of the
       published code or of the paper, see `fit_lp_plus_plus`.
 
-    Before `fit`, the last three give the zero-shot logits, and `logistic` gives 0 everywhere. Nothing here learns by
+    Before learning, the last three give the zero-shot logits, and `logistic` gives 0 everywhere. Nothing here learns by
     gradients from outside.
 
     What differs from the published code: text features are means of unit-norm prompts (ZS-LP and CLAP average the raw
@@ -61,7 +99,7 @@ class LinearProbe(nn.Module):
 
     Args:
         backbone: frozen CLIP.
-        class_names: C names in the order of the label ids.
+        class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         head: which of the four.
         templates: prompts of the text features; not read by `logistic`.
         objective: "sigmoid" (text-init and clap) learns a bias for each class beside the weights, see `ClassBias`.
@@ -74,45 +112,49 @@ class LinearProbe(nn.Module):
         BackboneError: a prompt is longer than the context.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "linear_probe"
+    variants = {
+        "logistic": Variant(3, {"head": "logistic"}, ladder=True),
+        "lp++": Variant(4, {"head": "lp++"}, ladder=True),
+        "text-init": Variant(8, {"head": "text-init"}, search={"lr": (1e-2, 1.0)}),
+        "clap": Variant(9, {"head": "clap"}, ladder=True, search={"lr": (1e-2, 1.0), "clap_weight": (0.1, 10.0)}),
+    }
+    schedule_type = LinearSchedule
     text: Tensor
 
     def __init__(
         self,
-        backbone: ClipBackbone,
-        class_names: Sequence[str],
+        backbone: ClipBackbone | FeatureClip,
+        class_names: Sequence[str] | None = None,
         *,
-        head: Head = "logistic",
+        head: HeadKind = "logistic",
         templates: Sequence[str] = ("a photo of a {}.",),
         objective: ObjectiveName = "softmax",
         start_norm: float | None = None,
         reading: Reading | None = None,
     ) -> None:
         super().__init__()
-        if head not in get_args(Head):
-            raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(Head))}")
+        if head not in get_args(HeadKind):
+            raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(HeadKind))}")
         check_variant(head, start_norm, reading)
         check_objective(objective)
         if objective == "sigmoid" and head not in ("text-init", "clap"):
             raise ConfigError(
                 f"the head {head!r} is fitted to the softmax; the objective sigmoid takes text-init or clap"
             )
-        if not class_names:
-            raise ConfigError("a linear probe needs at least one class name, got none")
-        self.backbone = backbone
-        self.class_names = tuple(class_names)
-        self.head: Head = head
+        names = self._sit_on(backbone, class_names)
+        self.kind: HeadKind = head
         self.objective: ObjectiveName = objective
         self.templates = tuple(templates)
         self.start_norm = start_norm_of(float(backbone.logit_scale)) if start_norm is None else float(start_norm)
         self.reading: Reading = reading or "code"
-        shape = (len(self.class_names), backbone.embed_dim)
+        shape = (len(names), backbone.embed_dim)
         state = {"weight": torch.zeros(shape, device=backbone.device)}
         text = torch.zeros(0, shape[1], device=backbone.device)  # `logistic` reads no words
         if head == "logistic":
             state["bias"] = torch.zeros(shape[0], device=backbone.device)
         else:
-            text = zero_shot_weights(backbone, self.class_names, self.templates)
+            text = zero_shot_weights(backbone, names, self.templates)
         if head == "lp++":
             state["alpha"] = backbone.logit_scale.detach().float().expand(shape[0]).clone()
         elif head != "logistic":
@@ -125,31 +167,26 @@ class LinearProbe(nn.Module):
         self.register_buffer("text", text, persistent=False)
 
     @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
-
-    @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        settings: dict[str, Any] = {"head": self.head, "templates": list(self.templates)}
+        settings: dict[str, Any] = {"head": self.kind, "templates": list(self.templates)}
         if self.objective != "softmax":
             settings["objective"] = self.objective
-        if self.head == "lp++":
+        if self.kind == "lp++":
             return settings | {"reading": self.reading}
-        return settings if self.head == "logistic" else settings | {"start_norm": self.start_norm}
+        return settings if self.kind == "logistic" else settings | {"start_norm": self.start_norm}
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.backbone.embed_dim)
         weight = self._weight()
-        if self.head in ("text-init", "clap"):
+        if self.kind in ("text-init", "clap"):
             return scaled_logits(features, weight, self.backbone.logit_scale, self.class_bias())
         with torch.autocast(device_type=features.device.type, enabled=False):
             logits = features.float() @ weight.T
             return logits + self.learnt["bias"] if "bias" in self.learnt else logits
 
-    def fit(
+    def fit_features(
         self,
         features: Features,
         validation: Features | None = None,
@@ -193,13 +230,51 @@ class LinearProbe(nn.Module):
         self._check(features, "training")
         started = time.perf_counter()
         with torch.no_grad(), torch.autocast(device_type=self.learnt["weight"].device.type, enabled=False):
-            if self.head == "logistic":
+            if self.kind == "logistic":
                 told = self._fit_logistic(features, validation, settings["c"], balance)
-            elif self.head == "lp++":
+            elif self.kind == "lp++":
                 told = self._fit_lp_plus_plus(features, validation, int(settings["epochs"]))
             else:
                 told = self._fit_from_text(features, settings, seed, balance)
         return {"seconds": time.perf_counter() - started, "validation_used_for": "nothing", **told}
+
+    def published(self, shots: int, images_per_class: int) -> LinearSchedule:
+        """Returns the published settings of the head."""
+        return LinearSchedule(views=PUBLISHED_VIEWS[self.kind], **settings_of_fit(self.kind, {}))
+
+    def schedule(self, shots: int, *, images_per_class: int = 0, preset: Preset = "paper", **given: Any) -> Any:
+        """See `Method.schedule`; a setting that the head does not have is refused."""
+        plan = super().schedule(shots, images_per_class=images_per_class, preset=preset, **given)
+        self.fit_settings(**{name: given.get(name) for name in ("c", "lr", "epochs", "clap_weight")})
+        return plan
+
+    def _without_validation(self, given: dict[str, Any]) -> dict[str, Any]:
+        if self.kind != "logistic" or given.get("c") is not None:
+            return given
+        warnings.warn(
+            f"C of the logistic head is chosen on validation images, and there are none: it is {FIXED_C:g}. Give "
+            "fit(x, y, validation=(x, y)), or c",
+            stacklevel=3,
+        )
+        return {**given, "c": FIXED_C}
+
+    def _learn(self, support: Support, schedule: LinearSchedule, loop: Loop) -> dict[str, Any]:
+        reads = self.reads_validation(schedule.c)
+        given = {name: getattr(schedule, name) for name in settings_of_fit(self.kind, {})}
+        balance = support.mitigation.fresh()
+        told = self.fit_features(
+            support.features(schedule.views, min_scale=schedule.min_scale), support.validation() if reads else None,
+            **given, seed=support.seed, balance=balance,
+        )  # fmt: skip
+        return {**told, "mitigation": balance.describe()}
+
+    def head(self) -> Head:
+        """Returns the head on image features; text-init and clap compare directions, times the logit scale."""
+        if self.kind in ("text-init", "clap"):
+            return super().head()
+        weight = self._weight()
+        bias = self.learnt["bias"] if "bias" in self.learnt else torch.zeros(len(weight), device=weight.device)
+        return Head(self.encoder, weight.detach(), bias.detach(), 1.0)
 
     def fit_settings(
         self,
@@ -214,11 +289,15 @@ class LinearProbe(nn.Module):
         Raises:
             ConfigError: a given setting is not one of this head, or is out of range.
         """
-        return settings_of_fit(self.head, {"c": c, "lr": lr, "epochs": epochs, "clap_weight": clap_weight})
+        return settings_of_fit(self.kind, {"c": c, "lr": lr, "epochs": epochs, "clap_weight": clap_weight})
 
     def reads_validation(self, c: float | None = None) -> bool:
         """Whether `fit` has a use for validation images: `logistic` without `c`, and `lp++` as its code has it."""
-        return (self.head == "logistic" and c is None) or (self.head == "lp++" and self.reading == "code")
+        return (self.kind == "logistic" and c is None) or (self.kind == "lp++" and self.reading == "code")
+
+    def check_mitigation(self, mitigation: Mitigation) -> None:
+        """See `check_balance`."""
+        self.check_balance(mitigation)
 
     def check_balance(self, balance: ImageBalance | None) -> None:
         """Refuses a balance of groups or classes that the head cannot take.
@@ -228,7 +307,7 @@ class LinearProbe(nn.Module):
                 another than fixed weights (it sees all images at once, so that nothing is drawn and no group's turn
                 comes).
         """
-        check_balance_of(self.head, balance)
+        check_balance_of(self.kind, balance)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns what `fit` learns: the weights, with the biases (logistic), or alpha and biases (lp++)."""
@@ -237,18 +316,13 @@ class LinearProbe(nn.Module):
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns the learnt tensors, and the (C, D) text features where logits are made with them (lp++)."""
         state: dict[str, Tensor] = {name: self.learnt[name].detach() for name in self.learnt}
-        return state | {"text": self.text} if self.head == "lp++" else state
+        return state | {"text": self.text} if self.kind == "lp++" else state
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         own = self.adapter_state()
-        check_state(state, {name: tensor.shape for name, tensor in own.items()}, f"a linear probe ({self.head})")
+        check_state(state, {name: tensor.shape for name, tensor in own.items()}, f"a linear probe ({self.kind})")
         for name, tensor in own.items():
             tensor.copy_(state[name])
-
-    def penalty(self) -> Tensor:
-        """Returns 0: all of the loss is inside `fit`."""
-        return self.learnt["weight"].new_zeros(())
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm direction of each class's weights (0 for a class `logistic` has not seen)."""
@@ -261,7 +335,7 @@ class LinearProbe(nn.Module):
     def _weight(self) -> Tensor:
         """(C, D) weights that multiply the features."""
         weight = self.learnt["weight"]
-        return weight + self.learnt["alpha"][:, None] * self.text if self.head == "lp++" else weight
+        return weight + self.learnt["alpha"][:, None] * self.text if self.kind == "lp++" else weight
 
     def _check(self, features: Features, part: str) -> None:
         check_features(features, self.backbone)
@@ -314,7 +388,7 @@ class LinearProbe(nn.Module):
             **settings, "batch_size": BATCH_SIZE, "views": len(features.values), "start_norm": self.start_norm
         }  # fmt: skip
         penalty = None
-        if self.head == "clap":
+        if self.kind == "clap":
             confidence = zero_shot_confidence(features.values, labels, self.text, scale)
             penalty = settings["clap_weight"] * confidence
             chosen["lambda_mean"], chosen["lambda_min"], chosen["lambda_max"] = (
@@ -364,7 +438,7 @@ class LinearProbe(nn.Module):
         for name, value in learnt.items():
             if not torch.isfinite(value).all():
                 raise TrainingError(
-                    f"the {name} of the linear head ({self.head}) came out not finite; try a tenth of the learning "
+                    f"the {name} of the linear head ({self.kind}) came out not finite; try a tenth of the learning "
                     "rate, and check that the features are finite"
                 )
         for name, value in learnt.items():

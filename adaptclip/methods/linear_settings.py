@@ -10,7 +10,7 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.linear_fits import ImageBalance
 from adaptclip.methods.lp_plus_plus import Reading
 
-Head = Literal["logistic", "text-init", "clap", "lp++"]
+HeadKind = Literal["logistic", "text-init", "clap", "lp++"]
 
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "logistic": {"c": None},
@@ -18,10 +18,10 @@ _DEFAULTS: dict[str, dict[str, float | None]] = {
     "clap": {"lr": 0.1, "epochs": 300, "clap_weight": 1.0},
     "lp++": {"epochs": 300},
 }
-"""Head -> the settings of `fit` that it has, and their published values; a C of None is chosen on validation images."""
+"""Head -> the settings of learning that it has, and their published values; a C of None is chosen by validation."""
 
 
-def settings_of_fit(head: Head, given: Mapping[str, float | None]) -> dict[str, Any]:
+def settings_of_fit(head: HeadKind, given: Mapping[str, float | None]) -> dict[str, Any]:
     """Returns the settings of `LinearProbe.fit` that a head has: those given, and the published values for the others.
 
     Raises:
@@ -35,7 +35,7 @@ def settings_of_fit(head: Head, given: Mapping[str, float | None]) -> dict[str, 
                 f"the head {head!r} has no setting {_flag(name)} (got {value:g}): it belongs to {owners}. "
                 "Leave it out, or take another head."
             )
-    settings = {name: default if given[name] is None else given[name] for name, default in allowed.items()}
+    settings = {name: default if given.get(name) is None else given[name] for name, default in allowed.items()}
     for name, value in settings.items():
         least = {"clap_weight": "0 or more", "epochs": "1 or more"}.get(name, "above 0")
         if value is not None and not _in_range(value, least):
@@ -43,7 +43,7 @@ def settings_of_fit(head: Head, given: Mapping[str, float | None]) -> dict[str, 
     return settings
 
 
-def check_balance_of(head: Head, balance: ImageBalance | None) -> None:
+def check_balance_of(head: HeadKind, balance: ImageBalance | None) -> None:
     """Raises ConfigError for a balance that a head cannot take, see `LinearProbe.check_balance`."""
     if balance is None or (balance.weights is None and balance.strata is None):
         return
@@ -56,7 +56,7 @@ def check_balance_of(head: Head, balance: ImageBalance | None) -> None:
         )
 
 
-def check_variant(head: Head, start_norm: float | None, reading: str | None) -> None:
+def check_variant(head: HeadKind, start_norm: float | None, reading: str | None) -> None:
     """Raises ConfigError for a start or a reading that is out of range, or belongs to another head."""
     if start_norm is not None and (head not in ("text-init", "clap") or not _in_range(start_norm, "above 0")):
         raise ConfigError(

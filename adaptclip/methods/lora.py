@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,9 +17,7 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.attention import share_weights
 from adaptclip.backbone.class_token import encode_image
 from adaptclip.backbone.lora_targets import Towers
-from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import BackboneError, DataError
-from adaptclip.features import FeatureCache
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES
 from adaptclip.methods.class_prompts import ClassPrompts
@@ -35,17 +32,21 @@ from adaptclip.methods.lora_layers import (
     save_peft,
     set_lora_scale,
 )
+from adaptclip.methods.method import Method, Variant
 from adaptclip.methods.objective import ClassBias
 from adaptclip.methods.snapshots import Snapshot, take_snapshot
+from adaptclip.methods.tower_tuning import TowerSchedule, tune_towers
+from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.training.criterion import ObjectiveName, check_objective
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch
 
 BIAS_FILE = "class_bias.safetensors"
 """What the sigmoid objective learns beside PEFT's own files."""
 
 
-class LoRA(nn.Module):
+class LoRA(Method):
     """Low-rank adapters on a frozen CLIP (CLIP-LoRA, Zanella and Ben Ayed 2024, arXiv:2405.18541).
 
     The prompts stay the card's own; what is compared with the pictures are the text features of the adapted text tower.
@@ -78,6 +79,14 @@ class LoRA(nn.Module):
         BackboneError: a prompt is too long, or a tower is of a kind that cannot be adapted.
     """
 
+    name = "lora"
+    variants = {"lora": Variant(12, ladder=True, search={"lr": (1e-4, 2e-2), "rank": [2, 4, 8]})}
+    schedule_type = TowerSchedule
+    smoke = {"steps": 60, "lr": 1e-2}
+    learns_by_steps = True
+    takes_new_names = True
+    is_clip = True
+
     def __init__(
         self,
         backbone: ClipBackbone,
@@ -101,6 +110,7 @@ class LoRA(nn.Module):
         fast: bool = True,
     ) -> None:
         super().__init__()
+        class_names = self._sit_on(backbone, class_names)
         check_objective(objective)
         self._prompts = ClassPrompts(
             backbone, class_names, templates, memory_budget_bytes=memory_budget_bytes, fast=fast
@@ -109,7 +119,6 @@ class LoRA(nn.Module):
             "towers": towers, "rank": rank, "alpha": float(alpha), "dropout": float(dropout), "blocks": blocks,
             "projections": list(projections), "targets": list(targets), "rslora": rslora, "dora": dora, "seed": seed,
         }  # fmt: skip
-        self.backbone, self.class_names = backbone, tuple(class_names)
         check_scale(scale)
         self.templates, self.scale = tuple(templates), float(scale)
         self.objective: ObjectiveName = objective
@@ -171,17 +180,18 @@ class LoRA(nn.Module):
         """Returns the (C,) bias of the sigmoid objective at the present scale; None under softmax."""
         return None if self.bias is None else self.bias(self.scale).detach()
 
-    def begin_from(self, images: ImageDataset, cache: FeatureCache, *, accelerator: Accelerator | None = None) -> None:
-        """Sets where the bias of the sigmoid objective starts, from training images; encodes them only if needed.
+    def published(self, shots: int, images_per_class: int) -> TowerSchedule:
+        """Returns the paper's 500 steps per shot (sec. 4)."""
+        return TowerSchedule(steps=500 * (shots or images_per_class))
 
-        Args:
-            images: that it will be trained on.
-            cache: of the frozen tower's features.
-            accelerator: divides the encoding.
-        """
+    def _learn(self, support: Support, schedule: TowerSchedule, loop: Loop) -> dict[str, Any]:
         if self.bias is not None and not self.bias.from_model:
-            features = cache.get(self.backbone, images, accelerator=accelerator)
-            self.bias.begin(features, self.class_weights(), self.backbone.logit_scale)
+            self.bias.begin(support.features(), self.class_weights(), self.backbone.logit_scale)
+        return tune_towers(self, support, schedule, schedule.steps, loop)
+
+    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> ZeroShotClassifier:
+        """Returns a classifier of other classes by the adapted towers."""
+        return ZeroShotClassifier(self.encoder, class_names, self.templates if templates is None else templates)
 
     def text_features(self) -> Tensor:
         """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
@@ -204,8 +214,7 @@ class LoRA(nn.Module):
         """What changes the towers."""
         return {name: parameter.detach() for name, parameter in lora_parameters(self.model).items()}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         check_state(state, {name: value.shape for name, value in self.adapter_state().items()}, "LoRA")
         with torch.no_grad():
             for name, parameter in lora_parameters(self.model).items():
@@ -244,10 +253,6 @@ class LoRA(nn.Module):
                 "one, or leave compilation off"
             )
         self._encode_image = torch.compile(encode_image)
-
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.backbone.device)
 
     @property
     def encoder(self) -> ClipBackbone:

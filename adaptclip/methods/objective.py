@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.methods.base import scaled_logits
 from adaptclip.training.criterion import ObjectiveName
 from adaptclip.types import Features
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
 
 _MOST_LOGITS = 2**22
 """Logits whose mean is brought to its place at a time, to bound the memory."""
@@ -37,7 +40,7 @@ class ClassBias(nn.Module):
 
     start: Tensor
 
-    def __init__(self, backbone: ClipBackbone, num_classes: int) -> None:
+    def __init__(self, backbone: ClipBackbone | FeatureClip, num_classes: int) -> None:
         super().__init__()
         own = backbone.logit_bias
         start = -math.log(max(num_classes - 1, 1)) if own is None else float(own)

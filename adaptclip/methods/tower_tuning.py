@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +17,10 @@ from adaptclip.backbone.lora_targets import Towers
 from adaptclip.errors import ConfigError, DataError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.class_prompts import ClassPrompts
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.methods.snapshots import Snapshot, take_snapshot
+from adaptclip.methods.zero_shot import ZeroShotClassifier
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch
 
 Tune = Literal["layernorm", "bitfit"]
@@ -73,8 +77,42 @@ def _of_kind(model: nn.Module, tune: Tune, prefixes: tuple[str, ...]) -> list[st
     return []
 
 
-class TowerTuning(nn.Module):
+@dataclass(frozen=True)
+class TowerSchedule(Schedule):
+    """How towers are tuned: AdamW with weight decay 0.01, a cosine per step down to 1e-6, fresh crops in every epoch.
+
+    Attributes:
+        steps: optimizer steps; for the published ones see the methods' `published`.
+        lr: peak learning rate.
+        batch_size: images per process and step.
+        views: sets of crops, where the text tower alone is tuned and cached features are learnt from.
+    """
+
+    steps: int = 500
+    lr: float = 2e-4
+    batch_size: int = 32
+    views: int = 10
+
+
+def tune_towers(
+    method: Any, support: Support, schedule: Any, num_steps: int, loop: Loop, *, name: str = ""
+) -> dict[str, Any]:
+    """Trains an adapter of the towers for a number of steps, and says how."""
+    loader = support.loader_for(method, batch_size=schedule.batch_size, views=schedule.views)
+    loop(
+        support.training(
+            method, loader, num_steps, optimizer="adamw", lr=schedule.lr, weight_decay=1e-2,
+            schedule="cosine_per_step", final_lr=1e-6, name=name,
+        )
+    )  # fmt: skip
+    return {"schedule": f"AdamW {schedule.lr:g}, cosine, {num_steps} steps of {schedule.batch_size}"}
+
+
+class TowerTuning(Method):
     """A CLIP whose norms or biases are tuned in place, everything else frozen.
+
+    LayerNorm tuning is the first stage of 2SFS (Farina et al. 2025, arXiv:2503.11609), BitFit is Ben Zaken et al. 2022
+    (arXiv:2106.10199) in that paper's ablation; by themselves both learn for the 300 steps per shot of both stages.
 
     The prompts stay the card's own; what is compared with the pictures are the text features of the tuned text tower.
     Where the image tower is tuned the method trains on pixels, otherwise on cached features. Before training it is the
@@ -92,6 +130,16 @@ class TowerTuning(nn.Module):
         BackboneError: a prompt is too long, or a tower is of a kind that cannot be adapted.
     """
 
+    name = "tower_tuning"
+    variants = {
+        "layernorm": Variant(11.7, {"tune": "layernorm"}, search={"lr": (1e-4, 2e-2)}),
+        "bitfit": Variant(11.8, {"tune": "bitfit"}, search={"lr": (1e-4, 2e-2)}),
+    }
+    schedule_type = TowerSchedule
+    smoke = {"steps": 60, "lr": 1e-2}
+    learns_by_steps = True
+    takes_new_names = True
+    is_clip = True
     objective: Literal["softmax"] = "softmax"
 
     def __init__(
@@ -104,13 +152,14 @@ class TowerTuning(nn.Module):
         templates: Sequence[str] = ("a photo of a {}.",),
     ) -> None:
         super().__init__()
+        class_names = self._sit_on(backbone, class_names)
         names = tuned_names(backbone.model, tune, towers)
         if backbone.precision != "fp32":
             raise ConfigError(
                 f"{tune} tunes the towers' own numbers and takes a backbone in fp32, got {backbone.precision}; train "
                 "with autocast (--mixed-precision) instead"
             )
-        self.backbone, self.class_names, self.templates = backbone, tuple(class_names), tuple(templates)
+        self.templates = tuple(templates)
         self.tune, self.towers = tune, towers
         self._prompts = ClassPrompts(backbone, class_names, templates)
         self.adapts_text, self.adapts_image = towers != "image", towers != "text"
@@ -170,16 +219,22 @@ class TowerTuning(nn.Module):
         """Returns what is tuned, whole, by its name in the model."""
         return {name: self.model.get_parameter(name).detach() for name in self._names}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         own = self.adapter_state()
         check_state(state, {name: value.shape for name, value in own.items()}, f"towers tuned by {self.tune}")
         for name, value in own.items():
             value.copy_(state[name])
 
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.backbone.device)
+    def published(self, shots: int, images_per_class: int) -> TowerSchedule:
+        """Returns 2SFS's 300 steps per shot, all of them here."""
+        return TowerSchedule(steps=300 * (shots or images_per_class))
+
+    def _learn(self, support: Support, schedule: TowerSchedule, loop: Loop) -> dict[str, Any]:
+        return tune_towers(self, support, schedule, schedule.steps, loop)
+
+    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> ZeroShotClassifier:
+        """Returns a classifier of other classes by the tuned towers."""
+        return ZeroShotClassifier(self.encoder, class_names, self.templates if templates is None else templates)
 
     @property
     def encoder(self) -> ClipBackbone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,15 +15,46 @@ from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.lora import LoRA
-from adaptclip.methods.tower_tuning import TowerTuning
+from adaptclip.methods.method import Method, Variant
+from adaptclip.methods.tower_tuning import TowerSchedule, TowerTuning, tune_towers
+from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.prompts import clean_class_name, zero_shot_weights
 from adaptclip.storage import read_tensors, write_tensors
+from adaptclip.training.presets import Preset
+from adaptclip.training.support import Loop, Support
 from adaptclip.types import Batch
 
 FirstStage = Literal["layernorm", "bitfit", "lora"]
 
 
-class TwoStage(nn.Module):
+@dataclass(frozen=True)
+class TwoStageSchedule(TowerSchedule):
+    """How 2SFS learns (sec. 4 of the paper and its code): AdamW with a cosine in either stage.
+
+    Attributes:
+        steps: of both stages together.
+        lr: peak learning rate of the first stage.
+        batch_size: images per process and step.
+        views: sets of crops that the head learns from; the published code makes fresh ones in every epoch.
+        tower_share: share of the steps that tune the towers.
+        head_lr: peak learning rate of the second stage.
+    """
+
+    tower_share: float = 0.6
+    head_lr: float = 2e-4
+
+    def first_steps(self) -> int:
+        """Returns the steps of the first stage. Raises ConfigError where a stage has none."""
+        first = round(self.tower_share * self.steps)
+        if not 0 < first < self.steps:
+            raise ConfigError(
+                f"steps and tower_share must leave 1 step or more for each stage, got {self.steps} and "
+                f"{self.tower_share:g}; LoRA has no second stage, a linear probe no first"
+            )
+        return first
+
+
+class TwoStage(Method):
     """A linear head on tuned towers (2SFS, Farina et al. 2025, arXiv:2503.11609).
 
     In the first stage `first` is trained as ever: the LayerNorms of both towers, which is the published method, or as
@@ -43,7 +75,14 @@ class TwoStage(nn.Module):
             settings.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "two_stage"
+    variants = {
+        "two-stage": Variant(13, defaults={"tune": "layernorm"}, search={"lr": (1e-4, 2e-2), "head_lr": (1e-4, 1e-2)})
+    }
+    schedule_type = TwoStageSchedule
+    smoke = {"steps": 80, "lr": 1e-2}
+    learns_by_steps = True
+    takes_new_names = True
 
     def __init__(
         self,
@@ -55,7 +94,7 @@ class TwoStage(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        self.backbone, self.class_names = backbone, tuple(class_names)
+        class_names = self._sit_on(backbone, class_names)
         if first is not None:
             given = {**settings, **({} if tune is None else {"tune": tune})}
             _check_first_stage(first, backbone, self.class_names, given)
@@ -65,7 +104,7 @@ class TwoStage(nn.Module):
         if self.first.objective != "softmax":
             raise ConfigError(f"two-stage adaptation learns softmax only, got the objective {self.first.objective!r}")
         self.first.requires_grad_(False)
-        self.head = nn.Parameter(self.first.class_weights().clone())
+        self.head_weight = nn.Parameter(self.first.class_weights().clone())
 
     @property
     def encoder(self) -> ClipBackbone:
@@ -85,23 +124,63 @@ class TwoStage(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of features that `encoder` made: scaled cosines with the rows of the head."""
-        features = batch_features(batch, self.head.shape[1])
-        return scaled_logits(features, F.normalize(self.head.float(), dim=-1), self.backbone.logit_scale)
+        features = batch_features(batch, self.head_weight.shape[1])
+        return scaled_logits(features, F.normalize(self.head_weight.float(), dim=-1), self.backbone.logit_scale)
+
+    def published(self, shots: int, images_per_class: int) -> TwoStageSchedule:
+        """Returns the paper's 300 steps per shot, 60 % of them for the towers."""
+        return TwoStageSchedule(steps=300 * (shots or images_per_class))
+
+    def schedule(self, shots: int, *, images_per_class: int = 0, preset: Preset = "paper", **given: Any) -> Any:
+        """See `Method.schedule`; each stage has a step or more."""
+        plan = super().schedule(shots, images_per_class=images_per_class, preset=preset, **given)
+        plan.first_steps()
+        return plan
+
+    def _learn(self, support: Support, schedule: TwoStageSchedule, loop: Loop) -> dict[str, Any]:
+        first = schedule.first_steps()
+        for parameter in self.first.trainable_parameters():
+            parameter.requires_grad_(True)
+        tune_towers(self.first, support, schedule, first, loop)
+        self.first.requires_grad_(False)
+        with torch.no_grad():
+            self.head_weight.copy_(self.first.class_weights())
+        # The head learns on features of the tuned towers, which no other run could use.
+        loader = support.loader(support.features(schedule.views, encoder=self.encoder), batch_size=schedule.batch_size)
+        loop(
+            support.training(
+                self, loader, schedule.steps - first, optimizer="adamw", lr=schedule.head_lr, weight_decay=1e-2,
+                schedule="cosine_per_step", final_lr=1e-6, name="head",
+            )
+        )  # fmt: skip
+        return {
+            "schedule": f"AdamW {schedule.lr:g} and {schedule.head_lr:g}, {first} steps of "
+            f"{self.settings['tune']}, {schedule.steps - first} of the head, batches of {schedule.batch_size}"
+        }
+
+    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> ZeroShotClassifier:
+        """Returns a classifier of other classes by the tuned towers."""
+        return self.first.for_classes(class_names, templates)
+
+    def merged_model(self) -> nn.Module:
+        """Returns a stock open_clip model with the tuned towers."""
+        return self.first.merged_model()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the (C, D) head."""
-        return [self.head]
+        return [self.head_weight]
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns the head and what the first stage tuned."""
-        return {"head": self.head.detach(), **self.first.adapter_state()}
+        return {"head": self.head_weight.detach(), **self.first.adapter_state()}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `adapter_state` returned. Raises ArtifactError when it does not fit."""
-        check_state({"head": state["head"]} if "head" in state else {}, {"head": self.head.shape}, "a two-stage head")
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
+        check_state(
+            {"head": state["head"]} if "head" in state else {}, {"head": self.head_weight.shape}, "a two-stage head"
+        )
         self.first.load_adapter_state({name: value for name, value in state.items() if name != "head"})
         with torch.no_grad():
-            self.head.copy_(state["head"])
+            self.head_weight.copy_(state["head"])
 
     def save_adapter(self, folder: Path) -> list[Path]:
         """Writes the head as adapter.safetensors, beside PEFT's files of LoRA or with what else was tuned.
@@ -112,7 +191,7 @@ class TwoStage(nn.Module):
         own = folder / "adapter.safetensors"
         if isinstance(self.first, LoRA):
             files = self.first.save_adapter(folder)
-            write_tensors(own, {"head": self.head.detach()})
+            write_tensors(own, {"head": self.head_weight.detach()})
             return [*files, own]
         write_tensors(own, self.adapter_state())
         return [own]
@@ -125,13 +204,9 @@ class TwoStage(nn.Module):
             state = {**state, **self.first.adapter_state()}
         self.load_adapter_state(state)
 
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.head.device)
-
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm rows of the head, without gradients."""
-        return F.normalize(self.head.detach().float(), dim=-1)
+        return F.normalize(self.head_weight.detach().float(), dim=-1)
 
     def class_weights_of(self, class_names: Sequence[str]) -> Tensor:
         """Returns (C', D) unit-norm weights of any classes: rows of the head for those it knows, else text features.

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.feature_clip import FeatureClip
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.method import Method, Variant
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch
 
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
-class ZeroShotClassifier(nn.Module):
+
+class ZeroShotClassifier(Method):
     """Zero-shot classification with a prompt ensemble (Radford et al. 2021, sec. 3.1.4). Nothing is learnt.
 
     Args:
         backbone: frozen CLIP.
-        class_names: C names in the order of the label ids.
+        class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         templates: prompts with one `{}` for the class name; their features are averaged per class.
 
     Raises:
         BackboneError: a prompt is longer than the context.
+        ConfigError: there is no class name.
     """
 
-    consumes: Literal["features", "pixels"] = "features"
+    name = "zero_shot"
+    variants = {"zero-shot": Variant(0, ladder=True), "ensemble": Variant(1, ladder=True, ensemble=True)}
+    takes_new_names = True
+    is_clip = True
     weights: Tensor
 
     def __init__(
-        self, backbone: ClipBackbone, class_names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+        self,
+        backbone: ClipBackbone | FeatureClip,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] = ("a photo of a {}.",),
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        names = self._sit_on(backbone, class_names)
         self.templates = tuple(templates)
-        weights = zero_shot_weights(backbone, tuple(class_names), self.templates)
-        self.register_buffer("weights", weights, persistent=False)
-
-    @property
-    def encoder(self) -> ClipBackbone:
-        """The backbone."""
-        return self.backbone
+        self.register_buffer("weights", zero_shot_weights(backbone, names, self.templates), persistent=False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -53,23 +57,18 @@ class ZeroShotClassifier(nn.Module):
         features = batch_features(batch, self.weights.shape[1])
         return scaled_logits(features, self.weights, self.backbone.logit_scale)
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns nothing: there is no training."""
-        return []
-
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns the (C, D) class weights."""
         return {"class_weights": self.weights}
 
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over the class weights. Raises ArtifactError when they do not fit."""
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
         check_state(state, {"class_weights": self.weights.shape}, "a zero-shot classifier")
         self.weights.copy_(state["class_weights"])
-
-    def penalty(self) -> Tensor:
-        """Returns 0."""
-        return torch.zeros((), device=self.weights.device)
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm class weights."""
         return self.weights
+
+    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> ZeroShotClassifier:
+        """Returns a zero-shot classifier of other classes."""
+        return ZeroShotClassifier(self.backbone, class_names, self.templates if templates is None else templates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -47,6 +49,12 @@ class GroupDRO:
         self._of_none = float((place < 0).double().mean())
         self._margin = adjust / counts.double().sqrt()
         self.log_weights = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64).log()
+
+    def fresh(self) -> GroupDRO:
+        """Returns another one of the same images and settings, whose weights are equal again."""
+        other = copy.copy(self)
+        other.log_weights = torch.full_like(self.log_weights, 1 / self._num_groups).log()
+        return other
 
     @property
     def shares(self) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -127,6 +127,10 @@ class Mitigation:
     weights: Tensor | None = None
     dro: GroupDRO | None = None
     objective: ObjectiveName = "softmax"
+
+    def fresh(self) -> Mitigation:
+        """Returns the same for another stage of training: what moved while training starts anew."""
+        return self if self.dro is None else replace(self, dro=self.dro.fresh())
 
     @property
     def strata(self) -> Tensor | None:

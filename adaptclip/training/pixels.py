@@ -6,13 +6,12 @@ import copy
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import ConfigError
@@ -20,6 +19,9 @@ from adaptclip.features import FeatureCache
 from adaptclip.seeding import derive_seed
 from adaptclip.training.steps import FeatureLoader, StepPlan
 from adaptclip.types import Batch, Learner
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 
 class PixelLoader:

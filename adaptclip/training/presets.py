@@ -1,4 +1,4 @@
-"""Which values a recipe's settings have that were not given: the paper's, or a schedule for trying things out."""
+"""Named lengths of training: the paper's, or a short one for the embedded default."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from typing import Literal, get_args
 
 from adaptclip.errors import ConfigError, did_you_mean
 
-Preset = Literal["auto", "smoke", "paper"]
+Preset = Literal["smoke", "paper"]
+
+AskedPreset = Literal["auto", "smoke", "paper"]
 
 
-def chosen_preset(preset: Preset, card: str, backbone: str) -> Literal["smoke", "paper"]:
+def check_preset(preset: str) -> None:
+    """Raises ConfigError unless it is the name of a preset."""
+    if preset not in get_args(Preset):
+        raise ConfigError(f"no preset {preset!r}. {did_you_mean(str(preset), get_args(Preset))}")
+
+
+def chosen_preset(preset: AskedPreset, card: str, backbone: str) -> Preset:
     """Returns whose values what is not given takes: those of the short preset, smoke, or the paper's.
 
     Every setting that is given stays as given and changes nothing but itself.
@@ -22,8 +30,7 @@ def chosen_preset(preset: Preset, card: str, backbone: str) -> Literal["smoke", 
     Raises:
         ConfigError: an unknown preset.
     """
-    if preset not in get_args(Preset):
-        raise ConfigError(f"no preset {preset!r}. {did_you_mean(str(preset), get_args(Preset))}")
     if preset == "auto":
         return "smoke" if (card, backbone) == ("digits", "starter") else "paper"
+    check_preset(preset)
     return preset

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.loading import local_folders
 from adaptclip.data.card import load_card
 from adaptclip.data.card_block import CardBlock
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.data.rows import card_places
 from adaptclip.storage import digest
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 _NUM_MARKS = 4
 _MAX_NAMED = 5
@@ -64,6 +65,8 @@ def places_read(config: Mapping[str, Any], data: DomainData | None) -> tuple[lis
         config: the run's settings; of use are `backbone`, `pretrained`, `zero_shot_card` and `data_root`.
         data: the images.
     """
+    from adaptclip.backbone.loading import local_folders  # open_clip, which no method on features needs
+
     root = Path(config["data_root"]) if config.get("data_root") else None
     read = local_folders(config.get("backbone"))
     if config.get("pretrained") and Path(config["pretrained"]).is_file():

@@ -6,9 +6,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,6 @@ from filelock import FileLock
 from torch import Tensor
 
 from adaptclip import __version__
-from adaptclip.backbone import ClipBackbone
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.fewshot import FewShotSplit
 from adaptclip.errors import AdaptclipError, ConfigError, StorageError, TrainingError, did_you_mean
@@ -40,6 +39,9 @@ from adaptclip.training.launcher import (
 from adaptclip.training.provenance import describe_inputs, places_read
 from adaptclip.training.run_folder import check_earlier, check_kind, lock_folder, prepare_folder
 from adaptclip.training.steps import is_due
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 T = TypeVar("T")
 
@@ -133,6 +135,8 @@ class Run:
         accelerator: the one the run belongs to.
         save_every: optimizer steps between checkpoints.
         pace: of checkpoints by the clock, and of stopping when a signal asks for it.
+        config: the settings.
+        resume: whether it is gone on with.
         lock: of the folder; None except on the main process.
     """
 
@@ -141,7 +145,18 @@ class Run:
     accelerator: Accelerator
     save_every: int
     pace: Pace
+    config: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
     lock: FileLock | None = None
+
+    def stage(self, name: str) -> Run:
+        """Returns the run itself for "", or the run of a stage in a folder inside. Every process calls it."""
+        if not name:
+            return self
+        return start_run(
+            self.path / name, config=dict(self.config), accelerator=self.accelerator, resume=self.resume,
+            save_every=self.save_every,
+        )  # fmt: skip
 
     @property
     def metrics(self) -> Path:
@@ -273,7 +288,7 @@ def start_run(
 
     start = _on_main(accelerator, open_folder)
     pace = Pace(is_main=accelerator.is_main_process, num_processes=accelerator.num_processes, minutes=save_minutes)
-    run = Run(path, start, accelerator, save_every, pace, *locks)
+    run = Run(path, start, accelerator, save_every, pace, config, resume, *locks)
     if accelerator.log_with:
         flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in record["config"].items()}
         accelerator.init_trackers("adaptclip", config=flat)

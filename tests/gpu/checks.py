@@ -33,7 +33,8 @@ from adaptclip.data.card import load_card
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.sources import open_data
 from adaptclip.features import FeatureCache
-from adaptclip.methods import ADAPTERS, CoCoOp, ContrastiveTuning, CoOp, LoRA, ZeroShotClassifier
+from adaptclip.methods import CoCoOp, ContrastiveTuning, CoOp, LoRA, ZeroShotClassifier
+from adaptclip.methods.registry import methods
 from adaptclip.seeding import seed_everything
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
 from adaptclip.training.mitigation import Mitigation
@@ -262,7 +263,7 @@ def a_method_on_a_kind(device: torch.device, kind: str, method: str) -> dict[str
         adapter = make_and_train(method, there, digits(), images.to(device))
         got = judged(adapter, with_features(adapter.encoder, images.to(device)))
     mode.check()
-    again: Any = ADAPTERS[method](here, digits().prompt_names, **adapter.settings)
+    again: Any = methods()[method](here, digits().prompt_names, **adapter.settings)
     again.load_adapter_state({name: value.cpu() for name, value in adapter.adapter_state().items()})
     expected = judged(again, with_features(again.encoder, images))
     # Heads are not cosines: what they give is compared with its own size.

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 from recipe_files import CPU, ROOT, load_recipe
 from safetensors.torch import load_file
 
+import adaptclip as ac
 from adaptclip.cli import main
 from adaptclip.entrypoint import run_and_exit
 from adaptclip.errors import AdaptclipError
@@ -83,8 +84,6 @@ def test_a_run_leaves_a_folder_that_explains_itself(cfg, capsys):
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_the_artifact_predicts_as_the_run_did(cfg, tmp_path, mixed_precision):
-    import adaptclip as ac
-
     coop.main(replace(cfg, mixed_precision=mixed_precision))
     judged = Predictions.load(cfg.out / "predictions.parquet")
     test = ac.open_data(ac.load_card("digits")).test
@@ -102,8 +101,6 @@ def test_the_artifact_predicts_as_the_run_did(cfg, tmp_path, mixed_precision):
 
 def loaded_and_live(run: Path) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of 20 test images: from the artifact, and as the run judged them."""
-    import adaptclip as ac
-
     test = ac.open_data(ac.load_card("digits")).test
     model = ac.load(run, allow_failed_gates=True)
     judged = Predictions.load(run / "predictions.parquet").probs[:20]
@@ -256,8 +253,6 @@ def test_gates_decide_the_exit_code(cfg, tmp_path):
     (tmp_path / "loose.yaml").write_text("gates:\n- {metric: accuracy, at_least: 0.001}\n")
     assert coop.main(replace(cfg, gates=str(tmp_path / "loose.yaml"))) == 0
     assert coop.main(replace(cfg, gates=str(tmp_path / "strict.yaml"), overwrite=True)) == 2
-    import adaptclip as ac
-
     with pytest.raises(AdaptclipError, match="allow_failed_gates"):
         ac.load(cfg.out)
     assert ac.load(cfg.out, allow_failed_gates=True).class_names
@@ -287,13 +282,14 @@ def test_errors_end_in_one_message_and_code_1(capsys):
     assert capsys.readouterr().err == "\nerror: what, got, allowed\n"
 
 
-def test_the_published_lengths():
+def test_the_published_lengths(tiny):
     """CoOp's epochs by shots, in batches of 32; with its weight KgCoOp's 100, of 128; what is given stays."""
-    published = coop.Config(card="flowers17", backbone="ViT-B-16")
+    backbone = ac.load_backbone(tiny)
+    plain, kg = (ac.CoOp(backbone, ["cat", "dog"], n_ctx=2, kg_weight=weight) for weight in (0.0, 8.0))
     for shots, epochs in ((1, 50), (4, 100), (16, 200), (0, 50)):
-        assert coop.training_length(replace(published, shots=shots)) == (epochs, epochs, 32)
-        assert coop.training_length(replace(published, shots=shots, kg_weight=8.0)) == (100, 100, 128)
-    given = replace(published, kg_weight=8.0, epochs=7, views=3, batch_size=16)
-    assert coop.training_length(given) == (7, 3, 16)
-    assert coop.training_length(coop.Config()) == (50, 5, 32)
-    assert coop.training_length(coop.Config(kg_weight=8.0)) == (50, 5, 128)  # smoke, but for the batch
+        assert asdict(plain.schedule(shots)) == {"epochs": epochs, "views": None, "lr": 2e-3, "batch_size": 32}
+        assert asdict(kg.schedule(shots)) == {"epochs": 100, "views": None, "lr": 2e-3, "batch_size": 128}
+    given = kg.schedule(16, epochs=7, views=3, batch_size=16)
+    assert (given.epochs, given.views, given.batch_size) == (7, 3, 16)
+    short = kg.schedule(16, preset="smoke")
+    assert (short.epochs, short.views, short.batch_size) == (50, 5, 128)  # smoke, but for the batch

@@ -18,8 +18,9 @@ from PIL import Image
 from recipe_files import CPU, ROOT, load_recipe
 
 from adaptclip.errors import AdaptclipError
-from adaptclip.experiments.methods import METHODS, Method
 from adaptclip.experiments.summary import TIMES
+from adaptclip.methods.closed_form import SSText
+from adaptclip.methods.registry import named
 from adaptclip.storage import read_parquet
 
 METHODS_HERE = ("zero-shot", "ss-text", "gda", "tip-f", "coop")
@@ -149,12 +150,12 @@ def test_two_processes_share_the_jobs_and_give_the_same_table(cfg, undisturbed):
 
 
 def test_a_failed_job_is_listed_and_the_exit_code_tells(cfg, monkeypatch, capsys):
-    def broken(support):
+    def broken(self, support, schedule, loop):
         if support.shots == 2:
             raise RuntimeError("out of luck")
-        return METHODS["zero-shot"].fit(support)
+        return {}
 
-    monkeypatch.setitem(METHODS, "ss-text", Method(broken, 2))
+    monkeypatch.setattr(SSText, "_learn", broken)
     cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
     assert recipe.main(cfg) == 1
     said = capsys.readouterr().out
@@ -167,10 +168,10 @@ def test_a_failed_job_is_listed_and_the_exit_code_tells(cfg, monkeypatch, capsys
 
 
 def test_ctrl_c_shows_what_is_there_and_the_same_command_goes_on(cfg, monkeypatch, capsys):
-    def stopped(support):
+    def stopped(self, support, schedule, loop):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(METHODS, "ss-text", Method(stopped, 2))
+    monkeypatch.setattr(SSText, "_learn", stopped)
     cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
     assert recipe.main(cfg) == 130
     assert "4 of 8 jobs" in capsys.readouterr().out
@@ -187,7 +188,7 @@ def test_the_ladder_ends_with_advice(cfg, capsys):
     said = capsys.readouterr().out
     assert "- my_images, 2 shots (accuracy): " in said
     assert " is best with " in said
-    assert len({row["method"] for row in rows(cfg.out)}) == sum(method.ladder for method in METHODS.values())
+    assert len({row["method"] for row in rows(cfg.out)}) == sum(one.variant.ladder for one in named().values())
     assert "## Advice" in (cfg.out / "costs.md").read_text()
 
 

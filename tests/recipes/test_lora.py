@@ -134,7 +134,7 @@ def test_a_run_from_card_to_artifact(whole):
     assert abs(live.probs - judged(whole, "zero_shot_predictions").probs).max() > 1e-2
     training = report(whole)["training"]
     assert training["trainable_parameters"] == 12 * 2 * (64 + 64)  # q, k, v of two blocks of two towers, rank 2
-    assert training["schedule"] == "4 steps of 4, lr 0.02"
+    assert training["schedule"] == "AdamW 0.02, cosine, 4 steps of 4"
     assert training["chosen"] == {"lora_scale": 1.0}
     assert training["validation_used_for"] == "nothing"
     assert not [p for p in whole.rglob("*") if p.suffix in (".pkl", ".pt", ".pth", ".bin", ".tmp")]
@@ -239,8 +239,8 @@ def test_base_to_new(cfg):
     # The page shows it among what adaptation changed, and `adaptclip report` finds it in the run folder.
     shift = (cfg.out / "report.md").read_text().partition("## What adaptation changed")[2].partition("\n## ")[0]
     assert "| new classes |" in shift
-    assert report_command(cfg.out, out=cfg.out / "again.json") == 0
-    assert json.loads((cfg.out / "again.json").read_text())["shift"]["base_new"] == told
+    assert report_command(cfg.out, out=cfg.out.parent / "again.json") == 0
+    assert json.loads((cfg.out.parent / "again.json").read_text())["shift"]["base_new"] == told
 
 
 def test_the_text_tower_alone_trains_on_cached_features(cfg, tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def test_it_runs_changes_what_is_learnt_and_is_accounted_for(name, text, tiny, c
 def test_what_does_not_apply_is_refused_before_anything_is_made(name, text, changes, message, tiny, cache, tmp_path):
     recipe, cfg = config(name, tiny, cache, tmp_path / "run", text)
     if "head" in changes:
-        changes = {**changes, "epochs": 0}
+        changes = {**changes, "epochs": None}
     with pytest.raises(ConfigError, match=message):
         recipe.main(replace(cfg, **changes))
     assert not cfg.out.exists()
@@ -154,7 +154,7 @@ def test_logistic_takes_class_weights(tiny, cache, tmp_path, few_digits):
     from sklearn.linear_model import LogisticRegression
 
     recipe, cfg = config("linear_probe", tiny, cache, tmp_path / "run", "class-weights")
-    assert recipe.main(replace(cfg, head="logistic", C=5.0, epochs=0, views=0)) == 0
+    assert recipe.main(replace(cfg, head="logistic", C=5.0, epochs=None, views=0)) == 0
     backbone = ac.load_backbone(tiny)
     features = ac.FeatureCache(cache).get(backbone, few_digits.train).values[0].numpy()
     model = LogisticRegression(C=5.0, max_iter=1000, class_weight="balanced").fit(features, few_digits.train.labels)

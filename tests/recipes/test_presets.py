@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 from recipe_files import load_recipe
+from tiny_clip import make_tiny_backbone
 
 from adaptclip.errors import ConfigError
+from adaptclip.methods.registry import named
 from adaptclip.training.presets import chosen_preset
 
-LENGTHS = {
-    "lora": ((60, 1e-2), (8000, 2e-4), {"steps": 30}, (30, 1e-2)),
-    "two_stage": ((48, 32, 1e-2), (2880, 1920, 2e-4), {"lr": 3e-3}, (48, 32, 3e-3)),
-    "coop": ((50, 5, 32), (200, 200, 32), {"views": 2}, (50, 2, 32)),
-    "contrastive": ((16, 2, 32), (0, 10, 256), {"epochs": 1}, (16, 1, 32)),
+LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "lora": ({"steps": 60, "lr": 1e-2}, {"steps": 8000, "lr": 2e-4}, {"steps": 30}),
+    "layernorm": ({"steps": 60, "lr": 1e-2}, {"steps": 4800, "lr": 2e-4}, {"lr": 1e-3}),
+    "two-stage": ({"steps": 80, "lr": 1e-2, "head_lr": 2e-4}, {"steps": 4800, "lr": 2e-4}, {"lr": 3e-3}),
+    "coop": ({"epochs": 50, "views": 5, "batch_size": 32}, {"epochs": 200, "views": None}, {"views": 2}),
+    "cocoop": ({"epochs": 10, "views": None, "batch_size": 1}, {"epochs": 10}, {"lr": 1e-3}),
+    "tip-f": ({"epochs": 20, "lr": 1e-3, "views": 10}, {"epochs": 20, "lr": 1e-3}, {"epochs": 100}),
+    "clap": ({"epochs": 300, "lr": 0.1, "views": 20}, {"epochs": 300, "clap_weight": 1.0}, {"clap_weight": 0.0}),
 }
-"""Recipe -> its length by smoke, by its paper, one setting, and what smoke and it come to."""
+"""Method -> some of its settings by smoke and by its paper at 16 shots, and one setting to change."""
 
 
-def length(recipe: str, **changes):
-    module = load_recipe(recipe)
-    cfg = replace(module.Config(), **changes)
-    return module.training_length(cfg, *((16.0,) if recipe in ("lora", "two_stage") else ()))
+@pytest.fixture(scope="module")
+def backbone() -> Any:
+    return make_tiny_backbone()
 
 
-@pytest.mark.parametrize("recipe", LENGTHS)
-def test_one_setting_changes_one_thing(recipe):
-    smoke, paper, one, with_one = LENGTHS[recipe]
-    assert length(recipe) == smoke == length(recipe, preset="smoke", card="flowers17")
-    assert length(recipe, preset="paper") == paper
-    assert length(recipe, backbone="ViT-B-16") == paper == length(recipe, card="flowers17")
-    assert length(recipe, **one) == with_one
-    assert sum(a != b for a, b in zip(smoke, with_one, strict=True)) == 1
+@pytest.mark.parametrize("method", LENGTHS)
+def test_one_setting_changes_one_thing(method, backbone):
+    smoke, paper, one = LENGTHS[method]
+    made = named()[method].build(backbone, ("cat", "dog"), ("a {}.",), seed=1)
+    short, full = asdict(made.schedule(16, preset="smoke")), asdict(made.schedule(16))
+    assert {name: short[name] for name in smoke} == smoke
+    assert {name: full[name] for name in paper} == paper
+    assert asdict(made.schedule(16, preset="smoke", **one)) == {**short, **one}
+    assert asdict(made.schedule(16, **dict.fromkeys(full))) == full  # None is "not given"
     with pytest.raises(ConfigError, match='Did you mean "smoke"'):
-        length(recipe, preset="smok")
+        made.schedule(16, preset="smok")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="has no setting 'stepps'"):
+        made.schedule(16, stepps=3)
+
+
+def test_contrastive_has_presets_of_its_own():
+    recipe = load_recipe("contrastive")
+    asked = ({}, {"preset": "smoke", "card": "flowers17"}, {"preset": "paper"}, {"card": "flowers17"}, {"epochs": 1})
+    lengths = [recipe.training_length(replace(recipe.Config(), **changes)) for changes in asked]
+    assert lengths == [(16, 2, 32), (16, 2, 32), (0, 10, 256), (0, 10, 256), (16, 1, 32)]
 
 
 def test_auto_is_smoke_for_the_embedded_default_alone():
     assert chosen_preset("auto", "digits", "starter") == "smoke"
     assert chosen_preset("auto", "digits", "ViT-B-32") == "paper"
     assert chosen_preset("paper", "digits", "starter") == "paper"
+    with pytest.raises(ConfigError, match='Did you mean "smoke"'):
+        chosen_preset("smok", "digits", "starter")  # type: ignore[arg-type]

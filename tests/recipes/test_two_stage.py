@@ -230,14 +230,14 @@ def test_wrong_input_is_said_before_there_is_a_run(cfg, changes, message):
     assert not cfg.out.exists()
 
 
-def test_the_published_length(base):
+def test_the_published_length(tiny):
     """300 steps per shot, six tenths of them for the towers; all images count as their number per class."""
-    published = replace(base, steps=0, tower_share=0.6, lr=2e-4)
-    assert two_stage.training_length(replace(published, shots=16), 16) == (2880, 1920, 2e-4)
-    assert two_stage.training_length(replace(published, shots=0), 20.4) == (3600, 2400, 2e-4)
-    towers, head, _ = two_stage.training_length(replace(published, backbone="starter"), 16)
-    assert towers + head <= 100  # the default is short
-    assert two_stage.training_length(replace(published, backbone="starter", steps=1000), 16) == (600, 400, 2e-4)
+    made = ac.TwoStage(ac.load_backbone(tiny), ["cat", "dog"])
+    for how, towers, total in (((16, 16), 2880, 4800), ((0, 20), 3600, 6000)):
+        plan = made.schedule(how[0], images_per_class=how[1])
+        assert (plan.first_steps(), plan.steps, plan.lr, plan.head_lr) == (towers, total, 2e-4, 2e-4)
+    assert made.schedule(16, preset="smoke").steps <= 100
+    assert made.schedule(16, preset="smoke", steps=1000).first_steps() == 600
 
 
 def test_two_processes_equal_one(cfg, tmp_path):

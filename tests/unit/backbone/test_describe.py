@@ -10,8 +10,9 @@ from tiny_kinds import KINDS, PREPROCESS, make_kind
 
 from adaptclip.backbone.describe import describe_backbone
 from adaptclip.cli import main
-from adaptclip.methods import ADAPTERS, CoOp, LoRA
+from adaptclip.methods import CoOp, LoRA
 from adaptclip.methods.applicability import methods_for
+from adaptclip.methods.registry import methods
 
 # A FastViT has 4 stages of one block here, and 3 reductions between them.
 EXPECTED = {
@@ -46,7 +47,7 @@ def test_towers_and_transform(name):
 def test_methods_and_their_parameters():
     backbone = make_kind("ViT-B-16")
     found = {method.method: method for method in methods_for(backbone, num_classes=7)}
-    assert set(found) == {*ADAPTERS, "contrastive"}
+    assert set(found) == {*methods(), "contrastive"}
     assert all(method.applies and not method.reason for method in found.values())
     assert found["coop"].learnt == found["coop"].stored == 16 * 32 == CoOp(backbone, ["a"]).context.numel()
     # Rank 2 on q, k, v of two blocks in each tower, all of width 32.
@@ -76,7 +77,7 @@ def test_the_command(tmp_path, capsys):
     assert stop.value.code == 0
     told = json.loads(capsys.readouterr().out)
     assert told["classes"] == 3
-    assert {m["method"] for m in told["methods"]} == {*ADAPTERS, "contrastive"}
+    assert {m["method"] for m in told["methods"]} == {*methods(), "contrastive"}
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(folder)])
     assert stop.value.code == 0

@@ -269,7 +269,7 @@ def test_an_artifact_of_features_loads_and_predicts_by_itself(tmp_path):
     data = ac.open_data(write(tmp_path, world(), logit_scale=20.0))
     clip = ac.clip_of(data)
     gda = ac.GDA(clip, data.prompt_names)
-    gda.fit(ac.FeatureCache(None).get(clip, data.train))
+    gda.fit_features(ac.FeatureCache(None).get(clip, data.train))
     test = ac.FeatureCache(None).get(clip, data.test)
     predictions = ac.predict(gda, test, data.test)
     out = tmp_path / "artifact"

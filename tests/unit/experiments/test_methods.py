@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from adaptclip.errors import ConfigError
 from adaptclip.evaluation.measuring import judged
 from adaptclip.experiments import store as store_module
 from adaptclip.experiments.jobs import Grid, Worker, make_grid
-from adaptclip.experiments.methods import METHODS, choose_methods, read_settings
-from adaptclip.experiments.search import Budget
+from adaptclip.experiments.methods import choose_methods, fit_named, read_settings
+from adaptclip.experiments.search import Budget, search
 from adaptclip.experiments.store import FeatureStore
+from adaptclip.methods.registry import named
 from adaptclip.metrics import METRICS
 from adaptclip.types import Predictions
 
@@ -47,7 +49,8 @@ def cache(tmp_path_factory) -> Path:
 def make_worker(data, tiny, cache, tmp_path_factory):
     backbone = ac.load_backbone(tiny)
 
-    def make(changes=(), methods=tuple(METHODS), *, protocol="all-classes", shots=(2,), seeds=(1,), budget=None):
+    def make(changes=(), methods=None, *, protocol="all-classes", shots=(2,), seeds=(1,), **more):
+        methods = methods or tuple(named())
         settings = read_settings(changes, methods)
         grid = make_grid(
             {"digits": data},
@@ -57,7 +60,7 @@ def make_worker(data, tiny, cache, tmp_path_factory):
             settings=settings,
             shots=shots,
             seeds=seeds,
-            budget=budget,
+            **more,
         )
         store = FeatureStore(ac.FeatureCache(cache), backbone, tmp_path_factory.mktemp("locks"))
         return Worker(grid, store, ac.make_accelerator())
@@ -69,50 +72,68 @@ def run(worker: Worker, method: str) -> dict[str, Any]:
     return worker.run(next(job for job in worker.grid.jobs if job.method == method))
 
 
-RECIPES = {
-    "zero-shot": ("zero_shot", {}, ()),
-    "logistic": ("linear_probe", {"head": "logistic"}, ()),
-    "lp++": ("linear_probe", {"head": "lp++", "epochs": 20}, ("lp++.epochs=20",)),
-    "text-init": ("linear_probe", {"head": "text-init", "epochs": 20, "views": 2},
-                  ("text-init.epochs=20", "text-init.views=2")),
-    "clap": ("linear_probe", {"head": "clap", "epochs": 20, "views": 2}, ("clap.epochs=20", "clap.views=2")),
-    "tip": ("tip_adapter", {"variant": "tip", "views": 2}, ("tip.views=2",)),
-    "tip-f": ("tip_adapter", {"variant": "tip-f", "views": 2}, ("tip-f.views=2",)),
-    "gda": ("tip_adapter", {"variant": "gda", "views": 2}, ("gda.views=2",)),
-    "ss-text": ("tip_adapter", {"variant": "ss-text"}, ()),
-    "coop": ("coop", {"epochs": 4, "views": 2}, ("coop.epochs=4", "coop.views=2")),
-    "kgcoop": ("coop", {"epochs": 4, "views": 2, "kg_weight": 8.0, "ctx_init": "a photo of a", "batch_size": 128},
-               ("kgcoop.epochs=4", "kgcoop.views=2")),
-    # Without dropout, whose draws come after other draws in a process that also loads its backbone.
-    "lora": ("lora", {"steps": 4, "lr": 1e-2, "dropout": 0.0}, ("lora.steps=4", "lora.lr=1e-2", "lora.dropout=0")),
-    "two-stage": ("two_stage", {"steps": 5, "lr": 1e-2, "head_lr": 1e-2, "views": 2},
-                  ("two-stage.steps=5", "two-stage.lr=1e-2", "two-stage.head_lr=1e-2", "two-stage.views=2")),
-}  # fmt: skip
+def fit(worker: Worker, method: str) -> Any:
+    job = next(job for job in worker.grid.jobs if job.method == method)
+    data = worker.grid.cases[job.card, job.shots, job.seed].data
+    support, words = worker.support(job), (data.prompt_names, data.card.templates)
+    return fit_named(named()[method], support, *words, job.settings).adapter
 
 
-@pytest.mark.parametrize("method", RECIPES)
-def test_a_method_gives_what_its_recipe_gives(method, make_worker, tiny, cache, tmp_path):
-    name, config, changes = RECIPES[method]
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-shot": ("zero_shot", {}),
+    "logistic": ("linear_probe", {"head": "logistic"}),
+    "lp++": ("linear_probe", {"head": "lp++"}),
+    "text-init": ("linear_probe", {"head": "text-init"}),
+    "clap": ("linear_probe", {"head": "clap"}),
+    "tip": ("tip_adapter", {"variant": "tip"}),
+    "tip-f": ("tip_adapter", {"variant": "tip-f"}),
+    "gda": ("tip_adapter", {"variant": "gda"}),
+    "ss-text": ("tip_adapter", {"variant": "ss-text"}),
+    "coop": ("coop", {}),
+    "kgcoop": ("coop", {"kg_weight": 8.0, "ctx_init": "a photo of a"}),
+    "cocoop": ("cocoop", {}),
+    "lora": ("lora", {}),
+    "two-stage": ("two_stage", {}),
+}
+"""Method -> its recipe, and what its name stands for there. The others have the recipe of any method."""
+
+
+@pytest.mark.parametrize("method", [name for name in named() if name != "ensemble"])
+def test_recipe_fit_and_bench_give_the_same_at_default_settings(method, make_worker, tiny, cache, tmp_path):
+    """The short preset is the one setting that is given, the same to all three."""
+    name, config = RECIPES.get(method, ("adapt", {"method": method}))
     recipe = load_recipe(name)
     cfg = recipe.Config(backbone=tiny, gates="report", cache=cache, out=tmp_path / "run", **config)
     if name != "zero_shot":
-        cfg = replace(cfg, shots=2)
+        cfg = replace(cfg, shots=1, preset="smoke")
     recipe.main(cfg)
     expected = Predictions.load(tmp_path / "run" / "predictions.parquet")
-    found = run(make_worker(changes, (method,)), method)
+
+    worker = make_worker(methods=(method,), shots=(1,), preset="smoke")
+    found = run(worker, method)
     own = found["judged"]["test"]
     assert own["n"] == len(expected)
     assert own["accuracy"] == (expected.pred == expected.labels).mean()
     assert own["ece"] == pytest.approx(METRICS["ece"].value(judged(expected)), abs=1e-4)
-    if name != "zero_shot":
-        assert found["trainable_parameters"] >= 0
-        assert (found["train_images"], found["validation_images"]) == (20, 20)
-    assert METHODS[method].learns == (method != "zero-shot")
+
+    case = worker.grid.cases["digits", 1, 1]
+    few_shots, held_out = case.split.select(case.data)
+    one, card = named()[method], case.data.card
+    fitted = one.build(worker.store.backbone, case.data.prompt_names, card.templates, seed=1)
+    fitted.fit(few_shots, validation=held_out, preset="smoke", augmentation=card.augmentation)
+    np.testing.assert_allclose(fitted.predict_proba(case.data.test), expected.probs, atol=2e-5)
+    assert one.learns == (method != "zero-shot")
+    if one.learns:
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        schedules = {report["training"]["schedule"], found["schedule"], fitted.info_["schedule"]}
+        assert len(schedules) == 1
+        assert report["training"]["trainable_parameters"] == found["trainable_parameters"]
+        assert (found["train_images"], found["validation_images"]) == (10, 10)
 
 
 def test_ensembles_average_more_prompts(make_worker):
     worker = make_worker(methods=("zero-shot", "ensemble"))
-    adapter: Any = METHODS["ensemble"].fit(worker.support(worker.grid.jobs[0])).adapter
+    adapter: Any = fit(worker, "ensemble")
     assert len(adapter.templates) == len({*ac.load_card("digits").templates}) + 7
     assert run(worker, "ensemble")["judged"]["test"]["ece"] != run(worker, "zero-shot")["judged"]["test"]["ece"]
 
@@ -132,11 +153,8 @@ def test_new_classes_are_judged_by_their_names(make_worker, data):
     own = ac.predict(ac.ZeroShotClassifier(backbone, new.prompt_names, new.card.templates), features, new.test)
     assert run(worker, "zero-shot")["judged"]["new"]["accuracy"] == (own.pred == own.labels).mean()
     # CoOp's context is what goes over to the new names.
-    job = next(job for job in worker.grid.jobs if job.method == "coop")
-    adapter: Any = METHODS["coop"].fit(worker.support(job), **job.settings).adapter
-    rename = METHODS["coop"].rename
-    assert rename is not None
-    moved: Any = rename(adapter, new.prompt_names, ())
+    adapter: Any = fit(worker, "coop")
+    moved: Any = adapter.for_classes(new.prompt_names)
     assert torch.equal(moved.context, adapter.context)
     assert moved.class_names == tuple(new.prompt_names)
 
@@ -165,7 +183,7 @@ def test_every_job_of_a_grid_has_a_key_of_its_own_that_knows_what_matters(make_w
 
 def test_settings_are_read_and_wrong_ones_refused():
     settings = read_settings(("coop.epochs=7", "tip-f.lr=0.5"), ("coop", "tip-f"))
-    assert settings["coop"] == {**METHODS["coop"].settings(), "epochs": 7}
+    assert settings["coop"] == {**named()["coop"].settings(), "epochs": 7}
     assert settings["tip-f"]["lr"] == 0.5
     for text, message in (
         ("coop.epoch=7", 'Did you mean "epochs"'),
@@ -173,7 +191,7 @@ def test_settings_are_read_and_wrong_ones_refused():
         ("lora.steps=7", "does not run here"),
         ("coop.epochs", "METHOD.SETTING=VALUE"),
         ("coop.epochs=many", "should be int"),
-        ("tip-f.learn=1", "no setting"),
+        ("tip-f.learn_keys=1", "no setting"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_settings((text,), ("coop", "tip-f"))
@@ -203,7 +221,7 @@ def test_a_search_takes_the_best_on_validation_images_and_tells_all(make_worker)
     found = run(worker, "clap")
     trials = found["search"]["trials"]
     assert len(trials) == 4
-    assert trials[0]["settings"] == {"lr": 0.0, "clap_weight": -1.0}  # as published
+    assert trials[0]["settings"] == {"lr": 0.1, "clap_weight": 1.0}  # as published
     best = max(trials, key=lambda t: t["right"] - t["loss"] / (1 + t["loss"]))
     assert {name: found["chosen"][name] for name in ("lr", "clap_weight")} == best["settings"] or best is trials[0]
     assert found["search"]["images"] == found["validation_images"] == 20
@@ -228,11 +246,11 @@ def test_a_search_stops_in_time_and_needs_validation_images(make_worker, data):
     worker = make_worker(("coop.epochs=2", "coop.views=1"), ("coop",), budget=Budget(50, 1e-9))
     assert len(run(worker, "coop")["search"]["trials"]) == 1
     support = worker.support(worker.grid.jobs[0])
-    nothing = replace(support, held_out=support.held_out.select([]))
-    from adaptclip.experiments.search import search
+    support.validation_images = support.validation_images.select([])
+    coop = named()["coop"]
 
     with pytest.raises(ConfigError, match="no validation images"):
-        search(METHODS["coop"], nothing, METHODS["coop"].settings(), Budget(3))
+        search(coop, support, data.prompt_names, data.card.templates, coop.settings(), Budget(3))
 
 
 # The shared features

@@ -13,7 +13,6 @@ from scipy import stats
 
 from adaptclip.experiments.advice import CAUTION, advice
 from adaptclip.experiments.curves import draw_curves
-from adaptclip.experiments.methods import METHODS
 from adaptclip.experiments.output import Asked, write_output
 from adaptclip.experiments.published import compare, comparison_markdown, published_tables
 from adaptclip.experiments.summary import (
@@ -28,6 +27,7 @@ from adaptclip.experiments.summary import (
     values_by_cell,
 )
 from adaptclip.experiments.tables import Entry, ResultTable, result_tables, to_latex, to_markdown
+from adaptclip.methods.registry import named
 from adaptclip.storage import read_parquet
 
 
@@ -92,7 +92,7 @@ def test_the_best_is_bold_and_only_what_may_be_as_good_is_marked():
 
 def test_equal_methods_are_all_marked_in_95_per_cent_and_one_pair_is_students_t():
     rng = np.random.default_rng(0)
-    names = [name for name, method in METHODS.items() if method.learns][:8]
+    names = [name for name, method in named().items() if method.learns][:8]
     left_out = 0
     for _ in range(400):
         draws = rng.normal(0, 0.02, 3)
@@ -110,7 +110,7 @@ def test_equal_methods_are_all_marked_in_95_per_cent_and_one_pair_is_students_t(
 def test_the_honest_difference_is_tukeys_on_the_residuals_of_a_two_way_layout():
     """Four methods on five seeds: the studentised range of four means with (4 - 1)(5 - 1) degrees of freedom."""
     table = np.random.default_rng(3).normal(0.7, 0.02, (4, 5))
-    names = [name for name, method in METHODS.items() if method.learns][:4]
+    names = [name for name, method in named().items() if method.learns][:4]
     column = {name: dict(enumerate(row.tolist())) for name, row in zip(names, table, strict=True)}
     design = np.zeros((20, 9))
     for i, (method, seed) in enumerate(np.ndindex(4, 5)):
@@ -379,7 +379,7 @@ def test_the_cheapest_may_be_the_best_and_one_seed_says_little():
     one = rows_of(zero_shot=(0.2,), gda=(0.6,))
     assert "With one seed, nothing can be said" in advice(one, metric="accuracy", num_seeds=1)[0]
     assert advice(rows_of(gda=(0.6,)), metric="accuracy", num_seeds=1) == []
-    assert [m.cost for m in METHODS.values()] == sorted(m.cost for m in METHODS.values())
+    assert [m.cost for m in named().values()] == sorted(m.cost for m in named().values())
 
 
 def test_what_puts_a_card_in_doubt_stands_on_the_page_and_in_the_tables(tmp_path):

@@ -10,9 +10,10 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError
-from adaptclip.methods import ADAPTERS, TipAdapter, ZeroShotClassifier
+from adaptclip.methods import TipAdapter, ZeroShotClassifier
 from adaptclip.methods.cache_model import ALPHAS, BETAS
-from adaptclip.methods.support import choose_by_accuracy
+from adaptclip.methods.choosing import choose_by_accuracy
+from adaptclip.methods.registry import methods
 from adaptclip.seeding import generator
 from adaptclip.types import Batch, Features
 
@@ -42,7 +43,7 @@ def support(backbone):
 @pytest.fixture
 def fitted(backbone, support):
     adapter = TipAdapter(backbone, NAMES, templates=TEMPLATES, alpha=1.7, beta=4.2)
-    adapter.fit(support)
+    adapter.fit_features(support)
     return adapter
 
 
@@ -80,7 +81,7 @@ def test_keys_are_the_renormalised_means_of_the_views(fitted, support):
     torch.testing.assert_close(state["keys"], mean / mean.norm(dim=-1, keepdim=True))
     assert torch.equal(state["key_labels"], support.labels)
     again = TipAdapter(fitted.backbone, NAMES, templates=TEMPLATES)
-    again.fit(support)
+    again.fit_features(support)
     assert torch.equal(again.adapter_state()["keys"], state["keys"])
 
 
@@ -89,13 +90,13 @@ def test_without_keys_or_weight_it_is_the_zero_shot_classifier(backbone, support
     for adapter in (TipAdapter(backbone, NAMES, templates=TEMPLATES, num_keys=n) for n in (0, 7)):
         assert torch.equal(adapter(batch), zero_shot)
     silent = TipAdapter(backbone, NAMES, templates=TEMPLATES, alpha=0.0, learn_keys=True)
-    silent.fit(support)
+    silent.fit_features(support)
     assert torch.equal(silent(batch), zero_shot)
 
 
 def test_before_training_tip_f_is_tip(fitted, backbone, support, batch):
     learnt = TipAdapter(backbone, NAMES, templates=TEMPLATES, alpha=1.7, beta=4.2, learn_keys=True)
-    learnt.fit(support)
+    learnt.fit_features(support)
     assert torch.equal(learnt(batch), fitted(batch))
     assert fitted.trainable_parameters() == []
     assert not fitted(batch).requires_grad
@@ -106,7 +107,7 @@ def test_before_training_tip_f_is_tip(fitted, backbone, support, batch):
 
 def test_gradient_of_the_keys_by_finite_differences(backbone, support, batch):
     adapter = TipAdapter(backbone, NAMES, templates=TEMPLATES, alpha=2.0, beta=3.0, learn_keys=True)
-    adapter.fit(support)
+    adapter.fit_features(support)
     F.cross_entropy(adapter(batch), batch.labels).backward()
     assert adapter.keys.grad is not None
     keys = F.normalize(support.values.double().mean(dim=0), dim=-1)
@@ -125,7 +126,7 @@ def test_gradient_of_the_keys_by_finite_differences(backbone, support, batch):
 
 def test_a_class_without_images_keeps_its_zero_shot_logit(backbone, batch):
     adapter = TipAdapter(backbone, NAMES, templates=TEMPLATES)
-    adapter.fit(make_features(backbone, [0, 2]))
+    adapter.fit_features(make_features(backbone, [0, 2]))
     zero_shot = ZeroShotClassifier(backbone, NAMES, TEMPLATES)(batch)
     assert torch.equal(adapter(batch)[:, 1], zero_shot[:, 1])
     assert (adapter(batch)[:, [0, 2]] > zero_shot[:, [0, 2]]).all()
@@ -155,7 +156,7 @@ def test_choice_is_the_best_of_an_exhaustive_search(fitted, support, backbone):
 
 def test_choice_uses_the_learnt_keys_and_the_declared_grid(backbone, support):
     adapter = TipAdapter(backbone, NAMES, templates=TEMPLATES, learn_keys=True)
-    adapter.fit(support)
+    adapter.fit_features(support)
     validation = make_features(backbone, [0, 1, 2] * 4, purpose="validation")
     before = adapter.choose(validation)
     assert before.num_tried == 1000
@@ -188,7 +189,7 @@ def test_ties_go_to_the_lower_cross_entropy_then_the_first():
 
 
 def test_state_and_settings_rebuild_it(fitted, batch):
-    again = ADAPTERS["tip_adapter"](fitted.backbone, NAMES, **json.loads(json.dumps(fitted.settings)))
+    again = methods()["tip_adapter"](fitted.backbone, NAMES, **json.loads(json.dumps(fitted.settings)))
     assert not torch.equal(again(batch), fitted(batch))
     again.load_adapter_state({name: tensor.clone() for name, tensor in fitted.adapter_state().items()})
     assert torch.equal(again(batch), fitted(batch))
@@ -198,7 +199,7 @@ def test_state_and_settings_rebuild_it(fitted, batch):
 
 def test_loading_keeps_the_parameter_an_optimizer_holds(backbone, support):
     adapter = TipAdapter(backbone, NAMES, templates=TEMPLATES, learn_keys=True)
-    adapter.fit(support)
+    adapter.fit_features(support)
     (held,) = adapter.trainable_parameters()
     state = {**adapter.adapter_state(), "keys": torch.ones_like(held)}
     adapter.load_adapter_state(state)
@@ -245,7 +246,7 @@ def test_bad_features(fitted, support, batch, backbone):
     narrow = replace(support, values=support.values[..., :40])
     empty = Features(support.values[:, :0], support.labels[:0], (), backbone.image_digest)
     outside = replace(support, labels=torch.tensor([0, 1, 2, 3, 0]))
-    for call in (fitted.fit, fitted.choose):
+    for call in (fitted.fit_features, fitted.choose):
         with pytest.raises(DataError, match="another backbone"):
             call(foreign)
         with pytest.raises(DataError, match=r"48 wide .* got 40"):
@@ -253,7 +254,7 @@ def test_bad_features(fitted, support, batch, backbone):
         with pytest.raises(DataError, match=r"labels run from 0 to 3; .*0\.\.2"):
             call(outside)
     with pytest.raises(DataError, match="no training images"):
-        fitted.fit(empty)
+        fitted.fit_features(empty)
     with pytest.raises(DataError, match=r"no validation images.*fixed values"):
         fitted.choose(empty)
     with pytest.raises(DataError, match="one view per image; got 4"):

@@ -12,8 +12,9 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, ConfigError, DataError
-from adaptclip.methods import ADAPTERS, GDA, SSText, ZeroShotClassifier
+from adaptclip.methods import GDA, SSText, ZeroShotClassifier
 from adaptclip.methods.closed_form import GDA_ALPHAS, gaussian_discriminant, text_anchored
+from adaptclip.methods.registry import methods
 from adaptclip.seeding import generator
 from adaptclip.types import Batch, Features
 
@@ -150,7 +151,7 @@ def test_gda_adds_to_the_zero_shot_logits(backbone, support, batch):
     adapter = GDA(backbone, NAMES, templates=TEMPLATES, alpha=0.3)
     zero_shot = ZeroShotClassifier(backbone, NAMES, TEMPLATES)(batch)
     assert torch.equal(adapter(batch), zero_shot)  # not fitted yet
-    adapter.fit(support)
+    adapter.fit_features(support)
     # Every view is a row of its own.
     rows, labels = support.values.double().flatten(0, 1), support.labels.repeat(3)
     precision = np.linalg.inv(ridge_covariance(rows.numpy(), labels.numpy()))
@@ -164,7 +165,7 @@ def test_gda_adds_to_the_zero_shot_logits(backbone, support, batch):
 
 def test_gda_chooses_by_accuracy_then_cross_entropy(backbone, support):
     adapter = GDA(backbone, NAMES, templates=TEMPLATES)
-    adapter.fit(support)
+    adapter.fit_features(support)
     validation = make_features(backbone, [0, 1, 2, 3] * 6, purpose="validation", spread=2.0)
     table = {}
     for alpha in GDA_ALPHAS:
@@ -232,7 +233,7 @@ def test_ss_text_compares_with_the_directions_of_its_weights(backbone, batch):
         SSText(backbone, NAMES, mode="plane")  # pyright: ignore[reportArgumentType]
     zero_shot = ZeroShotClassifier(backbone, NAMES, TEMPLATES)
     assert torch.equal(adapter(batch), zero_shot(batch))  # not fitted yet
-    adapter.fit(support)
+    adapter.fit_features(support)
     scale = math.exp(backbone.model.logit_scale.item())
     means = support.values.double().mean(dim=0)
     weights = text_anchored(means, support.labels, zero_shot.weights.double(), scale, "plain")
@@ -245,16 +246,16 @@ def test_ss_text_compares_with_the_directions_of_its_weights(backbone, batch):
 @pytest.mark.parametrize(("key", "kind"), [("gda", GDA), ("ss_text", SSText)])
 def test_state_and_settings_rebuild_it(backbone, support, batch, key, kind):
     adapter = kind(backbone, NAMES, templates=TEMPLATES)
-    adapter.fit(support)
+    adapter.fit_features(support)
     if key == "gda":
         adapter.choose(make_features(backbone, [0, 1, 2, 3], purpose="validation"))
-    again = ADAPTERS[key](backbone, NAMES, **json.loads(json.dumps(adapter.settings)))
+    again = methods()[key](backbone, NAMES, **json.loads(json.dumps(adapter.settings)))
     assert not torch.equal(again(batch), adapter(batch))
     again.load_adapter_state({name: tensor.clone() for name, tensor in adapter.adapter_state().items()})
     assert torch.equal(again(batch), adapter(batch))
     assert again.settings == adapter.settings
     twice = kind(backbone, NAMES, templates=TEMPLATES)
-    twice.fit(support)
+    twice.fit_features(support)
     assert all(torch.equal(twice.adapter_state()[name], t) for name, t in adapter.adapter_state().items())
     for name, tensor in adapter.adapter_state().items():
         with pytest.raises(ArtifactError, match=f"'{name}' .* has shape"):
@@ -268,7 +269,7 @@ def test_state_and_settings_rebuild_it(backbone, support, batch, key, kind):
 @pytest.mark.parametrize("kind", [GDA, SSText])
 def test_nothing_learns(backbone, support, batch, kind):
     adapter = kind(backbone, NAMES, templates=TEMPLATES)
-    adapter.fit(support)
+    adapter.fit_features(support)
     assert adapter.trainable_parameters() == []
     assert not any(p.requires_grad for p in adapter.parameters())
     assert adapter.penalty().item() == 0
@@ -290,7 +291,7 @@ def test_bad_features(backbone, support, batch, kind):
         (empty, "no training images"),
     ):
         with pytest.raises(DataError, match=message):
-            adapter.fit(features)
+            adapter.fit_features(features)
     assert torch.equal(adapter(batch), ZeroShotClassifier(backbone, NAMES, TEMPLATES)(batch))
     with pytest.raises(DataError, match="the batch has none"):
         adapter(Batch(labels=batch.labels, index=batch.index))

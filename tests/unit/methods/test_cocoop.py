@@ -11,7 +11,8 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import AdaptclipError, ArtifactError, ConfigError, DataError
-from adaptclip.methods import ADAPTERS, CoCoOp, CoOp, cocoop
+from adaptclip.methods import CoCoOp, CoOp, cocoop
+from adaptclip.methods.registry import methods
 from adaptclip.types import Batch
 
 NAMES = ("rose", "lily_of the valley", "Größe 42", "dog", "northern hairy-nosed wombat")
@@ -145,7 +146,7 @@ def test_state_and_settings_rebuild_the_adapter(backbone):
     adapter, batch = CoCoOp(backbone, NAMES, ctx_init="", n_ctx=2, seed=3), batch_of(backbone)
     gradients(adapter, batch)
     torch.optim.SGD(adapter.trainable_parameters(), lr=0.1).step()
-    again = ADAPTERS["cocoop"](backbone, NAMES, **json.loads(json.dumps(adapter.settings)))
+    again = methods()["cocoop"](backbone, NAMES, **json.loads(json.dumps(adapter.settings)))
     assert not torch.equal(again(batch), adapter(batch))
     again.load_adapter_state({name: tensor.clone() for name, tensor in adapter.adapter_state().items()})
     assert again.settings == adapter.settings == {"n_ctx": 2, "ctx_init": "", "seed": 3}

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import AdaptclipError, ArtifactError, ConfigError, DataError
-from adaptclip.methods import ADAPTERS, CoOp
+from adaptclip.methods import CoOp
+from adaptclip.methods.registry import methods
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch
 
@@ -68,7 +69,7 @@ def test_real_words_give_encode_text(backbone, words, fast):
 def test_word_initialisation_is_zero_shot(backbone):
     batch = batch_of(backbone)
     logits = CoOp(backbone, NAMES, ctx_init="a photo of a").eval()(batch)
-    expected = ADAPTERS["zero_shot"](backbone, NAMES, ["a photo of a {}."])(batch)
+    expected = methods()["zero_shot"](backbone, NAMES, ["a photo of a {}."])(batch)
     # Logits carry the factor of the logit scale, about 14 here.
     torch.testing.assert_close(logits, expected, atol=1e-5 * float(backbone.logit_scale), rtol=0)
 
@@ -285,7 +286,7 @@ def test_state_and_settings_rebuild_the_adapter(backbone):
     coop = CoOp(backbone, NAMES, n_ctx=4, seed=3, kg_weight=2.0, templates=("art of the {}.",))
     step_sgd(coop)
     settings = json.loads(json.dumps(coop.settings))
-    again = ADAPTERS["coop"](backbone, NAMES, **settings)
+    again = methods()["coop"](backbone, NAMES, **settings)
     again.load_adapter_state({name: tensor.clone() for name, tensor in coop.adapter_state().items()})
     assert again.settings == coop.settings
     assert torch.equal(again.class_weights(), coop.class_weights())

@@ -10,7 +10,8 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, ConfigError
-from adaptclip.methods import ADAPTERS, CoOp
+from adaptclip.methods import CoOp
+from adaptclip.methods.registry import methods
 from adaptclip.types import Batch
 
 NAMES = ("rose", "lily_of the valley", "Größe 42", "dog", "cat", "northern hairy-nosed wombat", "fox")
@@ -102,7 +103,7 @@ def test_every_variant_is_rebuilt(backbone, settings):
     coop = CoOp(backbone, NAMES, n_ctx=5, seed=3, **settings)
     with torch.no_grad():
         coop.context.mul_(-3)
-    again = ADAPTERS["coop"](backbone, NAMES, **json.loads(json.dumps(coop.settings)))
+    again = methods()["coop"](backbone, NAMES, **json.loads(json.dumps(coop.settings)))
     again.load_adapter_state({name: tensor.clone() for name, tensor in coop.adapter_state().items()})
     assert again.settings == coop.settings
     assert again.settings.items() >= settings.items()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_clip import make_tiny_backbone
 
-from adaptclip.methods import ADAPTERS
 from adaptclip.methods.earlier import complete_settings
+from adaptclip.methods.registry import methods
 
 NAMES = ("rose", "dog", "handwritten digit")
 TEMPLATES = ["a photo of a {}."]
@@ -30,7 +30,7 @@ def test_what_was_not_written_is_what_the_method_then_did(method, written, added
     written = {"templates": TEMPLATES, **written}
     settings = complete_settings(method, written)
     assert settings == {**written, **added}
-    adapter = ADAPTERS[method](backbone, NAMES, **settings)
+    adapter = methods()[method](backbone, NAMES, **settings)
     assert settings.items() <= adapter.settings.items(), "and it says so"
     assert complete_settings(method, adapter.settings) == adapter.settings
 
@@ -47,6 +47,6 @@ def test_an_lp_plus_plus_without_bias_is_taken_over():
     state = {name: torch.randn(shape, generator=rng) for name, shape in (("weight", (3, 48)), ("text", (3, 48)))}
     state["alpha"] = torch.rand(3, generator=rng)
     settings = complete_settings("linear_probe", {"head": "lp++", "templates": TEMPLATES})
-    adapter = ADAPTERS["linear_probe"](backbone, NAMES, **settings)
+    adapter = methods()["linear_probe"](backbone, NAMES, **settings)
     adapter.load_adapter_state(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapter.adapter_state().items())

@@ -14,7 +14,7 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, ConfigError, DataError, TrainingError
-from adaptclip.methods import ADAPTERS, LinearProbe, ZeroShotClassifier
+from adaptclip.methods import LinearProbe, ZeroShotClassifier
 from adaptclip.methods.linear_fits import (
     cosine_gradient,
     epoch_rate,
@@ -25,6 +25,7 @@ from adaptclip.methods.linear_fits import (
     zero_shot_confidence,
 )
 from adaptclip.methods.lp_plus_plus import fit_lp_plus_plus, initial_weights, step_sizes
+from adaptclip.methods.registry import methods
 from adaptclip.training.optim import epoch_cosine_lr
 from adaptclip.types import Batch, Features
 
@@ -71,7 +72,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def test_logistic_is_scikit_learn(backbone):
     train, test = make_features(), make_features(seed=5)
     probe = LinearProbe(backbone, NAMES)
-    told = probe.fit(train, c=3.0)
+    told = probe.fit_features(train, c=3.0)
     direct = LogisticRegression(C=3.0, max_iter=1000).fit(train.values[0].numpy(), train.labels.numpy())
     assert np.array_equal(probe.learnt["weight"].numpy(), direct.coef_)
     assert np.array_equal(probe.learnt["bias"].numpy(), direct.intercept_)
@@ -85,7 +86,7 @@ def test_logistic_is_scikit_learn(backbone):
 def test_two_classes_become_two_columns(backbone):
     train = make_features((5, 7))
     probe = LinearProbe(backbone, NAMES[:2])
-    probe.fit(train, c=2.0)
+    probe.fit_features(train, c=2.0)
     direct = LogisticRegression(C=2.0, max_iter=1000).fit(train.values[0].numpy(), train.labels.numpy())
     logits = probe(batch_of(train))
     assert logits.shape == (12, 2)
@@ -98,7 +99,7 @@ def test_logistic_never_predicts_a_class_without_images(backbone, counts):
     probe = LinearProbe(backbone, NAMES)
     have = "1 of 4 classes has" if counts.count(0) == 1 else "2 of 4 classes have"
     with pytest.warns(UserWarning, match=rf"{have} no training image \(lily of the valley"):
-        probe.fit(train, c=1e6)
+        probe.fit_features(train, c=1e6)
     direct = LogisticRegression(C=1e6, max_iter=1000).fit(train.values[0].numpy(), train.labels.numpy())
     everywhere = F.normalize(torch.randn(500, D, generator=torch.Generator().manual_seed(1)), dim=-1)
     index = torch.arange(500)
@@ -131,7 +132,7 @@ def test_ties_go_to_the_lower_loss_then_to_the_stronger_penalty():
 def test_c_by_validation_is_an_exhaustive_choice_over_what_was_tried(backbone):
     train, validation = make_features(noise=2.0), make_features((4, 4, 4, 4), seed=7, noise=2.0)
     probe = LinearProbe(backbone, NAMES)
-    told = probe.fit(train, validation)
+    told = probe.fit_features(train, validation)
     x, y, u, v = (t.numpy() for t in (train.values[0], train.labels, validation.values[0], validation.labels))
     scores = {}
     for entry in told["chosen"]["tried"]:
@@ -155,7 +156,7 @@ def test_no_validation_images_names_the_way_out(backbone):
     empty = Features(torch.zeros(1, 0, D), torch.zeros(0, dtype=torch.long), ())
     for validation in (None, empty):
         with pytest.raises(ConfigError, match=r"there are none\. Give it \(--C"):
-            LinearProbe(backbone, NAMES).fit(make_features(), validation)
+            LinearProbe(backbone, NAMES).fit_features(make_features(), validation)
 
 
 def test_one_class_alone_is_refused_by_logistic(backbone):
@@ -245,7 +246,7 @@ def test_the_start_norm_is_the_root_of_the_logit_scale_unless_given(backbone):
     assert start_norm_of(100.0) == 10.0  # OpenAI's models: the raw norm that the published code starts at
     probe = LinearProbe(backbone, NAMES, head="text-init", start_norm=3.0)
     assert probe.settings["start_norm"] == 3.0
-    told = probe.fit(make_features(), epochs=2)
+    told = probe.fit_features(make_features(), epochs=2)
     assert told["chosen"]["start_norm"] == 3.0
     assert "from weights of norm 3;" in told["schedule"]
     for head, settings, message in (
@@ -282,7 +283,7 @@ def test_clap_with_weight_0_is_text_init_and_more_weight_stays_nearer(backbone):
 
     def fitted(head, **settings):
         probe = LinearProbe(backbone, NAMES, head=head)
-        probe.fit(train, epochs=20, seed=3, **settings)
+        probe.fit_features(train, epochs=20, seed=3, **settings)
         return probe
 
     free = fitted("text-init")
@@ -298,11 +299,11 @@ def test_fewer_images_than_a_batch_and_other_seeds(backbone):
     heads = {}
     for seed in (0, 1):
         probe = LinearProbe(backbone, NAMES, head="text-init")
-        probe.fit(make_features((90, 90, 90, 90)), epochs=3, seed=seed)
+        probe.fit_features(make_features((90, 90, 90, 90)), epochs=3, seed=seed)
         heads[seed] = probe.learnt["weight"].clone()
     assert not torch.equal(heads[0], heads[1])  # 360 images: a batch of 256, drawn differently
     probe = LinearProbe(backbone, NAMES, head="text-init")
-    probe.fit(make_features((1, 1, 1, 1)), epochs=50)
+    probe.fit_features(make_features((1, 1, 1, 1)), epochs=50)
     assert (probe(batch_of(make_features((1, 1, 1, 1)))).argmax(1) == torch.arange(4)).all()
 
 
@@ -400,7 +401,7 @@ def test_lp_plus_plus_keeps_the_last_of_the_epochs_that_are_best_on_validation()
 def test_equal_input_gives_equal_bits_and_an_artifact_gives_equal_logits(backbone, head):
     train, test = make_features(views=2, weights=backbone.image_digest), batch_of(make_features(seed=5))
     probes = [LinearProbe(backbone, NAMES, head=head, templates=TEMPLATES) for _ in range(2)]
-    told = [probe.fit(train, **QUICK[head], seed=1) for probe in probes]
+    told = [probe.fit_features(train, **QUICK[head], seed=1) for probe in probes]
     assert told[0]["chosen"] == told[1]["chosen"]
     live = probes[0](test)
     assert torch.equal(live, probes[1](test))
@@ -408,7 +409,7 @@ def test_equal_input_gives_equal_bits_and_an_artifact_gives_equal_logits(backbon
     assert json.loads(json.dumps(told[0])) == told[0]
     assert told[0]["seconds"] > 0
     settings = json.loads(json.dumps(probes[0].settings))
-    again = ADAPTERS["linear_probe"](backbone, NAMES, **settings)
+    again = methods()["linear_probe"](backbone, NAMES, **settings)
     again.load_adapter_state({name: tensor.clone() for name, tensor in probes[0].adapter_state().items()})
     assert torch.equal(again(test), live)
     weights = again.class_weights()
@@ -424,7 +425,7 @@ def test_equal_input_gives_equal_bits_and_an_artifact_gives_equal_logits(backbon
 def test_what_learns_is_counted(backbone, head):
     probe = LinearProbe(backbone, NAMES, head=head)
     before = {name: tensor.clone() for name, tensor in probe.adapter_state().items()}
-    probe.fit(make_features(), **QUICK[head])
+    probe.fit_features(make_features(), **QUICK[head])
     expected = 4 * D + {"logistic": 4, "lp++": 8}.get(head, 0)
     assert sum(p.numel() for p in probe.trainable_parameters()) == expected
     changed = {name for name, tensor in probe.adapter_state().items() if not torch.equal(tensor, before[name])}
@@ -435,7 +436,7 @@ def test_what_learns_is_counted(backbone, head):
 def test_one_image_per_class_learns_it(backbone, head):
     train = make_features((1, 1, 1, 1))
     probe = LinearProbe(backbone, NAMES, head=head)
-    probe.fit(train, **{**QUICK[head], **({} if head == "logistic" else {"epochs": 100})})
+    probe.fit_features(train, **{**QUICK[head], **({} if head == "logistic" else {"epochs": 100})})
     assert (probe(batch_of(train)).argmax(1) == train.labels).all()
 
 
@@ -445,7 +446,7 @@ def test_a_class_without_images_keeps_its_words(backbone, head):
     probe = LinearProbe(backbone, NAMES, head=head)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probe.fit(train, **QUICK[head])
+        probe.fit_features(train, **QUICK[head])
     index = torch.tensor([1])
     logits = probe(Batch(labels=index, index=index, features=probe.text[1:2]))
     assert logits.argmax() == 1
@@ -458,8 +459,8 @@ def test_views_of_logistic_and_lp_plus_plus_are_that_many_images(backbone):
     )  # fmt: skip
     for head in ("logistic", "lp++"):
         one, other = (LinearProbe(backbone, NAMES, head=head) for _ in range(2))
-        one.fit(train, **QUICK[head])
-        other.fit(flat, **QUICK[head])
+        one.fit_features(train, **QUICK[head])
+        other.fit_features(flat, **QUICK[head])
         assert torch.equal(one.learnt["weight"], other.learnt["weight"])
 
 
@@ -467,10 +468,10 @@ def test_views_of_logistic_and_lp_plus_plus_are_that_many_images(backbone):
 def test_half_precision_does_not_round_the_logits(backbone, head):
     probe = LinearProbe(backbone, NAMES, head=head)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        probe.fit(make_features(), **QUICK[head])
+        probe.fit_features(make_features(), **QUICK[head])
         logits = probe(batch_of(make_features()))
     plain = LinearProbe(backbone, NAMES, head=head)
-    plain.fit(make_features(), **QUICK[head])
+    plain.fit_features(make_features(), **QUICK[head])
     assert torch.equal(logits, plain(batch_of(make_features())))
 
 
@@ -487,12 +488,12 @@ def test_half_precision_does_not_round_the_logits(backbone, head):
 def test_features_that_do_not_fit(backbone, head, features, message):
     probe = LinearProbe(backbone, NAMES, head=head)
     with pytest.raises(DataError, match=message):
-        probe.fit(features, **QUICK[head])
+        probe.fit_features(features, **QUICK[head])
 
 
 def test_validation_features_of_another_backbone(backbone):
     with pytest.raises(DataError, match="come from another backbone"):
-        LinearProbe(backbone, NAMES).fit(make_features(), make_features(weights="0" * 64))
+        LinearProbe(backbone, NAMES).fit_features(make_features(), make_features(weights="0" * 64))
 
 
 @pytest.mark.parametrize(
@@ -511,7 +512,7 @@ def test_validation_features_of_another_backbone(backbone):
 )
 def test_settings_that_the_head_does_not_have(backbone, head, settings, message):
     with pytest.raises(ConfigError, match=message):
-        LinearProbe(backbone, NAMES, head=head).fit(make_features(), **settings)
+        LinearProbe(backbone, NAMES, head=head).fit_features(make_features(), **settings)
 
 
 def test_a_wrong_head_and_no_names(backbone):
@@ -527,8 +528,8 @@ def test_a_fit_that_is_not_finite_is_not_kept(backbone):
     train = make_features()
     probe = LinearProbe(backbone, NAMES, head="text-init")
     with pytest.raises(TrainingError, match="not finite"):
-        probe.fit(train, lr=1e38)
+        probe.fit_features(train, lr=1e38)
     broken = replace(train, values=torch.full_like(train.values, float("nan")))
     with pytest.raises(TrainingError, match="not finite"):
-        LinearProbe(backbone, NAMES, head="clap").fit(broken, epochs=2)
+        LinearProbe(backbone, NAMES, head="clap").fit_features(broken, epochs=2)
     assert torch.equal(probe.learnt["weight"], probe.text)

@@ -82,7 +82,7 @@ def test_a_method_that_is_fitted(name):
     backbone = put(make_tiny_backbone())
     with pretended_device() as mode:
         adapter = put(FITTED[name](backbone))
-        adapter.fit(features(backbone), **({"c": 10.0} if name == "logistic" else {}))
+        adapter.fit_features(features(backbone), **({"c": 10.0} if name == "logistic" else {}))
         put(adapter)
         batch = Batch(labels=LABELS, index=torch.arange(6), features=FEATURES).to(DEVICE)
         adapter.eval()

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ArtifactError, ConfigError
-from adaptclip.methods import ADAPTERS, CoOp, LinearProbe, LoRA, TwoStage
+from adaptclip.methods import CoOp, LinearProbe, LoRA, TwoStage
 from adaptclip.methods.linear_fits import cosine_gradient, fit_from_text, sigmoid_gradient
 from adaptclip.methods.objective import ClassBias, matching_bias
+from adaptclip.methods.registry import methods
 from adaptclip.training.criterion import Objective, parse_objective, sigmoid_losses
 from adaptclip.training.mitigation import Mitigation
+from adaptclip.training.support import Training
 from adaptclip.types import Batch, Features
 
 NAMES = ("rose", "lily of the valley", "red fox", "blue whale", "wombat")
@@ -54,7 +56,7 @@ def batch_of(features: Features) -> Batch:
 
 
 def make(method: str, backbone: ClipBackbone, **more: Any) -> Any:
-    return ADAPTERS[method](backbone, NAMES, **MADE[method], **more)
+    return methods()[method](backbone, NAMES, **MADE[method], **more)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_what_is_saved_builds_the_same(method, clip):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
     settings = json.loads(json.dumps(adapter.settings))
     assert settings["objective"] == "sigmoid"
-    again = ADAPTERS[method](clip, NAMES, **settings).eval()
+    again = methods()[method](clip, NAMES, **settings).eval()
     again.load_adapter_state(adapter.adapter_state())
     batch = batch_of(some_features(clip))
     with torch.no_grad():
@@ -242,7 +244,7 @@ def test_a_head_is_fitted_by_its_objective(clip):
     features = some_features(clip, 60)
     heads = {name: LinearProbe(clip, NAMES, head="text-init", objective=name) for name in ("softmax", "sigmoid")}
     for head in heads.values():
-        head.fit(features, epochs=20)
+        head.fit_features(features, epochs=20)
     batch = batch_of(features)
     with torch.no_grad():
         sigmoid = sigmoid_losses(heads["sigmoid"](batch), features.labels).mean()
@@ -295,21 +297,28 @@ def test_a_scale_of_lora_turns_the_bias_down_too(clip, siglip):
 
 
 def test_lora_begins_from_images_only_where_it_must(clip, siglip):
-    class Cache:
-        asked = 0
+    class Asked:
+        images_per_class, shots, seed, reading_s, mitigation = 1, 1, 1, 0.0, Mitigation()
+        times = 0
 
-        def get(self, backbone, images, **_):
-            Cache.asked += 1
+        def features(self):
+            self.times += 1
             return images
 
-    cache: Any = Cache()
-    images: Any = some_features(clip)
-    make("lora", clip).begin_from(images, cache)
-    make("lora", siglip, objective="sigmoid").begin_from(images, cache)
-    assert Cache.asked == 0
+        def loader_for(self, *_, **__):
+            return None
+
+        def training(self, adapter, *_, **__):
+            return Training(adapter, None, None, None, 1, Mitigation())  # type: ignore[arg-type]
+
+    images, support = some_features(clip), Asked()
+    nothing = lambda training: None  # noqa: E731
+    make("lora", clip).learn(support, loop=nothing)
+    make("lora", siglip, objective="sigmoid").learn(support, loop=nothing)
+    assert support.times == 0
     adapter = make("lora", clip, objective="sigmoid")
-    adapter.begin_from(images, cache)
-    assert Cache.asked == 1
+    adapter.learn(support, loop=nothing)
+    assert support.times == 1
     with torch.no_grad():
         mean = torch.sigmoid(adapter(batch_of(images))).mean(0)
     torch.testing.assert_close(mean, torch.full((5,), 0.2), atol=1e-5, rtol=0)

@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import real_features
-from accelerate import Accelerator
 from real_features import NAMES, Real
 from scipy.stats import t as student
 
-from adaptclip.methods import GDA, LinearProbe, SSText, TipAdapter, ZeroShotClassifier
-from adaptclip.training.loop import train_by_steps
-from adaptclip.training.optim import build_optimizer, build_scheduler
-from adaptclip.training.steps import FeatureLoader
+from adaptclip.methods import LinearProbe, TipAdapter, ZeroShotClassifier
+from adaptclip.methods.registry import named
 
 TEMPLATES = ("{}",)
 MODELS = ("openai-vit-b-32", "openai-vit-l-14")
@@ -35,39 +32,9 @@ def real(request, shared_data) -> Real:
 
 
 def fitted(real: Real, method: str, shots: int, seed: int) -> Any:
-    """A method as recipe and bench assemble it, at its default settings; one view."""
+    """A method at its default settings; one view."""
     train, held_out = real.draw(shots, seed)
-    clip = real.clip
-    if method in ("logistic", "text-init", "clap", "lp++"):
-        probe = LinearProbe(clip, NAMES, head=method, templates=TEMPLATES)  # pyright: ignore[reportArgumentType]
-        probe.fit(train, held_out, seed=seed)
-        return probe
-    if method == "ss-text":
-        head = SSText(clip, NAMES, templates=TEMPLATES)
-        head.fit(train)
-        return head
-    if method == "gda":
-        gda = GDA(clip, NAMES, templates=TEMPLATES)
-        gda.fit(train)
-        gda.choose(held_out)
-        return gda
-    learn = method == "tip-f"
-    tip = TipAdapter(clip, NAMES, templates=TEMPLATES, learn_keys=learn)
-    tip.fit(train)
-    if not learn:
-        tip.choose(held_out)
-        return tip
-    tip.choose_training(held_out)
-    accelerator = Accelerator(cpu=True)
-    loader = FeatureLoader(train, batch_size=256, seed=seed, accelerator=accelerator)
-    steps = 20 * loader.steps_per_epoch
-    optimizer = build_optimizer(tip.trainable_parameters(), name="adamw", lr=1e-3, weight_decay=0.01, eps=1e-4)
-    scheduler = build_scheduler(
-        optimizer, total_steps=steps, steps_per_epoch=loader.steps_per_epoch, kind="cosine_per_step"
-    )
-    train_by_steps(tip, loader, steps, optimizer, scheduler, accelerator)
-    tip.choose_trained(held_out)
-    return tip
+    return named()[method].build(real.clip, NAMES, TEMPLATES, seed).fit(train, validation=held_out, seed=seed)
 
 
 def accuracies(real: Real, method: str, shots: int) -> np.ndarray:
@@ -96,7 +63,7 @@ def test_zs_lp_at_one_shot(real):
     unit = []
     for seed in (1, 2, 3):
         probe = LinearProbe(real.clip, NAMES, head="text-init", templates=TEMPLATES, start_norm=1.0)
-        probe.fit(real.draw(1, seed)[0], seed=seed)
+        probe.fit_features(real.draw(1, seed)[0], seed=seed)
         unit.append(real.accuracy(probe))
     assert np.mean(unit) < least - 8, "from unit norm the steps are far too large"
 
@@ -120,7 +87,7 @@ def test_tip_f_trains_at_a_published_setting_that_validation_chooses():
     train, held_out = real.draw(4, 1)
     adapter = TipAdapter(real.clip, NAMES, templates=TEMPLATES, learn_keys=True)
     assert (adapter.alpha, adapter.beta) == (3.0, 1.0)
-    adapter.fit(train)
+    adapter.fit_features(train)
     choice = adapter.choose_training(held_out)
     assert choice.grid == {"alpha": (1.17, 10.0, 5), "beta": (1.0, 1.0, 1)}
     assert (adapter.alpha, adapter.beta) == (choice.values["alpha"], 1.0)
@@ -130,7 +97,7 @@ def test_trained_keys_keep_their_pair_unless_another_is_better_by_more_than_chan
     real = read(real_features.VIT_B_32)
     train, held_out = real.draw(4, 1)
     adapter = TipAdapter(real.clip, NAMES, templates=TEMPLATES, learn_keys=True)
-    adapter.fit(train)
+    adapter.fit_features(train)
     best = adapter.choose(held_out)
     kept = {}
     for pair in ((10.0, 1.0), (40.0, 27.0), (best.values["alpha"], best.values["beta"]), (0.1, 0.1)):

@@ -37,14 +37,14 @@ def linear(real: Any, name: str) -> Any:
     head, rest = name.split(", ")
     train, held_out = real.draw(int(rest.split()[0]), 1)
     probe = LinearProbe(real.clip, NAMES, head=head, templates=TEMPLATES)  # pyright: ignore[reportArgumentType]
-    probe.fit(train, held_out)
+    probe.fit_features(train, held_out)
     return probe
 
 
 def ss_text(real: Any, name: str) -> Any:
     method, rest = name.split(", ")
     adapter = SSText(real.clip, NAMES, templates=TEMPLATES, mode="plus" if method == "ss-text+" else "plain")
-    adapter.fit(uneven(real) if rest == "uneven" else real.draw(int(rest.split()[0]), 1)[0])
+    adapter.fit_features(uneven(real) if rest == "uneven" else real.draw(int(rest.split()[0]), 1)[0])
     return adapter
 
 
@@ -55,7 +55,7 @@ def tip_f(real: Any, name: str) -> Any:
     adapter = TipAdapter(
         real.clip, NAMES, templates=TEMPLATES, learn_keys=True, alpha=float(alpha.split()[1]), beta=1.0
     )
-    adapter.fit(train)
+    adapter.fit_features(train)
     optimizer = torch.optim.AdamW(adapter.trainable_parameters(), lr=1e-3, eps=1e-4, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     batch = Batch(labels=train.labels, index=train.labels, features=train.values[0])

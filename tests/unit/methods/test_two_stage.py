@@ -89,7 +89,7 @@ def test_without_a_step_the_head_judges_as_the_first_stage_does(backbone, towers
     assert adapter.encoder.digest == lora.encoder.digest
     merged = lora.merged_model()
     rows = np.stack([text_features(merged, backbone, name.replace("_", " ")) for name in NAMES])
-    np.testing.assert_allclose(adapter.head.detach().numpy(), rows, atol=1e-5)
+    np.testing.assert_allclose(adapter.head_weight.detach().numpy(), rows, atol=1e-5)
     frozen = np.stack([text_features(backbone.model, backbone, name.replace("_", " ")) for name in NAMES])
     assert (np.abs(rows - frozen).max() > 1e-3) == (towers != "image")
 
@@ -100,17 +100,17 @@ def test_only_the_head_learns(backbone):
     before = {name: value.clone() for name, value in lora.adapter_state().items()}
     frozen = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     adapter = TwoStage(backbone, NAMES, first=lora)
-    start, weights = adapter.head.detach().clone(), adapter.encoder.digest
+    start, weights = adapter.head_weight.detach().clone(), adapter.encoder.digest
     batch = features_of(adapter.encoder)
     adapter.train()
     F.cross_entropy(adapter(batch), batch.labels).backward()
-    assert [name for name, p in adapter.named_parameters() if p.requires_grad] == ["head"]
-    assert [name for name, p in adapter.named_parameters() if p.grad is not None] == ["head"]
-    assert adapter.trainable_parameters() == [adapter.head]
-    assert adapter.head.grad is not None
-    assert (adapter.head.grad.abs().amax(dim=1) > 0).all()
+    assert [name for name, p in adapter.named_parameters() if p.requires_grad] == ["head_weight"]
+    assert [name for name, p in adapter.named_parameters() if p.grad is not None] == ["head_weight"]
+    assert adapter.trainable_parameters() == [adapter.head_weight]
+    assert adapter.head_weight.grad is not None
+    assert (adapter.head_weight.grad.abs().amax(dim=1) > 0).all()
     train_head(adapter)
-    assert not torch.allclose(adapter.head, start, atol=1e-2)
+    assert not torch.allclose(adapter.head_weight, start, atol=1e-2)
     assert all(torch.equal(before[name], value) for name, value in lora.adapter_state().items())
     assert all(torch.equal(frozen[name], value) for name, value in backbone.model.state_dict().items())
     assert adapter.encoder.digest == weights  # cached features stay those of this encoder
@@ -123,14 +123,14 @@ def test_the_gradient_is_that_of_scaled_cosines(backbone):
     adapter.train()
     adapter.zero_grad()
     F.cross_entropy(adapter(batch), batch.labels).backward()
-    head = adapter.head.detach().double().requires_grad_()
+    head = adapter.head_weight.detach().double().requires_grad_()
     assert batch.features is not None
     values = batch.features.double()
     logits = float(backbone.logit_scale) * values @ (head / head.norm(dim=1, keepdim=True)).T
     chosen = logits.log_softmax(dim=1)[torch.arange(len(values)), batch.labels]
     (expected,) = torch.autograd.grad(-chosen.mean(), head)
-    assert adapter.head.grad is not None
-    torch.testing.assert_close(adapter.head.grad.double(), expected, atol=1e-6, rtol=1e-4)
+    assert adapter.head_weight.grad is not None
+    torch.testing.assert_close(adapter.head_weight.grad.double(), expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(adapter(batch).double(), logits, atol=1e-4, rtol=0)
 
 
@@ -152,7 +152,7 @@ def test_known_classes_by_the_head_and_others_by_the_text_tower(backbone):
     assert got.shape == (4, 48)
     assert not got.requires_grad
     torch.testing.assert_close(got.norm(dim=1), torch.ones(4), atol=1e-6, rtol=0)
-    head = adapter.head.detach() / adapter.head.detach().norm(dim=1, keepdim=True)
+    head = adapter.head_weight.detach() / adapter.head_weight.detach().norm(dim=1, keepdim=True)
     torch.testing.assert_close(got[1], head[3])
     torch.testing.assert_close(got[2], head[1])  # underscores and spaces are the same name
     merged = adapter.first.merged_model()
@@ -223,7 +223,7 @@ def saved(tmp_path, backbone, digits):
     """An artifact of a trained adapter, and the adapter."""
     adapter = TwoStage(backbone, digits.prompt_names, first=first_stage(backbone, digits.prompt_names))
     with torch.no_grad():
-        adapter.head.add_(0.1 * torch.randn(5, 48, generator=torch.Generator().manual_seed(3)))
+        adapter.head_weight.add_(0.1 * torch.randn(5, 48, generator=torch.Generator().manual_seed(3)))
     probs = np.full((10, 5), 0.2, np.float32)
     predictions = Predictions(tuple(map(str, range(10))), np.arange(10) % 5, probs, digits.class_names)
     save_artifact(

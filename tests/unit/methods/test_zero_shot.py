@@ -6,7 +6,8 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, BackboneError, DataError
-from adaptclip.methods import ADAPTERS, ZeroShotClassifier
+from adaptclip.methods import ZeroShotClassifier
+from adaptclip.methods.registry import methods
 from adaptclip.types import Batch
 
 NAMES = ("rose", "lily_of the valley", "dog")
@@ -43,7 +44,7 @@ def test_nothing_learns(backbone, batch):
 
 def test_state_and_settings_rebuild_it(backbone, batch):
     classifier = ZeroShotClassifier(backbone, NAMES, TEMPLATES)
-    again = ADAPTERS["zero_shot"](backbone, NAMES, **json.loads(json.dumps(classifier.settings)))
+    again = methods()["zero_shot"](backbone, NAMES, **json.loads(json.dumps(classifier.settings)))
     again.load_adapter_state({name: -tensor for name, tensor in classifier.adapter_state().items()})
     torch.testing.assert_close(again(batch), -classifier(batch))
     with pytest.raises(ArtifactError, match=r"'class_weights' .* shape \(2, \d+\), expected \(3, \d+\)"):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError, DataError
 from adaptclip.methods.base import check_features
 from adaptclip.types import Features
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Choice:
     num_images: int
     num_tried: int
     num_tied: int
+
+    def told(self) -> dict[str, Any]:
+        """Returns what to tell of it: "chosen" and "validation_used_for"."""
+        return {"chosen": dict(self.values), "validation_used_for": self.describe()}
 
     def describe(self) -> str:
         """Says among what was chosen, and by how many images, for a report."""

@@ -1,0 +1,169 @@
+"""All methods by name: those of this folder, and those that other packages bring.
+
+A package brings a method by an entry point of the group `adaptclip.methods` that names a subclass of `Method`:
+
+    [project.entry-points."adaptclip.methods"]
+    my_method = "my_package.my_module:MyMethod"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import types
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import adaptclip.methods
+from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.methods.method import Method, Variant
+from adaptclip.prompts import TEMPLATES
+
+GROUP = "adaptclip.methods"
+"""Entry point group of methods from other packages."""
+
+_NOT_BY_NAME = frozenset((
+    "backbone", "class_names", "templates", "seed", "objective", "first", "num_keys", "memory_budget_bytes", "fast",
+    "shard_classes", "checkpointing", "scale",
+))  # fmt: skip
+"""Arguments of constructors that a run decides elsewhere, or that change no result."""
+
+
+@cache
+def methods() -> Mapping[str, type[Method]]:
+    """Returns key -> class of every method; artifacts name their method by these keys.
+
+    Warns:
+        UserWarning: another package's method cannot be used: its module cannot be imported, it is no `Method`, or it
+            has the key of another.
+    """
+    found: dict[str, type[Method]] = {}
+    for module in pkgutil.iter_modules(adaptclip.methods.__path__):
+        for own in vars(importlib.import_module(f"{adaptclip.methods.__name__}.{module.name}")).values():
+            if inspect.isclass(own) and issubclass(own, Method) and own.name:
+                found[own.name] = own
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            other = point.load()
+        except Exception as error:
+            warnings.warn(f"the method {point.value} cannot be used: {error}", stacklevel=2)
+            continue
+        if not (inspect.isclass(other) and issubclass(other, Method) and other.name):
+            warnings.warn(f"{point.value} is no subclass of adaptclip.Method with a name; it is left out", stacklevel=2)
+        elif other.name in found and found[other.name] is not other:
+            warnings.warn(f"{point.value}: there is a method {other.name!r} already; it is left out", stacklevel=2)
+        else:
+            found[other.name] = other
+    return types.MappingProxyType(found)
+
+
+def method_of(key: str) -> type[Method]:
+    """Returns the class of a key. Raises ConfigError with the nearest key for an unknown one."""
+    if key not in methods():
+        raise ConfigError(f"no method {key!r}. {did_you_mean(key, methods())}")
+    return methods()[key]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A method as it is run by name, with the settings that this name stands for.
+
+    Attributes:
+        name: for example "kgcoop".
+        method: the class.
+        variant: what the name stands for.
+    """
+
+    name: str
+    method: type[Method]
+    variant: Variant
+
+    @property
+    def cost(self) -> float:
+        """Place on the ladder from cheap to dear."""
+        return self.variant.cost
+
+    @property
+    def learns(self) -> bool:
+        """Whether images are learnt from; otherwise results do not vary with shots and seeds."""
+        return self.method._learn is not Method._learn
+
+    def settings(self) -> dict[str, Any]:
+        """Returns every setting that can be changed, with its default; None is "as published"."""
+        own = {
+            name: self.variant.defaults.get(name, p.default)
+            for name, p in inspect.signature(self.method.__init__).parameters.items()
+            if name not in ("self", *_NOT_BY_NAME, *self.variant.settings)
+            and p.kind is not p.VAR_KEYWORD and isinstance(p.default, bool | int | float | str | None)
+        }  # fmt: skip
+        return own | {f.name: None for f in fields(self.method.schedule_type)}
+
+    def kinds(self) -> dict[str, tuple[type, ...]]:
+        """Returns the type or types of every setting."""
+        known = typing.get_type_hints(self.method.schedule_type)
+        told = {**inspect.get_annotations(self.method.__init__), **known}
+        names = vars(importlib.import_module(self.method.__module__))
+        return {name: _plain_types(_hint(told.get(name, str), names)) for name in self.settings()}
+
+    def split(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns settings of the constructor, and those of the schedule."""
+        planned = {f.name for f in fields(self.method.schedule_type)}
+        own = {name: value for name, value in settings.items() if name not in planned}
+        return own, {name: value for name, value in settings.items() if name in planned}
+
+    def templates(self, templates: Sequence[str]) -> tuple[str, ...]:
+        """Returns the prompts of a card as this name reads them: with CLIP's ensemble of seven, or as they are."""
+        return tuple(dict.fromkeys((*templates, *(TEMPLATES["imagenet"] if self.variant.ensemble else ()))))
+
+    def build(
+        self, backbone: Any, class_names: Sequence[str], templates: Sequence[str], seed: int, **own: Any
+    ) -> Method:
+        """Returns the method, before it has learnt.
+
+        Args:
+            backbone: the frozen CLIP.
+            class_names: C names.
+            templates: the card's prompts.
+            seed: of what is drawn at first.
+            **own: settings of the constructor.
+        """
+        asked = inspect.signature(self.method.__init__).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in asked.values())
+        usual: dict[str, Any] = {"templates": self.templates(templates), "seed": seed, "shard_classes": False}
+        usual = {name: value for name, value in usual.items() if name in asked or (open_ended and name == "templates")}
+        return self.method(backbone, class_names, **{**usual, **self.variant.defaults, **own, **self.variant.settings})
+
+
+@cache
+def named() -> Mapping[str, Named]:
+    """Returns name -> method of all variants, cheap before dear."""
+    found = [Named(name, own, variant) for own in methods().values() for name, variant in own.variants.items()]
+    return types.MappingProxyType(
+        {one.name: one for one in sorted(found, key=lambda one: (one.variant.cost, one.name))}
+    )
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    """The plain types that a value of an annotation may have, the narrow ones first."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    plain: set[type] = set()
+    for part in parts:
+        if typing.get_origin(part) is typing.Literal:
+            plain |= {type(value) for value in typing.get_args(part)}
+        elif isinstance(part, type) and part is not type(None):
+            plain.add(part)
+    return tuple(kind for kind in (bool, int, float, str) if kind in plain)
+
+
+def _hint(hint: Any, names: Mapping[str, Any]) -> Any:
+    """An annotation, evaluated where it is a text; `str` for one that names what is known to type checkers alone."""
+    try:
+        return eval(hint, dict(names)) if isinstance(hint, str) else hint  # of the method's own source
+    except NameError:
+        return str

@@ -1,0 +1,196 @@
+"""What a method may see of a case, and one stage of learning by steps, ready for a loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from adaptclip.data.card_block import Augmentation
+from adaptclip.data.dataset import ImageDataset
+from adaptclip.data.transforms import Augment
+from adaptclip.feature_clip import FeatureClip
+from adaptclip.features import FeatureCache, training_crop
+from adaptclip.training.mitigation import Mitigation
+from adaptclip.training.optim import build_optimizer, build_scheduler
+from adaptclip.training.pixels import PixelLoader
+from adaptclip.training.steps import FeatureLoader
+from adaptclip.types import Features, Learner
+
+if TYPE_CHECKING:
+    from adaptclip.backbone import ClipBackbone
+
+
+class Training(NamedTuple):
+    """One stage of learning by steps.
+
+    Attributes:
+        adapter: what learns.
+        loader: says which images a step sees.
+        optimizer: over the adapter's trainable parameters.
+        scheduler: of its learning rate.
+        num_steps: optimizer steps, 1 or more.
+        mitigation: gives the loss of a batch.
+        name: of the stage; "" where there is only one.
+    """
+
+    adapter: Any
+    loader: FeatureLoader | PixelLoader
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    num_steps: int
+    mitigation: Mitigation
+    name: str = ""
+
+
+Loop = Callable[[Training], None]
+"""Takes the steps of a stage, and leaves the adapter unwrapped and in evaluation mode."""
+
+
+class FeatureSource(Protocol):
+    """Where features of the frozen tower come from: a cache, or a store of them."""
+
+    def get(
+        self,
+        backbone: Any,
+        dataset: ImageDataset,
+        *,
+        views: int = 0,
+        augment: Augment | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> Features:
+        """Returns features, as `FeatureCache.get`."""
+        ...
+
+
+class Support:
+    """All that a method may see: images to learn from, images to choose settings with. No test image.
+
+    Attributes:
+        backbone: the frozen CLIP.
+        images: N labelled training images.
+        validation_images: images to choose settings with; may be empty.
+        source: of the frozen tower's features.
+        shots: k; 0 stands for all images.
+        seed: of the order of images and of what a method draws.
+        accelerator: divides the work among its processes.
+        mitigation: of differences between groups or classes; plain training by default.
+        reading_s: seconds spent on reading and encoding so far.
+    """
+
+    def __init__(
+        self,
+        backbone: ClipBackbone | FeatureClip,
+        images: ImageDataset,
+        validation_images: ImageDataset,
+        *,
+        accelerator: Accelerator,
+        source: FeatureSource | None = None,
+        augmentation: Augmentation | None = None,
+        shots: int = 0,
+        seed: int = 1,
+        mitigation: Mitigation | None = None,
+    ) -> None:
+        """See the attributes; `augmentation` is the card's crops, `source` None encodes and keeps nothing."""
+        self.backbone: Any = backbone
+        self.images, self.validation_images, self.accelerator = images, validation_images, accelerator
+        self.source = FeatureCache(None) if source is None else source
+        self.shots, self.seed = shots, seed
+        self.mitigation = Mitigation() if mitigation is None else mitigation
+        self._augmentation = Augmentation() if augmentation is None else augmentation
+        self.reading_s = 0.0
+
+    @property
+    def images_per_class(self) -> int:
+        """k, or for all images their rounded mean per class, 1 or more."""
+        return self.shots or max(1, round(len(self.images) / len(self.images.class_names)))
+
+    def features(self, views: int = 0, *, min_scale: float = 0.0, encoder: Any = None) -> Features:
+        """Returns features of the training images: of the evaluation transform, or of numbered crops.
+
+        Args:
+            views: sets of crops; 0 is the evaluation transform.
+            min_scale: smallest crop as a share of the image's area; a larger limit of the card wins.
+            encoder: an adapted model whose features nobody else could use; None is the backbone.
+        """
+        augment = training_crop(self.backbone, self._augmentation, min_scale=min_scale) if views else None
+        return self._read(encoder, self.images, views, augment)
+
+    def validation(self, encoder: Any = None) -> Features | None:
+        """Returns features of the validation images, of the backbone or of an adapted model; None without any."""
+        return self._read(encoder, self.validation_images, 0, None) if len(self.validation_images) else None
+
+    def _read(self, encoder: Any, images: ImageDataset, views: int, augment: Augment | None) -> Features:
+        started = time.perf_counter()
+        own = encoder is None or encoder.image_digest == self.backbone.image_digest
+        source, encoder = (self.source, self.backbone) if own else (FeatureCache(None), encoder)
+        features = source.get(encoder, images, views=views, augment=augment, accelerator=self.accelerator)
+        self.reading_s += time.perf_counter() - started
+        return features
+
+    def loader(
+        self, features: Features | None = None, *, batch_size: int, views: int = 0
+    ) -> FeatureLoader | PixelLoader:
+        """Returns the loader of a stage: of features, or without any of pixels, cropped anew in every epoch.
+
+        Args:
+            features: of the training images.
+            batch_size: images per process and micro-step.
+            views: of pixels, the number of different crops of each image; 0 makes fresh ones in every epoch.
+
+        Raises:
+            ConfigError: a number out of range, or fewer images than parts of a step.
+        """
+        how: Any = {
+            "batch_size": batch_size, "seed": self.seed, "accelerator": self.accelerator,
+            "strata": self.mitigation.strata,
+        }  # fmt: skip
+        if features is not None:
+            return FeatureLoader(features, **how)
+        augment = training_crop(self.backbone, self._augmentation)
+        return PixelLoader(self.images, self.backbone, augment=augment, views=views, **how)
+
+    def loader_for(self, adapter: Learner, *, batch_size: int, views: int) -> FeatureLoader | PixelLoader:
+        """Returns the loader of what an adapter consumes: pixels, or cached features of `views` sets of crops."""
+        features = None if adapter.consumes == "pixels" else self.features(views)
+        return self.loader(features, batch_size=batch_size)
+
+    def training(
+        self,
+        adapter: Any,
+        loader: FeatureLoader | PixelLoader,
+        num_steps: int,
+        *,
+        optimizer: str,
+        lr: float,
+        weight_decay: float,
+        schedule: str = "cosine",
+        final_lr: float = 0.0,
+        name: str = "",
+        **options: Any,
+    ) -> Training:
+        """Returns a stage with its optimizer and schedule (`build_optimizer`, `build_scheduler`).
+
+        Args:
+            adapter: what learns.
+            loader: of its images.
+            num_steps: optimizer steps.
+            optimizer: sgd or adamw.
+            lr: peak learning rate.
+            weight_decay: of the optimizer.
+            schedule: see `build_scheduler`.
+            final_lr: where the cosine ends.
+            name: of the stage.
+            **options: of `build_optimizer`.
+        """
+        built = build_optimizer(
+            adapter.trainable_parameters(), name=optimizer, lr=lr, weight_decay=weight_decay, **options
+        )
+        scheduler = build_scheduler(
+            built, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind=schedule, final_lr=final_lr
+        )
+        return Training(adapter, loader, built, scheduler, num_steps, self.mitigation.fresh(), name)
