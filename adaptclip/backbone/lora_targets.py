@@ -143,7 +143,8 @@ def _is_pointwise(module: nn.Conv2d) -> bool:
     return module.kernel_size == (1, 1) and module.groups == 1
 
 
-def _kinds(name: str) -> frozenset[str]:
+def kinds_of(name: str) -> frozenset[str]:
+    """Returns what a layer computes by its dotted name: some of `KINDS`, several where it is a fused one; or none."""
     for pattern, kinds in _KIND_OF_NAME:
         if re.search(rf"(?:^|\.)(?:{pattern})$", name):
             return kinds
@@ -162,7 +163,7 @@ def _of_kinds(model: nn.Module, layers: dict[str, nn.Module], wanted: set[str], 
             return list(layers)
     chosen = []
     for name, module in layers.items():
-        kinds = _kinds(name)
+        kinds = kinds_of(name)
         if kinds & wanted and not kinds <= wanted:
             raise ConfigError(
                 f"{name} computes {', '.join(sorted(kinds))} in one layer, so they can only be adapted together; "
@@ -188,7 +189,7 @@ def _check_attention(model: nn.Module, layers: Sequence[str], tower: str) -> int
         BackboneError: some have not, or more layers look like projections than there are; with the kinds of module.
     """
     wanted = count_attention(model, tower)
-    found = {kind: [name for name in layers if kind in _kinds(name)] for kind in "qkv"}
+    found = {kind: [name for name in layers if kind in kinds_of(name)] for kind in "qkv"}
     if all(len(names) == wanted for names in found.values()):
         return wanted
     prefixes = {name.rpartition(".")[0] for names in found.values() for name in names}

@@ -33,7 +33,7 @@ def class_homes() -> dict[str, str]:
     homes: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"^class ([A-Z]\w+)\((?:Method|nn\.Module)\):", text, flags=re.M):
+        for name in re.findall(r"^class ([A-Z]\w+)\((?:Method|TunedTowers|nn\.Module)\):", text, flags=re.M):
             homes[name] = f"{__name__}.{path.stem}"
     return homes
 

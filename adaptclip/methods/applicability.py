@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import AdaptclipError
 from adaptclip.methods.contrastive import ContrastiveTuning
 from adaptclip.methods.registry import methods
-from adaptclip.methods.two_stage import TwoStage
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,4 @@ def _try(method: str, make: Callable[[], Any]) -> Applicability:
         adapter = make()
     except AdaptclipError as error:
         return Applicability(method, False, None, None, None, str(error))
-    learnt = adapter.trainable_parameters()
-    if isinstance(adapter, TwoStage):
-        learnt = [*learnt, *adapter.first.trainable_parameters()]
-    stored = adapter.adapter_state().values()
-    return Applicability(method, True, adapter.consumes, _count(learnt), _count(stored))
-
-
-def _count(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
+    return Applicability(method, True, adapter.consumes, *adapter.counts())

@@ -148,6 +148,11 @@ class ContrastiveTuning(nn.Module):
         own = dict(self.model.named_parameters())
         return {name: own[name].detach() for name in self.learned}
 
+    def counts(self) -> tuple[int, int]:
+        """Returns how many numbers it learns, and how many its state holds."""
+        learnt, stored = self.trainable_parameters(), self.adapter_state().values()
+        return sum(p.numel() for p in learnt), sum(t.numel() for t in stored)
+
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `adapter_state` returned. Raises ArtifactError when names or shapes differ."""
         own = self.adapter_state()

@@ -35,7 +35,7 @@ from adaptclip.methods.lora_layers import (
 from adaptclip.methods.method import Method, Variant
 from adaptclip.methods.objective import ClassBias
 from adaptclip.methods.snapshots import Snapshot, take_snapshot
-from adaptclip.methods.tower_tuning import TowerSchedule, tune_towers
+from adaptclip.methods.tuned_towers import TowerSchedule, tune_towers
 from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.storage import read_tensors, write_tensors
 from adaptclip.training.criterion import ObjectiveName, check_objective

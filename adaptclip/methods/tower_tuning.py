@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adaptclip.backbone import ClipBackbone
 from adaptclip.backbone.attention import share_weights
-from adaptclip.backbone.class_token import encode_image
 from adaptclip.backbone.lora_targets import Towers
-from adaptclip.errors import ConfigError, DataError, did_you_mean
-from adaptclip.methods.base import batch_features, check_state, scaled_logits
-from adaptclip.methods.class_prompts import ClassPrompts
-from adaptclip.methods.method import Method, Schedule, Variant
-from adaptclip.methods.snapshots import Snapshot, take_snapshot
-from adaptclip.methods.zero_shot import ZeroShotClassifier
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
+from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.methods.base import check_state
+from adaptclip.methods.method import Variant
+from adaptclip.methods.tuned_towers import TowerSchedule, TunedTowers, check_full_precision
 
 Tune = Literal["layernorm", "bitfit"]
-
 
 _TOWERS = {"image": ("visual.",), "text": ("transformer.", "ln_final.", "text.")}
 """Tower -> how the names of its parts begin; CoCa's decoder of captions is in neither."""
@@ -77,38 +68,7 @@ def _of_kind(model: nn.Module, tune: Tune, prefixes: tuple[str, ...]) -> list[st
     return []
 
 
-@dataclass(frozen=True)
-class TowerSchedule(Schedule):
-    """How towers are tuned: AdamW with weight decay 0.01, a cosine per step down to 1e-6, fresh crops in every epoch.
-
-    Attributes:
-        steps: optimizer steps; for the published ones see the methods' `published`.
-        lr: peak learning rate.
-        batch_size: images per process and step.
-        views: sets of crops, where the text tower alone is tuned and cached features are learnt from.
-    """
-
-    steps: int = 500
-    lr: float = 2e-4
-    batch_size: int = 32
-    views: int = 10
-
-
-def tune_towers(
-    method: Any, support: Support, schedule: Any, num_steps: int, loop: Loop, *, name: str = ""
-) -> dict[str, Any]:
-    """Trains an adapter of the towers for a number of steps, and says how."""
-    loader = support.loader_for(method, batch_size=schedule.batch_size, views=schedule.views)
-    loop(
-        support.training(
-            method, loader, num_steps, optimizer="adamw", lr=schedule.lr, weight_decay=1e-2,
-            schedule="cosine_per_step", final_lr=1e-6, name=name,
-        )
-    )  # fmt: skip
-    return {"schedule": f"AdamW {schedule.lr:g}, cosine, {num_steps} steps of {schedule.batch_size}"}
-
-
-class TowerTuning(Method):
+class TowerTuning(TunedTowers):
     """A CLIP whose norms or biases are tuned in place, everything else frozen.
 
     LayerNorm tuning is the first stage of 2SFS (Farina et al. 2025, arXiv:2503.11609), BitFit is Ben Zaken et al. 2022
@@ -135,12 +95,7 @@ class TowerTuning(Method):
         "layernorm": Variant(11.7, {"tune": "layernorm"}, search={"lr": (1e-4, 2e-2)}),
         "bitfit": Variant(11.8, {"tune": "bitfit"}, search={"lr": (1e-4, 2e-2)}),
     }
-    schedule_type = TowerSchedule
     smoke = {"steps": 60, "lr": 1e-2}
-    learns_by_steps = True
-    takes_new_names = True
-    is_clip = True
-    objective: Literal["softmax"] = "softmax"
 
     def __init__(
         self,
@@ -154,62 +109,19 @@ class TowerTuning(Method):
         super().__init__()
         class_names = self._sit_on(backbone, class_names)
         names = tuned_names(backbone.model, tune, towers)
-        if backbone.precision != "fp32":
-            raise ConfigError(
-                f"{tune} tunes the towers' own numbers and takes a backbone in fp32, got {backbone.precision}; train "
-                "with autocast (--mixed-precision) instead"
-            )
-        self.templates = tuple(templates)
-        self.tune, self.towers = tune, towers
-        self._prompts = ClassPrompts(backbone, class_names, templates)
-        self.adapts_text, self.adapts_image = towers != "image", towers != "text"
-        self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
-        self.model: Any = share_weights(backbone.model)
+        check_full_precision(backbone, tune)
+        model: Any = share_weights(backbone.model)
         for name in names:
             parent, _, part = name.rpartition(".")
             tuned = nn.Parameter(backbone.model.get_parameter(name).detach().clone())
-            setattr(self.model.get_submodule(parent), part, tuned)
-        self._names = tuple(names)
-        self._text = self._prompts.encoder(self.model) if self.adapts_text else None
-        self._snapshot: Snapshot | None = None
-        self.train(False)
+            setattr(model.get_submodule(parent), part, tuned)
+        self.tune, self._names = tune, tuple(names)
+        self._take_towers(backbone, class_names, templates, towers, model)
 
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
         return {"tune": self.tune, "towers": self.towers, "templates": list(self.templates)}
-
-    def train(self, mode: bool = True) -> TowerTuning:
-        """Changes the mode; the towers stay in evaluation mode, batch statistics and dropout included."""
-        super().train(False)
-        self.training = mode
-        return self
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Returns (B, C) logits of pictures, or outside of training of features that `encoder` made.
-
-        Raises:
-            DataError: the batch has what the method does not learn from.
-        """
-        if not self.training and not torch.is_grad_enabled():
-            snapshot = self._take_snapshot()
-            return scaled_logits(snapshot.features(batch), snapshot.class_weights, self.backbone.logit_scale)
-        if not self.adapts_image:
-            features = batch_features(batch, self.backbone.embed_dim)
-        elif batch.images is None:
-            raise DataError(
-                "tuning the image tower learns from pixels, but the batch has none; take PixelLoader, or tune the text "
-                'tower alone (towers="text")'
-            )
-        else:
-            features = F.normalize(encode_image(self.model, batch.images).float(), dim=-1)
-        return scaled_logits(features, self.text_features(), self.backbone.logit_scale)
-
-    def text_features(self) -> Tensor:
-        """Returns (C, D) unit-norm float32 features of the classes by the text tower as it is, with gradients."""
-        if self._text is None:
-            return self._prompts.frozen()
-        return self._prompts.features(self._text, self.backbone.device, share=self.training)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the tuned norms or biases."""
@@ -229,34 +141,14 @@ class TowerTuning(Method):
         """Returns 2SFS's 300 steps per shot, all of them here."""
         return TowerSchedule(steps=300 * (shots or images_per_class))
 
-    def _learn(self, support: Support, schedule: TowerSchedule, loop: Loop) -> dict[str, Any]:
-        return tune_towers(self, support, schedule, schedule.steps, loop)
-
-    def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> ZeroShotClassifier:
-        """Returns a classifier of other classes by the tuned towers."""
-        return ZeroShotClassifier(self.encoder, class_names, self.templates if templates is None else templates)
+    @property
+    def _made_with(self) -> str:
+        return self.tune
 
     @property
-    def encoder(self) -> ClipBackbone:
-        """The tuned towers, frozen as they are now: makes features that `forward` takes."""
-        return self._take_snapshot().encoder
-
-    def class_weights(self) -> Tensor:
-        """Returns (C, D) unit-norm text features of the tuned text tower, without gradients."""
-        return self._take_snapshot().class_weights
+    def _decides(self) -> str:
+        return f"{self.tune} {self.towers}"
 
     def merged_model(self) -> nn.Module:
         """Returns a stock open_clip model with the tuned numbers in their places."""
         return share_weights(self.model, also_trainable=False).requires_grad_(False)
-
-    @torch.inference_mode(False)
-    def _take_snapshot(self) -> Snapshot:
-        """Returns the snapshot of the present numbers, made anew only when one of them changed."""
-        state = self.adapter_state()
-        if self._snapshot is None or not self._snapshot.is_of(state, self.backbone.device):
-            self._snapshot = take_snapshot(
-                state, self.backbone, made_with=self.tune, settings=f"{self.tune} {self.towers}",
-                model=self.merged_model, prompts=self._prompts, adapts_text=self.adapts_text,
-                adapts_image=self.adapts_image,
-            )  # fmt: skip
-        return self._snapshot

@@ -16,7 +16,8 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.lora import LoRA
 from adaptclip.methods.method import Method, Variant
-from adaptclip.methods.tower_tuning import TowerSchedule, TowerTuning, tune_towers
+from adaptclip.methods.tower_tuning import TowerTuning
+from adaptclip.methods.tuned_towers import TowerSchedule, tune_towers
 from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.prompts import clean_class_name, zero_shot_weights
 from adaptclip.storage import read_tensors, write_tensors
@@ -169,6 +170,11 @@ class TwoStage(Method):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the (C, D) head."""
         return [self.head_weight]
+
+    def counts(self) -> tuple[int, int]:
+        """Returns how many numbers both stages learn, and how many the state holds."""
+        learnt, stored = super().counts()
+        return learnt + self.first.counts()[0], stored
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Returns the head and what the first stage tuned."""

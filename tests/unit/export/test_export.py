@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("lora", {"dora": True, "scale": 0.5}),
     "two_stage": ("two_stage", {}),
     "layernorm": ("tower_tuning", {}),
+    "clip_svd": ("clip_svd", {}),
     "cocoop": ("cocoop", {"n_ctx": 2, "ctx_init": ""}),
 }
 """Name of a case -> method and settings; every method of methods() is among them."""
