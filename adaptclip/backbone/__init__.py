@@ -107,6 +107,27 @@ class ClipBackbone(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    def with_model(
+        self, model: nn.Module, *, name: str, digest: str, image_digest: str, embed_dim: int = 0
+    ) -> ClipBackbone:
+        """Returns a backbone of a model that was made from this one, with the same tokenizer and transform.
+
+        Args:
+            model: the other model.
+            name: what to call it.
+            digest: which model it is.
+            image_digest: whose image features it makes.
+            embed_dim: width of its image features where that is not the width of its text features.
+        """
+        own = self.transform if "transform" in self.transform_spec else None
+        made = ClipBackbone(
+            model, self.tokenizer, name=name, pretrained=self.pretrained, precision=self.precision, digest=digest,
+            image_digest=image_digest, asked_size=self.asked_size, transform=own,
+        )  # fmt: skip
+        if embed_dim:
+            vars(made)["embed_dim"] = embed_dim
+        return made
+
     def _take_transform(self, transform: Any) -> None:
         """Replaces the model's own evaluation transform by one that ends in ToTensor and Normalize."""
         steps: Any = getattr(transform, "transforms", ())

@@ -70,10 +70,10 @@ def take_snapshot(
     sha = hashlib.sha256(f"{base.digest} {settings}".encode())
     for name in sorted(state):
         sha.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
-    encoder = ClipBackbone(
-        model(), base.tokenizer, name=f"{base.name} with {made_with}", pretrained=base.pretrained,
-        precision=base.precision, digest=sha.hexdigest(),
-        image_digest=sha.hexdigest() if adapts_image else base.image_digest,
+    digest = sha.hexdigest()
+    encoder = base.with_model(
+        model(), name=f"{base.name} with {made_with}", digest=digest,
+        image_digest=digest if adapts_image else base.image_digest,
     )  # fmt: skip
     with torch.no_grad(), torch.autocast(device_type=base.device.type, enabled=False):
         text = prompts.features(prompts.encoder(encoder.model), base.device) if adapts_text else prompts.frozen()

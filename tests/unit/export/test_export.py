@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two_stage": ("two_stage", {}),
     "layernorm": ("tower_tuning", {}),
     "clip_svd": ("clip_svd", {}),
+    "prolip": ("prolip", {}),
     "cocoop": ("cocoop", {"n_ctx": 2, "ctx_init": ""}),
 }
 """Name of a case -> method and settings; every method of methods() is among them."""

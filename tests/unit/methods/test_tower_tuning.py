@@ -12,6 +12,7 @@ from tiny_kinds import make_kind
 from torch import nn
 from torch.nn import functional as F
 
+import adaptclip as ac
 from adaptclip.errors import ArtifactError, ConfigError, DataError
 from adaptclip.methods import ZeroShotClassifier
 from adaptclip.methods.tower_tuning import TowerTuning, tuned_names
@@ -170,3 +171,12 @@ def test_wrong_input(backbone):
     adapter = TowerTuning(backbone, NAMES).train()
     with pytest.raises(DataError, match="learns from pixels"):
         adapter(features_of(backbone))
+
+
+def test_the_tuned_towers_see_pictures_as_the_backbone_does(backbone):
+    from torchvision import transforms
+
+    steps = [transforms.Resize((32, 32)), transforms.ToTensor(), transforms.Normalize([0.1] * 3, [0.7] * 3)]
+    wrapped = ac.wrap_clip(backbone.model, backbone.tokenizer, transforms.Compose(steps))
+    assert wrapped.transform_spec != backbone.transform_spec
+    assert TowerTuning(wrapped, NAMES).encoder.transform_spec == wrapped.transform_spec
