@@ -208,6 +208,7 @@ class CausalTextTower:
         first = plan_runs([(1, prefix)], x.device)[0] if prefix else None
         pairs: list[KeyValue | None] = []
         for i, block in enumerate(self._blocks):
+            x = self._before_block(i, x, prefix)
             known = None if state is None else state[i]
             if i + 1 < len(self._blocks):
                 attended, pair = attend(block, block.ln_1(x), first, runs, known)
@@ -219,6 +220,10 @@ class CausalTextTower:
             if len(attended):
                 x = finish_block(block, x, attended)
         return x, tuple(pairs)
+
+    def _before_block(self, number: int, x: Tensor, prefix: int) -> Tensor:
+        """What block `number` computes with, of (P + n, T) tokens: those that there are."""
+        return x
 
     def activation_bytes(self, tokens: int, attended: int) -> int:
         """Estimate of what the backward pass keeps of `tokens` tokens (`text_parts.block_bytes`)."""

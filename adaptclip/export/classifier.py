@@ -16,7 +16,7 @@ from adaptclip.artifact import AdaptedModel
 from adaptclip.backbone.saving import CONFIG_FILE, WEIGHTS_FILE, open_clip_config
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.decoding import write_decoder
-from adaptclip.export.heads import head_of, merged_model
+from adaptclip.export.heads import check_stock_tower, head_of, merged_model
 from adaptclip.export.stock import CHECK, CLASSES_FILE, load_stock, probabilities, write_classes
 from adaptclip.storage import read_json, read_tensors, write_json, write_tensors
 
@@ -70,10 +70,11 @@ def write(folder: Path, model: AdaptedModel) -> None:
     """Writes an open_clip folder whose text tower is a placeholder, classifier.safetensors and the names.
 
     Raises:
-        ArtifactError: the method has no fixed head.
+        ArtifactError: the method has no fixed head, or an image tower that open_clip does not build.
         BackboneError: the architecture's configuration cannot be had.
     """
     head = head_of(model)  # first, because it may be refused
+    check_stock_tower(model)
     config = open_clip_config(model.backbone)
     model_cfg = image_only(config["model_cfg"])
     with torch.random.fork_rng(devices=[]):

@@ -63,6 +63,15 @@ def head_of(model: AdaptedModel) -> Head:
         ) from error
 
 
+def check_stock_tower(model: AdaptedModel) -> None:
+    """Raises ArtifactError for a method whose image tower open_clip does not build."""
+    if not model.adapter.stock_image_tower:
+        raise ArtifactError(
+            f"{model.manifest['method']!r} leaves as `--to onnx` alone: its image tower carries prompts in its blocks, "
+            "and open_clip builds none that does"
+        )
+
+
 def merged_model(model: AdaptedModel) -> Any:
     """Returns a stock open_clip model whose towers are those that a loaded artifact predicts with."""
     return model.adapter.merged_model()

@@ -20,7 +20,7 @@ from adaptclip.backbone.saving import CONFIG_FILE, save_open_clip
 from adaptclip.errors import ArtifactError
 from adaptclip.export.checking import Outputs, Reader
 from adaptclip.export.decoding import write_decoder
-from adaptclip.export.heads import head_of, merged_model
+from adaptclip.export.heads import check_stock_tower, head_of, merged_model
 from adaptclip.methods.registry import methods
 from adaptclip.prompts import clean_class_name
 from adaptclip.storage import read_json, write_json
@@ -87,6 +87,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
         BackboneError: open_clip could not build this backbone again from a folder.
     """
     method = model.manifest["method"]
+    check_stock_tower(model)
     if not model.adapter.is_clip:
         raise ArtifactError(
             f"the result of {method!r} is a head on image features, not a CLIP: its text tower does not know what was "

@@ -88,6 +88,7 @@ class Method(nn.Module):
         learns_by_steps: whether there is a loop whose loss a mitigation can change.
         takes_new_names: whether `for_classes` can make a classifier of classes that were not learnt.
         is_clip: whether what it learnt is in the towers alone, so that it leaves as a checkpoint of a CLIP.
+        stock_image_tower: whether its image tower is one that open_clip builds from a configuration.
         consumes: whether `forward` reads `batch.features` or `batch.images` in training.
         backbone: the frozen model it sits on, never changed.
         class_names: C names in the order of the class ids.
@@ -102,6 +103,7 @@ class Method(nn.Module):
     learns_by_steps: ClassVar[bool] = False
     takes_new_names: ClassVar[bool] = False
     is_clip: ClassVar[bool] = False
+    stock_image_tower: ClassVar[bool] = True
     consumes: Literal["features", "pixels"] = "features"
 
     backbone: Any

@@ -80,6 +80,8 @@ class TunedTowers(Method):
         templates: Sequence[str],
         towers: Towers,
         model: Any,
+        *,
+        prompts: Any = None,
     ) -> None:
         """Sets what the other functions use.
 
@@ -89,12 +91,13 @@ class TunedTowers(Method):
             templates: prompts with one `{}` for the class name; their unit-norm features are averaged.
             towers: which towers are tuned: image, text or both.
             model: the copy that learns.
+            prompts: of the classes, as `ClassPrompts`; None makes those of the templates.
 
         Raises:
             BackboneError: a prompt is too long.
         """
         self.templates, self.towers = tuple(templates), towers
-        self._prompts = ClassPrompts(backbone, class_names, templates)
+        self._prompts: Any = ClassPrompts(backbone, class_names, templates) if prompts is None else prompts
         self.adapts_text, self.adapts_image = towers != "image", towers != "text"
         self.consumes: Literal["features", "pixels"] = "pixels" if self.adapts_image else "features"
         self.model: Any = model

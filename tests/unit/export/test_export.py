@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "layernorm": ("tower_tuning", {}),
     "clip_svd": ("clip_svd", {}),
     "prolip": ("prolip", {}),
+    "maple": ("maple", {"depth": 2}),
     "cocoop": ("cocoop", {"n_ctx": 2, "ctx_init": ""}),
 }
 """Name of a case -> method and settings; every method of methods() is among them."""
@@ -179,7 +180,7 @@ def run_example(folder: Path, picture: Image.Image | bytes) -> dict[str, Any]:
     return {**names, "printed": printed.getvalue().strip()}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "cocoop"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("cocoop", "maple")])
 def test_a_classifier_is_the_same_function(artifact, tmp_path, pictures, case):
     found = export_artifact(artifact(case), "classifier", tmp_path / "out", pictures=pictures)
     assert (found.num_pictures, found.same_label) == (len(pictures), len(pictures))
@@ -215,7 +216,7 @@ def test_a_stock_checkpoint_is_the_same_function(artifact, tmp_path, pictures, c
     assert (tuned.digest == load(artifact(case)).backbone.digest) == (case == "zero_shot")
 
 
-@pytest.mark.parametrize("case", ["lora", "tip_adapter", "logistic"])
+@pytest.mark.parametrize("case", ["lora", "tip_adapter", "logistic", "maple"])
 def test_a_graph_is_the_same_function(artifact, tmp_path, pictures, case):
     onnx = pytest.importorskip("onnx")
     found = export_artifact(artifact(case), "onnx", tmp_path / "out", pictures=pictures)
@@ -277,6 +278,9 @@ def test_a_folder_for_the_hub(artifact, tmp_path, pictures):
         ("cocoop", "classifier", "made anew for every image"),
         ("cocoop", "onnx", "made anew for every image"),
         ("cocoop", "hf", "made anew for every image"),
+        ("maple", "classifier", "carries prompts in its blocks"),
+        ("maple", "open_clip", "leaves as `--to onnx` alone"),
+        ("maple", "hf", "carries prompts in its blocks"),
         ("coop", "open_clip", r"head on image features, not a CLIP(.|\n)*--to classifier"),
         ("two_stage", "open_clip", r"not a CLIP(.|\n)*zero_shot and lora"),
     ],
