@@ -35,13 +35,18 @@ METHODS = (*methods(), "contrastive")
 REFUSED: dict[tuple[str, str], str] = {
     ("ViT-B-16-SigLIP", "prolip"): r"ends in no single projection matrix",
     ("ViT-B-16-SigLIP2-256", "prolip"): r"ends in no single projection matrix",
-    **{(kind, "maple"): r"prompts in the blocks need" for kind in KINDS if kind != "ViT-B-16"},
+    **{
+        (kind, method): r"prompts in the blocks need"
+        for kind in KINDS
+        if kind != "ViT-B-16"
+        for method in ("maple", "prompt_src")
+    },
 }
 """Kind and method that do not go together at any settings, and the error that says why at once."""
 
 PAIRS = [(kind, method) for kind in KINDS for method in METHODS if (kind, method) not in REFUSED]
-NUM_PAIRS = 155
-"""12 kinds times 14 methods, without the 13 of REFUSED."""
+NUM_PAIRS = 156
+"""12 kinds times 15 methods, without the 24 of REFUSED."""
 
 SIGMOID_PAIRS = [
     (kind, method)
@@ -77,6 +82,7 @@ EXPORTS: dict[str, tuple[Kind, ...]] = dict.fromkeys(
 IMPOSSIBLE_EXPORTS: dict[tuple[str, Kind], str] = {
     ("cocoop", "classifier"): r"its text features are made anew for every image",
     ("maple", "classifier"): r"carries prompts in its blocks",
+    ("prompt_src", "classifier"): r"carries prompts in its blocks",
     ("coop", "open_clip"): r"is a head on image features, not a CLIP",
 }
 """Method, export and the error that says why there is none, on every kind."""
@@ -311,7 +317,7 @@ def test_every_pair_ran(request, capsys):
     told = f"matrix: {len(RAN)} pairs of {len(KINDS)} kinds and {len(METHODS)} methods ran"
     with capsys.disabled():
         told += f"; {len(EXPORTED)} exports of {len({pair[:2] for pair in EXPORTED})} of them were checked"
-        sys.stdout.write(f"\n{told}; {len(IMPOSSIBLE)} impossible settings were refused\n")
+        sys.stdout.write(f"\n{told}; {len(REFUSED)} pairs and {len(IMPOSSIBLE)} settings were refused\n")
     assert len(RAN) == len(PAIRS) == NUM_PAIRS
     ways = {(method, to) for method in methods() for to in EXPORTS.get(method, ("classifier",))} - set(
         IMPOSSIBLE_EXPORTS

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "clip_svd": ("clip_svd", {}),
     "prolip": ("prolip", {}),
     "maple": ("maple", {"depth": 2}),
+    "prompt_src": ("prompt_src", {"depth": 2, "teacher_templates": ["a photo of the {}."]}),
     "cocoop": ("cocoop", {"n_ctx": 2, "ctx_init": ""}),
 }
 """Name of a case -> method and settings; every method of methods() is among them."""
@@ -180,7 +181,7 @@ def run_example(folder: Path, picture: Image.Image | bytes) -> dict[str, Any]:
     return {**names, "printed": printed.getvalue().strip()}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("cocoop", "maple")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("cocoop", "maple", "prompt_src")])
 def test_a_classifier_is_the_same_function(artifact, tmp_path, pictures, case):
     found = export_artifact(artifact(case), "classifier", tmp_path / "out", pictures=pictures)
     assert (found.num_pictures, found.same_label) == (len(pictures), len(pictures))
@@ -281,6 +282,7 @@ def test_a_folder_for_the_hub(artifact, tmp_path, pictures):
         ("maple", "classifier", "carries prompts in its blocks"),
         ("maple", "open_clip", "leaves as `--to onnx` alone"),
         ("maple", "hf", "carries prompts in its blocks"),
+        ("prompt_src", "classifier", "carries prompts in its blocks"),
         ("coop", "open_clip", r"head on image features, not a CLIP(.|\n)*--to classifier"),
         ("two_stage", "open_clip", r"not a CLIP(.|\n)*zero_shot and lora"),
     ],
