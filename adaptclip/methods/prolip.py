@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -207,8 +207,8 @@ def projection_of(backbone: ClipBackbone) -> str:
     elif isinstance(visual, ModifiedResNet):
         layer = visual.attnpool.c_proj
     elif isinstance(visual, TimmModel):
-        own = dict(visual.head.named_children())
-        layer = own.get("proj") if own else visual.trunk.get_classifier()
+        own, trunk = dict(visual.head.named_children()), cast("Any", visual.trunk)
+        layer = own.get("proj") if own else trunk.get_classifier()
     for name, module in backbone.model.named_modules():
         if module is layer and isinstance(module, nn.Linear):
             return f"{name}.weight"

@@ -135,11 +135,12 @@ class PromptSRC(DeepPrompts):
         if not self.training:
             return super().forward(batch)
         images, text = self._image_features(batch), self.text_features()
+        pixels: Any = batch.images
         scale = self.backbone.logit_scale
         logits = scaled_logits(images, text, scale)
         own_text = self._teacher_features()
         with torch.no_grad():
-            own_images = F.normalize(encode_image(self.backbone.model, batch.images).float(), dim=-1)
+            own_images = F.normalize(encode_image(self.backbone.model, pixels).float(), dim=-1)
             taught = scaled_logits(own_images, own_text, scale)
         self._penalty = (
             self._weights[0] * (text - own_text).abs().mean()

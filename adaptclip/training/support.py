@@ -170,6 +170,7 @@ class Support:
         weight_decay: float,
         schedule: str = "cosine",
         final_lr: float = 0.0,
+        warmup_steps: int = 0,
         name: str = "",
         **options: Any,
     ) -> Training:
@@ -184,6 +185,7 @@ class Support:
             weight_decay: of the optimizer.
             schedule: see `build_scheduler`.
             final_lr: where the cosine ends.
+            warmup_steps: see `build_scheduler`.
             name: of the stage.
             **options: of `build_optimizer`.
         """
@@ -191,6 +193,11 @@ class Support:
             adapter.trainable_parameters(), name=optimizer, lr=lr, weight_decay=weight_decay, **options
         )
         scheduler = build_scheduler(
-            built, total_steps=num_steps, steps_per_epoch=loader.steps_per_epoch, kind=schedule, final_lr=final_lr
+            built,
+            total_steps=num_steps,
+            steps_per_epoch=loader.steps_per_epoch,
+            kind=schedule,
+            final_lr=final_lr,
+            warmup_steps=warmup_steps,
         )
         return Training(adapter, loader, built, scheduler, num_steps, self.mitigation.fresh(), name)

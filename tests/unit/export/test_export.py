@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "layernorm": ("tower_tuning", {}),
     "clip_svd": ("clip_svd", {}),
     "prolip": ("prolip", {}),
+    "wise_ft": ("wise_ft", {}),
     "maple": ("maple", {"depth": 2}),
     "prompt_src": ("prompt_src", {"depth": 2, "teacher_templates": ["a photo of the {}."]}),
     "cocoop": ("cocoop", {"n_ctx": 2, "ctx_init": ""}),

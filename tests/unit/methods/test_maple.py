@@ -108,6 +108,6 @@ def test_what_does_not_go(backbone):
         MaPLe(make_tiny_backbone(precision="bf16"), NAMES)
     for settings, message in (({"n_ctx": 5}, "has 4 tokens, and n_ctx=5"), ({"depth": 0}, "1 or more")):
         with pytest.raises(ConfigError, match=message):
-            MaPLe(backbone, NAMES, **settings)
+            MaPLe(backbone, NAMES, **settings)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="learns from pixels"):
         MaPLe(backbone, NAMES).train()(features_of(backbone))

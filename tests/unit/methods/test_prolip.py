@@ -34,7 +34,7 @@ def backbone(request):
     return make_kind(request.param)
 
 
-def pictures(backbone, count: int = 6) -> Batch:
+def pictures(backbone, count: int = 6) -> Any:
     labels, side = torch.arange(count) % len(NAMES), backbone.image_size
     return Batch(labels, labels, images=torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)))
 
@@ -125,7 +125,8 @@ def test_merged_reloaded_and_live_are_the_same(backbone):
         assert torch.equal(again(batch), adapter(batch))
         live = adapter.train()(features_of(adapter.before_projection()))
         torch.testing.assert_close(live, again(batch), atol=1e-4, rtol=0)
-        merged = F.normalize(adapter.merged_model().encode_image(pictures(backbone).images), dim=-1)
+        stock: Any = adapter.merged_model()
+        merged = F.normalize(stock.encode_image(pictures(backbone).images), dim=-1)
     torch.testing.assert_close(merged, batch.features, atol=1e-5, rtol=0)
     assert all(torch.equal(frozen[name], value) for name, value in backbone.model.state_dict().items())
     with pytest.raises(ArtifactError, match="ProLIP should hold"):
