@@ -92,7 +92,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
         raise ArtifactError(
             f"the result of {method!r} is a head on image features, not a CLIP: its text tower does not know what was "
             f"learnt. Export it with `--to classifier` (image tower and head) or `--to onnx`; `--to open_clip` is for "
-            f"{', '.join(key for key, own in methods().items() if own.is_clip)}."
+            f"{', '.join(sorted(key for key, own in methods().items() if own.is_clip))}."
         )
     # The folder is a temporary one that is there already.
     save_open_clip(folder, merged_model(model).state_dict(), model.backbone, overwrite=True)
