@@ -23,7 +23,7 @@ from adaptclip.data.rows import card_places
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.experiments.board import Board, launch_id
 from adaptclip.experiments.jobs import Worker, make_grid
-from adaptclip.experiments.methods import choose_methods, read_settings
+from adaptclip.experiments.methods import choose_methods, not_published, read_settings
 from adaptclip.experiments.output import Asked, write_output
 from adaptclip.experiments.progress import Progress
 from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_targets
@@ -120,6 +120,7 @@ def main(cfg: Config) -> int:
         protocol=cfg.protocol, backbone=" ".join(filter(None, (cfg.backbone, cfg.pretrained, backbone.digest[:12]))),
         metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
         give_advice="ladder" in cfg.methods, changes=(*cfg.settings, *(["preset=smoke"] if preset == "smoke" else [])),
+        not_published=not_published(methods, cfg.settings, preset=preset, searched=budget is not None),
         search=f"{cfg.search_trials} trials per job" if budget else "",
         worries=tuple(f"{d.card.name}: {worry}" for d in data for worry in d.worries),
     )  # fmt: skip

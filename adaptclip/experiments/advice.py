@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from adaptclip.experiments.progress import duration
 from adaptclip.experiments.protocols import HARMONIC_MEAN
@@ -21,7 +21,9 @@ CAUTION = (
 """What must stand beside any advice of this kind."""
 
 
-def advice(rows: Sequence[Row], *, metric: str, num_seeds: int) -> list[str]:
+def advice(
+    rows: Sequence[Row], *, metric: str, num_seeds: int, not_published: Mapping[str, str] | None = None
+) -> list[str]:
     """Returns sentences for every card and number of shots.
 
     Where methods that are cheaper (CHEAPER_BY_S, by the measured times) may be as good as the best (their paired
@@ -32,6 +34,7 @@ def advice(rows: Sequence[Row], *, metric: str, num_seeds: int) -> list[str]:
         rows: of `tidy_rows`; methods without all seeds are left out.
         metric: a key of METRIC_NAMES.
         num_seeds: seeds that were asked for.
+        not_published: method -> how its settings differ from the published ones; named after the advice.
     """
     cells = values_by_cell(rows, metric)
     sentences = []
@@ -46,7 +49,9 @@ def advice(rows: Sequence[Row], *, metric: str, num_seeds: int) -> list[str]:
                 cost = {m: _seconds(rows, card, shots, m) for m in column}
                 words = f"{card}, {shots_in_words(shots)} ({METRIC_NAMES[metric]})"
                 sentences.append(f"{words}: {_sentence(column, cost)}")
-    return [*sentences, CAUTION] if sentences else []
+    differ = "; ".join(f"{name} ({told})" for name, told in (not_published or {}).items())
+    mode = [f"Not with their published settings here, so that nothing is said of them as published: {differ}."]
+    return [*sentences, *(mode if differ else []), CAUTION] if sentences else []
 
 
 def _target(rows: Sequence[Row], card: str, main: str) -> str:

@@ -112,3 +112,23 @@ def _read(value: str, kinds: Sequence[type], text: str) -> Any:
             return _BOOLS[value.lower()] if kind is bool else kind(value)
     wanted = " or ".join(kind.__name__ for kind in kinds) or "left as it is"
     raise ConfigError(f"{text!r}: {text.partition('=')[0].partition('.')[2]} should be {wanted}, got {value!r}")
+
+
+def not_published(
+    methods: Sequence[str], changes: Sequence[str], *, preset: Preset = "paper", searched: bool = False
+) -> dict[str, str]:
+    """Returns the methods of a run whose settings are not the published ones -> what differs.
+
+    Args:
+        methods: that run.
+        changes: as `read_settings` takes them.
+        preset: of what is not given.
+        searched: whether settings are searched on validation images.
+    """
+    found: dict[str, list[str]] = {name: [] for name in methods}
+    for text in changes:
+        found[text.partition(".")[0]].append(text.partition(".")[2])
+    for name in methods:
+        found[name] += ["preset smoke"] if preset == "smoke" and named()[name].method.smoke else []
+        found[name] += ["settings searched"] if searched and named()[name].variant.search else []
+    return {name: ", ".join(told) for name, told in found.items() if told}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Asked:
         num_jobs: jobs of the grid.
         give_advice: whether to end with advice.
         changes: settings that differ from the published ones, as they were given.
+        not_published: method -> how its settings differ from the published ones (`methods.not_published`).
         search: the search's budget in words, or "".
         worries: what puts the results of a card in doubt, such as an allowed leak.
     """
@@ -49,6 +50,7 @@ class Asked:
     num_jobs: int
     give_advice: bool = False
     changes: tuple[str, ...] = ()
+    not_published: Mapping[str, str] = field(default_factory=dict)
     search: str = ""
     worries: tuple[str, ...] = ()
 
@@ -78,7 +80,8 @@ def write_output(
         return []
     write_rows(out, rows)
     tables = result_tables(rows, metric=asked.metric, baseline=asked.baseline, num_seeds=asked.num_seeds)
-    said = advice(rows, metric=asked.metric, num_seeds=asked.num_seeds) if asked.give_advice else []
+    how = {"metric": asked.metric, "num_seeds": asked.num_seeds, "not_published": asked.not_published}
+    said = advice(rows, **how) if asked.give_advice else []
     failed = [f"{failure['job']}: {failure['error']}: {failure['message']}" for failure in failures]
     facts = _facts(rows, results, asked)
     figures = draw_curves(rows, metric=asked.metric)
@@ -86,7 +89,7 @@ def write_output(
         for kind, content in formats.items():
             write_bytes(out / f"curves_{_file_name(name)}.{kind}", content)
     title = f"Few-shot experiments, {asked.protocol}"
-    comparisons = compare(rows)
+    comparisons = compare(rows, leave_out=asked.not_published)
     costs = cost_table(rows)
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
     parts += ["## What to worry about", "\n".join(f"- {line}" for line in asked.worries)] if asked.worries else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,11 +51,15 @@ def published_tables() -> dict[str, Any]:
     return read_json(Path(__file__).with_name("published.json"))
 
 
-def compare(rows: Sequence[Row]) -> list[Comparison]:
+def compare(rows: Sequence[Row], *, leave_out: Collection[str] = ()) -> list[Comparison]:
     """Returns every published number that a run has a counterpart of.
 
     Sets are matched by the names of their cards: a card `eurosat` is taken for that data set. A number that is a mean
     of several sets is shown only when the run has all of them and no other. Only accuracy is published.
+
+    Args:
+        rows: of `tidy_rows`.
+        leave_out: methods whose settings are not the published ones.
     """
     if not rows:
         return []
@@ -69,7 +73,7 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
             continue
         for label, card, method, shots, value in _entries(table, known["cards"], cards, rows):
             own = cells.get((card, table["target"], shots, method))
-            if own:
+            if own and method not in leave_out:
                 found.append(
                     Comparison(
                         method,
@@ -103,8 +107,8 @@ def comparison_markdown(found: Sequence[Comparison]) -> str:
     """Returns the comparisons as a Markdown table with their sources, or a sentence that there are none."""
     if not found:
         return (
-            "No published number fits this run: they are shown where backbone, protocol and data sets (by the names of "
-            "their cards) are the same."
+            "No published number fits this run: they are shown where settings, backbone, protocol and data sets (by "
+            "the names of their cards) are the published ones."
         )
     lines = ["| method | sets | shots | published | own | difference |", "|---|---|---|---|---|---|"]
     for one in found:

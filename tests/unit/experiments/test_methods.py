@@ -20,7 +20,7 @@ from adaptclip.errors import ConfigError
 from adaptclip.evaluation.measuring import judged
 from adaptclip.experiments import store as store_module
 from adaptclip.experiments.jobs import Grid, Worker, make_grid
-from adaptclip.experiments.methods import choose_methods, fit_named, read_settings
+from adaptclip.experiments.methods import choose_methods, fit_named, not_published, read_settings
 from adaptclip.experiments.search import Budget, search
 from adaptclip.experiments.store import FeatureStore
 from adaptclip.methods.registry import named
@@ -210,6 +210,18 @@ def test_methods_are_chosen_cheap_before_dear():
         choose_methods(("gda",), new_names=True)
     with pytest.raises(ConfigError, match="at least one"):
         choose_methods((), new_names=False)
+
+
+def test_what_is_not_as_published_is_named():
+    names = ("gda", "coop", "lora", "zero-shot")
+    assert not_published(names, ()) == {}
+    assert not_published(names, ("coop.views=10", "coop.lr=1e-3", "lora.rank=4")) == {
+        "coop": "views=10, lr=1e-3", "lora": "rank=4"
+    }  # fmt: skip
+    assert not_published(names, ("coop.lr=1e-3",), preset="smoke") == {
+        "coop": "lr=1e-3, preset smoke", "lora": "preset smoke"
+    }  # fmt: skip
+    assert set(not_published(names, (), searched=True)) == {"coop", "lora"}
 
 
 # Search

@@ -284,6 +284,7 @@ def test_published_numbers_stand_beside_a_run_that_fits():
         list(found.values())
     )
     assert "CLIP-SVD" in comparison_markdown(list(found.values()))
+    assert {c.method for c in compare(tidy_rows(results), leave_out=["coop"])} == {"lora"}
 
 
 @pytest.mark.parametrize("change", ["card", "backbone", "protocol", "shots"])
@@ -353,6 +354,9 @@ def test_a_dearer_method_that_is_clearly_better_was_worth_it():
     said, caution = advice(rows, metric="accuracy", num_seeds=3)
     assert caution == CAUTION
     assert "coop is best with 71.1 %" in said
+    _, mode, _ = advice(rows, metric="accuracy", num_seeds=3, not_published={"coop": "views=10"})
+    assert mode.startswith("Not with their published settings here")
+    assert mode.endswith("coop (views=10).")
     # Differences of 10.0, 10.1 and 10.1 points: 10.07 ± 4.303 · 0.0577 / √3.
     assert "gda (0.5 s), is behind by 10.1 points [9.9, 10.2]: the dearer one was worth it, at 120 times" in said
 
