@@ -171,7 +171,7 @@ def test_stopped_and_resumed_equals_undisturbed(cfg, tmp_path, monkeypatch, stop
         ({"beta": float("nan"), "choose": "fixed"}, "beta must be a finite number from 0 up, got nan"),
         ({"min_scale": 0.0, "views": -1}, "views"),
         ({"min_scale": 1.5}, "scale"),
-        ({"epochs": 0}, "total_steps"),
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"card": "digit"}, 'Did you mean "digits"'),
     ],
