@@ -47,6 +47,7 @@ def as_dataset(x: Any, y: Any, class_names: Sequence[str], *, width: int, what: 
         _refuse_labels(y, what, "Features")
         labels = as_labels(x.labels, class_names, len(x), what="their labels")
         return _of_features(x.values, labels, x.ids, class_names, width, what)
+    x = _as_array(x)
     if isinstance(x, torch.Tensor | np.ndarray) and x.ndim != 4 and _is_floating(x):
         values = as_features(x, what, "(N, D) or (V, N, D)")
         count = values.shape[-2]
@@ -169,6 +170,15 @@ def encoded_image(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="TIFF" if image.mode in ("F", "I", "CMYK") else "PNG", exif=image.getexif())
     return buffer.getvalue()
+
+
+def _as_array(x: Any) -> Any:
+    """Columns of a table and nested lists of numbers as an array; anything else as it is."""
+    if hasattr(x, "to_numpy"):
+        return x.to_numpy()
+    row = x[0] if isinstance(x, list | tuple) and x else None
+    row = row[0] if isinstance(row, list | tuple) and row and isinstance(row[0], list | tuple) else row
+    return np.asarray(x) if isinstance(row, list | tuple) and row and isinstance(row[0], float) else x
 
 
 def _is_floating(x: Any) -> bool:

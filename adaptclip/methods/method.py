@@ -357,7 +357,8 @@ class Method(nn.Module):
         given = self._without_validation(given) if not len(held_out) else given
         plan = self.schedule(support.shots, images_per_class=support.images_per_class, preset=preset, **given)
         self.to(accelerator.device)
-        with torch.random.fork_rng():
+        device = self.backbone.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self.info_ = self.learn(support, plan)
         named = not isinstance(x, Features | ImageDataset) and np.asarray(y).dtype.kind in "OUS"
         self.classes_ = np.array(self.class_names) if named else np.arange(len(self.class_names))

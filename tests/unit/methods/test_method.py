@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import real_features
 import torch
@@ -133,6 +134,15 @@ def test_other_names_are_answered_where_there_is_a_tower_to_ask(tower):
     gda = ac.GDA(tower, NAMES).fit(images, labels)
     with pytest.raises(ConfigError, match="GDA has a weight for each class it learnt"):
         gda.for_classes(other)
+
+
+def test_tables_and_lists_are_arrays_too(clip, tmp_path):
+    x, y = rows()
+    found = ac.GDA(clip).fit(x, y).predict_proba(x)
+    frame = pandas.DataFrame(x)
+    np.testing.assert_allclose(ac.GDA(clip).fit(frame, pandas.Series(y)).predict_proba(frame), found, rtol=1e-3)
+    np.testing.assert_allclose(ac.GDA(clip).fit(x.tolist(), y.tolist()).predict_proba(x.tolist()), found, rtol=1e-3)
+    assert ac.GDA(clip).fit(x[None].tolist(), y).predict_proba(x[None].tolist()).shape == found.shape
 
 
 @pytest.mark.parametrize(
