@@ -35,10 +35,11 @@ FLAGS = {
     "two_stage": "--steps 14 --batch-size 10 --lr 0.01 --views 2",
     "contrastive": "--epochs 6 --batch-size 10 --lr 0.001",
     "tip_adapter": "--epochs 12 --views 2 --batch-size 20 --lr 0.01",
+    "adapt": "--method layernorm --settings steps=12 batch_size=10 lr=0.01",
 }
 """About twelve steps each, on two digits per class and a tiny model."""
-KILLS = {"coop": 4, "cocoop": 3, "lora": 4, "two_stage": 3, "contrastive": 3, "tip_adapter": 3}
-TERMS = {"coop": 2, "cocoop": 1, "lora": 2, "two_stage": 2, "contrastive": 2, "tip_adapter": 1}
+KILLS = {"coop": 3, "cocoop": 3, "lora": 3, "two_stage": 3, "contrastive": 3, "tip_adapter": 3, "adapt": 2}
+TERMS = {"coop": 2, "cocoop": 1, "lora": 2, "two_stage": 1, "contrastive": 2, "tip_adapter": 1, "adapt": 1}
 
 
 def start(recipe: Any, arguments: list[str], out: Path, said: Path) -> int:

@@ -41,7 +41,7 @@ def results(run: Path) -> dict[str, bytes]:
 
 def test_resumed_equals_undisturbed_bit_for_bit(ran):
     folder, events = ran
-    assert set(events) == {"coop", "cocoop", "lora", "two_stage", "contrastive", "tip_adapter"}
+    assert set(events) == {"adapt", "coop", "cocoop", "lora", "two_stage", "contrastive", "tip_adapter"}
     for recipe in events:
         undisturbed, disturbed = (results(folder / recipe / run) for run in ("undisturbed", "disturbed"))
         assert undisturbed.keys() == disturbed.keys(), recipe
