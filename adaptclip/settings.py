@@ -101,6 +101,8 @@ def check_numbers(settings: Any) -> None:
     """
     for field in fields(settings):
         value = getattr(settings, field.name)
+        if value is not None and field.name == "min_scale" and not 0 < value <= 1:
+            raise ConfigError(f"min_scale must be a share of the area, above 0 and up to 1, got {value}")
         if value is None or field.name not in (*_COUNTS, *_RATES):
             continue
         zero = field.default == 0 or field.name in _OR_NONE

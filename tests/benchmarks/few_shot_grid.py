@@ -75,12 +75,12 @@ def alone(data: Any, backbone: Any, job: Job, locks: Path, steps: int) -> float:
     own = next(j for j in worker.grid.jobs if j.method == job.method)
     if job.method != "coop":
         return computed(lambda: worker.run(own))
-    support = worker.support(own)
+    support, crop = worker.support(own), ac.training_crop(backbone, data.card.augmentation)
     epochs = 50 if job.shots == 1 else 100 if job.shots <= 4 else 200
     loader = PixelLoader(
         support.images,
         backbone,
-        augment=support.augment(),
+        augment=crop,
         batch_size=32,
         seed=job.seed,
         accelerator=worker.accelerator,
@@ -91,7 +91,7 @@ def alone(data: Any, backbone: Any, job: Job, locks: Path, steps: int) -> float:
         started = time.process_time()
         batch = loader.batch(number)
         assert batch.images is not None
-        published_step(backbone, list(support.names), batch.images, batch.labels, context)()
+        published_step(backbone, list(data.prompt_names), batch.images, batch.labels, context)()
         seconds.append(time.process_time() - started)
     test_s = computed(lambda: ac.FeatureCache(None).get(backbone, data.test))
     # The first step makes its own crops and those of the second.

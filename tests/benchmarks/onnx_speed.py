@@ -30,7 +30,6 @@ from adaptclip.data.image_files import find_images
 from adaptclip.export import FORMATS, export_artifact
 from adaptclip.export.heads import ImageClassifier, head_of, merged_model
 from adaptclip.export.onnx_graph import GRAPH_FILE, require
-from adaptclip.export.stock import IS_CLIP
 from adaptclip.search import card_as_images
 
 
@@ -56,7 +55,7 @@ def main() -> int:
     table = Table("export", "images", "same label", "probabilities", "logits / scale", "features", "allowed")
     with tempfile.TemporaryDirectory() as temporary:
         for to in ("open_clip", "classifier", "onnx"):
-            if to == "open_clip" and model.manifest["method"] not in IS_CLIP:
+            if to == "open_clip" and not model.adapter.is_clip:
                 continue
             found = export_artifact(args.run, to, Path(temporary) / to, pictures=pictures, allow_failed_gates=True)
             gaps = (found.probabilities, found.cosines, found.features, FORMATS[to].tolerance)

@@ -37,9 +37,9 @@ def test_a_launcher_that_is_asked_to_end_lets_the_step_be_saved(tmp_path, name):
     command = [sys.executable, "-m", *module, str(PROGRAM), "--out", str(tmp_path / "run")]
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=subprocess.STDOUT)
-    wait_for(lambda: (tmp_path / "run" / "config.yaml").exists() or process.poll() is not None)
+    wait_for(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
     assert process.poll() is None, (tmp_path / "said").read_text()
-    time.sleep(0.5)  # in the loop, of 1.8 s
+    time.sleep(0.4)  # in the loop, of 1.8 s
     process.send_signal(signal.SIGTERM)
     assert process.wait(240) == code
     # A launcher of one process does not wait for it.

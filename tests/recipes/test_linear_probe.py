@@ -118,10 +118,10 @@ def test_two_processes_equal_one(cfg, tmp_path):
         ({"head": "clap", "C": 1.0}, "'clap' has no setting --C"),
         ({"head": "text-init", "clap_weight": 0.0}, "'text-init' has no setting --clap-weight"),
         ({"C": -1.0}, "--C must be a number above 0"),
-        ({"head": "clap", "epochs": -2}, "--epochs must be a number 1 or more"),
+        ({"head": "clap", "epochs": -2}, "epochs must be 1 or more, got -2"),
         ({"templates": ("a photo.",), "head": "lp++"}, "exactly once"),
         ({"views": -1}, "views"),
-        ({"min_scale": 1.5}, "scale"),
+        ({"min_scale": 1.5}, "min_scale must be a share of the area, above 0 and up to 1, got 1.5"),
         ({"card": "digit"}, 'Did you mean "digits"'),
     ],
 )

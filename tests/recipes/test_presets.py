@@ -35,10 +35,11 @@ def test_one_setting_changes_one_thing(method, backbone):
     smoke, paper, one = LENGTHS[method]
     made = named()[method].build(backbone, ("cat", "dog"), ("a {}.",), seed=1)
     short, full = asdict(made.schedule(16, preset="smoke")), asdict(made.schedule(16))
+    nothing: dict[str, Any] = dict.fromkeys(full)
     assert {name: short[name] for name in smoke} == smoke
     assert {name: full[name] for name in paper} == paper
     assert asdict(made.schedule(16, preset="smoke", **one)) == {**short, **one}
-    assert asdict(made.schedule(16, **dict.fromkeys(full))) == full  # None is "not given"
+    assert asdict(made.schedule(16, **nothing)) == full  # None is "not given"
     with pytest.raises(ConfigError, match='Did you mean "smoke"'):
         made.schedule(16, preset="smok")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has no setting 'stepps'"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,8 +63,8 @@ def test_the_same_file_in_train_and_test():
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_the_same_file_under_two_classes_of_one_part(part):
-    twice = part_of(part, [photo(5), photo(6), photo(5)], [0, 1, 1])
-    data = data_of(**{part: twice})
+    twice: dict[str, Any] = {part: part_of(part, [photo(5), photo(6), photo(5)], [0, 1, 1])}
+    data = data_of(**twice)
     message = rf"label conflict: 2 of 3 {part} images are the same file as one of another class: "
     with pytest.raises(
         DataError, match=message + rf"image {part}-0 \(\w+\), image {part}-2 \(\w+\)\. Keep each picture"

@@ -115,7 +115,7 @@ def test_to_dict_names_the_recalls():
         ({"texts": torch.ones(3, 5)}, r"got \(3, 3\), \(3, 5\) and \(3,\)"),
         ({"owner": torch.arange(2)}, "and the image of each text"),
         ({"owner": torch.tensor([0, 1, 3])}, "owners of texts are 0 to 3; allowed 0 to 2"),
-        ({"owner": torch.tensor([0, 1, 1])}, "1 of 3 images have no text"),
+        ({"owner": torch.tensor([0, 1, 1])}, "1 of 3 images has no text"),
         ({"images": torch.full((3, 3), float("nan"))}, "not finite"),
         ({"images": torch.ones(0, 3)}, "got 0 images"),
         ({"ks": (0, 1)}, r"ks \[0, 1\]"),

@@ -120,7 +120,8 @@ def test_classes_named_by_themselves_leave_with_bias_and_thresholds(several, tmp
     found = export_artifact(several(method), to, tmp_path / "out", pictures=pictures)
     assert found.probabilities < FORMATS[to].tolerance
     model = load(several(method))
-    assert model.adapter.class_bias().unique().numel() > 1  # pyright: ignore[reportAttributeAccessIssue]
+    adapter: Any = model.adapter
+    assert adapter.class_bias().unique().numel() > 1
     told = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert told["thresholds"] == np.linspace(0, 0.1, 10).tolist()
     assert told["objective"] == "sigmoid"
