@@ -66,7 +66,6 @@ _HOMES = {
     "train_augment": "data.transforms",
     "train_steps": "training.steps",
     "training_crop": "features",
-    "training_loader": "training.pixels",
 }
 
 __all__ = [
@@ -133,7 +132,6 @@ __all__ = [
     "train_by_steps",
     "train_steps",
     "training_crop",
-    "training_loader",
     "wrap_clip",
 ]
 
@@ -178,7 +176,7 @@ if TYPE_CHECKING:
     from adaptclip.training.loop import train_by_steps
     from adaptclip.training.mitigation import build_mitigation
     from adaptclip.training.optim import build_optimizer, build_scheduler
-    from adaptclip.training.pixels import PixelLoader, training_loader
+    from adaptclip.training.pixels import PixelLoader
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
     from adaptclip.training.support import Support, Training
     from adaptclip.training.tracking import make_accelerator, start_run

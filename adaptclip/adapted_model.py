@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from adaptclip.data.decode import decode_image
 from adaptclip.errors import DataError, ResourceError
 from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.feature_clip import as_features
+from adaptclip.methods.examples import encoded_image
 from adaptclip.methods.method import Method
 from adaptclip.types import Batch
 
@@ -191,7 +191,5 @@ class AdaptedModel:
 def _as_rgb(image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None) -> Image.Image:
     if isinstance(image, Image.Image):
         # A picture in memory takes the same way as a file, so that serving and training cannot differ.
-        buffer = io.BytesIO()
-        image.save(buffer, format="TIFF" if image.mode in ("F", "I", "CMYK") else "PNG", exif=image.getexif())
-        image = buffer.getvalue()
+        image = encoded_image(image)
     return decode_image(image if isinstance(image, bytes) else Path(image), row=name, window=window)

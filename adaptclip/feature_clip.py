@@ -56,9 +56,7 @@ class FeatureClip(nn.Module):
         text = as_features(text_features, "text features", "(C, D) or (C, P, D)")
         if text.ndim == 3:
             text = F.normalize(text, dim=-1).mean(dim=1)
-        norms = text.norm(dim=-1, keepdim=True)
-        # What has unit norm already keeps its last bits, so that what was saved is the same when it is loaded.
-        text = torch.where((norms - 1).abs() < 1e-6, text, text / norms)
+        text = unit_rows(text)
         if isinstance(logit_scale, str) or not 0 < logit_scale < float("inf"):
             raise DataError(
                 f"logit_scale is exp() of the model's temperature, a finite number above 0, got {logit_scale!r}"
@@ -161,6 +159,12 @@ def in_order(names: Any, what: str) -> tuple[str, ...]:
     if isinstance(names, str) or (not isinstance(names, Sequence | np.ndarray) and not hasattr(names, "tolist")):
         raise DataError(f"{what} should be a list of names in the order of the class ids, got {type(names).__name__}")
     return tuple(map(str, names))
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Returns rows at unit norm; what has it already keeps its last bits, so that saved rows load as they were."""
+    norms = rows.norm(dim=-1, keepdim=True)
+    return torch.where((norms - 1).abs() < 1e-6, rows, rows / norms)
 
 
 def as_features(values: Any, what: str, shape: str) -> Tensor:

@@ -109,11 +109,11 @@ class ClipAdapter(Method):
         return scaled_logits(mixed, self.text, self.backbone.logit_scale)
 
     def _learn(self, support: Support, schedule: ClipAdapterSchedule, loop: Loop) -> dict[str, Any]:
-        views = min(schedule.views or schedule.epochs, schedule.epochs)
-        loader = support.loader(support.features(views), batch_size=schedule.batch_size)
-        num_steps = schedule.epochs * loader.steps_per_epoch
-        loop(support.training(self, loader, num_steps, optimizer="sgd", lr=schedule.lr, weight_decay=5e-4))
-        return {"schedule": f"SGD {schedule.lr:g}, cosine per epoch, {schedule.epochs} epochs ({num_steps} steps)"}
+        training = support.training_by_epochs(self, schedule, support.crops(schedule))
+        loop(training)
+        return {
+            "schedule": f"SGD {schedule.lr:g}, cosine per epoch, {schedule.epochs} epochs ({training.num_steps} steps)"
+        }
 
     def head(self) -> NoReturn:
         """Raises ConfigError: images pass through a network before they are compared."""

@@ -134,8 +134,7 @@ class CoCoOp(Method):
             tensor.copy_(state[name])
 
     def _learn(self, support: Support, schedule: CoCoOpSchedule, loop: Loop) -> dict[str, Any]:
-        views = min(schedule.views or schedule.epochs, schedule.epochs)
-        return learn_prompts(self, support, support.features(views), schedule, loop, f"{views} sets of crops")
+        return learn_prompts(self, support, support.crops(schedule), schedule, loop)
 
     def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> CoCoOp:
         """Returns the learnt context and meta-net around other names."""

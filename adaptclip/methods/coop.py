@@ -66,16 +66,13 @@ class CoOpSchedule(Schedule):
     batch_size: int = 32
 
 
-def learn_prompts(
-    method: Method, support: Support, features: Features, schedule: Any, loop: Loop, about: str
-) -> dict[str, Any]:
+def learn_prompts(method: Method, support: Support, features: Features, schedule: Any, loop: Loop) -> dict[str, Any]:
     """Trains prompts as CoOp and CoCoOp do: SGD, a first epoch at 1e-5, a cosine per epoch."""
-    loader = support.loader(features, batch_size=schedule.batch_size)
-    num_steps = schedule.epochs * loader.steps_per_epoch
-    loop(support.training(method, loader, num_steps, optimizer="sgd", lr=schedule.lr, weight_decay=5e-4))
+    training = support.training_by_epochs(method, schedule, features)
+    loop(training)
     return {
-        "schedule": f"{num_steps} steps ({schedule.epochs} epochs) of SGD, learning rate {schedule.lr:g}, cosine per "
-        f"epoch, over {about}"
+        "schedule": f"{training.num_steps} steps ({schedule.epochs} epochs) of SGD, learning rate {schedule.lr:g}, "
+        f"cosine per epoch, over {len(features.values)} sets of crops"
     }
 
 
@@ -219,10 +216,9 @@ class CoOp(Method):
         return CoOpSchedule(epochs=epochs, batch_size=batch_size)
 
     def _learn(self, support: Support, schedule: CoOpSchedule, loop: Loop) -> dict[str, Any]:
-        views = min(schedule.views or schedule.epochs, schedule.epochs)
-        features = support.features(views)
+        features = support.crops(schedule)
         self.begin(features)
-        return learn_prompts(self, support, features, schedule, loop, f"{views} sets of crops")
+        return learn_prompts(self, support, features, schedule, loop)
 
     def for_classes(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> CoOp:
         """Returns the learnt context around other names.

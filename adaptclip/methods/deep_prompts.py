@@ -70,6 +70,8 @@ class DeepPrompts(TunedTowers):
 
     is_clip = False
     stock_image_tower = False
+    context: nn.Parameter
+    deep: nn.Parameter
 
     def _take_prompts(
         self, backbone: ClipBackbone, class_names: Sequence[str], words: str, n_ctx: int, depth: int, seed: int
@@ -99,7 +101,7 @@ class DeepPrompts(TunedTowers):
 
     def text_prompts(self) -> Sequence[Tensor]:
         """Returns the (M, T) text prompts of each of the first blocks, with gradients; the context is the first."""
-        raise NotImplementedError
+        return [self.context, *self.deep.unbind()]
 
     def image_prompts(self) -> Sequence[Tensor]:
         """Returns the (N, T) image prompts of each of the first blocks, with gradients."""

@@ -14,7 +14,7 @@ from PIL import Image
 from adaptclip.data.dataset import FeatureRows, FileStore, ImageDataset, MemoryStore
 from adaptclip.data.fingerprints import content_digest
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.feature_clip import as_features
+from adaptclip.feature_clip import as_features, unit_rows
 from adaptclip.types import Features
 
 ACCEPTED = (
@@ -123,9 +123,7 @@ def _of_features(
         raise DataError(
             f"{what} has features {values.shape[-1]} wide, and this CLIP has {width}; they come from another model"
         )
-    norms = values.norm(dim=-1, keepdim=True)
-    unit = torch.where((norms - 1).abs() < 1e-6, values, values / norms).numpy()
-    store = FeatureRows(unit, np.zeros((0, width), np.float32), (), 1.0, None, what)
+    store = FeatureRows(unit_rows(values).numpy(), np.zeros((0, width), np.float32), (), 1.0, None, what)
     stamps = tuple(content_digest(store.read(row)) for row in range(len(ids)))
     return ImageDataset(store, np.arange(len(ids)), tuple(class_names), tuple(ids), labels, stamps)
 

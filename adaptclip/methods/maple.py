@@ -92,16 +92,13 @@ class MaPLe(DeepPrompts):
     def _learnt(self) -> tuple[str, ...]:
         return ("context", *(("deep",) if self._blocks > 1 else ()), "weight", "bias")
 
-    def text_prompts(self) -> Sequence[Tensor]:
-        """Returns the (M, T) text prompts of each of the first blocks."""
-        return [self.context, *self.deep.unbind()]
-
     def image_prompts(self) -> Sequence[Tensor]:
         """Returns the (M, T) image prompts of each of the first blocks."""
         return [F.linear(*each) for each in zip(self.text_prompts(), self.weight, self.bias, strict=True)]
 
     def _learn(self, support: Support, schedule: MaPLeSchedule, loop: Loop) -> dict[str, Any]:
-        loader = support.loader(batch_size=schedule.batch_size)
-        num_steps = schedule.epochs * loader.steps_per_epoch
-        loop(support.training(self, loader, num_steps, optimizer="sgd", lr=schedule.lr, weight_decay=5e-4))
-        return {"schedule": f"SGD {schedule.lr:g}, cosine per epoch, {schedule.epochs} epochs ({num_steps} steps)"}
+        training = support.training_by_epochs(self, schedule)
+        loop(training)
+        return {
+            "schedule": f"SGD {schedule.lr:g}, cosine per epoch, {schedule.epochs} epochs ({training.num_steps} steps)"
+        }

@@ -122,10 +122,6 @@ class PromptSRC(DeepPrompts):
     def _learnt(self) -> tuple[str, ...]:
         return ("context", *(("deep",) if self._blocks > 1 else ()), "image")
 
-    def text_prompts(self) -> Sequence[Tensor]:
-        """Returns the (M, T) text prompts of each of the first blocks."""
-        return [self.context, *self.deep.unbind()]
-
     def image_prompts(self) -> Sequence[Tensor]:
         """Returns the (M, T) image prompts of each of the first blocks."""
         return self.image.unbind()
@@ -176,15 +172,14 @@ class PromptSRC(DeepPrompts):
     def _learn(self, support: Support, schedule: PromptSRCSchedule, loop: Loop) -> dict[str, Any]:
         if not schedule.std > 0:
             raise ConfigError(f"std, the width of the average, must be above 0, got {schedule.std}")
-        loader = support.loader(batch_size=schedule.batch_size)
-        num_steps = schedule.epochs * loader.steps_per_epoch
         self._weights = (schedule.text_weight, schedule.image_weight)
         self._sums = {name: torch.zeros_like(value) for name, value in super().adapter_state().items()}
         self._progress = torch.zeros(2)
-        training = support.training(self, loader, num_steps, optimizer="sgd", lr=schedule.lr, weight_decay=5e-4)
+        training = support.training_by_epochs(self, schedule)
+        steps = training.loader.steps_per_epoch
         gauss = _gauss(schedule)
         # The optimizer itself tells when a step was taken, whoever's loop it is.
-        hook = training.optimizer.register_step_post_hook(lambda *_: self._add_epoch(loader.steps_per_epoch, gauss))
+        hook = training.optimizer.register_step_post_hook(lambda *_: self._add_epoch(steps, gauss))
         try:
             loop(training)
         finally:
@@ -194,9 +189,8 @@ class PromptSRC(DeepPrompts):
             for name, value in self._sums.items():
                 self.get_parameter(name).copy_(value / total)
         self._sums = self._penalty = None
-        return {
-            "schedule": f"SGD {schedule.lr:g}, cosine per epoch, mean of {schedule.epochs} epochs ({num_steps} steps)"
-        }
+        length = f"{schedule.epochs} epochs ({training.num_steps} steps)"
+        return {"schedule": f"SGD {schedule.lr:g}, cosine per epoch, mean of {length}"}
 
     @torch.no_grad()
     def _add_epoch(self, steps_per_epoch: int, gauss: Sequence[float]) -> None:

@@ -97,11 +97,10 @@ class TaskResidual(Method):
         return TaskResSchedule(epochs=100 if 0 < shots <= 4 else 200)
 
     def _learn(self, support: Support, schedule: TaskResSchedule, loop: Loop) -> dict[str, Any]:
-        views = min(schedule.views or schedule.epochs, schedule.epochs)
-        loader = support.loader(support.features(views), batch_size=schedule.batch_size)
-        num_steps = schedule.epochs * loader.steps_per_epoch
-        loop(support.training(self, loader, num_steps, optimizer="adamw", lr=schedule.lr, weight_decay=5e-4))
-        return {"schedule": f"AdamW {schedule.lr:g}, cosine per epoch, {schedule.epochs} epochs ({num_steps} steps)"}
+        training = support.training_by_epochs(self, schedule, support.crops(schedule), optimizer="adamw")
+        loop(training)
+        length = f"{schedule.epochs} epochs ({training.num_steps} steps)"
+        return {"schedule": f"AdamW {schedule.lr:g}, cosine per epoch, {length}"}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Returns the (C, D) residual."""

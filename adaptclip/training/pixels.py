@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,9 @@ from torch import Tensor
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.data.transforms import Augment
 from adaptclip.errors import ConfigError
-from adaptclip.features import FeatureCache
 from adaptclip.seeding import derive_seed
-from adaptclip.training.steps import FeatureLoader, StepPlan
-from adaptclip.types import Batch, Learner
+from adaptclip.training.steps import StepPlan
+from adaptclip.types import Batch
 
 if TYPE_CHECKING:
     from adaptclip.backbone import ClipBackbone
@@ -106,38 +105,3 @@ class PixelLoader:
             self._own.augment = copy.deepcopy(self._augment)
         seed = derive_seed(0, self._dataset.contents[row], view)
         return self._backbone.normalize(self._own.augment(self._dataset.image(row), seed))
-
-
-def training_loader(
-    adapter: Learner,
-    dataset: ImageDataset,
-    cache: FeatureCache,
-    *,
-    augment: Augment,
-    batch_size: int,
-    seed: int,
-    accelerator: Accelerator,
-    views: int = 10,
-    strata: Tensor | None = None,
-) -> FeatureLoader | PixelLoader:
-    """Returns the loader of what the adapter learns from: fresh crops as pixels, or cached features of a few crops.
-
-    Args:
-        adapter: says what it consumes.
-        dataset: images of the training split.
-        cache: of the frozen tower's features; not used for pixels.
-        augment: makes the crops.
-        batch_size: images per process and micro-step.
-        seed: of the order.
-        accelerator: tells the number of processes and of accumulated micro-batches, and the device.
-        views: sets of crops whose features are cached; pixels are cropped anew in every epoch.
-        strata: (N,) what is shown equally often (`Mitigation.strata`); None shows every image once per epoch.
-
-    Raises:
-        ConfigError: a number out of range, or fewer images than parts of a step.
-    """
-    how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "accelerator": accelerator, "strata": strata}
-    if adapter.consumes == "pixels":
-        return PixelLoader(dataset, adapter.backbone, augment=augment, **how)
-    features = cache.get(adapter.backbone, dataset, views=views, augment=augment, accelerator=accelerator)
-    return FeatureLoader(features, **how)

@@ -159,6 +159,25 @@ class Support:
         features = None if adapter.consumes == "pixels" else self.features(views)
         return self.loader(features, batch_size=batch_size)
 
+    def crops(self, schedule: Any) -> Features:
+        """Returns features of a schedule's `views` sets of crops; None, and at most, one for each of its epochs."""
+        return self.features(min(schedule.views or schedule.epochs, schedule.epochs))
+
+    def training_by_epochs(
+        self, adapter: Any, schedule: Any, features: Features | None = None, *, optimizer: str = "sgd"
+    ) -> Training:
+        """Returns the stage of a schedule with `epochs`, `lr` and `batch_size`: a cosine per epoch, weight decay 5e-4.
+
+        Args:
+            adapter: what learns.
+            schedule: how.
+            features: of the training images; None takes pixels, cropped anew in every epoch.
+            optimizer: see `build_optimizer`.
+        """
+        loader = self.loader(features, batch_size=schedule.batch_size)
+        num_steps = schedule.epochs * loader.steps_per_epoch
+        return self.training(adapter, loader, num_steps, optimizer=optimizer, lr=schedule.lr, weight_decay=5e-4)
+
     def training(
         self,
         adapter: Any,

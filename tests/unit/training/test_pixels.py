@@ -19,8 +19,9 @@ from adaptclip.data.transforms import train_augment
 from adaptclip.errors import ConfigError, DataError
 from adaptclip.features import FeatureCache
 from adaptclip.methods import LoRA
-from adaptclip.training.pixels import PixelLoader, training_loader
+from adaptclip.training.pixels import PixelLoader
 from adaptclip.training.steps import FeatureLoader, train_steps
+from adaptclip.training.support import Support
 from adaptclip.training.tracking import make_accelerator
 from adaptclip.types import Batch
 
@@ -184,9 +185,10 @@ def test_bad_numbers(loader, settings, message):
 @pytest.mark.parametrize("towers", ["image", "text", "both"])
 def test_the_adapter_decides_what_is_loaded(images, tiny_backbone, crop, tmp_path, towers):
     adapter = LoRA(tiny_backbone, images.class_names, towers=towers)
-    chosen = training_loader(
-        adapter, images, FeatureCache(tmp_path), augment=crop, batch_size=4, seed=2, accelerator=fake(), views=3
+    support = Support(
+        tiny_backbone, images, images.select([]), source=FeatureCache(tmp_path), seed=2, accelerator=fake()
     )
+    chosen = support.loader_for(adapter, batch_size=4, views=3)
     assert chosen.steps_per_epoch == 2
     assert bool(list(tmp_path.rglob("*.safetensors"))) == (towers == "text")
     if towers == "text":
