@@ -1,21 +1,40 @@
-"""The README's commands run and print what it shows; its file tree is the tree."""
+# SPDX-License-Identifier: Apache-2.0
+"""The README's commands run and print what it shows, and so do two pages' beside it; the Japanese one says the same."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BASH = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-TEXT = re.findall(r"```text\n(.*?)```", README, flags=re.S)
-COMMANDS = [line.split("  #")[0].strip() for block in BASH for line in block.splitlines() if line.strip()]
+README, JAPANESE, COMMAND_LINE, ARTIFACTS = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "README.ja.md", "docs/command_line.md", "docs/artifacts.md")
+)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a language, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def commands(*texts: str) -> list[str]:
+    """Every line of the bash blocks once, without its comment."""
+    lines = (line for text in texts for block in blocks(text, "bash") for line in block.splitlines())
+    return list(dict.fromkeys(line.split("  #")[0].strip() for line in lines if line.strip()))
+
+
+SHOWN = blocks(README, "text")
 
 
 def run(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -28,7 +47,7 @@ def run(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder beside the recipes, so that the commands can be typed as they stand."""
+    """A folder beside the recipes and the cards, so that the commands can be typed as they stand."""
     path = tmp_path_factory.mktemp("readme")
     (path / "recipes").symlink_to(ROOT / "recipes")
     return path
@@ -36,14 +55,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def main_job(folder) -> subprocess.CompletedProcess[str]:
-    command = next(c for c in COMMANDS if "recipes/coop.py" in c)
+    command = next(c for c in commands(README) if "recipes/coop.py" in c)
     install, _, job = command.partition(" && ")
     assert install == 'python -m pip install -e ".[starter]"'
     return run(job, folder)
 
 
 def test_set_up_is_two_commands():
-    installs = [c for c in COMMANDS if "pip install" in c]
+    installs = [c for c in commands(README) if "pip install" in c]
     assert installs == [
         'python -m pip install -e ".[starter]" && accelerate launch recipes/coop.py',
         'python -m pip install -e ".[starter,dev]" && pytest -n 2',
@@ -52,7 +71,7 @@ def test_set_up_is_two_commands():
 
 def test_the_main_job_ends_well_and_prints_what_is_shown(main_job, folder):
     assert main_job.returncode == 0, main_job.stderr
-    shown, printed = TEXT[0].strip(), main_job.stdout
+    shown, printed = SHOWN[0].strip(), main_job.stdout
     row = re.compile(r"^ *(accuracy|mean per class|thin|medium|heavy) +\d", re.M)
     verdict = re.compile(r"^ *(pass|fail|inconclusive) {2,}\S", re.M)
     assert sorted(row.findall(shown)) == sorted(row.findall(printed))
@@ -75,7 +94,26 @@ def numbers(text: str) -> list[float]:
     return [float(n) for n in re.findall(r"(\d+\.\d) \[", line)][:2]
 
 
-def test_the_other_commands(main_job, folder):
+def test_the_job_on_real_features_prints_what_is_shown(folder):
+    (command,) = [c for c in commands(README) if "aerial_features" in c]
+    result = run(command, folder)
+    assert result.returncode == 0, result.stderr
+    printed = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    number = re.compile(r"\d+\.\d+")
+    compared = 0
+    for line in SHOWN[1].splitlines():
+        line = " ".join(line.split())
+        alike = [other for other in printed if number.sub("#", other) == number.sub("#", line)]
+        assert alike, f"not printed: {line}"
+        for found, said in zip(number.findall(alike[0]), number.findall(line), strict=True):
+            assert float(found) == pytest.approx(float(said), abs=0.3)  # one of 504 images is 0.2 points
+            compared += 1
+    assert compared == 18
+
+
+@pytest.fixture(scope="module")
+def beside(main_job, folder) -> Path:
+    """The same folder with what the commands are given: images, a table of predictions, gates."""
     import adaptclip as ac
 
     digits = ac.open_data(ac.load_card("digits")).train
@@ -88,48 +126,102 @@ def test_the_other_commands(main_job, folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             digits.image(i).save(path)
     digits.image(3).save(folder / "new_images" / "3.png")
+    write_predictions(folder / "runs/coop", folder / "predictions.csv")
+    (gates,) = blocks(README, "yaml")
+    (folder / "gates.yaml").write_text(gates, encoding="utf-8")
+    return folder
+
+
+def write_predictions(run_folder: Path, to: Path) -> None:
+    """Predictions of a run as somebody else's model would hand them over: a CSV with a column per class."""
+    judged = pyarrow.parquet.read_table(run_folder / "predictions.parquet")
+    names = json.loads(judged.schema.metadata[b"adaptclip"])["class_names"]
+    columns: dict[str, list] = {"label": [names[c] for c in judged["label"].to_pylist()]}
+    columns |= {f"prob_{name}": judged[f"prob_{c}"].to_pylist() for c, name in enumerate(names)}
+    columns["stroke_weight"] = judged["group:stroke_weight"].to_pylist()
+    pyarrow.csv.write_csv(pyarrow.table(columns), to)
+
+
+def test_the_other_commands(beside):
     ran = 0
-    for command in COMMANDS:
+    for command in commands(README, COMMAND_LINE, ARTIFACTS):
         if command.startswith("adaptclip"):
-            result = run(command, folder)
+            result = run(command, beside)
             assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
             assert result.stdout
             ran += 1
-    assert ran >= 5
+    assert ran >= 11
+    assert (beside / "gates.xml").read_text(encoding="utf-8").count("<testcase") == 2
 
 
-def test_the_python_example(main_job, folder):
-    example = re.findall(r"```python\n(.*?)```", README, flags=re.S)[0]
-    (folder / "example.py").write_text(example)
-    if not (folder / "photo.png").exists():
-        import adaptclip as ac
-
-        ac.open_data(ac.load_card("digits")).train.image(0).save(folder / "photo.png")
+def test_the_python_of_the_readme(folder):
+    (example,) = blocks(README, "python")
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 12
+    (folder / "example.py").write_text(example, encoding="utf-8")
     result = run(f"{sys.executable} example.py", folder)
+    assert result.returncode == 0, result.stderr
+    number = re.compile(r"\d\.\d+")
+    assert number.sub("#", result.stdout) == number.sub("#", SHOWN[2])
+    for found, said in zip(number.findall(result.stdout), number.findall(SHOWN[2]), strict=True):
+        assert float(found) == pytest.approx(float(said), abs=0.03)
+
+
+def test_an_artifact_is_loaded_as_its_page_says(beside):
+    (example,) = blocks(ARTIFACTS, "python")
+    (beside / "loading.py").write_text(example, encoding="utf-8")
+    result = run(f"{sys.executable} loading.py", beside)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"\w+ 0\.\d+\n", result.stdout)
 
 
-def test_the_file_tree_is_the_tree():
-    listed: set[str] = set()
-    stack: list[str] = []
-    for line in TEXT[-1].splitlines():
-        if not line.strip():
-            continue
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        stack[depth:] = [name]
-        path = "".join(stack)
-        assert (ROOT / path).exists(), f"the README lists {path}, which is not there"
-        assert len(line.split(None, 1)) == 2, f"{path} has no description"
-        listed.add(path)
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "adaptclip").rglob("*.py") if p.name != "__init__.py"}
-    modules |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "recipes").glob("*.py")}
-    assert modules <= listed, f"not in the README's file tree: {sorted(modules - listed)}"
-    assert len(listed) >= 60
+def links(text: str) -> list[str]:
+    """Where links and images lead to, in order."""
+    return re.findall(r"\]\(([^)]+)\)", text)
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
-    assert len(links) >= 4
-    for link in links:
+@pytest.mark.parametrize("text", [README, JAPANESE], ids=["english", "japanese"])
+def test_links_lead_somewhere(text):
+    inside = [link.partition("#")[0] for link in links(text) if not link.startswith("http")]
+    assert len(inside) >= 15
+    for link in inside:
         assert (ROOT / link).exists(), link
+
+
+def test_the_readme_is_read_in_one_go():
+    assert README.count("\n") <= 165
+
+
+def without_comments(block: str) -> str:
+    """A block of bash or Python as it runs: what stands behind two blanks and a # may be translated."""
+    return "\n".join(re.sub(r"(^|\s+)# .*", "", line) for line in block.splitlines())
+
+
+def test_the_japanese_readme_has_the_same_code_and_output():
+    """What is run is equal byte for byte, and so is what it prints; only comments are translated."""
+    block = re.compile(r"```(\w*)\n(.*?)```", re.S)
+    english, japanese = block.findall(README), block.findall(JAPANESE)
+    assert [language for language, _ in japanese] == [language for language, _ in english]
+    assert len(english) >= 9
+    for (language, ours), (_, theirs) in zip(english, japanese, strict=True):
+        keep = without_comments if language in ("bash", "python") else str
+        assert keep(theirs) == keep(ours)
+    assert commands(JAPANESE) == commands(README)
+
+
+def test_the_japanese_readme_has_the_same_sections_links_code_words_and_figures():
+    english, japanese = (re.sub(r"```.*?```", "", text, flags=re.S) for text in (README, JAPANESE))
+    assert [len(h) for h in re.findall(r"^#+", japanese, re.M)] == [len(h) for h in re.findall(r"^#+", english, re.M)]
+    assert japanese.count("\n| ") == english.count("\n| ")
+    here, there = ([link for link in links(text) if not link.startswith("README")] for text in (english, japanese))
+    assert Counter(there) == Counter(here)
+    assert (links(english)[0], links(japanese)[0]) == ("README.ja.md", "README.md")
+    code = re.compile(r"`([^`]+)`")
+    assert Counter(code.findall(japanese)) == Counter(code.findall(english))
+    plain = [re.sub(r"\]\([^)]+\)|`[^`]+`", "", text) for text in (english, japanese)]
+    assert figures(plain[1]) == figures(plain[0])
+    assert sum(figures(plain[0]).values()) >= 5
+
+
+def figures(text: str) -> Counter[str]:
+    """Every number of a text and how often it stands there; full-width digits are none."""
+    return Counter(re.findall(r"[0-9][0-9,.]*[0-9]|[0-9]", text))
