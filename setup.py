@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Puts the recipes and the data cards, which lie at the top of the project, into the installed package.
 
 Everything else about the package is in pyproject.toml, which has no way to say this beside a search for packages.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 # albumentations asks the package index for updates when it is imported; a library must not do that unasked.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AdaptclipError": "errors",

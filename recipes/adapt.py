@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any method by its name, with the loop in view: those without a recipe of their own, and those of other packages.
 
 Paper     of each method: in its docstring, and in docs/peers.md what was compared with it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoCoOp: learn the words around the class name and a small network that moves them with every image.
 
 Paper     Zhou et al., "Conditional Prompt Learning for Vision-Language Models", CVPR 2022, arXiv:2203.05557.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contrastive tuning: CLIP's own loss on images and their captions, or the prompts of their classes; then WiSE-FT.
 
 Paper     FLYP (Goyal et al., CVPR 2023, arXiv:2212.00638): the pretraining loss on images and prompts of their class;

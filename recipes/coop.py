@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoOp: learn the words around the class name, keep CLIP frozen.
 
 Paper     Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv:2109.01134.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The few-shot bench: cards x methods x shots x seeds in one run, with tables, curves and intervals.
 
 Protocols all-classes      Zhou et al., IJCV 2022, arXiv:2109.01134, sec. 4.1

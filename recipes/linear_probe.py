@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear probe: a matrix of class weights on frozen image features, by four published ways to fit it.
 
 Paper     logistic: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",

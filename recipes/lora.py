@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA: low-rank updates of the towers' projections, trained on pixels; CLIP-LoRA by default.
 
 Paper     Zanella and Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPRW 2024, arXiv:2405.18541.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The starter: train a small text tower against a fixed ImageNet image tower, so that a CLIP fits in the package.
 
 Method    Locked image tower (Zhai et al., "LiT", arXiv:2111.07991). Class names: the text features of ImageNet's names

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tip-Adapter, Tip-Adapter-F, GDA and SS-Text+: adapt with the training images' features, in seconds.
 
 Paper     tip, tip-f  Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP", ECCV 2022, arXiv:2207.09519

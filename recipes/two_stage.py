@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two stages (2SFS): tune the towers' LayerNorms, then a linear head on their features.
 
 Paper     Farina et al., "Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages", CVPR 2025,

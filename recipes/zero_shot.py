@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Zero-shot: CLIP as it is, with the card's prompts; the number that every adaptation has to beat.
 
 Paper     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020.
