@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests. Nothing here touches the network."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small CLIPs of four blocks, and prompts in the blocks of open_clip's own towers, written out block by block."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Artifacts of every method on small models with random weights, saved as a recipe saves them."""
 
 from __future__ import annotations

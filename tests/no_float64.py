@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pretended device without float64, as Apple's GPUs are: computed on the CPU, strict about dtypes and devices."""
 
 from __future__ import annotations

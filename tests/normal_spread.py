@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An uncertainty whose bounds can be written down: value ± z · error, and further where they have to be exact."""
 
 from __future__ import annotations

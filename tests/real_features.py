@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Features of real CLIP models (WHU-RS19) for tests of methods: draws from them, and a model that has them alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipes as modules, for tests: they are scripts, so nothing else imports them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrows of the package: a module imports only from rooms before its own, and nothing imports a recipe."""
 
 from __future__ import annotations

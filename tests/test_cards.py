@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every card of the project is valid, honest about its data, and listed; those whose images are here open."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flags: every recipe's settings are documented, wrong ones get the nearest name, files and flags come in order."""
 
 from __future__ import annotations

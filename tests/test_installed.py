@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A built wheel, installed away from the checkout, is enough: cards, starter, recipes and commands come with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every method on every kind of model trains, its artifact loads equal, predicts and exports; or says why it cannot."""
 
 from __future__ import annotations

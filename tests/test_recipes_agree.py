@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loops of the recipes are the same lines; a recipe stays short enough to be read in one go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small CLIP models with random weights, written as open_clip folders and loaded the way any other model is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of every kind: the configurations of published ones, shrunk in width and depth alone.
 
 Each is written as a `local-dir:` bundle with a tokenizer of its own kind, trained here on a few sentences, since the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Simulated studies whose truth is known, and in which what is usually assumed fails.
 
 Classes differ in recall, patients' images are alike, patients differ in how many images they have, classes are rare,

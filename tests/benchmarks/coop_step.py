@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times one training step of CoOp: the published way against the packed shared-prefix path.
 
 Shapes of ViT-B/32 (text: width 512, 12 layers, 8 heads, 77 tokens) with random weights, 16 context tokens, a batch of

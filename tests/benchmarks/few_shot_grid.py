@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times a grid of few-shot experiments: the bench against the same grid done job by job.
 
 The bench encodes every picture once for all jobs and trains CoOp on cached features with packed prompts. Job by job

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training step of CoOp and of LoRA on full-size shapes with random weights: seconds and peak memory.
 
     python tests/benchmarks/full_size.py results.json                         # every model and method, one at a time

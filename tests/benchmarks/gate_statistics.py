@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """False alarms, coverage and power of gates and gap tests on simulated predictions whose truth is known.
 
     python tests/benchmarks/gate_statistics.py results.json                 # 400 data sets per line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coverage of the 95 % intervals, and wrong passes and fails of gates at their limit, in worlds whose truth is known.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/interval_coverage.py results.json    # 1,000 data sets a line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full report and gates of predictions of many images: seconds and peak memory.
 
     python tests/benchmarks/large_reports.py results.json                             # both sizes that have a target

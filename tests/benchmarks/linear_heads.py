@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the fit of every linear head against the same fit written plainly, in one run, and prints the ratio.
 
     python tests/benchmarks/linear_heads.py [--threads 2] [--repeats 3] [--views 20]

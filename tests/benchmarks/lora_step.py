@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times one training step of CLIP-LoRA: the published way against the packed text path and shared projections.
 
 Shapes of ViT-B/32 (image tower at 224 px, 50 tokens; text tower of 77 tokens) with random weights, rank 2 on query, key

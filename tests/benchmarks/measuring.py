@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks of single training steps share: class names, a backbone without weights, clock and memory."""
 
 from __future__ import annotations

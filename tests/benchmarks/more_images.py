@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How stable the answer to "how many more images would settle it" is, and how often that many do settle it.
 
     python tests/benchmarks/more_images.py results.json                 # 1,000 data sets a line

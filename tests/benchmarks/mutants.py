@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutation testing of the metrics and gates rooms: which changes of one operator or number does no fast test notice?
 
     python tests/benchmarks/mutants.py build/mutants                  # all of them; a second call goes on where it was

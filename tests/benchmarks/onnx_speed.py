@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports an artifact and compares what comes out with the adapter, on real images: answers first, then speed.
 
     python tests/benchmarks/onnx_speed.py RUN IMAGES [--count 500] [--threads 1] [--repeats 3]

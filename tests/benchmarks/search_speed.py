@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Search: the time of a query over 100,000 vectors, and recall over real captions against a plain computation.
 
     python tests/benchmarks/search_speed.py [--vectors 100000] [--width 512] [--threads 1]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the tests of backbones and methods against another open_clip, and tries every architecture that it lists.
 
     python tests/compat/run_open_clip.py PATH_OF_THE_SOURCES [--dry-run]

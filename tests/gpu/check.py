@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks and times adaptclip on a machine with one CUDA GPU: correctness, then benchmarks; about eight minutes.
 
     python tests/gpu/check.py OUT                        # everything

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold on a GPU, as functions of a device: the same function everywhere, exact resumption, no float64.
 
 Each check takes the device and returns what it measured, or raises AssertionError. `test_on_gpu.py` and `check.py` run

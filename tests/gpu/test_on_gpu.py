@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of a GPU where there is one; anywhere, that the script which runs and times them does run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds and memory of training steps and of feature extraction on a device, beside the published way in turns.
 
 Each function yields rows for the table, one at a time, so that what was measured is kept when the time is up.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The world of the damaged files, and the table of counts at the end."""
 
 from __future__ import annotations

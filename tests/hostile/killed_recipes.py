@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs every recipe that learns in a loop, once undisturbed and once under signals at random moments.
 
 A program, so that torch is imported once: each run is a fork of it, a process of its own that is really killed. Only

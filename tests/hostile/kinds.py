@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kind of file that is read back: how it is read, what counts as its answer, and what is done to it.
 
 A `Kind` reads a whole folder and returns everything a user would act on: probabilities, labels, scores, verdicts, class

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loop of the recipes in miniature, for launchers to start: it is asked to end, or goes on and is compared."""
 
 from __future__ import annotations

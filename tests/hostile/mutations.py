@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeded damage to one file: what a bad disk, a half-done copy, an editor, a stranger or a mix-up makes of it.
 
 A mutation takes the path of a file in a throw-away copy, a generator, and the path of the same file of another run. It

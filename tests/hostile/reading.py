@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A limit on the time that a read may take, which also ends those that no signal gets through to."""
 
 from __future__ import annotations

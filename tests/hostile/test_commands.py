@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command on paths that nobody should give: one message and exit code 1, no traceback, no endless wait."""
 
 from __future__ import annotations

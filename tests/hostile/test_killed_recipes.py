@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes killed at 20 random moments and asked to end at 10: resumed, they are what they would have been."""
 
 from __future__ import annotations

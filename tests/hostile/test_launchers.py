@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGTERM to a launcher reaches the processes it started: they finish their step and save it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged files of every kind that is read back: a clear error or the right answer, nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an output may replace: a table of commands and targets, each cell a test, and nothing else moves."""
 
 from __future__ import annotations

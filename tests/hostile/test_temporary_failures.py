@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fails today and may work tomorrow is never kept as a property of an image, a shard or a job."""
 
 from __future__ import annotations

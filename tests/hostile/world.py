@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small world, made once per session: images, tables, cards, a model, two runs, and all that is made from a run.
 
 The second run differs in its seed and in its data's order of classes, so that each of its files is valid and wrong in

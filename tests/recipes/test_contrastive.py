@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contrastive tuning as a user runs it: class prompts, captions, the saved model, WiSE-FT, resume, two processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job as a user runs it: the recipes as scripts, killed, resumed, on two processes, and with wrong input."""
 
 from __future__ import annotations

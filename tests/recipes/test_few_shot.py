@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bench as a user runs it: killed and started again, two processes, a folder of images, wrong input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A gate that the data cannot answer is refused before anything is encoded, in every recipe that has gates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear probe as a user runs it: every head from card to artifact, on two processes, and with wrong input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP-LoRA as a user runs it: artifact, interruption, the scale, new classes, towers, precision, two processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe that learns by gradients with every mitigation that applies to it, on a few digits and a tiny model."""
 
 from __future__ import annotations

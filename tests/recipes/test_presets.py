@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A preset fills in what is not given; what is given changes nothing but itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sigmoid objective from the command line to what is used: recipes, files, predictions, a run that goes on."""
 
 from __future__ import annotations

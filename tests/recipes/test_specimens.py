@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The specimens end to end: the planted gap is found, its absence too, and words are probed, with the starter."""
 
 from __future__ import annotations

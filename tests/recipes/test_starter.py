@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The starter's own recipe on a corpus in miniature: training, interruption, what it measures."""
 
 from __future__ import annotations

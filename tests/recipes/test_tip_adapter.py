@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tip-Adapter, Tip-Adapter-F, GDA and SS-Text as a user runs them, on two shots of digits and a random tiny model."""
 
 from __future__ import annotations

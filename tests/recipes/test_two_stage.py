@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2SFS as a user runs it: both stages, interruption in either, artifact, new classes, two processes."""
 
 from __future__ import annotations

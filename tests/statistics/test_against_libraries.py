@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every number that other libraries give too is theirs: statsmodels, scikit-learn, MAPIE, and plain loops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Intervals and gates in worlds in which what is usually assumed fails; the full study is benchmarks/interval_coverage.
 
 Every line draws fixed-seed data sets. A 95 % interval covers 93 % or more, a gate at its limit passes or fails wrongly

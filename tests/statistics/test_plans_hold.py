@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data sets of the planned size pass in about the stated share: the plan's formula against whole studies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slices that nobody named: seldom found where there is none, mostly found where there is one."""
 
 from __future__ import annotations

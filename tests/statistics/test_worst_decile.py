@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates on the worst tenth of the classes hold their level, though the classes are picked on the images that judge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An artifact loads as it was saved, or says why not."""
 
 from __future__ import annotations

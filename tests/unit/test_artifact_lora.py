@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A LoRA artifact: a PEFT folder whose prompts, scale and weights are those of training, or an error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a verdict belongs to: digests of images and gates, frozen test images, the ledger of a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What keeps a verdict from being a pass: absent groups and classes, copied rows, references of another kind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What version 0.1 wrote is read with a notice, and gives the answers that it gave then.
 
 The folder `early` was written by the sources of version 0.1: an artifact and an index of the tiny checkpoint, whose

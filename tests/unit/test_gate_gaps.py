@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates on gaps, outcomes, levels, intersections and excluded groups; levelling down; JUnit."""
 
 from __future__ import annotations

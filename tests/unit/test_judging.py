@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Labels and probabilities of any model, judged in one call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The artifact's README is a model card that the hub can read, filled from the run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One reader for YAML and JSON: what grows, nests or repeats a key is refused in words, and nothing else reads them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of a stranger's folder are the folder's own, and a digest sees what changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every purpose has its own stream, and seed 0 is a seed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files are whole or absent; digests cannot run into each other."""
 
 from __future__ import annotations

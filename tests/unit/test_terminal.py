@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What strangers named reaches a terminal readable, and a spreadsheet as text; line lengths depend on no terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes files as people have them: trees of small pictures, and tables beside them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights and artifacts as people have them on disk: what becomes of each kind is written beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files as people have them: what becomes of each kind is written beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders of images as people have them, and what each is understood as; a wrong guess is worse than a question."""
 
 from __future__ import annotations

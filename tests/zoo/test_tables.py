@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of images as people have them: from Excel in other countries, pandas, R, DICOM; and what each is read as."""
 
 from __future__ import annotations

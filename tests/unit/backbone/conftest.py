@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny checkpoint on disk, and an architecture of open_clip whose tag points at it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Splitting and fusing attention: the same function, the same bits, and stock open_clip loads the result."""
 
 from __future__ import annotations

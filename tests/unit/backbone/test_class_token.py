@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The last image block for the class token alone: the same features and gradients as the whole tower."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The script that runs the tests against another open_clip can be started; the figures are in the changelog."""
 
 from __future__ import annotations

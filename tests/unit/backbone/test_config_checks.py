@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bundles that come from anywhere: they load without a network, and cannot reach out, run code or fill the memory."""
 
 from __future__ import annotations

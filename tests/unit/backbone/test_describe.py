@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `adaptclip inspect` says of a model, against the model's own configuration and tensors."""
 
 from __future__ import annotations

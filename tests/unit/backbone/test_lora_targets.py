@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA counts what it adapts against what the architecture must have, and refuses an attention it does not know."""
 
 from __future__ import annotations

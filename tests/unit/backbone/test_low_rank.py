@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projections computed together: PEFT's own layers, independent dropouts, the same masks forward and backward."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights whose position embeddings have another length are refused: open_clip would resize them without a word."""
 
 from __future__ import annotations

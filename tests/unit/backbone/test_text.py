@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every text path against open_clip's own `encode_text`, on models with random weights."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text towers of every kind against open_clip's own `encode_text`, and the tokens of words in every tokenizer."""
 
 from __future__ import annotations

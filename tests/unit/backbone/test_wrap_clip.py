@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that is loaded already is as good as one that is loaded by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip compare` as a user runs it: two files of predictions, a printed comparison, files, the exit code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip gate` on files and run folders: exit codes, several runs as one release, JUnit, wrong input."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip predict` on folders as people have them: rows as they come, bad images, junk, files, spreadsheets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip report` on files of any model, with every kind of output."""
 
 from __future__ import annotations

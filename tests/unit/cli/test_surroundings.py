@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What programs read from a command depends on no terminal, locale, time zone, umask or user."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Balanced epochs and class weights, against counts and formulas computed apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates of new cards fit the task, parse as they are and uncommented, and `card check` finds nothing wrong."""
 
 from __future__ import annotations

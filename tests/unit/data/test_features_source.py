@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A card may hold features that were computed elsewhere: read as they are, refused where they do not fit."""
 
 from __future__ import annotations

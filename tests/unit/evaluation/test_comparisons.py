@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holm's correction, the exact sign test, differences and harmonic means against published and independent answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores against scikit-learn; temperature, coverage curve and sets against independent computations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base-to-new: each half judged among its own classes, by the adapted and by the frozen towers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turning a trained update down: every number of the curve recomputed from merged stock models, and the choice."""
 
 from __future__ import annotations

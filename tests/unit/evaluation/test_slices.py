@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where slices are looked for, what is proposed, and what a report says of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Thresholds of single classes against every possible cut and against scikit-learn, ties and thin data included."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every method of the bench does what its recipe does; settings, new names and searches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs are shared, never doubled; errors stay with their job; what is done stays done."""
 
 from __future__ import annotations

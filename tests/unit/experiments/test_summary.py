@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means, intervals, marks, tables, curves, published numbers and advice, from rows whose answers are known."""
 
 from __future__ import annotations

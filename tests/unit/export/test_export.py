@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What leaves the toolkit answers as the adapter does, by stock libraries alone, or is refused and not written."""
 
 from __future__ import annotations

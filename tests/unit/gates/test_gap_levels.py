@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every share of alpha in gates on gaps: the verdict turns exactly where the bound at that level does.
 
 Uncertainties are normal ones, so that each bound that holds for certain is value ± z · error, written out here.

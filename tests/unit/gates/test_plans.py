@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Planned numbers of images against searches written out here, on the same assumptions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chances of a verdict with more images, against the formulas written out here."""
 
 from __future__ import annotations

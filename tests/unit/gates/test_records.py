@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is written of verdicts: JUnit, digests, the ledger; and rules that do not fit the images."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What outcomes and rules accept, at the very limits, and their words."""
 
 from __future__ import annotations

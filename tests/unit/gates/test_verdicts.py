@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verdicts on levels, changes and groups turn where the exact tests do; what they name, count and say."""
 
 from __future__ import annotations

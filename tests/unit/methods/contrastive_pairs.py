@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two processes compare, started by torchrun: the gradient of shared-out pairs against one process's."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two processes compare, started by torchrun: CoOp with shared-out classes, and CoCoOp, against one process."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Classes are encoded in order, in chunks, on shares of processes, and always to what the model itself answers."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP-Adapter against its formula, its start, its training and its artifact."""
 
 from __future__ import annotations

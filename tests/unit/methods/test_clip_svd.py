@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP-SVD: only singular values learn, the start is zero-shot, and steps are those of the published formula."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoCoOp: every image has its own text features, by the formula of the paper."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoOp with the class name in other places and with a context for every class; the rest is in test_coop.py."""
 
 import json

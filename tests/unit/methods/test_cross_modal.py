@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross-modal adaptation against its loss written plainly, its start at zero-shot, its training and its artifact."""
 
 from __future__ import annotations

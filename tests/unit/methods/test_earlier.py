@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Artifacts that are older than a setting of their method are read as what they were made with."""
 
 from __future__ import annotations

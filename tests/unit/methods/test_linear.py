@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear heads against scikit-learn called directly, numpy in float64, and autograd."""
 
 from __future__ import annotations

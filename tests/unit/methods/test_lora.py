@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA: identities with zero-shot, with stock open_clip and with PEFT; gradients; targets; the dial."""
 
 from __future__ import annotations

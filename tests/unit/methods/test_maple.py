@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MaPLe: the published forward pass, written out on open_clip's own towers, with its gradients."""
 
 from __future__ import annotations

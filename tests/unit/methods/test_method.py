@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A method in a notebook: fit, predict_proba, score, save, other names; scikit-learn's conventions; other packages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every method learns and predicts on a device that has no float64 (Apple's GPUs), here a pretended one."""
 
 from __future__ import annotations

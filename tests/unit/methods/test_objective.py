@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sigmoid objective: its setting, its loss and gradients against other computations, its bias in every adapter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What methods on features must do on real CLIP features: WHU-RS19, 19 classes, 625 test images, seeds 1 to 3."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods beside the published code, run on the same features of a real CLIP (`tests/data/peers.json`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ProLIP: the projection alone learns, on features before it, by the published formula, and the result is a CLIP."""
 
 from __future__ import annotations

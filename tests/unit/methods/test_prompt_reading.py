@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading contexts: against a search over the whole vocabulary in numpy, and against words that are known."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PromptSRC: the published loss written anew on open_clip's own towers, and the epochs' average, killed or not."""
 
 from __future__ import annotations

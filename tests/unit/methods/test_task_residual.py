@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TaskRes against its formula, its start at zero-shot, its lengths, its training and its artifact."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LayerNorm and BitFit tuning: what is tuned, that it starts as zero-shot, learns, and merges into a stock model."""
 
 from __future__ import annotations

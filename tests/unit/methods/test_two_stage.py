@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two stages: the head starts as the adapted text features, learns alone, and only speaks of the classes it knows."""
 
 from __future__ import annotations

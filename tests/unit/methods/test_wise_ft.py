@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """WiSE-FT: fine-tuning by the published formula, and the straight line back to zero-shot."""
 
 from __future__ import annotations

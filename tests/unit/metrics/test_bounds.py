@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bounds of every kind of uncertainty, by hand."""
 
 from __future__ import annotations

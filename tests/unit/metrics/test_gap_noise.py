@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gap tests against textbook distributions, and bounds of largest differences by hand."""
 
 from __future__ import annotations

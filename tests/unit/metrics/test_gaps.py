@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AUC, Brier score and fairlearn's differences against other libraries; permutation nulls with known truth."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a metric is made of: words, supports, comparisons, calibration and proper scores, the worst tenth, samplings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of a metric is asked of its object: no other module decides by a metric's name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predictive values, net benefit, and differences of error rates between groups: values, influences, intervals."""
 
 from __future__ import annotations

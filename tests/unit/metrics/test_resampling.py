@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How images are drawn again: strata, whole units, and the variance that follows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Yes or no for each class: values against scikit-learn, influences against its sample weights, what they rest on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linearised numbers against scikit-learn, against numerical derivatives, and their intervals against simulation."""
 
 from __future__ import annotations

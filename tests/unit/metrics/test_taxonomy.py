@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heights against networkx, level accuracy and least severe decisions against plain loops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variances, degrees of freedom and effective numbers against leaving out, textbook formulas and hand calculation."""
 
 from __future__ import annotations

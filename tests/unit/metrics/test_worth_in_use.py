@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predictive values and net benefit: bounds by hand from those of two rates, and what they rest on."""
 
 from __future__ import annotations

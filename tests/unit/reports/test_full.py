@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fine-grained, calibration, shift and name reports against scikit-learn and by hand, on odd inputs too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page: nothing of a user's is markup, nothing is fetched, every drawing has words, each time it is the same."""
 
 from __future__ import annotations

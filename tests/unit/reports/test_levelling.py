@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Before and after: point estimates by numpy, intervals by simulation, and verdicts on cases with a known answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report on single classes against scikit-learn and resampling, and its way through files and renderings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A number that a page shows twice has one interval: the whole report is walked, with its gates."""
 
 from __future__ import annotations

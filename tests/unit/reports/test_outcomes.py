@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One decision rule for an outcome: the same number in the tables, in gates and in sentences."""
 
 from __future__ import annotations

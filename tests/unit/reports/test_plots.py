@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots show no more than their images allow."""
 
 from __future__ import annotations

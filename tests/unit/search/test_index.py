@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An index finds what its model finds, is written whole, and is not read with other weights."""
 
 from __future__ import annotations

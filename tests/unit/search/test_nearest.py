@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The nearest vectors are those that a full sort finds, ties included, whatever the blocks."""
 
 from __future__ import annotations

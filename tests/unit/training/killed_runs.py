@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains once undisturbed and once under SIGKILLs at random moments. Run as a program: one import of torch for all."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Group DRO against the paper's equations computed by hand, in numpy and with autograd."""
 
 from __future__ import annotations

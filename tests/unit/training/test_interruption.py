@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals and the clock: when a loop saves, and when it stops."""
 
 import os

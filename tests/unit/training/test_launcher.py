@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the launcher asks for is done, contradictions and what cannot be done are refused by name."""
 
 from __future__ import annotations

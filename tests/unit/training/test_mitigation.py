@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings, what they make of the images, and the loss; checkpoints hold what group DRO has learnt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of pictures: the same images and the same crops as the cache of features, in any order of asking."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run folders on disk: locked, made from what they say, damaged."""
 
 import json

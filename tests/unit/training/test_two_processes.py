@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One process and two processes with the same global batch take the same steps; both processes are really there."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two processes do, started by torchrun; `main` called in a test does the same with one."""
 
 import sys
