@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import posixpath
 import re
@@ -61,8 +62,25 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         path = posixpath.relpath(found, posixpath.dirname(page.file.src_uri) or ".")
         return f"{image}[{text}]({path}{anchor or ''})"
 
+    markdown = markdown.replace("<!-- the names of all methods -->", names_of_methods())
     parts = FENCE.split(markdown)
     return "".join(part if i % 2 else LINK.sub(moved, part) for i, part in enumerate(parts))
+
+
+def names_of_methods() -> str:
+    """A table of the classes that have variants: their names, and what they say of themselves."""
+    rows = []
+    for path in sorted((ROOT / "adaptclip" / "methods").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for line in node.body:
+                if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "variants":
+                    assert isinstance(line.value, ast.Dict)
+                    names = ", ".join(f"`{ast.literal_eval(key)}`" for key in line.value.keys if key)
+                    about = (ast.get_docstring(node) or "").splitlines()[0]
+                    rows.append(f"| {names} | `{node.name}` | {about} |")
+    return "\n".join(("| names | class | what it is |", "|---|---|---|", *rows))
 
 
 def source_of(file: File) -> Path:
