@@ -22,36 +22,36 @@ _HOMES = {
     "FeatureLoader": "training.steps",
     "Features": "types",
     "PixelLoader": "training.pixels",
-    "Predictions": "types",
+    "Predictions": "predictions",
     "backward_and_step": "training.steps",
     "FeatureClip": "feature_clip",
-    "clip_of": "backbone",
-    "wrap_clip": "backbone",
+    "clip_of": "clip",
+    "wrap_clip": "clip",
     "build_mitigation": "training.mitigation",
     "build_optimizer": "training.optim",
-    "build_report": "reports.summary",
+    "build_report": "reports.full",
     "build_scheduler": "training.optim",
     "check_gates": "gates",
-    "choose_gates": "results",
-    "compare_groups": "reports.levelling",
-    "finish_run": "results",
+    "choose_gates": "artifact.finishing",
+    "compare_groups": "reports.compare",
+    "finish_run": "artifact.finishing",
     "full_report": "reports.full",
     "is_due": "training.steps",
-    "judge": "judging",
+    "judge": "gates.judging",
     "launch": "entrypoint",
     "load": "artifact",
-    "load_backbone": "backbone",
+    "load_backbone": "clip",
     "load_card": "data.card",
-    "load_clip": "backbone",
+    "load_clip": "clip",
     "load_checkpoint": "training.checkpoint",
     "make_accelerator": "training.tracking",
     "nearest_words": "methods.prompt_reading",
     "open_data": "data.sources",
     "parse_objective": "training.criterion",
-    "predict": "evaluation.predict",
-    "predict_held_out": "results",
+    "predict": "methods.predicting",
+    "predict_held_out": "artifact.finishing",
     "read_prompt": "methods.prompt_reading",
-    "sample_few_shot": "data.fewshot",
+    "sample_few_shot": "data.shots",
     "save_artifact": "artifact",
     "save_model": "artifact",
     "DataSettings": "settings",
@@ -59,7 +59,7 @@ _HOMES = {
     "refuse_settings": "settings",
     "Support": "training.support",
     "Training": "training.support",
-    "train_by_steps": "training.loop",
+    "train_by_steps": "training.support",
     "save_checkpoint": "training.checkpoint",
     "seed_everything": "seeding",
     "start_run": "training.tracking",
@@ -137,19 +137,19 @@ __all__ = [
 
 if TYPE_CHECKING:
     from adaptclip.artifact import AdaptedModel, load, save_artifact, save_model
-    from adaptclip.backbone import clip_of, load_backbone, load_clip, wrap_clip
+    from adaptclip.artifact.finishing import choose_gates, finish_run, predict_held_out
+    from adaptclip.clip import clip_of, load_backbone, load_clip, wrap_clip
     from adaptclip.data.captions import CaptionLoader
     from adaptclip.data.card import load_card
-    from adaptclip.data.fewshot import sample_few_shot
+    from adaptclip.data.shots import sample_few_shot
     from adaptclip.data.sources import open_data
     from adaptclip.data.transforms import train_augment
     from adaptclip.entrypoint import launch
     from adaptclip.errors import AdaptclipError
-    from adaptclip.evaluation.predict import predict
     from adaptclip.feature_clip import FeatureClip
     from adaptclip.features import FeatureCache, training_crop
     from adaptclip.gates import check_gates
-    from adaptclip.judging import judge
+    from adaptclip.gates.judging import judge
     from adaptclip.methods import (
         GDA,
         CoCoOp,
@@ -164,23 +164,22 @@ if TYPE_CHECKING:
         TwoStage,
         ZeroShotClassifier,
     )
+    from adaptclip.methods.predicting import predict
     from adaptclip.methods.prompt_reading import nearest_words, read_prompt
-    from adaptclip.reports.full import full_report
-    from adaptclip.reports.levelling import compare_groups
-    from adaptclip.reports.summary import build_report
-    from adaptclip.results import choose_gates, finish_run, predict_held_out
+    from adaptclip.predictions import Predictions
+    from adaptclip.reports.compare import compare_groups
+    from adaptclip.reports.full import build_report, full_report
     from adaptclip.seeding import seed_everything
     from adaptclip.settings import DataSettings, RunSettings, refuse_settings
     from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
     from adaptclip.training.criterion import parse_objective
-    from adaptclip.training.loop import train_by_steps
     from adaptclip.training.mitigation import build_mitigation
     from adaptclip.training.optim import build_optimizer, build_scheduler
     from adaptclip.training.pixels import PixelLoader
     from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
-    from adaptclip.training.support import Support, Training
+    from adaptclip.training.support import Support, Training, train_by_steps
     from adaptclip.training.tracking import make_accelerator, start_run
-    from adaptclip.types import Features, Predictions
+    from adaptclip.types import Features
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip.errors import BackboneError, DataError, did_you_mean
-from adaptclip.storage import digest
+from adaptclip.files import digest
 
 OPENAI_SCALE = 100.0
 """exp(logit_scale) of the models that OpenAI trained, and of most after them (Radford et al. 2021, sec. 2.5)."""

@@ -22,26 +22,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from adaptclip.data.card_block import Augmentation
 from adaptclip.data.dataset import FeatureRows, ImageDataset
 from adaptclip.data.read_image import DECODING
 from adaptclip.data.transforms import Augment, train_augment
 from adaptclip.errors import BackboneError, ConfigError, StorageError
 from adaptclip.feature_clip import FeatureClip
+from adaptclip.files import check_is_file, digest, parse_json, write_bytes, write_json
 from adaptclip.seeding import derive_seed
-from adaptclip.storage import check_is_file, digest, parse_json, write_bytes, write_json
 from adaptclip.types import Features
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from accelerate import Accelerator
+
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.data.card_block import Augmentation
 
 SHARD_ROWS = 256
 """Most images per shard (a whole number of batches, at least one): what a kill can cost in encoding."""
@@ -221,6 +219,8 @@ def _encode_missing(
     jobs: Sequence[_Job], backbone: ClipBackbone, *, batch_size: int, workers: int, accelerator: Accelerator | None
 ) -> None:
     """Fills the missing rows of every job; the processes share the work, and each ends with all of it."""
+    from accelerate.utils import broadcast_object_list
+
     for folder in {job.folder for job in jobs if job.folder is not None and job.missing}:
         _remove_stale(folder)
     todo = [list(job.missing) for job in jobs]
@@ -281,6 +281,8 @@ def _refuse_not_finite(values: Tensor, contents: Sequence[str], backbone: ClipBa
 
 def _take_from_others(job: _Job, mine: Sequence[str]) -> None:
     """Fills the rows that other processes encoded: from the cache, or without one from the processes themselves."""
+    from accelerate.utils import gather_object
+
     if job.folder is None:
         parts = gather_object([(list(mine), job.values[[job.place[content] for content in mine]])])
         for contents, values in parts:
@@ -297,6 +299,8 @@ def _take_from_others(job: _Job, mine: Sequence[str]) -> None:
 
 def _write_shard(folder: Path, key: dict[str, Any], contents: Sequence[str], values: Tensor) -> None:
     """Writes one shard under the digest of its bytes: one rename makes it exist, and every later damage is seen."""
+    import safetensors
+
     if not (folder / "key.json").exists():
         write_json(folder / "key.json", key)
     # With the key's digest in it, a shard that is moved to another folder is not taken for one of that folder's.
@@ -327,6 +331,8 @@ def _read_shards(folder: Path, wanted: dict[str, int], out: Tensor) -> dict[str,
 
 def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]:
     """Returns which of the wanted images a shard holds, and their features; none when it is damaged."""
+    import safetensors
+
     try:
         if os.path.lexists(path):
             check_is_file(path)

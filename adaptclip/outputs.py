@@ -24,10 +24,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from adaptclip.errors import StorageError, agree
-from adaptclip.storage import check_plain, read_json, read_yaml
+from adaptclip.files import check_plain, read_json, read_yaml
 
 LEDGER = "judgements.jsonl"
-"""The one file of a run folder that overwriting keeps: how often its test images were judged (`gates.ledger`)."""
+"""The one file of a run folder that overwriting keeps: how often its test images were judged (`gates.verdicts`)."""
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from adaptclip.csv_files import Dialect, dialect_of
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.spellings import blanks_apart, numbers_twice, spelt
-from adaptclip.storage import check_is_file, read_parquet
+from adaptclip.files import Dialect, check_is_file, dialect_of, read_parquet
 from adaptclip.terminal import QUOTED
-from adaptclip.words import tells_units
+from adaptclip.words import blanks_apart, numbers_twice, spelt, tells_units
 
 _RANKED = re.compile(r"top_[1-9]\d*(_prob)?")
 _PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d{0,15})(\.\d+)?")

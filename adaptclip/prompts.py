@@ -13,7 +13,7 @@ from tqdm import tqdm
 from adaptclip.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from adaptclip.clip import ClipBackbone
     from adaptclip.feature_clip import FeatureClip
 
 TEMPLATES: dict[str, tuple[str, ...]] = {

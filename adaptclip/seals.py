@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaptclip.errors import StorageError
-from adaptclip.storage import jsonable, read_json, write_json
+from adaptclip.files import jsonable, read_json, write_json
 
 SEAL = "digest"
 """Key of a sealed object under which its digest stands."""

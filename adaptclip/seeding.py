@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from adaptclip.storage import digest
+from adaptclip.files import digest
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -20,6 +23,8 @@ def seed_everything(seed: int) -> None:
 
     Library code draws from `generator(...)` and never from these; they are for what third parties draw.
     """
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -27,6 +32,8 @@ def seed_everything(seed: int) -> None:
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Returns a CPU torch generator for one purpose, for example `generator(cfg.seed, "context")`."""
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import adaptclip as ac
-from adaptclip.experiments.methods import choose_methods, read_settings
+from adaptclip.bench.methods import choose_methods, read_settings
 from adaptclip.methods.registry import named
-from adaptclip.training.presets import chosen_preset
+from adaptclip.training.support import chosen_preset
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import adaptclip as ac
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.saving import open_clip_config, save_open_clip
+from adaptclip.bench.interpolation import curve_markdown, judge_retrieval, wise_ft_curve
+from adaptclip.clip import ClipBackbone
+from adaptclip.clip.saving import open_clip_config, save_open_clip
 from adaptclip.data.dataset import DomainData
-from adaptclip.evaluation.wise_ft import curve_markdown, judge_retrieval, wise_ft_curve
+from adaptclip.files import write_json, write_text
 from adaptclip.methods.contrastive import interpolate, pair_texts
-from adaptclip.storage import write_json, write_text
-from adaptclip.training.presets import chosen_preset
+from adaptclip.training.support import chosen_preset
 
 
 @dataclass(frozen=True)

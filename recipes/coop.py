@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import adaptclip as ac
-from adaptclip.training.presets import chosen_preset
+from adaptclip.training.support import chosen_preset
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,20 @@ from pathlib import Path
 from typing import Literal
 
 import adaptclip as ac
-from adaptclip.backbone.loading import local_folders
-from adaptclip.data.rows import card_places
+from adaptclip.bench.jobs import Board, FeatureStore, Worker, launch_id, make_grid
+from adaptclip.bench.methods import choose_methods, not_published, read_settings
+from adaptclip.bench.output import Asked, write_output
+from adaptclip.bench.protocols import PROTOCOLS, check_names, check_targets
+from adaptclip.bench.runner import Progress, run_jobs, take_place
+from adaptclip.bench.search import Budget
+from adaptclip.clip.loading import local_folders
+from adaptclip.data.readers import card_places
 from adaptclip.errors import ConfigError, did_you_mean
-from adaptclip.experiments.board import Board, launch_id
-from adaptclip.experiments.jobs import Worker, make_grid
-from adaptclip.experiments.methods import choose_methods, not_published, read_settings
-from adaptclip.experiments.output import Asked, write_output
-from adaptclip.experiments.progress import Progress
-from adaptclip.experiments.protocols import PROTOCOLS, check_names, check_targets
-from adaptclip.experiments.runner import run_jobs, take_place
-from adaptclip.experiments.search import Budget
-from adaptclip.experiments.store import FeatureStore
+from adaptclip.files import write_yaml
 from adaptclip.methods.registry import named
 from adaptclip.outputs import check_cache, check_folder
-from adaptclip.storage import write_yaml
 from adaptclip.terminal import say
-from adaptclip.training.presets import chosen_preset
+from adaptclip.training.support import chosen_preset
 
 
 @dataclass(frozen=True)

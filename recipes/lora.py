@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import adaptclip as ac
-from adaptclip.data.base_new import base_and_new
-from adaptclip.evaluation.new_classes import predict_new_classes
-from adaptclip.evaluation.scale_curve import check_setting, choose_scale
-from adaptclip.training.presets import chosen_preset
+from adaptclip.bench.interpolation import check_setting, choose_scale, predict_new_classes
+from adaptclip.data.shots import base_and_new
+from adaptclip.training.support import chosen_preset
 from adaptclip.training.tracking import MAY_CHANGE
 
 

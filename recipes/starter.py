@@ -6,12 +6,12 @@ Method    Locked image tower (Zhai et al., "LiT", arXiv:2111.07991). Class names
           (Hinton et al., arXiv:1503.02531). Captions: the contrastive loss of CLIP (arXiv:2103.00020) against all
           captioned pictures, and the directions that a sentence encoder gives them (all-MiniLM-L6-v2 behind one
           linear map; Wang et al., arXiv:2002.10957). Numerals, last: the embeddings of their tokens alone learn to name
-          drawn ones (adaptclip/data/numerals.py); a text without these tokens stays exactly as it was.
+          drawn ones (adaptclip/datasets/numerals.py); a text without these tokens stays exactly as it was.
 Needs     pip install "adaptclip[starter,starter-training]"
 Run       accelerate launch recipes/starter.py --data-root DATA     (tiny_imagenet, flickr8k, imagenet1k_one_each)
           With --start FILE only the numerals are learnt, on top of text weights that are there already.
 Measure   accelerate launch recipes/starter.py --data-root DATA --evaluate    (also flowers17, grocery, ham10000)
-Expected  see adaptclip/backbone/starter_clip/README.md
+Expected  see adaptclip/clip/starter_clip/README.md
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 import adaptclip as ac
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.caption_teacher import caption_directions, sentence_embeddings
-from adaptclip.backbone.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
-from adaptclip.backbone.word_learning import learn_words
+from adaptclip.bench.interpolation import Yardstick, interval_words
+from adaptclip.clip import ClipBackbone
+from adaptclip.clip.starter import FOLDER, build_starter, image_classifier, save_text_weights, text_state
+from adaptclip.clip.starter_training import caption_directions, learn_words, sentence_embeddings
 from adaptclip.data.dataset import ImageDataset, MemoryStore
-from adaptclip.data.embedded import DIGIT_NAMES
-from adaptclip.data.numerals import draw_numeral
-from adaptclip.data.rows import card_places
+from adaptclip.data.readers import card_places
+from adaptclip.datasets.embedded import DIGIT_NAMES
+from adaptclip.datasets.numerals import draw_numeral
 from adaptclip.errors import DataError
-from adaptclip.evaluation.measuring import measure
-from adaptclip.evaluation.wise_ft import Yardstick, interval_words
+from adaptclip.files import digest, write_json
 from adaptclip.methods.contrastive import caption_tokens
 from adaptclip.metrics.intervals import wilson
 from adaptclip.outputs import check_cache
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.reports.numbers import number
+from adaptclip.reports.blocks import number
+from adaptclip.reports.measuring import measure
 from adaptclip.seeding import numpy_generator
-from adaptclip.storage import digest, write_json
 from adaptclip.training.tracking import Run
 
 TEMPLATES = (

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import adaptclip as ac
-from adaptclip.data.base_new import base_and_new
-from adaptclip.evaluation.new_classes import predict_new_classes
-from adaptclip.training.presets import chosen_preset
+from adaptclip.bench.interpolation import predict_new_classes
+from adaptclip.data.shots import base_and_new
+from adaptclip.training.support import chosen_preset
 
 
 @dataclass(frozen=True)

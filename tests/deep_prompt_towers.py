@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adaptclip as ac
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
 
 
 def four_blocks(*, image_blocks: int = 4) -> ClipBackbone:

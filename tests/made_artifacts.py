@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 from adaptclip.artifact import save_artifact
-from adaptclip.backbone import ClipBackbone
-from adaptclip.evaluation.thresholds import Thresholds
+from adaptclip.clip import ClipBackbone
+from adaptclip.files import digest
+from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
 from adaptclip.methods.registry import methods
-from adaptclip.reports.summary import build_report
+from adaptclip.predictions import Predictions
+from adaptclip.reports.full import build_report
 from adaptclip.seals import SEAL, describe_files, seal
-from adaptclip.storage import digest
-from adaptclip.types import Features, GateRule, Predictions
+from adaptclip.training.thresholds import Thresholds
+from adaptclip.types import Features
 
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 _TIMM = {"timm_model_pretrained": False}

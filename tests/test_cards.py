@@ -12,7 +12,7 @@ import pytest
 from adaptclip.data.card import Card, load_card
 from adaptclip.data.card_block import ALLOWABLE, SOURCE_KINDS, CardBlock, HubSource
 from adaptclip.data.sources import open_data
-from adaptclip.data.specimens import SPECIES
+from adaptclip.datasets.specimens import SPECIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_cards"
 FILES = sorted(path for path in FOLDER.glob("*.md") if path.stem not in ("README", "TEMPLATE"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from recipe_files import RECIPES, ROOT, load_recipe
 
-from adaptclip.config import parse, parse_command, save_config
+from adaptclip.entrypoint import parse, parse_command, save_config
 from adaptclip.errors import ConfigError
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "data_cards").glob("*.md"), *(ROOT / "recipes").glob("*.md")]

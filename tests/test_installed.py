@@ -84,7 +84,7 @@ def test_the_source_archive_is_complete(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "recipes/coop.py", "data_cards/digits.md"):
         assert name in names
-    assert "adaptclip/backbone/starter_clip/text_tower.safetensors" in names
+    assert "adaptclip/clip/starter_clip/text_tower.safetensors" in names
 
 
 def test_it_is_the_installed_package_that_runs(site, empty):

@@ -17,20 +17,21 @@ from torch.nn import functional as F
 
 from adaptclip import artifact
 from adaptclip.artifact import load, save_artifact
-from adaptclip.backbone import ClipBackbone, load_backbone
-from adaptclip.backbone.saving import save_open_clip
+from adaptclip.artifact.export import Kind, export_artifact
+from adaptclip.clip import ClipBackbone, load_backbone
+from adaptclip.clip.saving import save_open_clip
 from adaptclip.data.card import load_card
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError
-from adaptclip.evaluation.thresholds import Thresholds
-from adaptclip.export import Kind, export_artifact
 from adaptclip.methods import ContrastiveTuning, TwoStage
-from adaptclip.methods.objective import objective_of
+from adaptclip.methods.base import objective_of
 from adaptclip.methods.registry import methods
-from adaptclip.reports.summary import build_report
+from adaptclip.predictions import Predictions
+from adaptclip.reports.full import build_report
 from adaptclip.training.mitigation import Mitigation
-from adaptclip.types import Batch, Features, Predictions
+from adaptclip.training.thresholds import Thresholds
+from adaptclip.types import Batch, Features
 
 METHODS = (*methods(), "contrastive")
 REFUSED: dict[tuple[str, str], str] = {

@@ -12,7 +12,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from adaptclip.backbone import ClipBackbone, load_backbone
+from adaptclip.clip import ClipBackbone, load_backbone
 
 Kind = Literal["clip", "custom_text"]
 

@@ -24,7 +24,7 @@ from timm.models.efficientnet import _gen_efficientnet_lite
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, M2M100Config, MT5Config, PreTrainedTokenizerFast, RobertaConfig
 
-from adaptclip.backbone import ClipBackbone, load_backbone
+from adaptclip.clip import ClipBackbone, load_backbone
 
 SENTENCES = [
     "a photo of a rose.",

@@ -15,13 +15,13 @@ from functools import cached_property, partial
 import numpy as np
 from scipy.special import betaincinv, ndtr
 
-from adaptclip.evaluation.confidence import conformal_sets
 from adaptclip.metrics import find_metric
 from adaptclip.metrics.estimates import Measurement
 from adaptclip.metrics.gaps import largest_difference
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.metric import Drawing, Metric
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.confidence import conformal_sets
 
 _MANY = 42_000
 """Images that stand for endless ones: (nearly) every share and recall of the worlds is a whole number of them."""

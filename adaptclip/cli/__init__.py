@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adaptclip.cli import card, compare, export, gate, inspect, plan, predict, probe, recipes, report, search
-from adaptclip.config import parse_command
-from adaptclip.entrypoint import run_and_exit
+from adaptclip.cli import card, export, gate, inspect, predict, probe, recipes, report, search
+from adaptclip.entrypoint import parse_command, run_and_exit
 
 # Heavy modules are imported inside the commands: `adaptclip --help` should not wait for torch.
 
@@ -17,8 +16,8 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "predict": predict.predict,
     "report": report.report,
     "gate": gate.gate,
-    "plan": plan.plan,
-    "compare": compare.compare,
+    "plan": gate.plan,
+    "compare": gate.compare,
     "export": export.export,
     "embed": search.embed,
     "search": search.search,

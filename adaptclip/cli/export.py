@@ -30,8 +30,8 @@ def export(
         allow_failed_gates: export a model although one of its gates failed.
         overwrite: replace an earlier export in that folder.
     """
+    from adaptclip.artifact.export import export_artifact
     from adaptclip.data.image_files import find_images
-    from adaptclip.export import export_artifact
 
     pictures = find_images([images])[0] if images else None
     found = export_artifact(

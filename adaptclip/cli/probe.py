@@ -42,16 +42,15 @@ def probe(
     """
     from adaptclip.artifact import artifact_folder, load
     from adaptclip.data.card import load_card
-    from adaptclip.data.rows import card_places
+    from adaptclip.data.readers import card_places
     from adaptclip.data.sources import open_data
-    from adaptclip.evaluation.predict import predict
-    from adaptclip.evaluation.probing import is_comparable, probe_scores
     from adaptclip.features import FeatureCache
+    from adaptclip.files import digest
     from adaptclip.methods import ZeroShotClassifier
+    from adaptclip.methods.predicting import is_comparable, predict, probe_scores
     from adaptclip.outputs import check_cache, check_file
-    from adaptclip.reports.text_probe import check_words, probe_report
+    from adaptclip.reports.probe import check_words, probe_report
     from adaptclip.seals import write_sealed
-    from adaptclip.storage import digest
 
     described = load_card(card)
     places, roots = card_places(described, data_root)
@@ -91,7 +90,7 @@ def probe(
 
 
 def _kinds(card: Card, words: Path | None) -> dict[str, tuple[str, ...]]:
-    from adaptclip.storage import read_yaml
+    from adaptclip.files import read_yaml
 
     if words is None:
         if not card.probes:

@@ -6,8 +6,6 @@ import ast
 from pathlib import Path
 
 from adaptclip.errors import ConfigError, did_you_mean
-from adaptclip.outputs import check_apart, check_file
-from adaptclip.storage import write_text
 from adaptclip.terminal import say
 
 
@@ -42,6 +40,9 @@ def copy(names: list[str], /, *, out: Path = Path("recipes"), overwrite: bool = 
         out: the folder they are copied to.
         overwrite: replace files that are there and differ.
     """
+    from adaptclip.files import write_text
+    from adaptclip.outputs import check_apart, check_file
+
     known = {file.stem: file for file in sorted(folder().glob("*.py"))}
     for name in names:
         if name.removesuffix(".py") not in known:

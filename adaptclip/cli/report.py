@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptclip.cli.judged import files_read, load_predictions, of_run
+from adaptclip.cli.gate import files_read, load_predictions, of_run
 from adaptclip.errors import ConfigError, DataError, StorageError, did_you_mean
-from adaptclip.outputs import check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,11 +43,12 @@ def report(
         images: folder in which the row ids are paths of images, for pictures of the mistakes in HTML.
         out: where the report is written: NAME.html, NAME.md or NAME.json, or NAME for all three.
     """
-    from adaptclip.evaluation.outcomes import with_thresholds
-    from adaptclip.evaluation.thresholds import Thresholds
+    from adaptclip.outputs import check_file
+    from adaptclip.predictions import Predictions
     from adaptclip.reports.full import full_report
+    from adaptclip.reports.measuring import with_thresholds
     from adaptclip.reports.render import print_report
-    from adaptclip.types import Predictions
+    from adaptclip.training.thresholds import Thresholds
 
     if out is not None and out.suffix not in ("", *FORMATS):
         raise ConfigError(f"--out {out}: cannot write {out.suffix!r}. {did_you_mean(out.suffix, FORMATS)}")
@@ -89,9 +89,9 @@ def report(
 
 def _add_probe(run: Path, result: dict[str, Any]) -> None:
     """Adds the text probe that stands in a run folder, where it is one of the run's own model."""
-    from adaptclip.reports.text_probe import FORMAT_VERSION
+    from adaptclip.files import digest
+    from adaptclip.reports.probe import FORMAT_VERSION
     from adaptclip.seals import read_sealed
-    from adaptclip.storage import digest
 
     manifest, why = run / "artifact" / "manifest.json", "is of another model or version"
     if not (run / "probe.json").is_file():
@@ -122,10 +122,10 @@ def _outputs(out: Path) -> list[Path]:
 
 
 def _write(out: Path, result: Mapping[str, Any], verdicts: list[Verdict] | None, images: Path | None) -> None:
+    from adaptclip.files import write_json, write_text
     from adaptclip.reports.fine_grained import example_ids
+    from adaptclip.reports.plots import thumbnails
     from adaptclip.reports.render import to_html, to_markdown
-    from adaptclip.reports.thumbnails import thumbnails
-    from adaptclip.storage import write_json, write_text
 
     for path in _outputs(out):
         if path.suffix == ".json":
@@ -142,7 +142,7 @@ def _write(out: Path, result: Mapping[str, Any], verdicts: list[Verdict] | None,
 def _picture(folder: Path, row: str) -> Image.Image | None:
     """The image that a row id names below `folder`; None where there is none or it cannot be read."""
     from adaptclip.data.dataset import inside
-    from adaptclip.data.decode import decode_image
+    from adaptclip.data.transforms import decode_image
 
     try:
         path = inside(folder, row)

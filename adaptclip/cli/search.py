@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from adaptclip.cli.answers import Answers, Format
-from adaptclip.data.image_files import IMAGE_SUFFIXES, find_images
+from adaptclip.cli.predict import Answers, Format
 from adaptclip.errors import DataError
 from adaptclip.terminal import say
 
@@ -46,12 +45,13 @@ def embed(
         allow_failed_gates: use a model although one of its gates failed.
         overwrite: replace an earlier index in that folder.
     """
-    from adaptclip.backbone.loading import local_folders
+    from adaptclip.clip.loading import local_folders
     from adaptclip.data.card import load_card
-    from adaptclip.data.rows import card_places
+    from adaptclip.data.image_files import find_images
+    from adaptclip.data.readers import card_places
     from adaptclip.features import FeatureCache
     from adaptclip.outputs import check_cache, check_folder
-    from adaptclip.search import build_index, card_as_images, files_as_images, load_encoder
+    from adaptclip.retrieval import build_index, card_as_images, files_as_images, load_encoder
 
     is_card = not Path(images).exists() or Path(images).suffix.lower() == ".md"
     card = load_card(images) if is_card else None
@@ -108,7 +108,8 @@ def search(
         engine: exact, or faiss where that is installed.
         allow_failed_gates: use an artifact although one of its gates failed.
     """
-    from adaptclip.search import encode_picture, encode_texts, load_encoder, load_named, open_index
+    from adaptclip.data.image_files import IMAGE_SUFFIXES
+    from adaptclip.retrieval import encode_picture, encode_texts, load_encoder, load_named, open_index
 
     answers = Answers(form=format, out=out, raw_csv=raw_csv)
     opened = open_index(index)

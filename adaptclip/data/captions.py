@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adaptclip.data.card_block import normalise_text
-from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import DataError
 from adaptclip.seeding import generator
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.data.dataset import ImageDataset
+    from adaptclip.types import Batch
 
 _EXAMPLES = 3
 

@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 from adaptclip.data.card_block import SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
 from adaptclip.data.layouts import read_layout, require_text
 from adaptclip.errors import CardError, StorageError, did_you_mean, shown
+from adaptclip.files import digest, parse_yaml, read_text
 from adaptclip.gate_rules import Expected, GateRule, Outcome
-from adaptclip.storage import digest, parse_yaml, read_text
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,8 @@
-"""What is looked for in a data set before anything is trained on it."""
+"""What is looked for in a data set before anything is trained on it.
+
+Among it: columns that divide the images into training and test by their values, whatever the column is called, and
+classes that come from one group only, so that nobody can tell what a model learnt: the class or the group.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,126 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy.stats import hypergeom
 
-from adaptclip.data.columns import as_text, is_missing
+from adaptclip.data.card_block import PARTS
+from adaptclip.data.columns import as_text, is_missing, shared_values
 from adaptclip.data.dataset import ALONE, UNKNOWN, DomainData, ImageDataset
-from adaptclip.data.divisions import division, division_lines, folds, folds_in_words
 from adaptclip.data.feature_rows import FeatureRows, near_copies
 from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
-from adaptclip.data.inseparable import inseparable
-from adaptclip.data.unused import shared_values
 from adaptclip.errors import AdaptclipError, DataError, SplitError, agree, did_you_mean
-from adaptclip.spellings import plain, several_spellings, spelt
+from adaptclip.words import is_fold, plain, role_of, several_spellings, spelt, split_part, words_of
+
+ALWAYS = 0.95
+"""From this share of its images on a class counts as being always of one group."""
+
+SELDOM = 0.01
+"""Chance explains what has a probability of at least this."""
+
+_EXAMPLES = 3
+
+
+def inseparable(data: DomainData) -> tuple[str, ...]:
+    """Returns a sentence for each attribute of which some classes are (nearly) always of one group and others are not.
+
+    A class counts where at least ALWAYS of its images are of one group and chance does not explain it: Fisher's exact
+    test against the images of the other classes, one-sided, below SELDOM. Images of all parts are counted, those of an
+    unknown group left out. Attributes that are a level of the taxonomy are passed over: a class has one value of them
+    by definition.
+    """
+    parts = [part for part in data.parts.values() if len(part)]
+    labels = np.concatenate([part.labels for part in parts])
+    sentences = []
+    for name in data.test.groups:
+        values = np.asarray([value for part in parts for value in part.groups.get(name, (UNKNOWN,) * len(part))])
+        pairs = set(zip(labels.tolist(), values.tolist(), strict=True))
+        if any(pairs <= set(enumerate(level)) for level in data.test.levels.values()):
+            continue
+        known = values != UNKNOWN
+        found = [words for c in np.unique(labels[known]) if (words := _one_group(data, labels, values, known, int(c)))]
+        if found:
+            more = f"; and so for {len(found) - _EXAMPLES} more classes" if len(found) > _EXAMPLES else ""
+            sentences.append(
+                f"{name} and class cannot be told apart: {'; '.join(found[:_EXAMPLES])}{more}. What is learnt of the "
+                f"class may be the {name}"
+            )
+    return tuple(sentences)
+
+
+def _one_group(data: DomainData, labels: np.ndarray, values: np.ndarray, known: np.ndarray, c: int) -> str:
+    """Words how a class is of one group only, or "" where it is not."""
+    own, others = values[known & (labels == c)].tolist(), values[known & (labels != c)].tolist()
+    group, count = Counter(own).most_common(1)[0]
+    elsewhere = others.count(group)
+    if not others or count < ALWAYS * len(own) or elsewhere == len(others):
+        return ""
+    chance = hypergeom.sf(count - 1, len(own) + len(others), count + elsewhere, len(own))
+    if chance >= SELDOM:
+        return ""
+    all_of = f"all {count}" if count == len(own) else f"{count} of {len(own)}"
+    return (
+        f"{all_of} images of {data.class_names[c]!r} are of {group!r}, but {elsewhere} of {len(others)} of the other "
+        "classes"
+    )
+
+
+_FOLDS = frozenset(("fold", "folds", "kfold", "cvfold", "cv", "faltung"))
+_MOST_FOLDS = 20
+_FLAGS = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
+
+
+def division(name: str, cells: Sequence[Any]) -> dict[str, str]:
+    """Returns part -> value of a column that says which images are for training and which for the test.
+
+    All its values are names of parts ("train", "val", "Test"), where the column is called "split" or the like some of
+    them; or it is a flag whose name says what it marks ("is_test" with 0 and 1).
+
+    Returns:
+        Parts in their order, with the values as the card must write them; {} for any other column.
+    """
+    values = sorted({as_text(cell) for cell in cells if not is_missing(cell)})
+    named = {part: value for value in values for part in PARTS if split_part(value) == (part, "")}
+    if (len(named) == len(values) or role_of(name) == "split") and {"train", "test"} <= set(named):
+        return {part: named[part] for part in PARTS if part in named}
+    marked, _ = split_part(" ".join(word for word in words_of(name) if word not in ("is", "in", "use", "for", "flag")))
+    flags = {_FLAGS[plain(value)]: value for value in values if plain(value) in _FLAGS}
+    if marked in ("train", "test") and len(values) == len(flags) == 2:
+        other = "test" if marked == "train" else "train"
+        found = {marked: flags[True], other: flags[False]}
+        return {part: found[part] for part in PARTS if part in found}
+    return {}
+
+
+def folds(name: str, cells: Sequence[Any]) -> list[str]:
+    """Returns the values of a column of folds ("fold" with 0 to 4, "split" with 1 to 3), sorted; [] for any other."""
+    values = sorted({as_text(cell) for cell in cells if not is_missing(cell)}, key=lambda value: (len(value), value))
+    called_so = role_of(name) == "split" or bool(set(words_of(name)) & _FOLDS)
+    numbered = all(value.isdecimal() or is_fold(value) for value in values)
+    return values if called_so and numbered and 2 <= len(values) <= _MOST_FOLDS else []
+
+
+def folds_in_words(name: str, values: Sequence[str]) -> tuple[str, str]:
+    """Returns what is wrong where a column of folds is not followed, and how a card follows it."""
+    test, *rest = values
+    validation, train = (rest[:1], rest[1:]) if len(rest) > 1 else ([], rest)
+    parts = {"train": train, "validation": validation, "test": [test]}
+    told = ", ".join(f"{part}: {json.dumps(names, ensure_ascii=False)}" for part, names in parts.items() if names)
+    return (
+        f"the column {name!r} seems to number {len(values)} folds ({', '.join(values)}), and the card does not follow "
+        "it: what was kept together in one fold can be in two parts",
+        "Say which values are for training and which for the test, for example "
+        f"`splits: {{column: {json.dumps(name, ensure_ascii=False)}, {told}}}`",
+    )
+
+
+def division_lines(name: str, division: Mapping[str, str]) -> str:
+    """Words `splits:` of a card that follows the column, for a message."""
+    parts = ", ".join(f'{part}: "{value}"' for part, value in division.items())
+    return f'`splits: {{column: "{name}", {parts}}}`'
+
 
 LEAKS = ("duplicate_pictures", "similar_pictures", "shared_clusters", "shared_values", "unused_folds")
 """Checks whose failing makes results look better than they are."""
-
-_EXAMPLES = 3
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from PIL import Image
 
-from adaptclip.data.card import Card
-from adaptclip.data.decode import decode_image, read_file
+from adaptclip.data.transforms import decode_image, read_file
 from adaptclip.errors import DataError, ResourceError, shown
-from adaptclip.storage import digest
+from adaptclip.files import digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL import Image
+
+    from adaptclip.data.card import Card
 
 UNKNOWN = "unknown"
 """The group of a row whose attribute is missing."""

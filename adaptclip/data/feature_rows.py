@@ -6,19 +6,21 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from adaptclip.data.card import Card
 from adaptclip.data.card_block import FeaturesSource
 from adaptclip.data.dataset import FeatureRows as FeatureRows
 from adaptclip.data.fingerprints import content_digest
-from adaptclip.data.rows import RawRows, check_columns, find_files, wanted_columns
+from adaptclip.data.readers import RawRows, check_columns, find_files, wanted_columns
 from adaptclip.data.tables import open_table
 from adaptclip.errors import CardError, DataError, did_you_mean, shown
+
+if TYPE_CHECKING:
+    from adaptclip.data.card import Card
 
 
 def read_features(card: Card, data_root: Path | None) -> RawRows:

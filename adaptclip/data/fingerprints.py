@@ -18,17 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import imagehash
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
-from adaptclip.data.decode import decode_image
 from adaptclip.data.read_image import DECODING
+from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError, StorageError
-from adaptclip.storage import digest, read_parquet, write_parquet
+from adaptclip.files import digest, read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    import imagehash
 
 _log = logging.getLogger(__name__)
 
@@ -143,6 +145,8 @@ def pictures(
 
 def picture_of(image: Image.Image) -> Picture:
     """Returns the hashes of a decoded image."""
+    import imagehash
+
     grey = image.convert("L")
     contrast = float(np.asarray(grey.resize((32, 32), Image.Resampling.BOX), dtype=np.float32).std())
     # Scaling with the box filter first is three times faster than imagehash's own on large photographs.
@@ -202,6 +206,8 @@ def _load(path: Path) -> dict[str, str]:
 
 
 def _save(path: Path, values: Mapping[str, str]) -> None:
+    import pyarrow as pa
+
     try:
         told = {"digest": digest(values.keys(), values.values())}
         write_parquet(path, pa.table({"key": list(values), "value": list(values.values())}), told)

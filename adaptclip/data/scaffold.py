@@ -12,16 +12,16 @@ from typing import Any, Literal
 
 from adaptclip.data.card import Card, parse_card
 from adaptclip.data.card_block import PARTS, Splits
+from adaptclip.data.checks import division, folds, folds_in_words
 from adaptclip.data.columns import as_text, merged_labels, refuse_unclear_labels
-from adaptclip.data.divisions import division, folds, folds_in_words
 from adaptclip.data.drafted_gates import Units, drafted_gates, drafted_outcome
-from adaptclip.data.file_rows import read_image_folder, read_manifest
 from adaptclip.data.image_files import list_images
 from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
+from adaptclip.data.readers import read_image_folder, read_manifest
 from adaptclip.data.table_roles import column_roles, describing_classes, propose_columns
 from adaptclip.errors import CardError, shown
+from adaptclip.files import write_text
 from adaptclip.outputs import check_file
-from adaptclip.storage import write_text
 from adaptclip.words import is_junk, split_part
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")

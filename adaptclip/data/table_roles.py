@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from adaptclip.data.card_block import normalise_text
-from adaptclip.data.columns import ONE_LABEL, as_number, as_text, is_missing
+from adaptclip.data.columns import ONE_LABEL, as_number, as_text, is_function_of_class, is_missing
 from adaptclip.data.drafted_gates import Units
-from adaptclip.data.file_rows import ImagePlaces
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.layouts import class_folder_names
+from adaptclip.data.readers import ImagePlaces
 from adaptclip.data.tables import open_table
-from adaptclip.data.unused import is_function_of_class
 from adaptclip.errors import CardError, DataError, shown
-from adaptclip.spellings import plain
-from adaptclip.words import FEW_VALUES, identity_rank, is_place, role_of, words_of
+from adaptclip.words import FEW_VALUES, identity_rank, is_place, plain, role_of, words_of
 
 _SAMPLE = 2_000
 """Rows that are looked at to tell what a column is."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptclip.csv_files import dialect_of, encoding_of, not_utf_8
 from adaptclip.data.card_block import normalise_text
 from adaptclip.errors import DataError, StorageError, shown
-from adaptclip.storage import parse_json
+from adaptclip.files import dialect_of, encoding_of, not_utf_8, parse_json
 
 Row = tuple[int, dict[str, Any]]
 """Line number, and column -> cell."""

@@ -20,24 +20,20 @@ How a rule is judged:
   all of them, and no correction makes that safer.
 - Groups may be left out by name, with a reason that is shown; nothing else takes a group out of a rule.
 - `gap_at_most` is judged as `gates.gap` says.
-- Sensitivity and its like are rates of some of the images (`evaluation.outcomes`); `min_n` counts those.
+- Sensitivity and its like are rates of some of the images (`reports.measuring`); `min_n` counts those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from adaptclip.errors import GateError, did_you_mean
-from adaptclip.evaluation.grouping import align, group_rows
-from adaptclip.evaluation.measuring import judged
-from adaptclip.evaluation.outcomes import Question, ask
 from adaptclip.gate_rules import ARGMAX, ZERO_SHOT, GateRule
-from adaptclip.gates.belonging import gates_digest, images_digest
 from adaptclip.gates.doubts import (
     asks_little,
     doubts_of_baseline,
@@ -46,16 +42,26 @@ from adaptclip.gates.doubts import (
     doubts_of_rows,
     held,
 )
-from adaptclip.gates.fitting import check_rules
 from adaptclip.gates.gap import judge_gap
-from adaptclip.gates.loading import load_gates
+from adaptclip.gates.loading import check_rules, load_gates
 from adaptclip.gates.sample_size import Claim, More, more_images
-from adaptclip.gates.verdicts import SEVERITY, Conclusion, Verdict, exit_code, overall_verdict
+from adaptclip.gates.verdicts import (
+    SEVERITY,
+    Conclusion,
+    Verdict,
+    exit_code,
+    gates_digest,
+    images_digest,
+    overall_verdict,
+)
 from adaptclip.gates.wording import excluded_words, family_reason, reason_of
-from adaptclip.metrics.estimates import Measurement
 from adaptclip.metrics.gaps import gap_test
-from adaptclip.metrics.metric import Support
-from adaptclip.types import Predictions
+from adaptclip.reports.measuring import Question, align, ask, group_rows, judged
+
+if TYPE_CHECKING:
+    from adaptclip.metrics.estimates import Measurement
+    from adaptclip.metrics.metric import Support
+    from adaptclip.predictions import Predictions
 
 __all__ = ["Verdict", "check_gates", "check_rules", "exit_code", "load_gates", "overall_verdict"]
 

@@ -1,19 +1,200 @@
-"""What keeps a verdict from being a pass whatever the numbers say: absent groups, copied rows, wrong references."""
+"""What keeps a verdict from being a pass whatever the numbers say: absent groups, copied rows, wrong references.
+
+Copied rows stand in predictions more than once under different ids, so that the images are fewer than they seem.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import chdtr, lambertw
 
-from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.measuring import judged
-from adaptclip.evaluation.outcomes import ask
-from adaptclip.evaluation.repeated import repeated_rows, same_predictions
 from adaptclip.gate_rules import ZERO_SHOT, GateRule
-from adaptclip.gates.verdicts import Verdict
-from adaptclip.types import Predictions
+from adaptclip.reports.measuring import ask, encode, group_rows, judged
+
+if TYPE_CHECKING:
+    from adaptclip.gates.verdicts import Verdict
+    from adaptclip.predictions import Predictions
+
+_CHANCE = 1e-4
+"""A repetition is told only where chance would bring it about less often than this."""
+
+_FEWEST, _SHARE = 3, 0.02
+"""So many rows, and so large a share of all, must be copies of another row to be told."""
+
+_DIFFERENT = 30
+"""From so many different answers on, how often each stands there tells whether that is by chance."""
+
+_PRECISE, _UNEVEN = 3, 2.0
+"""With so many decimals rows are rarely equal by nature: how many are may vary so much more than by chance."""
+
+_SURE = 0.999
+"""Rows of such a confidence are equal because numbers end, not because they are copies."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """How rows are repeated.
+
+    Attributes:
+        rows: rows that are copies of a row before them.
+        total: all rows.
+        words: what was seen.
+    """
+
+    rows: int
+    total: int
+    words: str
+
+
+def repeated_rows(predictions: Predictions) -> Repeated | None:
+    """Finds rows that equal another row in class and all probabilities, in numbers that chance does not explain.
+
+    Rows of one cluster may be equal: they count as one unit anyway. Otherwise three things give copies away:
+
+    - The whole table is one sequence of rows (classes, groups, probabilities) several times over. That is found even
+      where answers are coarse; what classes and groups make alike by design does not count, only the answers do.
+    - At least 2 % of the rows have a copy, most rows are different, and rounding all probabilities once more makes
+      hardly any further rows equal.
+    - Most rows have copies, and how often they stand there varies less than chance would have it: all three times, or
+      some twice and others three times, in any order, as a join brings about.
+
+    Rounded answers, votes and steps of a calibration are equal by nature and are left alone: there, rounding makes many
+    more rows equal, few rows are different, or the numbers of equal ones vary more than chance would have it, many
+    answers standing there once and some very often.
+
+    Copies of answers that are coarse themselves, in a new order, cannot be told from answers that are equal by nature.
+    """
+    n = len(predictions)
+    if n < 2 * _FEWEST:
+        return None
+    unit = np.arange(n) if predictions.clusters is None else encode(predictions.clusters)[1]
+    answers = _codes(predictions.labels, predictions.probs)
+    return _several_times(predictions, answers, unit) or _copies(predictions, answers, unit)
+
+
+def same_predictions(first: Predictions, second: Predictions) -> bool:
+    """Whether two predictions are the same rows with the same answers, up to the rounding of a text file."""
+    if first.class_names != second.class_names or len(first) != len(second):
+        return False
+    position = {row: i for i, row in enumerate(second.ids)}
+    order = np.fromiter((position.get(row, -1) for row in first.ids), np.int64, len(first))
+    if (order < 0).any() or (first.labels != second.labels[order]).any():
+        return False
+    return bool(np.abs(first.probs - second.probs[order]).max(initial=0) < 1e-6)
+
+
+def _codes(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(N,) whole numbers that are equal exactly where label and all values are."""
+    factors = np.random.default_rng(0).integers(1, 2**63, values.shape[1] + 1, dtype=np.uint64) | np.uint64(1)
+    mixed = labels.astype(np.uint64) * factors[-1]
+    bits = np.ascontiguousarray(values + np.float32(0), dtype=np.float32).view(np.uint32)  # no negative zero
+    for column, factor in zip(bits.T, factors, strict=False):
+        mixed = (mixed ^ column) * factor
+        mixed ^= mixed >> np.uint64(29)
+    return np.unique(mixed, return_inverse=True)[1]
+
+
+def _several_times(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> Repeated | None:
+    n = len(predictions)
+    stratum = predictions.labels.astype(np.int64)
+    for values in predictions.groups.values():
+        names, code = encode(values)
+        stratum = np.unique(stratum * len(names) + code, return_inverse=True)[1]
+    rows = np.unique(answers.astype(np.int64) * (int(stratum.max()) + 1) + stratum, return_inverse=True)[1]
+    for length in (p for p in range(1, n // 2 + 1) if n % p == 0):
+        probe = slice(0, min(n - length, 1000))
+        if not (rows[length:][probe] == rows[:-length][probe]).all() or not (rows[length:] == rows[:-length]).all():
+            continue
+        if (unit[length:] == unit[:-length]).any():
+            return None
+        if _chance(answers, stratum, length) < np.log(_CHANCE):
+            words = f"the same sequence of {length:,} rows stands in the table {n // length} times"
+            return Repeated(n - length, n, words)
+        return None  # a longer sequence that repeats consists of this one
+    return None
+
+
+def _chance(answers: np.ndarray, stratum: np.ndarray, length: int) -> float:
+    """Logarithm of how likely rows after the first `length` would answer like those by chance, given their stratum."""
+    pairs, counts = np.unique(np.stack([stratum, answers]), axis=1, return_counts=True)
+    total = np.bincount(stratum)
+    alike = np.bincount(pairs[0], weights=(counts / total[pairs[0]]) ** 2, minlength=len(total))
+    return float(np.log(alike[stratum[length:]]).sum())
+
+
+def _copies(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> Repeated | None:
+    if not predictions.confident or predictions.ranked is not None:
+        return None  # their numbers are made from an order
+    distinct = int(answers.max()) + 1
+    if distinct < 3 * len(predictions.class_names):
+        return None
+    # One row of each answer and unit, and none whose probabilities are equal because numbers end.
+    kept = np.unique(answers.astype(np.int64) * (int(unit.max()) + 1) + unit, return_index=True)[1]
+    kept = kept[predictions.probs[kept].max(axis=1) < _SURE]
+    labels, probs, unit = predictions.labels[kept], predictions.probs[kept], unit[kept]
+    first, times = np.unique(answers[kept], return_index=True, return_counts=True)[1:]
+    n, copies = len(predictions), int((times - 1).sum())
+    if copies < max(_FEWEST, _SHARE * n):
+        return None
+    if not _too_even(times, labels[first]):
+        varied = times.var() / _by_chance(times.mean())
+        by_nature = varied > (_UNEVEN if _decimals(probs) >= _PRECISE else 1)
+        if distinct < n / 2 or by_nature or _rounded(labels, probs, unit, times):
+            return None
+    return Repeated(
+        copies, n, f"{copies:,} of {n:,} rows equal another row in class and all probabilities, under ids of their own"
+    )
+
+
+def _too_even(times: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether the numbers of rows with the same answer vary less than chance would have it: too few stand there once.
+
+    How many rows a class has may be fixed, so that its answers are compared with their own mean. Fewer than two rows of
+    an answer on average say nothing.
+
+    Args:
+        times: (D,) rows of each answer.
+        labels: (D,) the class of those rows.
+    """
+    answers = np.bincount(labels)
+    mean = (np.bincount(labels, times) / np.maximum(answers, 1))[labels]
+    told = mean >= 2
+    df = int(told.sum()) - len(np.unique(labels[told]))
+    if df < _DIFFERENT or times.mean() < 2:
+        return False
+    return bool(chdtr(df, ((times - mean) ** 2 / _by_chance(np.maximum(mean, 2)))[told].sum()) < _CHANCE)
+
+
+def _by_chance(mean: np.ndarray) -> np.ndarray:
+    """Variance of how often an answer that is there stands there, by its mean, if each row took any answer by chance.
+
+    That is Poisson's distribution without zero; where some answers are likelier than others there is more of it.
+    """
+    rate = mean + lambertw(-mean * np.exp(-mean)).real
+    return mean * (1 + rate - mean)
+
+
+def _rounded(labels: np.ndarray, probs: np.ndarray, unit: np.ndarray, times: np.ndarray) -> bool:
+    """Whether rows are equal because they are rounded: with one decimal less, ten times as many are."""
+    coarser = _codes(labels, np.round(probs.astype(np.float64) * 10.0 ** (_decimals(probs) - 1)).astype(np.float32))
+    of_units = np.unique(coarser.astype(np.int64) * (int(unit.max()) + 1) + unit) // (int(unit.max()) + 1)
+    among = np.unique(of_units, return_counts=True)[1]
+    return bool((among * (among - 1)).sum() > 3 * (times * (times - 1)).sum())
+
+
+def _decimals(probs: np.ndarray) -> int:
+    """With how many decimals probabilities were written, 1 to 7; 7 stands for full precision."""
+    sample = probs[:: max(1, len(probs) // 1000)].astype(np.float64)
+    for digits in range(1, 7):
+        scaled = sample * 10**digits
+        if np.abs(scaled - np.round(scaled)).max() < 1e-7 * 10**digits + 1e-9:
+            return digits
+    return 7
+
 
 _MOST_NAMED = 5
 

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptclip.evaluation.grouping import listed
-from adaptclip.gate_rules import GateRule
 from adaptclip.gates.sample_size import Claim, More, more_images
 from adaptclip.gates.verdicts import Conclusion, Verdict
 from adaptclip.gates.wording import more_words, shown, subject_of
 from adaptclip.metrics import gaps
-from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.intervals import DifferenceSpread, Side
-from adaptclip.metrics.metric import Support
+from adaptclip.reports.measuring import listed
+
+if TYPE_CHECKING:
+    from adaptclip.gate_rules import GateRule
+    from adaptclip.metrics.estimates import Comparison, Measurement
+    from adaptclip.metrics.metric import Support
 
 
 def pair_bounds(parts: Sequence[Measurement], side: Side, alpha: float) -> np.ndarray:

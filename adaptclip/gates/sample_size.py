@@ -1,24 +1,38 @@
 """How many images (and clusters, such as patients) make a rule decide: before any are collected, and after some were.
 
 Both questions are one: what is the chance that the rule's bound lies beyond its limit when there are `factor` times as
-many images? Before collecting, the truth is assumed and the estimate varies around it: the *power* (see
-`gates.planning`). After judging, nobody knows the truth. To take the present estimate for it makes the answer jump with
-every image: what is left to the limit enters squared, and an estimate that happens to lie at the limit asks for endless
-numbers. So the truth is as uncertain as the present images leave it, and the chance is the *predictive* one, that the
-present and the further images together decide, either way (Spiegelhalter, Abrams & Myles 2004, section 6.6).
+many images?
+
+Before collecting (`adaptclip plan`), a truth is assumed and the estimate varies around it: the images are the fewest
+with which the bound lies beyond its limit with the stated chance, the *power*, in every group (`Claim.power`). How many
+of them are of the kind that the metric counts is left to chance, as in a study. Rates and means of the classes' rates
+can be planned: the variance of one image follows from the rate. That of other metrics, and of the largest gap between
+groups, depends on probabilities or groups that nobody has seen yet; for these the plan says so instead of a number.
+
+After judging, nobody knows the truth. To take the present estimate for it makes the answer jump with every image: what
+is left to the limit enters squared, and an estimate that happens to lie at the limit asks for endless numbers. So the
+truth is as uncertain as the present images leave it, and the chance is the *predictive* one, that the present and the
+further images together decide, either way (Spiegelhalter, Abrams & Myles 2004, section 6.6).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import binom, chi2, norm
 
+from adaptclip.errors import GateError, did_you_mean
+from adaptclip.metrics.estimates import MIN_CLUSTERS
 from adaptclip.metrics.intervals import PairedSpread, RateSpread, ScaledSpread, Side, Spread
+from adaptclip.metrics.judged import Judged, Sampling
+
+if TYPE_CHECKING:
+    from adaptclip.gate_rules import GateRule
 
 _Any = TypeVar("_Any", bound=Spread)
 
@@ -175,3 +189,227 @@ def more_images(claim: Claim | None, n: int, units: int, missing: int = 0) -> Mo
     found = [smallest_factor(claim.decided, chance) for chance in (0.5, POWER)]
     even, likely = (None if f is None else max(math.ceil(n * (f - 1)), missing, 1) for f in found)
     return More(even, likely, each)
+
+
+_MOST_UNITS = 10_000_000
+_CHANCES = (np.arange(25) + 0.5) / 25
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is assumed of the truth and of the images to come.
+
+    Attributes:
+        expect: true value of every rule's metric in every group; a paired rule assumes no change and takes no notice.
+        per_patient: images of each patient; 1 for independent images.
+        icc: correlation of a patient's images, 0 to 1.
+        prevalence: share of positive images (patients, where there are any).
+        groups: attribute -> number of equally large groups.
+        classes: number of equally frequent classes; needed by means over the classes.
+        changed: for paired rules, the share of images whose answer changes, half of them for the better.
+        power: chance with which a rule shall pass.
+    """
+
+    expect: float | None = None
+    per_patient: int = 1
+    icc: float = 0.3
+    prevalence: float | None = None
+    groups: Mapping[str, int] = field(default_factory=dict)
+    classes: int | None = None
+    changed: float = 0.1
+    power: float = POWER
+
+    def check(self) -> None:
+        """Refuses what cannot be.
+
+        Raises:
+            GateError: a number is out of its range.
+        """
+        inside = {"expect": self.expect, "prevalence": self.prevalence, "changed": self.changed}
+        for name, value in inside.items():
+            if value is not None and not 0 < value < 1:
+                raise GateError(f"{name} must lie between 0 and 1, got {value:g}; 0.9 is 90 %")
+        if not 0.5 <= self.power < 1:
+            raise GateError(f"power must be at least 0.5 and below 1, got {self.power:g}; {POWER:g} and 0.9 are usual")
+        if not 0 <= self.icc <= 1:
+            raise GateError(f"icc must lie within 0 and 1, got {self.icc:g}")
+        counts = {"images per patient": self.per_patient, "classes": 2 if self.classes is None else self.classes - 1}
+        counts |= {f"groups of {name}": number for name, number in self.groups.items()}
+        for name, number in counts.items():
+            if number < 1:
+                raise GateError(f"the number of {name} is too small")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one rule needs.
+
+    Attributes:
+        title: the rule in words.
+        images: images in all; None where the plan has no number.
+        patients: the same in patients; None where images are independent.
+        groups: number of groups that all have to pass.
+        in_group: images of each group.
+        counted: of these, images of the kind that the metric counts, on average.
+        kind: which kind that is, before "images": "positive ", or "".
+        power: chance of a pass with so many.
+        words: what is assumed, or why there is no number.
+    """
+
+    title: str
+    images: int | None
+    patients: int | None
+    groups: int
+    in_group: int | None
+    counted: int | None
+    kind: str
+    power: float | None
+    words: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-able dict."""
+        return asdict(self)
+
+
+def plan(rules: Sequence[GateRule], assumed: Assumed) -> list[Planned]:
+    """Plans every rule by itself; a release that asks for all of them needs the largest number, and somewhat more.
+
+    Raises:
+        GateError: an assumption is out of range, lies beyond a limit (such a rule can never pass for certain), or is
+            missing; a group attribute has no number of groups.
+    """
+    assumed.check()
+    used = {rule.attribute for rule in rules if rule.attribute is not None}
+    for name in assumed.groups:
+        if name not in used:
+            has = did_you_mean(name, used) if used else "No gate has a group."
+            raise GateError(f"no gate is about groups of {name!r}. {has}")
+    return [_plan(rule, assumed) for rule in rules]
+
+
+def _plan(rule: GateRule, assumed: Assumed) -> Planned:
+    metric, number = rule.measure, 1
+    if rule.attribute is not None:
+        if rule.attribute not in assumed.groups:
+            raise GateError(
+                f'gate "{rule.title}": how many groups of {rule.attribute} are there? Say --groups "{rule.attribute}=2"'
+            )
+        number = assumed.groups[rule.attribute]
+    unknown = ""
+    if rule.gap_at_most is not None:
+        unknown = "The largest gap between groups depends on how they differ; no formula plans it. Simulate it."
+    elif not metric.decides or not (metric.over_classes or metric.values is not None):
+        unknown = f"How much {metric.words} varies from image to image is not known before there are predictions."
+    if unknown:
+        return Planned(rule.title, None, None, number, None, None, metric.about, None, unknown)
+    if metric.over_classes and assumed.classes is None:
+        raise GateError(f'gate "{rule.title}" is a mean over the classes: how many are there? Say --num-classes')
+    _claim(rule, assumed, 2)  # names what is missing
+    share = _share(rule, assumed)
+    units = _fewest(rule, assumed, share, number)
+    if units is None:
+        words = f"No realistic number: even {_MOST_UNITS:,} in each group would not be enough."
+        return Planned(rule.title, None, None, number, None, None, metric.about, None, words)
+    each = units * assumed.per_patient
+    patients = units * number if assumed.per_patient > 1 else None
+    return Planned(
+        rule.title, each * number, patients, number, each, round(each * share), metric.about,
+        _power(rule, assumed, units, share) ** number, _words(rule, assumed, number),
+    )  # fmt: skip
+
+
+def _share(rule: GateRule, assumed: Assumed) -> float:
+    """Share of the images that the metric counts."""
+    if len(rule.measure.sides) != 1:
+        return 1.0
+    if assumed.prevalence is None:
+        raise GateError(f'gate "{rule.title}" counts {rule.measure.about}images only: say --prevalence')
+    return assumed.prevalence if rule.measure.sides[0] == 1 else 1 - assumed.prevalence
+
+
+def _claim(rule: GateRule, assumed: Assumed, units: int) -> Claim:
+    """The rule's claim with so many units of which every image counts."""
+    images, alpha = units * assumed.per_patient, 1 - rule.confidence
+    size = images / (1 + (assumed.per_patient - 1) * assumed.icc)
+    df = float(max(units - 1, 1)) if assumed.per_patient > 1 else None
+    if rule.measure.over_classes:
+        df = float(max(units - (assumed.classes or 1), 1))
+    if rule.no_worse_than:
+        if rule.margin == 0:
+            raise GateError(
+                f'gate "{rule.title}" has no margin: a model that is as good as its reference passes in '
+                f"{100 * alpha:g} % of cases however many images there are. Give it a margin"
+            )
+        half, upwards = assumed.changed / 2, not rule.measure.lower_is_better
+        spread = PairedSpread(half, half, size, images, df)
+        return Claim(0.0, spread, -rule.margin if upwards else rule.margin, upwards, alpha)
+    limit, upwards = (rule.at_least, True) if rule.at_least is not None else (rule.at_most, False)
+    assert limit is not None
+    if assumed.expect is None:
+        raise GateError(f'gate "{rule.title}": which value do you expect? Say --expect')
+    if (assumed.expect <= limit) if upwards else (assumed.expect >= limit):
+        raise GateError(
+            f'gate "{rule.title}" can never pass with a power of {assumed.power:g} if the truth is '
+            f"{assumed.expect:g}: expect {'more' if upwards else 'less'} than {limit:g}"
+        )
+    return Claim(assumed.expect, RateSpread(assumed.expect, size, images, df), limit, upwards, alpha)
+
+
+def _enough(rule: GateRule, assumed: Assumed, units: int) -> float:
+    """Chance that there is enough of what the metric rests on, with so many units of which every image counts."""
+    if assumed.per_patient > 1 and units < MIN_CLUSTERS:
+        return 0.0
+    images, classes = units * assumed.per_patient, (rule.measure.over_classes and assumed.classes) or 2
+    labels = np.arange(classes * 10) % classes
+    pattern = Judged(labels, np.full((len(labels), classes), 1 / classes, np.float32), Sampling.of(len(labels)))
+    chance = 1.0
+    for support in rule.measure.support(pattern):
+        least, part = support.least(rule.min_n), support.count / len(labels)
+        if rule.measure.over_classes and part == 1:
+            # A random mix of classes is worth less than an even one, by about a chi-squared number of patients.
+            chance *= float(chi2.cdf((images - least) / assumed.per_patient, classes - 1))
+        elif part == 1:
+            chance *= images >= least
+        else:
+            asked = math.ceil(least / assumed.per_patient)
+            chance *= max(1 - classes * float(binom.cdf(asked - 1, units, part)), 0.0)
+    return chance
+
+
+def _power(rule: GateRule, assumed: Assumed, units: int, share: float) -> float:
+    """Chance that one group of so many units passes, over how many of them count."""
+    counts = [units] if share == 1 else [int(k) for k in binom.ppf(_CHANCES, units, share)]
+    found = {k: _enough(rule, assumed, k) * _claim(rule, assumed, k).power() if k > 1 else 0.0 for k in set(counts)}
+    return sum(found[k] for k in counts) / len(counts)
+
+
+def _fewest(rule: GateRule, assumed: Assumed, share: float, number: int) -> int | None:
+    asked, high = assumed.power ** (1 / number), 2
+    while _power(rule, assumed, high, share) < asked:
+        high *= 2
+        if high > _MOST_UNITS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _power(rule, assumed, middle, share) >= asked else (middle, high)
+    return high
+
+
+def _words(rule: GateRule, assumed: Assumed, number: int) -> str:
+    truth = f"a true {rule.measure.words} of {assumed.expect or 0:g}"
+    if rule.no_worse_than:
+        truth = f"no true change, and {assumed.changed:.0%} of the answers changing"
+    said = [truth]
+    if number > 1:
+        said.append(f"{number} equally large, independent groups of which every one has to pass")
+    if assumed.per_patient > 1:
+        said.append(f"patients with {assumed.per_patient} images whose correlation is {assumed.icc:g}")
+        said.append("a patient's images being of one class" if rule.measure.about or rule.measure.over_classes else "")
+    else:
+        said.append("independent images")
+    if len(rule.measure.sides) == 1:
+        said.append(f"a prevalence of {assumed.prevalence:g}")
+    if rule.measure.over_classes:
+        said.append(f"{assumed.classes} equally frequent and equally well recognised classes")
+    return f"Assumes {'; '.join(filter(None, said))}."

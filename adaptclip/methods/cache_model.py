@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, ConfigError
-from adaptclip.feature_clip import FeatureClip
-from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.base import Head, batch_features, check_state, scaled_logits
 from adaptclip.methods.choosing import Choice, check_factor, choose_by_accuracy, support_rows, validation_rows
-from adaptclip.methods.head import Head
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch, Features
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch, Features
 
 ALPHAS = tuple(round(0.1 * 500 ** (i / 19), 4) for i in range(20))
 """Candidates for alpha: 20 from 0.1 to 50, at equal ratios.

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError, DataError
 from adaptclip.methods.base import check_features
-from adaptclip.types import Features
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.types import Features
 
 
 @dataclass(frozen=True)

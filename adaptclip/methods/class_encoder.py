@@ -4,15 +4,120 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from adaptclip.backbone.packed import PrefixState
-from adaptclip.backbone.text import TextTower, shares_prefix
+from adaptclip.clip.packed import PrefixState
+from adaptclip.clip.text import TextTower, make_text_tower, shares_prefix
 from adaptclip.errors import ConfigError
-from adaptclip.methods.sharding import encode_within_budget, gather_rows, process_share, split_by_cost
+from adaptclip.prompts import fill, zero_shot_weights
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+
+
+def process_share() -> tuple[int, int]:
+    """Returns (rank, number of processes); (0, 1) without distributed training."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def split_by_cost(costs: Sequence[int], limit: int) -> list[range]:
+    """Cuts items in order into runs whose costs sum to at most `limit`; an item above the limit is a run of its own.
+
+    Returns:
+        Ranges of indices that cover all items, none empty.
+    """
+    runs, start, total = [], 0, 0
+    for i, cost in enumerate(costs):
+        if i > start and total + cost > limit:
+            runs.append(range(start, i))
+            start, total = i, 0
+        total += cost
+    return [*runs, range(start, len(costs))] if costs else []
+
+
+def encode_within_budget(
+    encode: Callable[[int], Tensor],
+    costs_bytes: Sequence[int],
+    memory_budget_bytes: int,
+    *,
+    preserve_rng_state: bool = False,
+) -> Tensor:
+    """Concatenates `encode(0)`, `encode(1)`, … and lets the backward pass keep at most the budget of activations.
+
+    As many of the last chunks as fit the budget keep their activations; the ones before are computed again during the
+    backward pass, one at a time, which gives the same gradients (gradient checkpointing, Chen et al. 2016,
+    arXiv:1604.06174). The kept ones come last because the backward pass frees them before it recomputes the first.
+
+    Args:
+        encode: chunk number -> (rows, D).
+        costs_bytes: what the backward pass would keep of each chunk.
+        memory_budget_bytes: the most that may be kept at any moment.
+        preserve_rng_state: draws the same random numbers when a chunk is computed again; needed where `encode` draws
+            any (dropout), a little slower.
+    """
+    first_kept, kept = len(costs_bytes), 0
+    while first_kept > 0 and kept + costs_bytes[first_kept - 1] <= memory_budget_bytes:
+        first_kept -= 1
+        kept += costs_bytes[first_kept]
+    if not torch.is_grad_enabled():
+        chunks = tqdm(range(len(costs_bytes)), desc="Encoding classes", disable=None, leave=False, delay=2)
+        return torch.cat([encode(i) for i in chunks])
+    again = [
+        checkpoint(encode, i, use_reentrant=False, preserve_rng_state=preserve_rng_state) for i in range(first_kept)
+    ]
+    return torch.cat([*again, *(encode(i) for i in range(first_kept, len(costs_bytes)))])
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """Joins the rows that the processes computed, so that gradients reach the process that computed them.
+
+    Let process s compute the rows W_s(x) from shared parameters x, and process r its own loss L_r from all rows W.
+    Distributed data parallel training averages the parameters' gradients over the R processes and must arrive at
+
+        d/dx (1/R) sum_r L_r  =  (1/R) sum_s sum_r (dL_r/dW_s) (dW_s/dx).
+
+    Process s owns the factor dW_s/dx, so its share before the average must be (sum_r dL_r/dW_s) (dW_s/dx): the backward
+    pass sums the gradients of W over the processes and keeps its own rows. No division by R here: the average does it.
+
+    Args:
+        rows: (counts[rank], D) of this process.
+        counts: rows of every process.
+        rank: number of this process.
+
+    Returns:
+        (sum of counts, D) rows, those of process 0 first; the same on every process.
+    """
+    return _GatherRows.apply(rows, tuple(counts), rank)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather of unequal parts whose backward is the sum over processes; see `gather_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...], rank: int) -> Tensor:  # type: ignore[override]
+        ctx.counts, ctx.rank = counts, rank
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.split(list(ctx.counts))[ctx.rank], None, None
+
 
 DEFAULT_MEMORY_BUDGET_BYTES = 4 * 2**30
 """Activations of the text tower that a step may keep; beyond it, classes are computed twice."""
@@ -57,7 +162,7 @@ class Plan:
 class ClassEncoder:
     """Encodes the prompts `prefix suffix_c` of C classes in chunks, on one process or shared out over several.
 
-    Where the tower has it, the exact shared-prefix path is taken (`adaptclip.backbone.text`), elsewhere whole prompts
+    Where the tower has it, the exact shared-prefix path is taken (`adaptclip.clip.text`), elsewhere whole prompts
     at the shortest length that is exact for the tower. It holds no weights and follows the tower, whatever becomes of
     it.
 
@@ -221,3 +326,72 @@ class ClassEncoder:
             Group(torch.tensor(own, device=device), torch.tensor([self._suffixes[c] for c in own], device=device))
             for own in groups.values()
         )
+
+
+class ClassPrompts:
+    """Token ids of C classes' prompts, each up to its EOT, and the text features that a tower makes of them.
+
+    Args:
+        backbone: gives tokenizer and kind of text tower.
+        class_names: C names.
+        templates: prompts with one `{}`; their unit-norm features are averaged.
+        memory_budget_bytes: see `ClassEncoder`.
+        fast: prompts share the tokens that they all begin with, where the tower can; exact.
+
+    Raises:
+        ConfigError: a template is not valid.
+        BackboneError: a prompt is too long.
+    """
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        *,
+        memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+        fast: bool = True,
+    ) -> None:
+        self._prompts = [prompt for prompts in fill(templates, class_names) for prompt in prompts]
+        backbone.tokenize(self._prompts)  # a prompt that is too long is better known now
+        self._backbone, self._num_classes, self._num_templates = backbone, len(class_names), len(templates)
+        self._memory_budget_bytes, self._fast = memory_budget_bytes, fast
+        self._names, self._templates = tuple(class_names), tuple(templates)
+        self._frozen: Tensor | None = None
+
+    @cached_property
+    def _ids(self) -> list[list[int]]:
+        tower = make_text_tower(self._backbone.model, self._backbone.tokenizer)
+        return [[*tower.start_ids, *ids, *tower.end_ids] for ids in tower.word_ids(self._prompts)]
+
+    def frozen(self) -> Tensor:
+        """Returns (C, D) unit-norm features by the backbone's own text tower, made once, in full precision."""
+        device = self._backbone.device
+        if self._frozen is None or self._frozen.device != device:
+            # The first call may stand under the autocast of training, and evaluation is in full precision.
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+                self._frozen = zero_shot_weights(self._backbone, self._names, self._templates)
+        return self._frozen
+
+    def encoder(self, model: nn.Module, *, share_prefix: bool = True) -> ClassEncoder:
+        """Returns what encodes the prompts by a model's text tower; with dropout in it, prompts must share nothing."""
+        tower, common = make_text_tower(model, self._backbone.tokenizer), 0
+        if share_prefix and tower.supports_prefix and self._fast:
+            shortest = min(map(len, self._ids))
+            while common < shortest - 1 and len({row[common] for row in self._ids}) == 1:
+                common += 1
+        return ClassEncoder(
+            tower, [row[common:] for row in self._ids], prefix_length=common, fast=self._fast,
+            memory_budget_bytes=self._memory_budget_bytes,
+        )  # fmt: skip
+
+    def features(
+        self, encoder: ClassEncoder, device: torch.device, *, share: bool = False, preserve_rng_state: bool = False
+    ) -> Tensor:
+        """Returns (C, D) unit-norm features of the classes, the mean over the templates; see `ClassEncoder.encode`."""
+        ids = torch.tensor(self._ids[0][: encoder.prefix_length], dtype=torch.long, device=device)
+        prefix = encoder.tower.embed_tokens(ids)
+        features = encoder.encode(prefix, share=share, preserve_rng_state=preserve_rng_state)
+        if self._num_templates == 1:
+            return features
+        return F.normalize(features.unflatten(0, (self._num_classes, -1)).mean(dim=1), dim=-1)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import fuse_attention, share_weights, split_attention
-from adaptclip.backbone.lora_targets import Towers, find_targets, kinds_of
+from adaptclip.clip.attention import fuse_attention, share_weights, split_attention
+from adaptclip.clip.lora_targets import Towers, find_targets, kinds_of
 from adaptclip.methods.base import check_state
 from adaptclip.methods.method import Variant
 from adaptclip.methods.tuned_towers import TowerSchedule, TunedTowers, check_full_precision
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
 
 NAME = "singular_values"
 """How the parameter of a layer is called."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError, DataError, did_you_mean
-from adaptclip.feature_clip import FeatureClip
-from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.base import Head, batch_features, check_state, scaled_logits
 from adaptclip.methods.choosing import (
     Choice,
     check_factor,
@@ -21,14 +20,14 @@ from adaptclip.methods.choosing import (
     support_rows,
     validation_rows,
 )
-from adaptclip.methods.head import Head
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch, Features
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch, Features
 
 GDA_ALPHAS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 """Candidates for alpha of GDA, those of the published search."""

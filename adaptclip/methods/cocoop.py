@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.methods.base import batch_features, check_state
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
 from adaptclip.methods.coop import initial_context, learn_prompts, suffix_ids
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.seeding import generator
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch
 
 REDUCTION = 16
 """The hidden layer of the meta-net has D / 16 units."""
@@ -51,7 +53,7 @@ class CoCoOp(Method):
 
     where the context v and the meta-net h (D to D / 16 to T) learn. Every image has text features of its own: one
     image costs as much as a whole batch of CoOp, in training and in use. All classes of an image share its
-    prefix, which is encoded once by the exact path of the tower where it has one (`adaptclip.backbone.text`). Several
+    prefix, which is encoded once by the exact path of the tower where it has one (`adaptclip.clip.text`). Several
     processes take different images.
 
     Args:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.text import CausalTextTower, make_text_tower, shares_prefix
+from adaptclip.clip.text import CausalTextTower, make_text_tower, shares_prefix
 from adaptclip.data.captions import CaptionTokens
-from adaptclip.data.dataset import DomainData, ImageDataset
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state
 from adaptclip.prompts import fill
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.data.dataset import DomainData, ImageDataset
+    from adaptclip.types import Batch
 
 Towers = Literal["both", "image", "text"]
 How = Literal["full", "lora"]

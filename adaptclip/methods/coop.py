@@ -5,23 +5,24 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.text import TextTower
 from adaptclip.errors import ConfigError, did_you_mean
-from adaptclip.methods.base import batch_features, check_state, scaled_logits
+from adaptclip.methods.base import ClassBias, batch_features, check_state, scaled_logits
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
 from adaptclip.methods.method import Method, Schedule, Variant
-from adaptclip.methods.objective import ClassBias
 from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
 from adaptclip.seeding import generator
 from adaptclip.training.criterion import ObjectiveName, check_objective
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.clip.text import TextTower
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch, Features
 
 POSITIONS = ("end", "middle", "front")
 """Where the class name may stand among the context words."""
@@ -86,7 +87,7 @@ class CoOp(Method):
         front   SOS name ctx_1 … ctx_M . EOT
 
     with one context for all classes, or one for each (class-specific, CSC in the paper). What all prompts begin with is
-    computed once, by the exact shared-prefix path of the tower where it has one (`adaptclip.backbone.text`): all the
+    computed once, by the exact shared-prefix path of the tower where it has one (`adaptclip.clip.text`): all the
     context where it is shared and stands before the name, SOS alone where it differs between classes. In training, the
     classes are shared out over the processes; wrap the module in DistributedDataParallel (Accelerate's `prepare`),
     whose averaged gradient is then that of all classes. In evaluation without gradients, the text features are computed

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.methods.deep_prompts import DeepPrompts, drawn
 from adaptclip.methods.method import Schedule, Variant
 from adaptclip.seeding import derive_seed
-from adaptclip.training.support import Loop, Support
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.training.support import Loop, Support
 
 
 @dataclass(frozen=True)

@@ -12,29 +12,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import adaptclip
-from adaptclip.data.card_block import Augmentation
 from adaptclip.data.dataset import ImageDataset
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.feature_clip import FeatureClip, in_order
 from adaptclip.features import FeatureCache
-from adaptclip.methods.base import check_features
+from adaptclip.methods.base import Head, check_features, objective_of
 from adaptclip.methods.examples import GivenFeatures, as_dataset, as_labels, shots_of
-from adaptclip.methods.head import Head
-from adaptclip.methods.objective import objective_of
 from adaptclip.settings import check_numbers
-from adaptclip.training.loop import train_by_steps
-from adaptclip.training.mitigation import Mitigation
-from adaptclip.training.presets import Preset, check_preset
-from adaptclip.training.support import Loop, Support, Training
-from adaptclip.training.tracking import make_accelerator
+from adaptclip.training.support import Loop, Preset, Support, Training, check_preset, train_by_steps
 from adaptclip.types import Batch, Features
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from typing_extensions import Self
+
+    from adaptclip.data.card_block import Augmentation
+    from adaptclip.training.mitigation import Mitigation
 
 BATCH_ROWS = 1024
 """Rows of features per forward pass of `predict_proba`."""
@@ -332,6 +328,8 @@ class Method(nn.Module):
             DataError: x or y do not fit.
             TrainingError: a loss or gradient is not finite.
         """
+        from adaptclip.training.tracking import make_accelerator
+
         if self.__sklearn_is_fitted__():
             self._start_again()
         width = self.backbone.embed_dim

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -14,15 +14,17 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import share_weights
+from adaptclip.clip.attention import share_weights
 from adaptclip.errors import BackboneError
 from adaptclip.methods.base import batch_features, check_state
 from adaptclip.methods.choosing import check_factor
 from adaptclip.methods.method import Schedule, Variant
 from adaptclip.methods.tuned_towers import TunedTowers, check_full_precision
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch
 
 
 @dataclass(frozen=True)

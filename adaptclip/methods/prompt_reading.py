@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
 from torch import Tensor
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import BackboneError, ConfigError
-from adaptclip.methods.cocoop import CoCoOp
-from adaptclip.methods.coop import CoOp
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.methods.cocoop import CoCoOp
+    from adaptclip.methods.coop import CoOp
 
 _WORD_END = "</w>"
 _VECTORS_AT_ONCE = 256

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.class_token import encode_image
+from adaptclip.clip.attention import encode_image
 from adaptclip.errors import ConfigError
 from adaptclip.methods.base import check_state, scaled_logits
 from adaptclip.methods.deep_prompts import DeepPrompts, drawn
 from adaptclip.methods.method import Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch
 
 TEACHER_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 """CLIP's 80 prompts of ImageNet, by which the frozen text tower teaches."""

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.feature_clip import FeatureClip
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.choosing import check_factor
 from adaptclip.methods.method import Method, Variant
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import share_weights
-from adaptclip.backbone.lora_targets import Towers
+from adaptclip.clip.attention import share_weights
+from adaptclip.clip.lora_targets import Towers
 from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import check_state
 from adaptclip.methods.method import Variant
 from adaptclip.methods.tuned_towers import TowerSchedule, TunedTowers, check_full_precision
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
 
 Tune = Literal["layernorm", "bitfit"]
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
 from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.files import read_tensors, write_tensors
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.lora import LoRA
 from adaptclip.methods.method import Method, Variant
 from adaptclip.methods.tower_tuning import TowerTuning
 from adaptclip.methods.tuned_towers import TowerSchedule, tune_towers
-from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.prompts import clean_class_name, zero_shot_weights
-from adaptclip.storage import read_tensors, write_tensors
-from adaptclip.training.presets import Preset
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.methods.zero_shot import ZeroShotClassifier
+    from adaptclip.training.support import Loop, Preset, Support
+    from adaptclip.types import Batch
 
 FirstStage = Literal["layernorm", "bitfit", "lora"]
 

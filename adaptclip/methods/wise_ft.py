@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import share_weights
+from adaptclip.clip.attention import share_weights
 from adaptclip.errors import ConfigError
-from adaptclip.methods.base import check_state
-from adaptclip.methods.head import Head
+from adaptclip.methods.base import Head, check_state
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.methods.tuned_towers import TunedTowers, check_full_precision
-from adaptclip.training.support import Loop, Support
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.training.support import Loop, Support
+    from adaptclip.types import Batch
 
 WEIGHT, BIAS = "head_weight", "head_bias"
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from adaptclip.feature_clip import FeatureClip
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.method import Method, Variant
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.types import Batch
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from torch import Tensor
+
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
+    from adaptclip.types import Batch
 
 
 class ZeroShotClassifier(Method):

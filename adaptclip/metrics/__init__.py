@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.metrics.calibration import BRIER, ECE
-from adaptclip.metrics.f1 import MACRO_F1
 from adaptclip.metrics.metric import Metric as Metric
 from adaptclip.metrics.outcome_metrics import NET_BENEFIT, NPV, PPV
 from adaptclip.metrics.ranking import AUC, MACRO_AUC
-from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
+from adaptclip.metrics.rates import ACCURACY, MACRO_F1, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
 from adaptclip.metrics.several_labels import SEVERAL_LABELS
 from adaptclip.metrics.worst_decile import WORST_DECILE
 

@@ -1,8 +1,12 @@
-"""Rates of decisions: accuracy, top-k, the mean of the classes' accuracies, and the rates of a two-sided outcome."""
+"""Rates of decisions: accuracy, top-k, means over classes (F1 too), two-sided rates, severity by a taxonomy.
+
+A node of a taxonomy is its path from the root, so that two departments that both have a "red" have two nodes of that
+name. Heights count from the classes upwards: a class has height 0, the finest level 1, the coarsest K, the root K + 1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -141,3 +145,77 @@ OUTCOME_RATES = (
     _rate("selection_rate", "selection rate", "selection rate", None, 1, "neither", shown=True),
 )
 """Rates of a two-sided outcome; `tpr` is another name of sensitivity."""
+
+
+def macro_f1_parts(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean of the classes' F1 scores over the classes that occur as label or prediction, as scikit-learn does it.
+
+    Args:
+        predicted: (N,) class ids decided for; N is at least 1.
+        labels: (N,) true class ids.
+
+    Returns:
+        The score, 0 to 1, and the (N,) influences of the images.
+    """
+    size = int(max(predicted.max(), labels.max())) + 1
+    right = predicted == labels
+    total = np.bincount(labels, minlength=size) + np.bincount(predicted, minlength=size)  # 2 TP + FP + FN
+    f1 = 2 * np.bincount(labels[right], minlength=size) / np.maximum(total, 1)
+    present = int((total > 0).sum())
+    of_label, of_predicted = f1[labels] / total[labels], f1[predicted] / total[predicted]
+    influence = (np.where(right, 2 / total[labels], 0.0) - of_label - of_predicted) / present
+    return float(f1.sum() / present), influence
+
+
+def macro_f1(judged: Judged) -> Estimate:
+    """The score as an estimate: it rests on the classes alike, as the mean of their accuracies does."""
+    value, influence = macro_f1_parts(judged.answer, judged.labels)
+    weights = class_weights(judged.labels, judged.counts)
+    return Estimate(value, influence, weights, judged.labels)
+
+
+MACRO_F1 = Metric(
+    "macro_f1", "macro-F1", "macro-F1", macro_f1, over_classes=True, decides=True, support=classes_support, hub="f1"
+)
+
+
+def _paths(levels: Mapping[str, Sequence[str]], num_classes: int) -> np.ndarray:
+    """Returns (K, C) node ids by level, coarse to fine; equal ids mean equal paths from the root."""
+    ids = np.zeros((len(levels), num_classes), dtype=np.int64)
+    above = [()] * num_classes
+    for k, names in enumerate(levels.values()):
+        above = [(*path, name) for path, name in zip(above, names, strict=True)]
+        order = {path: i for i, path in enumerate(sorted(set(above)))}
+        ids[k] = [order[path] for path in above]
+    return ids
+
+
+def ancestor_heights(levels: Mapping[str, Sequence[str]], num_classes: int) -> np.ndarray:
+    """Height of the lowest common ancestor of every two classes (Bertinetto et al. 2020, section 2).
+
+    Args:
+        levels: level name -> C names, coarse to fine; K levels, may be none.
+        num_classes: C.
+
+    Returns:
+        (C, C) int16: 0 on the diagonal, 1 where the finest level is shared, K + 1 where only the root is.
+    """
+    heights = np.full((num_classes, num_classes), len(levels) + 1, dtype=np.int16)
+    for ids in _paths(levels, num_classes):
+        heights -= ids[:, None] == ids[None, :]
+    np.fill_diagonal(heights, 0)
+    return heights
+
+
+def least_severe(probs: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Decides for the class of least expected severity instead of the most probable one (CRM, Karthik et al. 2021).
+
+    Args:
+        probs: (N, C) class probabilities.
+        heights: (C, C) of `ancestor_heights`.
+
+    Returns:
+        (N,) int64 class ids; the lowest id wins a tie.
+    """
+    # Summed in float64: rounding must not decide between classes of equal expected severity.
+    return (probs.astype(np.float64) @ heights.astype(np.float64)).round(9).argmin(axis=1)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from sklearn.metrics import average_precision_score
 
 from adaptclip.metrics.estimates import Estimate, Measurement, mean, mean_of, measured, share
 from adaptclip.metrics.judged import Judged, Marks, Sampling
@@ -72,6 +71,8 @@ def average_precision(marks: Marks) -> Measurement:
 
     It has no interval: its error is not a mean over images.
     """
+    from sklearn.metrics import average_precision_score
+
     chosen = np.flatnonzero(marks.positive.any(axis=0))
     if not len(chosen):
         return Measurement(None, len(marks.positive), note="no images of the class")

@@ -9,9 +9,9 @@ from adaptclip.errors import agree
 from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS
 from adaptclip.metrics.worst_decile import WORST_DECILE
-from adaptclip.reports.bias_sections import sentence
+from adaptclip.reports.bias import sentence
 from adaptclip.reports.blocks import one_line, show_points, show_rate
-from adaptclip.reports.probe_section import probe_worries
+from adaptclip.reports.probe import probe_worries
 from adaptclip.reports.slices import slice_worries
 
 NO_GATES = "No gates were declared: nothing was judged, which is not a pass."

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.measuring import judged as judged_images
-from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.estimates import mean_of
-from adaptclip.metrics.judged import Judged
 from adaptclip.metrics.several_labels import (
     RATES,
     average_precision,
@@ -29,13 +25,19 @@ from adaptclip.reports.blocks import (
     Rows,
     Section,
     count,
+    number,
     one_line,
     rate,
     show_rate,
     text,
 )
-from adaptclip.reports.numbers import number
-from adaptclip.types import Predictions
+from adaptclip.reports.measuring import group_rows
+from adaptclip.reports.measuring import judged as judged_images
+
+if TYPE_CHECKING:
+    from adaptclip.metrics.judged import Judged
+    from adaptclip.predictions import Predictions
+    from adaptclip.training.thresholds import Thresholds
 
 ROUGH = 10
 """Fewer validation images of a class than this place its threshold roughly, which is said."""

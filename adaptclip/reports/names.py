@@ -8,18 +8,18 @@ would flatter the result.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.comparisons import sign_test
-from adaptclip.evaluation.grouping import align
-from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES
-from adaptclip.reports.numbers import number
-from adaptclip.types import Predictions
+from adaptclip.reports.blocks import number
+from adaptclip.reports.measuring import align, measure, sampling_of, sign_test
+
+if TYPE_CHECKING:
+    from adaptclip.predictions import Predictions
 
 MAX_CLASSES = 10
 """Classes that the audit lists."""

@@ -1,14 +1,19 @@
-"""Plots as SVG that goes into a page: its letters are text, its colours the page's, and each run draws the same."""
+"""Plots as SVG that goes into a page, and thumbnails of judged images.
+
+A plot's letters are text, its colours the page's, and each run draws the same.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES
 
@@ -218,3 +223,33 @@ def _per_cent(axes: Axes, *, x: bool = True) -> None:
     if x:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.grid(True)
+
+
+SIDE = 112
+"""Longest side in pixels."""
+
+_QUALITY = 80
+
+
+def thumbnail(image: Image.Image, side: int = SIDE) -> str:
+    """Returns a data: URI of the image as a JPEG whose longest side is at most `side` pixels; nothing is cropped."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # No metadata is carried over: what a camera wrote into the file (place, serial number) stays out of the report.
+    small.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def thumbnails(ids: Iterable[str], picture: Callable[[str], Image.Image | None]) -> dict[str, str]:
+    """Makes thumbnails of the images that `picture` knows, one per id.
+
+    Args:
+        ids: row ids, repeated ones are read once.
+        picture: RGB image of a row id, or None where there is none.
+
+    Returns:
+        id -> data: URI.
+    """
+    found = {row: picture(row) for row in dict.fromkeys(ids)}
+    return {row: thumbnail(image) for row, image in found.items() if image is not None}

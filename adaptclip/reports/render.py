@@ -1,4 +1,4 @@
-"""A report for people: Markdown and a page for the run folder, one screen for the terminal.
+"""A report for people: its document, and that as Markdown, as a page for the run folder, and on a terminal.
 
 Names of classes, groups and attributes come from users. In Markdown and HTML they are escaped here, and only here; on
 the terminal they are `Text`, which knows no markup.
@@ -8,21 +8,272 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from adaptclip import terminal
-from adaptclip.reports.blocks import Block, Bullets, Cell, Figure, Gallery, Paragraph, Rows, one_line
-from adaptclip.reports.document import document, screen
-from adaptclip.reports.headline import JudgedGate as JudgedGate
+from adaptclip.reports.bias import (
+    group_metrics,
+    group_section,
+    outcome_section,
+    overall_rows,
+    overall_section,
+    rows_of_groups,
+    sentence,
+    told,
+)
+from adaptclip.reports.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Document,
+    Figure,
+    Gallery,
+    Paragraph,
+    Rows,
+    Section,
+    one_line,
+    text,
+)
+from adaptclip.reports.calibration import calibration_section, selective_section
+from adaptclip.reports.fine_grained import (
+    class_section,
+    confusion_section,
+    name_section,
+    shift_section,
+    taxonomy_section,
+)
+from adaptclip.reports.headline import NO_GATES, JudgedGate, judged_words, three_numbers, verdict_of, worries
+from adaptclip.reports.multi_label import multi_label_section, summary
+from adaptclip.reports.plots import confusion_matrix
+from adaptclip.reports.probe import probe_section
+from adaptclip.reports.slices import slice_section
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+_SKIPPED = 10
+"""So many sentences about what was not used are shown."""
+
+
+def document(
+    report: Mapping[str, Any],
+    verdicts: Sequence[JudgedGate] | None = None,
+    *,
+    pictures: Mapping[str, str] | None = None,
+    plots: bool = False,
+) -> Document:
+    """Lays out a report.
+
+    Args:
+        report: what `build_report` or `full_report` made.
+        verdicts: what `check_gates` made; None leaves gates out, an empty list says that there were none.
+        pictures: row id -> data: URI of a thumbnail; None where images are not at hand.
+        plots: draw plots (for HTML).
+    """
+    verdict, words = verdict_of(verdicts)
+    said = judged_words(report)[1] if verdicts is not None else ""
+    return Document(
+        title="Evaluation report",
+        about=_about(report),
+        verdict=verdict,
+        verdict_words=f"{words} {said}".rstrip(),
+        numbers=three_numbers(report),
+        worries=worries(report, verdicts),
+        sections=_with_anchors(_sections(report, verdicts, pictures, plots)),
+    )
+
+
+def _with_anchors(sections: Iterator[Section | None]) -> list[Section]:
+    kept = [section for section in sections if section is not None]
+    return [replace(section, anchor=section.anchor or f"part-{i}") for i, section in enumerate(kept)]
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    data = report.get("data")
+    where = f" of {one_line(data['name'])}" if data else ""
+    method = f"{one_line(report['method'])}, " if report.get("method") else ""
+    return f"{method}{report['num_images']:,} test images{where}, {report['num_classes']:,} classes."
+
+
+def _sections(
+    report: Mapping[str, Any],
+    verdicts: Sequence[JudgedGate] | None,
+    pictures: Mapping[str, str] | None,
+    plots: bool,
+) -> Iterator[Section | None]:
+    if verdicts is not None:
+        blocks = [gate_rows(verdicts, "Declared conditions for release") if verdicts else Paragraph(NO_GATES)]
+        belongs = judged_words(report)[0]
+        yield Section("Gates", "gates", [*blocks, Paragraph(belongs)] if belongs else blocks)
+    yield overall_section(report)
+    yield outcome_section(report)
+    yield multi_label_section(report)
+    for attribute, table in report["groups"].items():
+        yield group_section(attribute, table)
+    yield slice_section(report)
+    yield shift_section(report)
+    yield class_section(report, plots=plots)
+    counts = (report.get("fine_grained") or {}).get("matrix")
+    names = [row["class"] for row in report["per_class"]]
+    matrix = confusion_matrix(np.array(counts), names) if plots and counts else None
+    yield confusion_section(report, pictures, matrix=matrix)
+    yield taxonomy_section(report)
+    yield calibration_section(report, plots=plots)
+    yield selective_section(report, plots=plots)
+    if report.get("names"):
+        yield name_section(report["names"])
+    yield probe_section(report)
+    yield _data_section(report)
+    yield _training_section(report)
+    yield _reading_section(report)
+
+
+def gate_rows(verdicts: Sequence[JudgedGate], title: str = "gates") -> Rows:
+    """One row per rule."""
+    rows = [[text(v.verdict, _tone(v.verdict)), text(one_line(v.title)), text(one_line(v.reason))] for v in verdicts]
+    return Rows(title, ["verdict", "gate", "reason"], rows)
+
+
+def _tone(verdict: str) -> Any:
+    return verdict if verdict in ("pass", "fail", "inconclusive") else ""
+
+
+def _data_section(report: Mapping[str, Any]) -> Section | None:
+    data = report.get("data")
+    if not data:
+        return None
+    rows = [[text("data card"), text(one_line(data["name"]))]]
+    rows += [
+        [text(key.replace("_", " ")), text(one_line(str(data[key])))]
+        for key in ("pretty_name", "license", "source", "digest")
+        if data.get(key)
+    ]
+    rows.append([text("images"), text(", ".join(f"{part} {n:,}" for part, n in data["images"].items()))])
+    blocks: list[Block] = [Rows("Where the images are from", ["", ""], rows)]
+    if data["known_issues"]:
+        blocks.append(Paragraph("Known issues of the data:"))
+        blocks.append(Bullets([sentence(issue) for issue in data["known_issues"]], caution=True))
+    else:
+        blocks.append(Paragraph("The data card names no known issues, which does not mean that there are none."))
+    if data["allowed"]:
+        blocks.append(Paragraph("Found by the checks, and allowed by the card:"))
+        blocks.append(Bullets([sentence(note) for note in data["allowed"]]))
+    if data["skipped"]:
+        blocks.append(Paragraph("Not used:"))
+        more = [f"and {len(data['skipped']) - _SKIPPED} more"] if len(data["skipped"]) > _SKIPPED else []
+        blocks.append(Bullets([sentence(words) for words in [*data["skipped"][:_SKIPPED], *more]]))
+    return Section("Data", "data", blocks)
+
+
+def _training_section(report: Mapping[str, Any]) -> Section | None:
+    # What the validation images were used for stands in both.
+    told = {**(report.get("training") or {}), **(report.get("split") or {})}
+    words = {"num_train": "training images", "num_validation": "validation images"}
+    rows = [
+        [text(words.get(key, key.replace("_", " "))), text(one_line(_worded(value)))]
+        for key, value in told.items()
+        if value not in (None, "", {}, [])
+    ]
+    if not rows:
+        return None
+    return Section("How it was made", "training", [Rows("Split and training", ["", ""], rows)])
+
+
+def _worded(value: Any, longest: int = 300) -> str:
+    if isinstance(value, Mapping):
+        worded = ", ".join(f"{key}: {_worded(v)}" for key, v in value.items())
+    elif isinstance(value, list | tuple):
+        worded = ", ".join(map(_worded, value))
+    else:
+        worded = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return worded if len(worded) <= longest else worded[: longest - 1] + "…"
+
+
+def _reading_section(report: Mapping[str, Any]) -> Section:
+    words = (
+        f"Brackets hold {100 * report['confidence']:g} % intervals; changes are paired, on the same images, in "
+        "percentage points. Every number is of these test images, and says something of images like them only: another "
+        "place, device or time needs an assessment of its own."
+    )
+    blocks: list[Block] = [Paragraph(words)]
+    if report.get("sampling"):
+        blocks.append(Paragraph(_sampling_words(report["sampling"])))
+    if report["groups"]:
+        words = (
+            "A gap, difference or skew that noise does not explain is tested for itself, and among many tests some "
+            "show one by chance: p (Holm) allows for the rows of its table, and only “What to worry about” allows for "
+            "the number of attributes and outcomes too."
+        )
+        blocks.append(Paragraph(words))
+    notes = [sentence(note) for note in [*report["cautions"], *report.get("notes_on_input", [])]]
+    if notes:
+        blocks.append(Bullets(notes))
+    if report["absent_classes"]:
+        names = ", ".join(map(one_line, report["absent_classes"]))
+        blocks.append(Paragraph(f"Classes without test images: {names}."))
+    return Section("How to read this", "reading", blocks)
+
+
+def _sampling_words(sampling: Mapping[str, Any]) -> str:
+    unit, num = one_line(sampling["unit"]), sampling["num_units"]
+    drawn = {
+        "image": f"other images like these {num:,} could have given, each taken as drawn by itself (no cluster such as "
+        "a patient is known)",
+        "cluster": f"other clusters (patients, places) like these {num:,} could have given; the unit is the cluster, "
+        "not the image",
+    }[unit]
+    mix = {
+        "random": "The mix of classes counts as met by chance, and would differ there",
+        "fixed": "The card says that the study fixed how many images there are of each class, so their mix would be "
+        "the same there",
+    }[sampling["classes"]]
+    return f"Intervals say what {drawn}. {mix}."
+
+
+def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:
+    """The part of a report that fits one screen: headline metrics, groups, cautions, gates."""
+    narrow = [metric for metric in report["overall"] if told(report, metric)["per_cent"]]
+    shown = {**report, "overall": {metric: report["overall"][metric] for metric in narrow}}
+    title = (
+        f"{report['num_images']:,} images, {report['num_classes']} classes; per cent "
+        f"[{100 * report['confidence']:g} % interval], changes in points"
+    )
+    rows = overall_rows(shown, "short", title, sign="")
+    # The number of images stands in the title, and so does the unit of changes.
+    heads = [head.removesuffix(" in points") for head in rows.header[1:-1]]
+    yield replace(rows, header=["", *heads], rows=[row[:-1] for row in rows.rows])
+    for attribute, table in report["groups"].items():
+        if not table["rows"]:
+            continue
+        wide = [metric for metric in group_metrics(table) if not told(table, metric)["per_cent"]]
+        rows_shown = [{k: v for k, v in row.items() if k not in wide} for row in table["rows"]]
+        paired = any(row["accuracy"]["zero_shot"] for row in rows_shown)
+        name = f"by {one_line(attribute)}" + "; change is of accuracy" * paired
+        groups = rows_of_groups({**table, "rows": rows_shown}, sign="", title=name)
+        yield replace(groups, header=[head.replace("change of accuracy", "change") for head in groups.header])
+        yield from (Paragraph(f"Caution: {sentence(caution)}", "muted") for caution in table["cautions"])
+    if report.get("multi_label"):
+        yield Paragraph(summary(report["multi_label"]))
+    yield from (Paragraph(f"Note: {sentence(caution)}", "muted") for caution in report["cautions"])
+    if verdicts is not None:
+        yield gate_rows(verdicts) if verdicts else Paragraph(NO_GATES, "inconclusive")
+        belongs, said = judged_words(report)
+        if belongs:
+            yield Paragraph(belongs, "muted")
+        if said:
+            yield Paragraph(said, "inconclusive")
+    fears = [w for w in worries(report, None) if not w.startswith(("No groups were reported", "The data card names"))]
+    if fears and "fine_grained" in report:
+        yield Bullets(fears[:3], caution=True)
+
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "muted": "dim", "": ""}
 
@@ -119,7 +370,7 @@ def to_html(
     Args:
         report: what `build_report` or `full_report` made.
         verdicts: as in `to_markdown`.
-        pictures: row id -> data: URI of a thumbnail (`reports.thumbnails`); None leaves pictures out.
+        pictures: row id -> data: URI of a thumbnail (`reports.plots`); None leaves pictures out.
     """
     return _template().render(made=document(report, verdicts, pictures=pictures, plots=True))
 

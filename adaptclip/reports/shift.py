@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.comparisons import difference, harmonic, sign_test
-from adaptclip.evaluation.measuring import measure, sampling_of
 from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.gaps import holm
-from adaptclip.reports.numbers import comparison, number
-from adaptclip.types import Predictions
+from adaptclip.reports.blocks import comparison, number
+from adaptclip.reports.measuring import difference, harmonic, measure, sampling_of, sign_test
+
+if TYPE_CHECKING:
+    from adaptclip.predictions import Predictions
 
 _METRICS = ("accuracy", "mean_per_class_accuracy")
 

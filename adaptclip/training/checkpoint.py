@@ -13,20 +13,22 @@ import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from adaptclip.errors import ArtifactError, StorageError, TrainingError
-from adaptclip.storage import check_is_file, digest, parse_json, write_bytes
+from adaptclip.files import check_is_file, digest, parse_json, write_bytes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.safetensors")
 _PARTS = {"step", "adapter", "optimizer", "scheduler", "mitigation", "scaler", "random"}

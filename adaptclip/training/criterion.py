@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor
 from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.training.thresholds import ThresholdRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ObjectiveName = Literal["softmax", "sigmoid"]
-
-RuleKind = Literal["f1", "sensitivity", "fixed"]
-
-
-@dataclass(frozen=True)
-class ThresholdRule:
-    """How the probability from which a class is named is chosen, for each class by itself.
-
-    Attributes:
-        kind: "f1" is best on the validation images, "sensitivity" finds a wanted share of the positive ones, "fixed" is
-            a number.
-        value: the wanted sensitivity, above 0 to 1, or the number, 0 to 1; not used by "f1".
-    """
-
-    kind: RuleKind = "f1"
-    value: float = 0.5
-
-    def __str__(self) -> str:
-        return {"f1": "f1", "sensitivity": f"sensitivity={self.value:g}", "fixed": f"{self.value:g}"}[self.kind]
 
 
 @dataclass(frozen=True)
@@ -43,7 +27,7 @@ class Objective:
     """
 
     name: ObjectiveName = "softmax"
-    thresholds: ThresholdRule = ThresholdRule()
+    thresholds: ThresholdRule = field(default_factory=ThresholdRule)
 
     def __str__(self) -> str:
         return "softmax" if self.name == "softmax" else f"sigmoid:{self.thresholds}"

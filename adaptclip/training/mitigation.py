@@ -12,28 +12,182 @@ One setting, the same in every recipe that learns by gradients:
 Images whose group is "unknown" are no group here: they keep their natural share, because balancing would show a handful
 of them again and again. A few shots drawn by rule have equally many images per class already, so that what balances
 classes changes something with all images (`--shots 0`) or short classes only.
+
+Balance is an order of an epoch that shows each equally often, or weights of classes; group DRO (Sagawa et al. 2020)
+moves weights towards the groups with the highest loss.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
-from adaptclip.data.balance import effective_number_weights, inverse_frequency
 from adaptclip.data.dataset import UNKNOWN, ImageDataset
 from adaptclip.errors import ConfigError, agree, did_you_mean
+from adaptclip.seeding import generator
 from adaptclip.training.criterion import Objective, ObjectiveName, sigmoid_losses
-from adaptclip.training.group_dro import GroupDRO
-from adaptclip.types import Batch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from adaptclip.types import Batch
+
+
+def balanced_order(strata: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """Returns the rows of one epoch, as many as there are images, in which every stratum has the same share.
+
+    A stratum smaller than its share is gone through again, one that is larger in part: within an epoch the numbers of
+    times that two of its images are shown differ by one at most, and which ones come once more is drawn anew in every
+    epoch. Where the share is no whole number, strata take turns, so that over as many epochs as there are strata the
+    shares are equal to the image. Rows of no stratum (-1) are shown once.
+
+    Args:
+        strata: (N,) int64 stratum of each row, 0 to G - 1 without gaps, or -1.
+        seed: of the order.
+        epoch: 0, 1, 2, …; the order is a function of (strata, seed, epoch) alone.
+
+    Returns:
+        (N,) int64 rows.
+    """
+    rng = generator(seed, "balanced order", epoch)
+    shuffled = torch.randperm(len(strata), generator=rng)
+    stratum = strata[shuffled]
+    num_strata = int(strata.max()) + 1
+    share, left = divmod(int((strata >= 0).sum()), num_strata)
+    slots = [share] * num_strata
+    for turn in range(left):
+        slots[(epoch * left + turn) % num_strata] += 1
+    parts = [shuffled[stratum < 0]]
+    for number, count in enumerate(slots):
+        own = shuffled[stratum == number]
+        parts.append(own.repeat(-(-count // len(own)))[:count])
+    rows = torch.cat(parts)
+    return rows[torch.randperm(len(rows), generator=rng)]
+
+
+def inverse_frequency(counts: np.ndarray) -> np.ndarray:
+    """Class weights N / (C n_c), for which all classes weigh the same together; their mean over the images is 1.
+
+    Args:
+        counts: (C,) images n_c of each class; a class without images gets the weight 0, and is not counted in C.
+
+    Returns:
+        (C,) float64.
+    """
+    return _mean_one(np.divide(1.0, counts, where=counts > 0, out=np.zeros(len(counts))), counts)
+
+
+def effective_number_weights(counts: np.ndarray, beta: float) -> np.ndarray:
+    """Class weights by the effective number of images (Cui et al. 2019, arXiv:1901.05555, eq. 2).
+
+    n images of a class count as E_n = (1 - beta^n) / (1 - beta), because new ones repeat more and more of what was
+    seen; the weight is proportional to 1 / E_n. With beta = 0 all weights are equal, towards beta = 1 they become
+    `inverse_frequency`. The paper makes the C weights sum to C; here their mean over the *images* is 1, so that the
+    loss keeps its size and a learning rate its meaning. Ratios are the paper's.
+
+    Args:
+        counts: (C,) images n of each class; a class without images gets the weight 0.
+        beta: 0 up to but not including 1.
+
+    Returns:
+        (C,) float64.
+    """
+    # expm1 and log1p keep digits where beta is close to 1.
+    effective = -np.expm1(counts * np.log1p(beta - 1.0)) if beta > 0 else np.minimum(counts, 1.0)
+    return _mean_one(np.divide(1.0, effective, where=counts > 0, out=np.zeros(len(counts))), counts)
+
+
+def _mean_one(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return weights * counts.sum() / (weights * counts).sum()
+
+
+class GroupDRO:
+    """The online algorithm of Sagawa et al. 2020 (arXiv:1911.08731, algorithm 1), on batches.
+
+    The paper draws a group uniformly and an image of it, multiplies that group's weight q_g by exp(step · loss),
+    normalises q, and descends on q_g · loss. Here the sampler shows every group equally often, and a batch moves the
+    weights of all groups in it at once:
+
+        q_g ← q_g · exp(step · (L_g + adjust / sqrt(n_g)))      for each group g in the batch, then q ← q / Σ q
+        loss = Σ over the groups in the batch of q_g · L_g
+
+    with L_g the mean loss of the batch's images of g, and n_g the training images of g (the adjustment is the paper's
+    eq. 5). Images of no group keep their natural share u of the loss: u · (their mean loss) + (1 - u) · (the above).
+
+    A batch is that of all processes together: sums over groups are reduced before the weights move, so that every
+    process holds the same weights and the number of processes changes nothing. Accumulated micro-batches each move
+    the weights.
+
+    Attributes:
+        log_weights: (G,) float64 log q; the state that a checkpoint holds.
+    """
+
+    def __init__(
+        self, place: Tensor, *, step: float = 0.01, adjust: float = 0.0, accelerator: Accelerator | None = None
+    ) -> None:
+        """Starts with equal weights.
+
+        Args:
+            place: (N,) int64 group of each training image, 0 to G - 1 without gaps, or -1 for none.
+            step: the paper's step size of q, above 0.
+            adjust: the paper's C, 0 or more.
+            accelerator: whose processes share a batch; None where there is one.
+        """
+        counts = torch.bincount(place[place >= 0])
+        self._num_groups, self._step, self._accelerator = len(counts), step, accelerator
+        # One more place, at the end, takes the images of no group.
+        self._place = torch.where(place >= 0, place, len(counts))
+        self._of_none = float((place < 0).double().mean())
+        self._margin = adjust / counts.double().sqrt()
+        self.log_weights = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64).log()
+
+    def fresh(self) -> GroupDRO:
+        """Returns another one of the same images and settings, whose weights are equal again."""
+        other = copy.copy(self)
+        other.log_weights = torch.full_like(self.log_weights, 1 / self._num_groups).log()
+        return other
+
+    @property
+    def shares(self) -> Tensor:
+        """(G,) float64 q, which sums to 1."""
+        return self.log_weights.exp()
+
+    def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
+        """Moves the groups' weights and returns those of the images.
+
+        Args:
+            losses: (B,) losses of this process's images, without gradients.
+            index: (B,) positions among the N images.
+
+        Returns:
+            (B,) w such that the mean of w · loss over the images of all processes is the loss above.
+        """
+        place = self._place[index.cpu()].to(losses.device)
+        member = F.one_hot(place, self._num_groups + 1).to(losses.dtype)  # (B, G + 1)
+        sums: Tensor = torch.stack([losses @ member, member.sum(dim=0)])
+        processes = 1
+        if self._accelerator is not None and self._accelerator.num_processes > 1:
+            processes = self._accelerator.num_processes
+            reduced = self._accelerator.reduce(sums, reduction="sum")
+            assert isinstance(reduced, Tensor)
+            sums = reduced
+        total, count = sums.cpu().double()
+        mean = (total / count.clamp(min=1))[:-1]
+        moved = torch.where(count[:-1] > 0, self._step * (mean + self._margin), 0.0)
+        self.log_weights = torch.log_softmax(self.log_weights + moved, dim=0)
+        share = torch.cat([(1 - self._of_none) * self.shares, torch.tensor([self._of_none], dtype=torch.float64)])
+        of_image = share / count.clamp(min=1) * (len(losses) * processes)
+        return of_image.to(losses.dtype).to(losses.device)[place]
+
 
 Kind = Literal["group-sampling", "class-sampling", "class-weights", "class-balanced", "group-dro"]
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from adaptclip.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
 
 
 def build_optimizer(

@@ -9,18 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from adaptclip.data.dataset import ImageDataset
-from adaptclip.data.transforms import Augment
 from adaptclip.errors import ConfigError
 from adaptclip.seeding import derive_seed
 from adaptclip.training.steps import StepPlan
 from adaptclip.types import Batch
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from accelerate import Accelerator
+
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.data.dataset import ImageDataset
+    from adaptclip.data.transforms import Augment
 
 
 class PixelLoader:

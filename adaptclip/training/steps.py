@@ -18,24 +18,25 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from adaptclip.data.balance import balanced_order
 from adaptclip.errors import ConfigError, TrainingError
 from adaptclip.seeding import generator
 from adaptclip.training import interruption
-from adaptclip.training.interruption import Pace
+from adaptclip.training.mitigation import balanced_order
 from adaptclip.types import Batch, Features
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from adaptclip.training.interruption import Pace
 
 BatchT = TypeVar("BatchT", covariant=True)
 
@@ -233,6 +234,8 @@ def backward_and_step(
         TrainingError: the loss, or outside fp16 the gradient, is not finite (on every process alike), or the
             scheduler was passed to `accelerator.prepare`.
     """
+    from accelerate.scheduler import AcceleratedScheduler
+
     if isinstance(scheduler, AcceleratedScheduler):
         raise TrainingError("leave the scheduler out of accelerator.prepare: it would be stepped once per process")
     accelerator.backward(loss)
@@ -289,6 +292,8 @@ def is_due(step: int, every: int, total: int) -> bool:
         every: period in steps; 0 means only after the last step.
         total: number of the last step.
     """
+    from accelerate.state import GradientState
+
     if not GradientState().sync_gradients:
         return False
     return step == total or (every > 0 and step % every == 0)

@@ -1,28 +1,61 @@
-"""What a method may see of a case, and one stage of learning by steps, ready for a loop."""
+"""What a method may see of a case, one stage of learning by steps ready for a loop, and the loop of `fit`.
+
+Named lengths of training: the paper's, or a short one for the embedded default (`Preset`).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
-from accelerate import Accelerator
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-
-from adaptclip.data.card_block import Augmentation
-from adaptclip.data.dataset import ImageDataset
-from adaptclip.data.transforms import Augment
-from adaptclip.feature_clip import FeatureClip
+from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.features import FeatureCache, training_crop
-from adaptclip.training.mitigation import Mitigation
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.pixels import PixelLoader
-from adaptclip.training.steps import FeatureLoader
-from adaptclip.types import Features, Learner
+from adaptclip.training.steps import FeatureLoader, backward_and_step, train_steps
 
 if TYPE_CHECKING:
-    from adaptclip.backbone import ClipBackbone
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.data.card_block import Augmentation
+    from adaptclip.data.dataset import ImageDataset
+    from adaptclip.data.transforms import Augment
+    from adaptclip.feature_clip import FeatureClip
+    from adaptclip.training.mitigation import Mitigation
+    from adaptclip.types import Features, Learner
+
+Preset = Literal["smoke", "paper"]
+
+AskedPreset = Literal["auto", "smoke", "paper"]
+
+
+def check_preset(preset: str) -> None:
+    """Raises ConfigError unless it is the name of a preset."""
+    if preset not in get_args(Preset):
+        raise ConfigError(f"no preset {preset!r}. {did_you_mean(str(preset), get_args(Preset))}")
+
+
+def chosen_preset(preset: AskedPreset, card: str, backbone: str) -> Preset:
+    """Returns whose values what is not given takes: those of the short preset, smoke, or the paper's.
+
+    Every setting that is given stays as given and changes nothing but itself.
+
+    Args:
+        preset: "smoke", "paper", or "auto": smoke for the embedded card digits on the embedded model, else the paper's.
+        card: the recipe's card.
+        backbone: the recipe's backbone.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    if preset == "auto":
+        return "smoke" if (card, backbone) == ("digits", "starter") else "paper"
+    check_preset(preset)
+    return preset
 
 
 class Training(NamedTuple):
@@ -96,6 +129,9 @@ class Support:
         mitigation: Mitigation | None = None,
     ) -> None:
         """See the attributes; `augmentation` is the card's crops, `source` None encodes and keeps nothing."""
+        from adaptclip.data.card_block import Augmentation
+        from adaptclip.training.mitigation import Mitigation
+
         self.backbone: Any = backbone
         self.images, self.validation_images, self.accelerator = images, validation_images, accelerator
         self.source = FeatureCache(None) if source is None else source
@@ -220,3 +256,25 @@ class Support:
             warmup_steps=warmup_steps,
         )
         return Training(adapter, loader, built, scheduler, num_steps, self.mitigation.fresh(), name)
+
+
+def train_by_steps(training: Training, accelerator: Accelerator) -> None:
+    """Takes all steps of a stage and leaves its adapter in evaluation mode.
+
+    There are no metrics and no checkpoints: a job that was interrupted is done again from its start.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite.
+    """
+    adapter, loader, optimizer, scheduler, num_steps, mitigation, _ = training
+    model, optimizer = accelerator.prepare(adapter, optimizer)
+    # --- loop: the same lines in every recipe ---
+    model.train()
+    for step, batch in train_steps(loader, num_steps, accelerator):
+        with accelerator.accumulate(model):
+            logits = model(batch)  # (B, C), already scaled by logit_scale.exp()
+            loss = mitigation.loss(logits, batch) + adapter.penalty()
+            backward_and_step(accelerator, loss, model, optimizer, scheduler, step=step)
+    # --- end of loop ---
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    accelerator.free_memory()  # a hundred jobs share the process, and Accelerate remembers what it prepared

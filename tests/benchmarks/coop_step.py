@@ -31,9 +31,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
+from adaptclip.files import write_json
 from adaptclip.methods import CoOp
-from adaptclip.storage import write_json
 from adaptclip.types import Batch
 
 BATCH, N_CTX = 32, 16

@@ -34,11 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 import adaptclip as ac
-from adaptclip.experiments.jobs import Job, Worker, make_grid
-from adaptclip.experiments.methods import choose_methods, read_settings
-from adaptclip.experiments.store import FeatureStore
+from adaptclip.bench.jobs import FeatureStore, Job, Worker, make_grid
+from adaptclip.bench.methods import choose_methods, read_settings
+from adaptclip.files import write_json
 from adaptclip.methods.coop import initial_context
-from adaptclip.storage import write_json
 from adaptclip.training.pixels import PixelLoader
 
 METHODS: tuple[str, ...] = ("zero-shot", "ss-text", "logistic", "lp++", "gda", "tip-f", "clap", "coop")

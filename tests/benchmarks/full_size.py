@@ -24,9 +24,9 @@ from measuring import GIB, PeakMemory, class_names, timed, untrained
 from open_clip.tokenizer import HFTokenizer
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
+from adaptclip.files import write_json
 from adaptclip.methods import CoOp, LoRA
-from adaptclip.storage import write_json
 from adaptclip.types import Batch
 
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-B-16-SigLIP2-256")

@@ -20,14 +20,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from adaptclip.evaluation.comparisons import difference
-from adaptclip.evaluation.grouping import group_rows
-from adaptclip.evaluation.measuring import sampling_of
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.gaps import gap_test, holm
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.measuring import difference, group_rows, sampling_of
 
 GROUPS = (2, 6, 12)
 SIZES = (100, 400, 1000)

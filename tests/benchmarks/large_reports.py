@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from adaptclip.files import write_json
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
+from adaptclip.predictions import Predictions
 from adaptclip.reports.full import full_report
-from adaptclip.storage import write_json
-from adaptclip.types import Predictions
 
 CLASSES, GROUPS = 10, 10
 

@@ -24,8 +24,15 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.methods.linear_fits import epoch_rate, fit_from_text, fit_logistic, zero_shot_confidence
-from adaptclip.methods.lp_plus_plus import fit_lp_plus_plus, initial_weights, step_sizes
+from adaptclip.methods.linear_fits import (
+    epoch_rate,
+    fit_from_text,
+    fit_logistic,
+    fit_lp_plus_plus,
+    initial_weights,
+    step_sizes,
+    zero_shot_confidence,
+)
 
 SHOTS, CLASSES, WIDTH, SCALE, EPOCHS, BATCH = 16, 100, 512, 100.0, 300, 256
 

@@ -30,11 +30,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import PROJECTIONS, share_weights
+from adaptclip.clip import ClipBackbone
+from adaptclip.clip.attention import PROJECTIONS, share_weights
+from adaptclip.files import write_json
 from adaptclip.methods import LoRA
-from adaptclip.methods.lora_layers import lora_parameters
-from adaptclip.storage import write_json
+from adaptclip.methods.lora import lora_parameters
 from adaptclip.types import Batch
 
 BATCH, RANK, TEMPLATE = 32, 2, "a photo of a {}."

@@ -13,7 +13,7 @@ import open_clip
 import torch
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
 
 GIB = 2**30
 

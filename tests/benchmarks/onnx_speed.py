@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptclip.artifact import load
-from adaptclip.data.decode import decode_image
+from adaptclip.artifact.export import FORMATS, export_artifact
+from adaptclip.artifact.export.onnx_graph import GRAPH_FILE, require
+from adaptclip.artifact.export.stock import ImageClassifier, head_of, merged_model
 from adaptclip.data.image_files import find_images
-from adaptclip.export import FORMATS, export_artifact
-from adaptclip.export.heads import ImageClassifier, head_of, merged_model
-from adaptclip.export.onnx_graph import GRAPH_FILE, require
-from adaptclip.search import card_as_images
+from adaptclip.data.transforms import decode_image
+from adaptclip.retrieval import card_as_images
 
 
 def main() -> int:

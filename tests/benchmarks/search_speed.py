@@ -28,9 +28,10 @@ import adaptclip
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.features import FeatureCache
+from adaptclip.files import write_json, write_tensors
+from adaptclip.retrieval import build_index, encode_texts, load_encoder, open_index
+from adaptclip.retrieval.index import nearest
 from adaptclip.seals import describe_files, write_sealed
-from adaptclip.search import build_index, encode_texts, load_encoder, nearest, open_index
-from adaptclip.storage import write_json, write_tensors
 
 TARGET_S = 0.05
 KS = (1, 5, 10)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/unit/backbone", "tests/unit/methods")
+TESTS = ("tests/unit/clip", "tests/unit/methods")
 
 
 def source_folder(path: Path) -> Path:
@@ -61,7 +61,7 @@ def try_architectures() -> dict[str, Any]:
 
     import open_clip
 
-    from adaptclip.backbone.config_checks import check_config
+    from adaptclip.clip.config_checks import check_config
     from adaptclip.errors import AdaptclipError
 
     logging.disable(logging.CRITICAL)
@@ -95,9 +95,9 @@ def _adapt(config: dict[str, Any]) -> str:
     import torch
     from open_clip.transformer import TextTransformer
 
-    from adaptclip.backbone.attention import split_attention
-    from adaptclip.backbone.lora_targets import count_attention, find_targets
-    from adaptclip.backbone.text import make_text_tower
+    from adaptclip.clip.attention import split_attention
+    from adaptclip.clip.lora_targets import count_attention, find_targets
+    from adaptclip.clip.text import make_text_tower
     from adaptclip.errors import BackboneError
 
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
 from adaptclip.data.card import load_card
 from adaptclip.data.dataset import DomainData
 from adaptclip.data.sources import open_data

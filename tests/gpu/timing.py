@@ -36,7 +36,7 @@ from tiny_clip import make_tiny_backbone
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone, packed
+from adaptclip.clip import ClipBackbone, packed
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.features import FeatureCache
 from adaptclip.methods import CoOp, LoRA, class_encoder

@@ -28,14 +28,14 @@ from hostile.world import NAMES, World, fresh_process
 from PIL import Image
 
 import adaptclip as ac
+from adaptclip.artifact.export import FORMATS
+from adaptclip.artifact.export.stock import CHECK
+from adaptclip.bench.jobs import Board
 from adaptclip.cli import main
-from adaptclip.config import parse
-from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.data.shots import FewShotSplit
 from adaptclip.data.sources import open_data
+from adaptclip.entrypoint import parse
 from adaptclip.errors import AdaptclipError
-from adaptclip.experiments.board import Board
-from adaptclip.export import FORMATS
-from adaptclip.export.stock import CHECK
 
 Answer = Any
 
@@ -300,7 +300,7 @@ def cases() -> Iterator[tuple[Kind, str, Mutation, int]]:
 def quick(world: World, patch: pytest.MonkeyPatch) -> None:
     """Loads the undamaged model once for all: it is never what is damaged, except where another folder is named."""
     import adaptclip.artifact
-    import adaptclip.search.encoding
+    import adaptclip.retrieval.encoding
 
     loaded: dict[tuple[Any, ...], Any] = {}
     real = ac.load_backbone
@@ -313,6 +313,6 @@ def quick(world: World, patch: pytest.MonkeyPatch) -> None:
             loaded[key] = real(name, **settings)
         return loaded[key]
 
-    for place in (ac, adaptclip.artifact, adaptclip.search.encoding):
+    for place in (ac, adaptclip.artifact, adaptclip.retrieval.encoding):
         patch.setattr(place, "load_backbone", load_backbone)
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "training"
 from test_interruption import Linear, train  # pyright: ignore[reportMissingImports]
 
 from adaptclip.entrypoint import launch
-from adaptclip.storage import write_tensors
+from adaptclip.files import write_tensors
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptclip.storage import read_tensors
+from adaptclip.files import read_tensors
 from adaptclip.training.checkpoint import newest_checkpoint, step_of
 
 PROGRAM = Path(__file__).with_name("launched_loop.py")

@@ -21,23 +21,22 @@ from tiny_clip import make_tiny_backbone
 
 import adaptclip as ac
 from adaptclip.artifact import save_artifact
-from adaptclip.backbone.saving import save_open_clip
 from adaptclip.cli.card import new
-from adaptclip.cli.compare import compare
 from adaptclip.cli.export import export
-from adaptclip.cli.gate import gate
+from adaptclip.cli.gate import compare, gate
 from adaptclip.cli.predict import predict
 from adaptclip.cli.probe import probe
 from adaptclip.cli.recipes import copy as copy_recipes
 from adaptclip.cli.recipes import folder as recipes_folder
 from adaptclip.cli.report import report
 from adaptclip.cli.search import embed, search
-from adaptclip.data.fewshot import FewShotSplit
+from adaptclip.clip.saving import save_open_clip
 from adaptclip.data.image_files import list_images
+from adaptclip.data.shots import FewShotSplit
 from adaptclip.errors import AdaptclipError, StorageError
 from adaptclip.outputs import KINDS, atomic_folder, check_folder, strangers
+from adaptclip.predictions import Predictions
 from adaptclip.training.tracking import make_accelerator, start_run
-from adaptclip.types import Predictions
 
 WRITTEN = ""
 

@@ -12,11 +12,9 @@ import torch
 from zoo.making import run, tree
 
 import adaptclip as ac
+from adaptclip.bench.jobs import Board, Job
+from adaptclip.bench.runner import Progress, run_jobs
 from adaptclip.errors import StorageError
-from adaptclip.experiments.board import Board
-from adaptclip.experiments.jobs import Job
-from adaptclip.experiments.progress import Progress
-from adaptclip.experiments.runner import run_jobs
 
 LAYOUT = {f"{part}/{name}": 3 for part in ("train", "test") for name in ("cat", "dog")}
 

@@ -27,14 +27,14 @@ from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.artifact import save_artifact
+from adaptclip.artifact.export import export_artifact
 from adaptclip.data.sources import open_data
-from adaptclip.evaluation.thresholds import Thresholds
-from adaptclip.export import export_artifact
 from adaptclip.gates import check_gates, load_gates
 from adaptclip.methods.lora import LoRA
-from adaptclip.reports.summary import build_report
-from adaptclip.search import build_index, load_encoder
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.full import build_report
+from adaptclip.retrieval import build_index, load_encoder
+from adaptclip.training.thresholds import Thresholds
 
 NAMES = ("red", "green", "blue")
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import adaptclip as ac
 from adaptclip.errors import AdaptclipError
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 contrastive = load_recipe("contrastive")
 coop = load_recipe("coop")

@@ -22,8 +22,8 @@ import adaptclip as ac
 from adaptclip.cli import main
 from adaptclip.entrypoint import run_and_exit
 from adaptclip.errors import AdaptclipError
+from adaptclip.predictions import Predictions
 from adaptclip.seals import check_run
-from adaptclip.types import Predictions
 
 coop = load_recipe("coop")
 cocoop = load_recipe("cocoop")

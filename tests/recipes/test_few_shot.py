@@ -18,11 +18,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from recipe_files import CPU, ROOT, load_recipe
 
+from adaptclip.bench.summary import TIMES
 from adaptclip.errors import AdaptclipError
-from adaptclip.experiments.summary import TIMES
+from adaptclip.files import read_parquet
 from adaptclip.methods.closed_form import SSText
 from adaptclip.methods.registry import named
-from adaptclip.storage import read_parquet
 
 METHODS_HERE = ("zero-shot", "ss-text", "gda", "tip-f", "coop")
 SHORT = ("coop.epochs=20", "coop.views=2", "gda.views=2", "tip-f.views=2", "tip-f.epochs=5")

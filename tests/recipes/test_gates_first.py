@@ -11,11 +11,11 @@ from accelerate.state import AcceleratorState
 from recipe_files import RECIPES, load_recipe
 
 import adaptclip as ac
-from adaptclip.data.base_new import base_and_new
+from adaptclip.artifact.finishing import choose_gates
+from adaptclip.data.shots import base_and_new
 from adaptclip.errors import DataError, GateError, SplitError
 from adaptclip.gate_rules import Outcome
-from adaptclip.results import choose_gates
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 WRONG = {
     "group: writer, at_least: 0.5": "no group attribute 'writer'",

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import adaptclip as ac
 from adaptclip import features
 from adaptclip.errors import AdaptclipError
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 SETTINGS = {
     "logistic": {"C": 5.0},

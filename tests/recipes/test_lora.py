@@ -21,11 +21,11 @@ from tiny_clip import write_tiny_checkpoint
 import adaptclip as ac
 from adaptclip.cli.report import report as report_command
 from adaptclip.errors import AdaptclipError
-from adaptclip.evaluation.predict import predict
+from adaptclip.files import read_tensors, read_yaml
 from adaptclip.methods import LoRA
-from adaptclip.storage import read_tensors, read_yaml
+from adaptclip.methods.predicting import predict
+from adaptclip.predictions import Predictions
 from adaptclip.training.pixels import PixelLoader
-from adaptclip.types import Predictions
 
 TEST_IMAGES = 60
 

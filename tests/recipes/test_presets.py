@@ -12,7 +12,7 @@ from tiny_clip import make_tiny_backbone
 
 from adaptclip.errors import ConfigError
 from adaptclip.methods.registry import named
-from adaptclip.training.presets import chosen_preset
+from adaptclip.training.support import chosen_preset
 
 LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lora": ({"steps": 60, "lr": 1e-2}, {"steps": 8000, "lr": 2e-4}, {"steps": 30}),

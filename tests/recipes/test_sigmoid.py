@@ -21,10 +21,9 @@ from tiny_clip import write_tiny_checkpoint
 import adaptclip as ac
 from adaptclip.cli import main as command
 from adaptclip.errors import ArtifactError, ConfigError
-from adaptclip.evaluation.thresholds import best_thresholds
-from adaptclip.storage import read_json, read_tensors
-from adaptclip.training.criterion import ThresholdRule
-from adaptclip.types import Predictions
+from adaptclip.files import read_json, read_tensors
+from adaptclip.predictions import Predictions
+from adaptclip.training.thresholds import ThresholdRule, best_thresholds
 
 RECIPES = {name: load_recipe(name) for name in ("coop", "lora", "linear_probe")}
 

@@ -17,8 +17,8 @@ import adaptclip as ac
 from adaptclip.cli.probe import probe
 from adaptclip.cli.report import report as report_command
 from adaptclip.errors import ArtifactError, CardError, DataError
+from adaptclip.predictions import Predictions
 from adaptclip.seals import write_sealed
-from adaptclip.types import Predictions
 
 recipe = load_recipe("linear_probe")
 EFFECT, SPECIES_PER_GENUS = 0.4, 5

@@ -18,7 +18,7 @@ from recipe_files import load_recipe
 
 import adaptclip as ac
 from adaptclip.errors import DataError
-from adaptclip.storage import read_tensors
+from adaptclip.files import read_tensors
 
 NUM_CLASSES, NUM_PICTURES = 12, 20
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import adaptclip as ac
 from adaptclip.errors import AdaptclipError, ConfigError
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 recipe = load_recipe("tip_adapter")
 

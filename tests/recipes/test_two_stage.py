@@ -20,11 +20,11 @@ from tiny_clip import write_tiny_checkpoint
 
 import adaptclip as ac
 from adaptclip.errors import AdaptclipError
+from adaptclip.files import read_tensors
 from adaptclip.methods import LoRA
-from adaptclip.storage import read_tensors
+from adaptclip.predictions import Predictions
 from adaptclip.training.pixels import PixelLoader
 from adaptclip.training.steps import FeatureLoader
-from adaptclip.types import Predictions
 
 TEST_IMAGES = 60
 

@@ -15,15 +15,15 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from adaptclip.evaluation.comparisons import sign_test
-from adaptclip.evaluation.confidence import conformal_sets
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.calibration import log_loss_values
 from adaptclip.metrics.estimates import variance
 from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.intervals import exact_bound, wilson
 from adaptclip.metrics.judged import Judged, Sampling
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.confidence import conformal_sets
+from adaptclip.reports.measuring import sign_test
 
 
 class Answers(ClassifierMixin, BaseEstimator):

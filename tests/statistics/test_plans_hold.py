@@ -9,7 +9,7 @@ from scipy.stats import binom
 from worlds import World
 
 from adaptclip.gate_rules import GateRule
-from adaptclip.gates.planning import Assumed, plan
+from adaptclip.gates.sample_size import Assumed, plan
 from adaptclip.metrics.metric import Drawing
 
 REPEATS = 250

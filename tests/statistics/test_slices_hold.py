@@ -11,8 +11,8 @@ import pytest
 from scipy.stats import binom
 
 from adaptclip.metrics.gaps import holm
+from adaptclip.predictions import Predictions
 from adaptclip.reports.slices import slice_report
-from adaptclip.types import Predictions
 
 CLASSES = 3
 SITES, SEXES, DEVICES = 4, 2, 3

@@ -15,7 +15,7 @@ import pytest
 
 import adaptclip as ac
 from adaptclip.errors import ArtifactError, DataError
-from adaptclip.search import encode_texts, load_encoder, open_index
+from adaptclip.retrieval import encode_texts, load_encoder, open_index
 
 EARLY = Path(__file__).parent / "early"
 EXPECTED = json.loads((EARLY / "expected.json").read_text())

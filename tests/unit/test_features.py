@@ -16,12 +16,12 @@ from tiny_clip import make_tiny_backbone
 from torch import nn
 
 from adaptclip import features as features_module
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.data.transforms import Augment, train_augment
 from adaptclip.errors import BackboneError, ConfigError, DataError, StorageError
 from adaptclip.features import FeatureCache
-from adaptclip.storage import digest
+from adaptclip.files import digest
 
 SIDE, WIDTH = 8, 6
 

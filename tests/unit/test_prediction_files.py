@@ -8,8 +8,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from adaptclip.errors import DataError, StorageError
-from adaptclip.reports.summary import build_report
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.full import build_report
 
 
 def write(path, text):

@@ -11,6 +11,7 @@ import pytest
 from made_artifacts import changed, leaves
 
 from adaptclip.errors import StorageError
+from adaptclip.files import digest
 from adaptclip.seals import (
     SEAL,
     check_bundle,
@@ -24,7 +25,6 @@ from adaptclip.seals import (
     sha256_of,
     write_sealed,
 )
-from adaptclip.storage import digest
 
 
 @pytest.fixture

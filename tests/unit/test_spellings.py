@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from adaptclip.data.divisions import division
-from adaptclip.spellings import blanks_apart, numbers_twice, plain, several_spellings, spelt
+from adaptclip.data.checks import division
+from adaptclip.words import blanks_apart, numbers_twice, plain, several_spellings, spelt
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from adaptclip.errors import DataError, StorageError
+from adaptclip.files import write_parquet
+from adaptclip.gate_rules import GateRule
 from adaptclip.metrics import GENERAL_METRICS
-from adaptclip.storage import write_parquet
-from adaptclip.types import Batch, Features, GateRule, Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.types import Batch, Features
 
 
 def predictions(**fields: Any) -> Predictions:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import write_tiny_checkpoint
 
 from adaptclip.artifact import load
-from adaptclip.backbone import load_backbone
+from adaptclip.clip import load_backbone
 from adaptclip.errors import AdaptclipError, ArtifactError, BackboneError
 
 WEIGHTS = "open_clip_model.safetensors"

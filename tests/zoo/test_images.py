@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adaptclip.data.decode import decode_image
 from adaptclip.data.image_files import find_images, list_images
+from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError, ResourceError
 
 cv2 = pytest.importorskip("cv2")

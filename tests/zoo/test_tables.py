@@ -16,7 +16,7 @@ import pytest
 from zoo.making import picture, put, run, tree
 
 from adaptclip.data.card import load_card, parse_card
-from adaptclip.data.rows import RawRows
+from adaptclip.data.readers import RawRows
 from adaptclip.data.scaffold import new_card
 from adaptclip.data.sources import READERS, open_data
 from adaptclip.errors import AdaptclipError, DataError, SplitError
@@ -505,7 +505,7 @@ def test_what_is_like_a_group_or_a_label_is_only_listed(tmp_path, capsys, kind, 
 
 
 def test_ages_in_years_of_many_images_are_numbers_and_no_clusters():
-    from adaptclip.data.unused import is_like_a_cluster
+    from adaptclip.data.columns import is_like_a_cluster
 
     labels = [i % 2 for i in range(600)]
     assert not is_like_a_cluster("age", [str(20 + i * 7 % 20) for i in range(600)], labels)

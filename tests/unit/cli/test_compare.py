@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adaptclip.cli import main
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 
 def save(path, right):

@@ -15,7 +15,7 @@ import pytest
 from adaptclip.artifact import load
 from adaptclip.cli.gate import gate
 from adaptclip.errors import ArtifactError, DataError, GateError
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 AT_LEAST_80 = "gates:\n  - {metric: accuracy, at_least: 0.8}\n"
 

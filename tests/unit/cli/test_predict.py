@@ -17,10 +17,10 @@ import torch
 from made_artifacts import save
 from PIL import Image
 
-from adaptclip.adapted_model import Unreadable
 from adaptclip.artifact import load
-from adaptclip.backbone import load_backbone
+from adaptclip.artifact.adapted_model import Unreadable
 from adaptclip.cli import main
+from adaptclip.clip import load_backbone
 from adaptclip.data.card import load_card
 from adaptclip.data.sources import open_data
 from adaptclip.errors import DataError, ResourceError

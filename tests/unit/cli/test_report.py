@@ -15,12 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from adaptclip.cli.compare import compare
-from adaptclip.cli.gate import gate
+from adaptclip.cli.gate import compare, gate
 from adaptclip.cli.report import report
 from adaptclip.errors import AdaptclipError, ConfigError, GateError, StorageError
+from adaptclip.predictions import Predictions
 from adaptclip.seals import describe_files, write_sealed
-from adaptclip.types import Predictions
 
 
 @pytest.fixture

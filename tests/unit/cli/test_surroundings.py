@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import adaptclip
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 PLAIN = {"LC_ALL": "C.UTF-8", "TZ": "UTC", "COLUMNS": "300"}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from adaptclip.data.balance import balanced_order, effective_number_weights, inverse_frequency
+from adaptclip.training.mitigation import balanced_order, effective_number_weights, inverse_frequency
 
 SIZES = {0: 3, 1: 40, 2: 17, -1: 5}
 

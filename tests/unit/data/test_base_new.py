@@ -7,10 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from adaptclip.data.base_new import base_and_new, harmonic_mean, select_classes
 from adaptclip.data.card import parse_card
 from adaptclip.data.dataset import DomainData, ImageDataset, MemoryStore
-from adaptclip.data.fewshot import sample_few_shot
+from adaptclip.data.shots import base_and_new, harmonic_mean, sample_few_shot, select_classes
 from adaptclip.errors import SplitError
 
 ALIASES = "aliases: {class 1: first alias, class 4: last alias}"

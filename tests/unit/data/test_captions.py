@@ -13,7 +13,7 @@ from PIL import Image
 
 from adaptclip.data.captions import CaptionLoader, CaptionTokens, caption_values
 from adaptclip.data.card import parse_card
-from adaptclip.data.fewshot import sample_few_shot
+from adaptclip.data.shots import sample_few_shot
 from adaptclip.data.sources import open_data
 from adaptclip.errors import CardError, DataError, SplitError
 from adaptclip.types import Batch

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from adaptclip.data import read_image
-from adaptclip.data.decode import decode_image
+from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError
 
 

@@ -265,7 +265,7 @@ def test_real_clip_features_come_with_the_package():
 
 
 def test_an_artifact_of_features_loads_and_predicts_by_itself(tmp_path):
-    from adaptclip.reports.summary import build_report
+    from adaptclip.reports.full import build_report
 
     data = ac.open_data(write(tmp_path, world(), logit_scale=20.0))
     clip = ac.clip_of(data)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adaptclip.data.card import parse_card
 from adaptclip.data.dataset import DomainData, ImageDataset, MemoryStore
-from adaptclip.data.fewshot import FewShotSplit, sample_few_shot
+from adaptclip.data.shots import FewShotSplit, sample_few_shot
 from adaptclip.errors import SplitError, StorageError
 
 CARD = parse_card("---\nadaptclip:\n  source: {kind: embedded, name: digits}\n---\n", name="toy")

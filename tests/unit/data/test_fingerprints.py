@@ -23,7 +23,7 @@ from adaptclip.data.fingerprints import (
     similar_pairs,
 )
 from adaptclip.errors import DataError
-from adaptclip.storage import read_parquet, write_parquet
+from adaptclip.files import read_parquet, write_parquet
 
 
 @pytest.fixture(autouse=True)

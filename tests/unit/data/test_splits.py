@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptclip.data.card_block import Splits
-from adaptclip.data.splits import UNUSED, drawn_parts, named_parts, units
+from adaptclip.data.sources import UNUSED, drawn_parts, named_parts, units
 from adaptclip.errors import SplitError
 
 

@@ -5,11 +5,17 @@ from collections import Counter
 
 import pytest
 
-from adaptclip.data.base_new import base_and_new
 from adaptclip.data.card import load_card
-from adaptclip.data.fewshot import FewShotSplit, sample_few_shot
+from adaptclip.data.shots import (
+    FewShotSplit,
+    base_and_new,
+    class_order,
+    imbalanced_shots,
+    missing_classes,
+    sample_few_shot,
+    without_classes,
+)
 from adaptclip.data.sources import open_data
-from adaptclip.data.uneven_shots import class_order, imbalanced_shots, missing_classes, without_classes
 from adaptclip.errors import SplitError
 
 

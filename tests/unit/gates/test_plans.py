@@ -13,7 +13,7 @@ from scipy.stats import beta, binom, chi2, norm, t
 
 from adaptclip.errors import GateError
 from adaptclip.gate_rules import GateRule
-from adaptclip.gates.planning import Assumed, Planned, plan
+from adaptclip.gates.sample_size import Assumed, Planned, plan
 from adaptclip.metrics.intervals import tango_bound
 
 Z = norm.isf(0.05)

@@ -14,15 +14,13 @@ import pytest
 
 from adaptclip.errors import GateError
 from adaptclip.gate_rules import Expected, GateRule, Outcome
-from adaptclip.gates.belonging import gates_digest, images_digest
 from adaptclip.gates.doubts import asks_little, doubts_of_expected
-from adaptclip.gates.fitting import check_rules
-from adaptclip.gates.junit import to_junit
-from adaptclip.gates.ledger import Judged, note_judgement
-from adaptclip.gates.verdicts import Verdict
+from adaptclip.gates.loading import check_rules
+from adaptclip.gates.verdicts import Judged, Verdict, gates_digest, images_digest, note_judgement
+from adaptclip.gates.wording import to_junit
 from adaptclip.metrics.metric import Metric
 from adaptclip.outputs import LEDGER
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 LEVELS = {"kind": ("bad", "bad", "good", "good")}
 SHE: Any = {"metric": "sensitivity", "at_least": 0.5}

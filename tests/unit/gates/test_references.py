@@ -8,7 +8,7 @@ import pytest
 
 from adaptclip.errors import GateError
 from adaptclip.gate_rules import GateRule
-from adaptclip.gates.references import load_references
+from adaptclip.gates.loading import load_references
 
 
 def table(path, answers=("0", "1")):

@@ -17,7 +17,7 @@ from adaptclip.gates.verdicts import Verdict, exit_code, overall_verdict
 from adaptclip.gates.wording import more_words, shown
 from adaptclip.metrics.intervals import PairedSpread
 from adaptclip.metrics.metric import Support
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
 
 
 def answers(right, sites=None, **fields) -> Any:

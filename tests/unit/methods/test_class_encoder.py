@@ -11,8 +11,7 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.errors import BackboneError, ConfigError
-from adaptclip.methods.class_encoder import ClassEncoder
-from adaptclip.methods.sharding import encode_within_budget, split_by_cost
+from adaptclip.methods.class_encoder import ClassEncoder, encode_within_budget, split_by_cost
 
 # Not sorted by length, and one twice.
 NAMES = ("northern hairy-nosed wombat", "dog", "lily of the valley", "cat", "dog", "Größe 42", "a red fox")

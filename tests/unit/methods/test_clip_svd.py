@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, ConfigError, DataError
 from adaptclip.methods import ZeroShotClassifier
-from adaptclip.methods.applicability import methods_for
 from adaptclip.methods.clip_svd import ClipSVD, decompose
+from adaptclip.methods.registry import methods_for
 from adaptclip.training.optim import build_optimizer
 from adaptclip.types import Batch
 

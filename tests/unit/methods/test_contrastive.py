@@ -15,8 +15,8 @@ from tiny_clip import make_tiny_backbone
 from torch import nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import load_backbone
-from adaptclip.backbone.saving import open_clip_config, save_open_clip, with_weights
+from adaptclip.clip import load_backbone
+from adaptclip.clip.saving import open_clip_config, save_open_clip, with_weights
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError, StorageError
 from adaptclip.methods.contrastive import (
     ContrastiveTuning,

@@ -13,7 +13,7 @@ import torch
 from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
 from adaptclip.errors import AdaptclipError, ArtifactError, ConfigError, DataError
 from adaptclip.methods import CoOp
 from adaptclip.methods.registry import methods

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_clip import make_tiny_backbone
 
-from adaptclip.methods.earlier import complete_settings
+from adaptclip.artifact.checks import complete_settings
 from adaptclip.methods.registry import methods
 
 NAMES = ("rose", "dog", "handwritten digit")

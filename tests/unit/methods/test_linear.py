@@ -21,11 +21,13 @@ from adaptclip.methods.linear_fits import (
     epoch_rate,
     fit_from_text,
     fit_logistic,
+    fit_lp_plus_plus,
+    initial_weights,
     search_exponent,
     start_norm_of,
+    step_sizes,
     zero_shot_confidence,
 )
-from adaptclip.methods.lp_plus_plus import fit_lp_plus_plus, initial_weights, step_sizes
 from adaptclip.methods.registry import methods
 from adaptclip.training.optim import epoch_cosine_lr
 from adaptclip.types import Batch, Features

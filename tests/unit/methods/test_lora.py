@@ -15,12 +15,11 @@ from tiny_clip import make_tiny_backbone, tiny_config
 from torch.nn import functional as F
 
 import adaptclip as ac
-from adaptclip.backbone import ClipBackbone
-from adaptclip.backbone.attention import share_weights, split_attention
-from adaptclip.backbone.lora_targets import find_targets
+from adaptclip.clip import ClipBackbone
+from adaptclip.clip.attention import share_weights, split_attention
+from adaptclip.clip.lora_targets import find_targets
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError
-from adaptclip.methods.lora import LoRA
-from adaptclip.methods.lora_layers import inject_lora, lora_layers, lora_parameters, merge_lora, read_peft, save_peft
+from adaptclip.methods.lora import LoRA, inject_lora, lora_layers, lora_parameters, merge_lora, read_peft, save_peft
 from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.types import Batch
 

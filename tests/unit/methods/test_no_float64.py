@@ -12,9 +12,9 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.methods import GDA, CoCoOp, CoOp, LinearProbe, LoRA, SSText, TipAdapter, TwoStage
-from adaptclip.methods.objective import ClassBias
+from adaptclip.methods.base import ClassBias
 from adaptclip.methods.prompt_reading import read_prompt
-from adaptclip.training.group_dro import GroupDRO
+from adaptclip.training.mitigation import GroupDRO
 from adaptclip.types import Batch, Features
 
 NAMES = ("rose", "dog", "cat")

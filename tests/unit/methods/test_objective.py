@@ -15,11 +15,11 @@ from tiny_clip import make_tiny_backbone
 from torch import nn
 from torch.nn import functional as F
 
-from adaptclip.backbone import ClipBackbone
+from adaptclip.clip import ClipBackbone
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.methods import CoOp, LinearProbe, LoRA, TwoStage
+from adaptclip.methods.base import ClassBias, matching_bias
 from adaptclip.methods.linear_fits import cosine_gradient, fit_from_text, sigmoid_gradient
-from adaptclip.methods.objective import ClassBias, matching_bias
 from adaptclip.methods.registry import methods
 from adaptclip.training.criterion import Objective, parse_objective, sigmoid_losses
 from adaptclip.training.mitigation import Mitigation
@@ -196,7 +196,7 @@ def test_a_class_bias_starts_from_images_or_at_the_models_own(clip, siglip, monk
     bias.begin(features, weights, clip.logit_scale)
     logits = clip.logit_scale * features.values[0] @ weights.T
     torch.testing.assert_close(torch.sigmoid(logits + bias()).mean(0), torch.full((5,), 0.2), atol=1e-5, rtol=0)
-    monkeypatch.setattr("adaptclip.methods.objective._MOST_LOGITS", 80)  # two classes at a time
+    monkeypatch.setattr("adaptclip.methods.base._MOST_LOGITS", 80)  # two classes at a time
     chunked = ClassBias(clip, 5)
     chunked.begin(features, weights, clip.logit_scale)
     torch.testing.assert_close(chunked(), bias())

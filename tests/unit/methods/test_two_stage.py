@@ -14,15 +14,16 @@ from tiny_clip import make_tiny_backbone
 from torch.nn import functional as F
 
 from adaptclip.artifact import load, save_artifact
-from adaptclip.backbone import ClipBackbone
-from adaptclip.data.base_new import base_and_new
+from adaptclip.clip import ClipBackbone
 from adaptclip.data.card import load_card
+from adaptclip.data.shots import base_and_new
 from adaptclip.data.sources import open_data
 from adaptclip.errors import ArtifactError, ConfigError, DataError
+from adaptclip.files import read_tensors, write_tensors
 from adaptclip.methods import LoRA, TwoStage
-from adaptclip.reports.summary import build_report
-from adaptclip.storage import read_tensors, write_tensors
-from adaptclip.types import Batch, Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.full import build_report
+from adaptclip.types import Batch
 
 NAMES = ("red fox", "blue_whale", "daisy", "oak")
 TEMPLATES = ("a photo of a {}.", "a drawing of the {}.")

@@ -6,12 +6,11 @@ import pytest
 from scipy.stats import binom
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.grouping import align, group_rows
-from adaptclip.evaluation.measuring import judged as images_of
-from adaptclip.evaluation.measuring import measure
 from adaptclip.metrics import GENERAL_METRICS, METRICS
 from adaptclip.metrics.intervals import tango_bound, wilson
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.measuring import align, group_rows, measure
+from adaptclip.reports.measuring import judged as images_of
 
 
 def judged(labels, right, num_classes=8, *, confidence=0.9, groups=None, clusters=None, prefix="i"):

@@ -18,7 +18,6 @@ from fairlearn.metrics import (
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
-from adaptclip.evaluation.outcomes import threshold_for, two_sided
 from adaptclip.gate_rules import Outcome
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.calibration import brier_values
@@ -26,9 +25,10 @@ from adaptclip.metrics.estimates import variance
 from adaptclip.metrics.gaps import gap_test, holm
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.ranking import macro_auc
+from adaptclip.predictions import Predictions
 from adaptclip.reports.bias import group_table
-from adaptclip.reports.one_vs_rest import class_rates
-from adaptclip.types import Predictions
+from adaptclip.reports.measuring import threshold_for, two_sided
+from adaptclip.reports.outcomes import class_rates
 
 
 def random_predictions(seed, n=600, c=3, **fields):

@@ -21,15 +21,21 @@ from adaptclip.metrics import (
     Metric,
     find_metric,
 )
-from adaptclip.metrics.calibration import brier_values, confidence_bins, ece, log_loss_values
+from adaptclip.metrics.calibration import bootstrap_sums, brier_values, confidence_bins, ece, log_loss_values
 from adaptclip.metrics.estimates import Measurement, measured, variance
 from adaptclip.metrics.intervals import CalibrationSpread, ScaledSpread, wilson_bound
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.metric import Drawing, Support
 from adaptclip.metrics.ranking import macro_auc, mean_auc
-from adaptclip.metrics.rates import absent_words, classes_support, mean_of_classes, top_k, topk_correct
-from adaptclip.metrics.resampling import bootstrap_sums
-from adaptclip.metrics.taxonomy import ancestor_heights, least_severe
+from adaptclip.metrics.rates import (
+    absent_words,
+    ancestor_heights,
+    classes_support,
+    least_severe,
+    mean_of_classes,
+    top_k,
+    topk_correct,
+)
 from adaptclip.metrics.worst_decile import ApartSpread, WorstSpread, pick_worst
 
 
@@ -472,7 +478,7 @@ def test_sums_drawn_from_the_normal_distribution_have_the_strata_s_covariance(mo
     labels, values = np.repeat([0, 1], [6, 9]), rng.normal(size=15) + 1
     cell = np.arange(15) % 2
     sampling = Sampling.of(15, None, labels)
-    monkeypatch.setattr("adaptclip.metrics.resampling.NORMAL_UNITS", 14)
+    monkeypatch.setattr("adaptclip.metrics.calibration.NORMAL_UNITS", 14)
     [drawn] = bootstrap_sums([(values, cell, 2)], sampling, draws=20_000)
     expected = np.zeros((2, 2))
     for c in (0, 1):
@@ -480,7 +486,7 @@ def test_sums_drawn_from_the_normal_distribution_have_the_strata_s_covariance(mo
         expected += np.cov(table) * table.shape[1]
     assert np.cov(drawn.T) == pytest.approx(expected / 15**2, rel=0.04, abs=2e-4)
     assert drawn.mean(axis=0) == pytest.approx([values[cell == k].sum() / 15 for k in (0, 1)], abs=0.01)
-    monkeypatch.setattr("adaptclip.metrics.resampling.NORMAL_UNITS", 15)
+    monkeypatch.setattr("adaptclip.metrics.calibration.NORMAL_UNITS", 15)
     [plain] = bootstrap_sums([(values, cell, 2)], sampling, draws=4000)
     assert np.cov(plain.T) == pytest.approx(expected / 15**2, rel=0.1, abs=2e-3)
     assert len(np.unique(drawn[:, 0])) == 20_000

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
-from adaptclip.metrics.calibration import ECE_BINS, ece_parts
+from adaptclip.metrics.calibration import ECE_BINS, bootstrap_sums, ece_parts
 from adaptclip.metrics.judged import Judged, Sampling
-from adaptclip.metrics.resampling import bootstrap_sums
 
 
 def share(values):
@@ -71,7 +70,7 @@ def test_draws_are_deterministic_and_depend_on_the_seed_only():
 
 def test_large_samples_are_drawn_in_parts(monkeypatch):
     values = np.arange(100) % 7 == 0
-    monkeypatch.setattr("adaptclip.metrics.resampling._CHUNK", 3000)
+    monkeypatch.setattr("adaptclip.metrics.calibration._CHUNK", 3000)
     draws = drawn_means(fixed(np.repeat([0, 1], 50)), values, draws=1001, seed=0)
     assert draws.shape == (1001,)
     assert draws.mean() == pytest.approx(values.mean(), abs=0.01)
@@ -117,7 +116,7 @@ def test_many_units_are_drawn_from_the_normal_distribution_with_the_same_spread(
     rng = np.random.default_rng(0)
     values, cluster = rng.random(900) < 0.7, np.repeat(np.arange(300), 3)
     plain = drawn_means(Sampling.of(900, cluster), values, draws=4000)
-    monkeypatch.setattr("adaptclip.metrics.resampling.NORMAL_UNITS", 299)
+    monkeypatch.setattr("adaptclip.metrics.calibration.NORMAL_UNITS", 299)
     normal = drawn_means(Sampling.of(900, cluster), values, draws=4000)
     assert normal.std() == pytest.approx(plain.std(), rel=0.06)
     assert normal.mean() == pytest.approx(values.mean(), abs=0.002)

@@ -9,8 +9,8 @@ from sklearn.metrics import f1_score
 
 from adaptclip.errors import DataError
 from adaptclip.metrics.estimates import linearised, mean_of
-from adaptclip.metrics.f1 import macro_f1_parts
 from adaptclip.metrics.intervals import wilson
+from adaptclip.metrics.rates import macro_f1_parts
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.measuring import measure
-from adaptclip.evaluation.outcomes import coarsen
 from adaptclip.gate_rules import Outcome
-from adaptclip.metrics.taxonomy import ancestor_heights, least_severe
-from adaptclip.types import Predictions
+from adaptclip.metrics.rates import ancestor_heights, least_severe
+from adaptclip.predictions import Predictions
+from adaptclip.reports.measuring import coarsen, measure
 
 LEVELS = {
     "kingdom": ("a", "a", "a", "b", "b", "a"),

@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import binomtest
 
 from adaptclip.errors import DataError
+from adaptclip.predictions import Predictions
 from adaptclip.reports.bias import group_table
-from adaptclip.types import Predictions
 
 
 def judged(right_by_group, *, labels=None, num_classes=4):

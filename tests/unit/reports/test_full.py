@@ -11,13 +11,13 @@ import pytest
 from sklearn.metrics import confusion_matrix, f1_score, top_k_accuracy_score
 
 from adaptclip.errors import DataError
-from adaptclip.metrics.taxonomy import ancestor_heights
+from adaptclip.metrics.rates import ancestor_heights
+from adaptclip.predictions import Predictions
 from adaptclip.reports.calibration import calibration_report
 from adaptclip.reports.fine_grained import MAX_CONFUSIONS, example_ids, fine_grained_report
 from adaptclip.reports.full import full_report
 from adaptclip.reports.names import name_audit
 from adaptclip.reports.shift import base_new, class_changes, domain_shift
-from adaptclip.types import Predictions
 
 NAMES = ("ant", "bee", "cod", "doe", "elk", "fox", "gnu", "hen")
 LEVELS = {"kind": ("insect", "insect", "fish", "mammal", "mammal", "mammal", "mammal", "bird")}

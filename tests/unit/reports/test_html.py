@@ -12,13 +12,12 @@ import pytest
 from PIL import Image
 
 from adaptclip.gate_rules import Outcome
+from adaptclip.predictions import Predictions
 from adaptclip.reports.full import full_report
 from adaptclip.reports.headline import three_numbers, worries
-from adaptclip.reports.plots import confusion_matrix
+from adaptclip.reports.plots import SIDE, confusion_matrix, thumbnail, thumbnails
+from adaptclip.reports.probe import probe_report
 from adaptclip.reports.render import to_html, to_markdown
-from adaptclip.reports.text_probe import probe_report
-from adaptclip.reports.thumbnails import SIDE, thumbnail, thumbnails
-from adaptclip.types import Predictions
 
 HOSTILE = (
     "</script><script>alert(1)</script>",

@@ -20,19 +20,17 @@ from sklearn.metrics import (
 )
 
 from adaptclip.errors import DataError
-from adaptclip.evaluation.grouping import align
-from adaptclip.evaluation.measuring import judged
-from adaptclip.evaluation.outcomes import coarsen
-from adaptclip.evaluation.thresholds import Thresholds
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.several_labels import RATES
+from adaptclip.predictions import Predictions
 from adaptclip.reports.full import full_report
+from adaptclip.reports.measuring import align, coarsen, judged
 from adaptclip.reports.multi_label import how_chosen, multi_label_report, summary
 from adaptclip.reports.render import to_html, to_markdown
-from adaptclip.types import Predictions
+from adaptclip.training.thresholds import Thresholds
 
 NAMES = ("ant", "bee", "cod", "doe")
 

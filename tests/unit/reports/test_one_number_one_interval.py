@@ -13,8 +13,8 @@ import pytest
 
 from adaptclip.gate_rules import GateRule, Outcome
 from adaptclip.gates import check_gates
+from adaptclip.predictions import Predictions
 from adaptclip.reports.full import full_report
-from adaptclip.types import Predictions
 
 ALIASES = {"tpr": "sensitivity"}
 PARTS = ("model", "zero_shot", "change")

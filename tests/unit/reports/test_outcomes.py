@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaptclip.evaluation.measuring import sampling_of
-from adaptclip.evaluation.outcomes import two_sided, with_thresholds
 from adaptclip.gate_rules import GateRule, Outcome
 from adaptclip.gates import check_gates
+from adaptclip.predictions import Predictions
 from adaptclip.reports.full import full_report
+from adaptclip.reports.measuring import sampling_of, two_sided, with_thresholds
 from adaptclip.reports.render import to_markdown
-from adaptclip.types import Predictions
 
 CLASSES = ("melanoma", "nevus", "keratosis")
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaptclip.reports import calibration_sections
+from adaptclip.predictions import Predictions
+from adaptclip.reports import calibration as calibration_sections
 from adaptclip.reports.full import full_report
 from adaptclip.reports.plots import reliability
-from adaptclip.types import Predictions
 
 
 def bin_of(confidence: float, n: int) -> dict[str, Any]:

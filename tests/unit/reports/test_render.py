@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from adaptclip.predictions import Predictions
 from adaptclip.reports.blocks import MAX_SCREEN_ROWS
-from adaptclip.reports.full import full_report
+from adaptclip.reports.full import build_report, full_report
 from adaptclip.reports.headline import worries
 from adaptclip.reports.render import print_report, to_markdown
-from adaptclip.reports.summary import build_report
-from adaptclip.types import Predictions
 
 NASTY = "[bold]a|b\nc[/bold] <script>alert(1)</script> \x1b[31m*x*_y_`z`\\"
 

@@ -9,8 +9,8 @@ import pytest
 
 from adaptclip.errors import DataError
 from adaptclip.metrics import GENERAL_METRICS
-from adaptclip.reports.summary import build_report
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.full import build_report
 
 
 def predictions(seed=0, *, n=240, num_classes=6, skill=2.0, **fields: Any):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from adaptclip.errors import DataError
-from adaptclip.reports.text_probe import ndkl, probe_report
-from adaptclip.types import Predictions
+from adaptclip.predictions import Predictions
+from adaptclip.reports.probe import ndkl, probe_report
 
 
 def images(n=400):

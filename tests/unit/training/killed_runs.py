@@ -15,8 +15,7 @@ from torch.optim import SGD
 
 from adaptclip.seeding import seed_everything
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
-from adaptclip.training.group_dro import GroupDRO
-from adaptclip.training.mitigation import Mitigation
+from adaptclip.training.mitigation import GroupDRO, Mitigation
 from adaptclip.training.optim import build_scheduler
 from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
 from adaptclip.training.tracking import make_accelerator, start_run

@@ -14,8 +14,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from adaptclip.errors import StorageError, TrainingError
+from adaptclip.files import read_tensors
 from adaptclip.seeding import seed_everything
-from adaptclip.storage import read_tensors
 from adaptclip.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, step_of
 from adaptclip.training.tracking import make_accelerator
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptclip.training.group_dro import GroupDRO
+from adaptclip.training.mitigation import GroupDRO
 
 PLACE = torch.tensor([0, 1, 1, 2, 0, 1, 2, 2, 2, -1, -1, 1])
 COUNTS = np.array([2, 4, 4])

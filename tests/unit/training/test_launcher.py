@@ -21,13 +21,11 @@ from torch.nn import functional as F
 from adaptclip.errors import ConfigError
 from adaptclip.methods import CoCoOp, CoOp, LoRA, TipAdapter, TwoStage
 from adaptclip.seeding import seed_everything
-from adaptclip.training.launcher import settled
-from adaptclip.training.loop import train_by_steps
 from adaptclip.training.mitigation import Mitigation
 from adaptclip.training.optim import build_optimizer, build_scheduler
 from adaptclip.training.steps import FeatureLoader
-from adaptclip.training.support import Training
-from adaptclip.training.tracking import make_accelerator, start_run
+from adaptclip.training.support import Training, train_by_steps
+from adaptclip.training.tracking import make_accelerator, settled, start_run
 from adaptclip.types import Features
 
 PRECISION, STEPS = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from adaptclip.data.balance import balanced_order
 from adaptclip.data.dataset import ImageDataset, MemoryStore
 from adaptclip.errors import ConfigError, TrainingError
 from adaptclip.methods.linear_fits import epoch_rate, fit_from_text
 from adaptclip.seeding import generator as seeded
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
-from adaptclip.training.mitigation import build_mitigation, parse_mitigation
+from adaptclip.training.mitigation import balanced_order, build_mitigation, parse_mitigation
 from adaptclip.training.optim import build_scheduler
 from adaptclip.training.steps import FeatureLoader, StepPlan, backward_and_step, train_steps
 from adaptclip.training.tracking import make_accelerator

@@ -16,7 +16,7 @@ from PIL import Image
 
 import adaptclip as ac
 from adaptclip.errors import StorageError, TrainingError
-from adaptclip.storage import read_json, write_json
+from adaptclip.files import read_json, write_json
 from adaptclip.training import run_folder
 from adaptclip.training.run_folder import what_is_kept
 from adaptclip.training.tracking import make_accelerator, start_run

@@ -11,7 +11,7 @@ from accelerate.utils import LoggerType
 
 from adaptclip import __version__
 from adaptclip.errors import ConfigError, StorageError, TrainingError
-from adaptclip.storage import read_json, read_yaml
+from adaptclip.files import read_json, read_yaml
 from adaptclip.training import tracking
 from adaptclip.training.tracking import check_processes, make_accelerator, start_run
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptclip.storage import read_json, read_tensors
+from adaptclip.files import read_json, read_tensors
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 ROOT = Path(__file__).parents[3]

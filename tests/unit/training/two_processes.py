@@ -12,10 +12,9 @@ from torch.optim import SGD
 
 from adaptclip.errors import TrainingError
 from adaptclip.features import FeatureCache
-from adaptclip.storage import write_json, write_tensors
+from adaptclip.files import write_json, write_tensors
 from adaptclip.training.checkpoint import load_checkpoint, save_checkpoint
-from adaptclip.training.group_dro import GroupDRO
-from adaptclip.training.mitigation import Mitigation
+from adaptclip.training.mitigation import GroupDRO, Mitigation
 from adaptclip.training.optim import build_scheduler
 from adaptclip.training.steps import FeatureLoader, backward_and_step, is_due, train_steps
 from adaptclip.training.tracking import make_accelerator, start_run
