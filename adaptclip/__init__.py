@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adaptclip: adapt a pretrained CLIP to a custom domain and judge, with statistics, whether it may be released.
 
 The public names below are imported when they are first used, so that `import adaptclip` stays cheap.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a recipe or a command: settings from defaults, `--config` and flags, and one way to exit.
 
 The only file that imports tyro. What happens becomes an exit code and a readable message here.

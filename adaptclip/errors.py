@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every error adaptclip raises on purpose: what is wrong, what was got, what is allowed, how to mend it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A CLIP of which only features are known: image and text features that somebody computed elsewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image features of a frozen tower: computed once per image and view, kept on disk, shared by every run.
 
 On disk a cache is one folder per way of looking at an image (image weights, transform, window, view), and in it shards:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files written whole or not at all, one reader for YAML and JSON, the dialects of CSV, and digests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may be declared about a model before it is judged: outcomes of interest, and gates. Nothing here computes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one place that decides whether the network may be asked, so that a machine without one fails at once."""
 
 from __future__ import annotations

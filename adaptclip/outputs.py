@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an output may replace, and folders written whole or not at all.
 
 The rules, which every command, recipe and saving function shares:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the predictions of any model from CSV, TSV or Parquet; `types.Predictions.load` is its only caller.
 
 Columns, by name:

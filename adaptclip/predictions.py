@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row per judged image (`Predictions`): all that reports and gates see. Importing it needs no torch."""
 
 from __future__ import annotations

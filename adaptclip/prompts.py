@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Class names into prompts, and prompts into the weights of a zero-shot classifier."""
 
 from __future__ import annotations

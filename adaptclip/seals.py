@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that may be a stranger's: no file is followed out of them, and what they say of themselves has a digest.
 
     sealed JSON    an object whose key "digest" is the SHA-256 of everything else in it: a changed letter is seen

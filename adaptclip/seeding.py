@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeds. Every random choice has a generator of its own, so that adding one never shifts another."""
 
 from __future__ import annotations

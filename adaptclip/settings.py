@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings that the recipes share; each recipe's Config adds its own, and its paper's defaults."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one place where text goes to a terminal or into a table for a spreadsheet.
 
 Names of files and classes, words of cards and messages of other libraries come from strangers. On a terminal a control

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The values that travel between the modules, and the one legend of shapes.
 
 Legend of shapes, used in every docstring:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What names and values are taken for, however they are spelt: "Patient ID", "patientId"; "P003", "p003 "; "3", "3.0".
 
 Names only ever propose. What they propose is shown, and what follows from them is either recognised without doubt or

@@ -23,10 +23,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from adaptclip.config import parse, parse_command
 from recipe_files import ROOT, load_recipe
 
 from adaptclip.cli import COMMANDS, main
-from adaptclip.config import parse, parse_command
 from adaptclip.entrypoint import launch
 
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', re.M | re.S)

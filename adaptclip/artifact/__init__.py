@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The artifact: a folder that explains itself, and the model that is loaded from it.
 
     manifest.json          format version, method and its settings, backbone and its weights digest, class names,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `adaptclip.load` returns: an adapted CLIP that predicts images."""
 
 from __future__ import annotations

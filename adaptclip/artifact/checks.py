@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an artifact says of itself is read as a stranger's: kinds, digests, paths and sizes are checked first.
 
 Since format 2 the manifest is sealed (`adaptclip.seals`): its digest covers all of it, and so everything that decides

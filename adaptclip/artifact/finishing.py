@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of every recipe: judge the predictions, write the run folder, print the table, return the exit code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README.md of an artifact: a Hugging Face model card filled from the run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies between the pretrained model and the tuned one: both judged, and the points of the line between them.
 
 LoRA's scale (accuracy, worst group, new classes, calibration at each), WiSE-FT's share of the tuned weights (how good a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs (one method fitted to one draw of images, and judged once), and the folder in which processes share them.
 
 The folder holds a result per job and a lock while a process is at it. Every image is encoded once, by whichever process

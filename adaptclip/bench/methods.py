@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The methods that a run of the bench takes, their settings, and how one of them is fitted."""
 
 from __future__ import annotations

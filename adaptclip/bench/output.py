@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes what a grid of jobs found: rows, tables, curves, published numbers beside one's own, and one page."""
 
 from __future__ import annotations

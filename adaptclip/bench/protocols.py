@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocols: what is learnt from, and which images are judged among which classes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that take jobs off a list until none is left, and what is seen meanwhile."""
 
 from __future__ import annotations

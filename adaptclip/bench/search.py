@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Search for settings on the validation shots of a job, within a budget, with every trial written down."""
 
 from __future__ import annotations

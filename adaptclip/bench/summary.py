@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the results of jobs to tidy rows, and from rows to means with intervals over seeds and paired differences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of means and of paired differences, as Markdown and LaTeX, and what they advise in plain sentences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `adaptclip` command: one table of commands, one small file per command or group of commands."""
 
 from __future__ import annotations

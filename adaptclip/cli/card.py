@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip card`: data cards listed, checked and begun."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip export`: an artifact as something that other programs load."""
 
 from __future__ import annotations

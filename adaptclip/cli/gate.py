@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip gate`, `compare` and `plan`: verdicts, what a mitigation did to each group, images that gates need."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip inspect`: what a model is made of, and which methods apply to it."""
 
 from __future__ import annotations

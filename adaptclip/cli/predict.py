@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip predict`: labels and probabilities of images, written row by row to the terminal or into a file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip probe`: what extra words and text queries do to the groups of an image set."""
 
 from __future__ import annotations

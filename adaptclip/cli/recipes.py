@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip recipes`: the recipes that come with the package, listed and copied to where they can be changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip report`: numbers with intervals from saved predictions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip embed` and `adaptclip search`: images found by words or by an image."""
 
 from __future__ import annotations

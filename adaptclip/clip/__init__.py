@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained CLIP models, frozen, behind one interface whatever architecture they have."""
 
 from __future__ import annotations

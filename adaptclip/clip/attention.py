@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention blocks of CLIP's towers: taken apart for LoRA, and the last one computed for the class token alone.
 
 `nn.MultiheadAttention` keeps its query, key and value projections in one tensor and applies them inside one function:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is checked of a model's files before anything is built from them: they may come from anywhere.
 
 A configuration must not make the loader read outside of its folder, run code, ask the hub under another name, or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns every open_clip spelling of a model into that model with its weights, or into one clear error.
 
 open_clip resizes position embeddings without a word where a checkpoint has more or fewer than its model, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which layers of a model an adapter is put on: towers, projections and blocks by name, whatever the architecture.
 
 One table for all kinds of tower. A layer's kind is read off the last parts of its dotted name:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Projections of the same tokens by several frozen Linear layers with low-rank branches, computed together.
 
 A layer that PEFT adapted computes `W x + b + s B A drop(x)` by itself (Hu et al. 2021, arXiv:2106.09685, section 4.1).

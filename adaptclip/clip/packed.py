@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over packed tokens: a prefix that all sequences share, and one short suffix per sequence.
 
 Tokens lie in one list without padding: first those of the prefix (where its keys and values are not known yet), then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tuned weights as a stock open_clip folder, which any open_clip program loads by `local-dir:FOLDER`."""
 
 from __future__ import annotations

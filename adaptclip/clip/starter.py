@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The starter: a small real CLIP that needs no download.
 
 Its image tower is EfficientNet-Lite0 (Tan, 2020) with ImageNet weights from the Python package

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Used only to train the starter: captions as a sentence encoder knows them, and a few words learnt from images."""
 
 from __future__ import annotations

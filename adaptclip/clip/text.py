@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text towers: embeddings in, pooled text feature out, by the plain path or by an exact path that shares the prefix.
 
 In a causal tower a token sees only itself and what stands before it. Prompts that differ only from some token on, such

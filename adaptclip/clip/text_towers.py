@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """open_clip's text towers: how a tokenizer lays out a prompt, and how each kind of tower reads it.
 
 Every tokenizer writes `start words end fill…`: CLIP's BPE `SOS words EOT 0…`, WordPiece `[CLS] words [SEP] [PAD]…`, T5

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captions: cells into texts, rows of one picture joined, and which caption an image shows in which epoch."""
 
 from __future__ import annotations

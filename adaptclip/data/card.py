@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data cards: a Hugging Face dataset card (YAML front matter and prose) with one validated `adaptclip:` block.
 
 The block says where the images are, which column means what, which words go into the prompt, which groups are reported

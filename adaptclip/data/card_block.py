@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the `adaptclip:` block of a data card may say: pydantic models that allow no unknown key.
 
 `check_declared` is the one place that compares declared names (outcomes, intersections, gates) with the groups, levels

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is looked for in a data set before anything is trained on it.
 
 Among it: columns that divide the images into training and test by their values, whatever the column is called, and

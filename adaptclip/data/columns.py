@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raw table columns turned into label ids, row ids, groups and taxonomy levels, and those that a card does not name.
 
 Which unnamed columns tell who or what images are of, and must not be in two parts: a column of persons or animals by

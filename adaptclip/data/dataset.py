@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images with their labels and attributes, decoded when they are asked for."""
 
 from __future__ import annotations

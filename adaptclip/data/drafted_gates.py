@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates that a new card proposes: what fits two classes or many, patients and groups, with what was counted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reader of features that were computed elsewhere: safetensors, .npz, or .npy files with a table beside them."""
 
 from __future__ import annotations

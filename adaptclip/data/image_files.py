@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which files of a folder are images: the one list of endings, and the one way to list a folder."""
 
 from __future__ import annotations

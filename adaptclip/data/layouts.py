@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a folder of images is laid out: which of its folders are splits, which are classes, and which are neither.
 
 Folders are taken for classes where they hold images. Those that hold only folders, look like splits or files' kinds, or

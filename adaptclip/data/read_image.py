@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From an encoded image to upright 8-bit RGB, with Pillow and numpy (and OpenCV for colour of more than 8 bits).
 
 This file needs nothing else, not even the package it lies in: an export carries a copy, so that whoever uses it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers of sources: encoded images by row, and columns of raw cells.
 
 Tables of image paths, folders of images, the sets that come with the package, and what the `datasets` library reads:

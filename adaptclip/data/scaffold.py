@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adaptclip card new`: looks at a folder of images or a table of image paths, and writes a card to fill in."""
 
 from __future__ import annotations

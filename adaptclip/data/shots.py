@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Few-shot splits: which images are learnt from, drawn by a named rule and written down as a manifest.
 
 Rules:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a data card to images in train, validation and test (`open_data`).
 
 Which image plays which part is as the source says, or drawn here without tearing apart what belongs together.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the columns of somebody's table mean: roles by name, and what a card should say of the rest."""
 
 from __future__ import annotations

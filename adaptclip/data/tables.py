@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables as people have them: CSV, TSV and JSONL, from spreadsheets of any country, pandas or R."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From an encoded image to RGB pixels, for training, evaluation and serving alike, and training augmentation.
 
 Augmentation is seeded per sample and works on uint8 pixels; the evaluation transform belongs to the checkpoint.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A brush, colours and a camera for drawn specimens.
 
 Coordinates are those of a specimen that points up: x to the right and y down, both about -1 to 1.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image sets that need no download: scikit-learn's handwritten digits and the procedural specimens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numerals drawn by pen strokes and in the fonts that come with matplotlib; only the starter learns from them.
 
 No picture of any data set is used, and nothing here is copied from one: the strokes were written down for this file.

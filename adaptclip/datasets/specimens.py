@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A procedural fine-grained collection: 25 invented species in 5 genera, two imaging sites, a planted site effect.
 
 There are five kinds of body, one per genus. Everything a species is told by is an argument of its genus's function, so

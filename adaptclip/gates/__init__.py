@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates: declared conditions for release, judged with statistics. Three verdicts, and only "pass" lets a model through.
 
 How a rule is judged:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What keeps a verdict from being a pass whatever the numbers say: absent groups, copied rows, wrong references.
 
 Copied rows stand in predictions more than once under different ids, so that the images are fewer than they seem.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates on the gap between the best and the worst group.
 
 - *Pass*: for every ordered pair of groups the one-sided upper bound of their difference at the rule's confidence is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judging any model's answers, without a card or a run: labels and probabilities in, a report and verdicts out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates from a YAML file, whether they fit the images they are about, and the runs they compare with by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many images (and clusters, such as patients) make a rule decide: before any are collected, and after some were.
 
 Both questions are one: what is the chance that the rule's bound lies beyond its limit when there are `factor` times as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What gates conclude, the exit code of it, what it belongs to, and the ledger in which every judgement is noted.
 
 A verdict belongs to the images that were judged and the gates they were judged by, each as a digest. A run's ledger,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reasons of a verdict in plain words, and verdicts as JUnit XML for continuous-integration services."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods: ways to fit a frozen CLIP to a domain, one file each, all behind the operations of `method.Method`.
 
 A class is found by its name in the files of this folder and imported when it is first used, so that a method costs what

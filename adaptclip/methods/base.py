@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The few lines that methods share: logits, biases, what logits are for, and what a trained method comes to.
 
 A trained method comes to an image tower with its weights settled and a fixed head on its features (`Head`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tip-Adapter: the training images themselves are kept as keys, and vote for their classes by similarity."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the methods share that compute on the whole support set at once: its checks, and the choice on validation."""
 
 from __future__ import annotations

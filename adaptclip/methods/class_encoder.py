@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text features of many classes whose prompts begin alike, within a memory budget and shared out over processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP-Adapter: a small bottleneck network on the image features, mixed with the features themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CLIP-SVD: of every weight matrix in the blocks of both towers, the singular values alone learn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear heads in closed form, from the features of the training images: GDA and SS-Text. Nothing is trained."""
 
 from __future__ import annotations

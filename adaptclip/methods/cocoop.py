@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoCoOp: the context words move with the image, by a small network on its features; CLIP stays frozen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Contrastive tuning: CLIP's own loss on pairs of images and texts; all of its weights or LoRA, one tower or both.
 
 The texts are captions of the images, or the prompts of their classes: then it is FLYP, "Finetune like you pretrain"

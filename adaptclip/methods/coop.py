@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CoOp: the context words of the prompt are learnt, CLIP stays frozen; with KgCoOp's regulariser as an option."""
 
 from __future__ import annotations

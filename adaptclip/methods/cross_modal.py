@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross-modal adaptation: the class names' text features are further training examples of a linear head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts in the blocks of both towers, for MaPLe and PromptSRC: learnt embeddings beside the tokens."""
 
 from __future__ import annotations

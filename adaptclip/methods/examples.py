@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What users hand to `fit` and `predict_proba`: images or features, and labels, as the data set that methods read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear heads on the frozen image features: a matrix of class weights, fitted in seconds from the cache."""
 
 from __future__ import annotations

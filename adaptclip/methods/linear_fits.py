@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fits of linear heads on cached features: logistic regression, gradient descent from the text features, LP++."""
 
 from __future__ import annotations

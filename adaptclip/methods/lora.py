@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA on the towers of a CLIP, by PEFT: CLIP-LoRA by default, any tower, projection, block, rank or DoRA.
 
 The model given is never changed: the layers go into a copy that shares its frozen weights.

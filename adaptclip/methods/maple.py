@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MaPLe: prompts in the blocks of both towers, those of the image tower made from those of the text tower."""
 
 from __future__ import annotations

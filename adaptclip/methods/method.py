@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base of every method: settings, learning, scikit-learn's conventions, and what a trained one comes to."""
 
 from __future__ import annotations

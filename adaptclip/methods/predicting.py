@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From an adapter and cached features to one row of probabilities per image, on one or several processes.
 
 Also the scores of extra words beside a classifier's own classes, for the text probe (`reports.probe`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ProLIP: the last matrix of the image tower learns, pulled to where it started."""
 
 from __future__ import annotations

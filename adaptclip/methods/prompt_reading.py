@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a learnt context says: the words of the vocabulary whose embeddings lie nearest to its vectors.
 
 CoOp's paper reads its prompts so (arXiv:2109.01134, sec. 4.4) and warns that the words explain little: a vector need

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PromptSRC: prompts in the blocks of both towers, held near what the frozen model says, averaged over the epochs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All methods by name: those of this folder and those that other packages bring, and which apply to a model.
 
 A package brings a method by an entry point of the group `adaptclip.methods` that names a subclass of `Method`:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TaskRes: a learnt residual added to the text features, with CLIP and its text features frozen."""
 
 from __future__ import annotations

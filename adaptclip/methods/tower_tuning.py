@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tuning a few of the towers' own numbers: the scales and shifts of their norms, or their biases (BitFit)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What methods share that change the towers themselves: they learn in a copy, which is frozen for evaluation."""
 
 from __future__ import annotations

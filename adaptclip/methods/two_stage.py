@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two stages: the towers are tuned first, then a linear head is trained on their features (2SFS)."""
 
 from __future__ import annotations

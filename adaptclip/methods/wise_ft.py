@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """WiSE-FT: the whole image tower and a head from the text fine-tuned, then averaged with where they started."""
 
 from __future__ import annotations

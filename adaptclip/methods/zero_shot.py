@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pretrained CLIP as it is: each class is the mean of its templates' text features."""
 
 from __future__ import annotations

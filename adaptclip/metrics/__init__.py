@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics, one object each, and the statistics under them. Nothing here knows of cards, runs or reports.
 
 A metric of your own is made with `Metric.of` (any function of true classes and probabilities) or `Metric` (with its own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether probabilities mean what they say: the calibration error (ECE) and proper scores.
 
 The calibration error is no smooth function of sums, so its interval comes from a bootstrap of whole units.

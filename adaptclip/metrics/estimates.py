@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A number with its uncertainty: one way from the influence of the images to an interval, for every metric.
 
 An image's *influence* is how much a number moves with that image's weight. The variance of the number is that of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences between groups against what noise alone would make of them.
 
 The largest of several groups' rates minus the smallest is never negative, so that equal groups show a gap too, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Confidence bounds of rates, of paired changes of rates, and of the calibration error.
 
 What is used where:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a metric sees: images with their classes, the probabilities given to them, and how the images were sampled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One object per metric: its words, its value, what each image does to it, what it needs, and its interval."""
 
 from __future__ import annotations

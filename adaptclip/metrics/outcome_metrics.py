@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an answer to a two-sided outcome is worth in use: predictive values, and the net benefit of acting on it.
 
 They depend on how frequent the positive side is. Where its prevalence in use was declared they follow from sensitivity

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The area under the ROC curve, alone and as a mean over classes, with each image's influence on it.
 
 The variance that follows from the influences is DeLong's (DeLong et al. 1988).

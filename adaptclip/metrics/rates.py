@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rates of decisions: accuracy, top-k, means over classes (F1 too), two-sided rates, severity by a taxonomy.
 
 A node of a taxonomy is its path from the root, so that two departments that both have a "red" have two nodes of that

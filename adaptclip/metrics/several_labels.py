@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Yes or no for each class: how well the classes of an image are named where it may have several, or none.
 
 Rates of one class are plain shares of images. Means over the classes (macro), over all pairs of image and class (micro)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mean accuracy of the worst tenth of the classes, with bounds that know that the classes were picked.
 
 Classes picked for a low accuracy look worse on the same images than they are. So the value is cross-fitted: picked on

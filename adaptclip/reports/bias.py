@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model does on each group of an attribute, with intervals, and how adaptation changed that; the section of it.
 
 Definitions and names are fairlearn's. Differences between groups are compared with what noise alone would give; see

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every report is made of: numbers with their intervals, and sections before they are Markdown, HTML or a screen.
 
 All text in here is plain: it is escaped where it is rendered, and nowhere else. Only the SVG of a figure is markup, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a model's confidence can be relied on: calibration, temperature, abstaining, sets of classes; its section."""
 
 from __future__ import annotations

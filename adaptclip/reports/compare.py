@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Before and after a mitigation: what became of each group, of the worst one and of the gap; was it levelled down?
 
 A smaller gap is no gain where the worst group lost too: the others were only brought down to it. So the verdict hangs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether probabilities mean what they say: proper scores, temperature, selective prediction, conformal sets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How well a model tells classes apart: top-k, confusions, levels of a taxonomy, severity of mistakes; its sections."""
 
 from __future__ import annotations

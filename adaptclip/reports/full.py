@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of a run: overall, per class and per group, each number with its n and an interval or a reason."""
 
 from __future__ import annotations

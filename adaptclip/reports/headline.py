@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a reader takes away in ten seconds: the verdict, three numbers, what to worry about."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of predictions with their uncertainty: alone, by group, paired with a baseline, of a coarser question.
 
 A coarser question is a taxonomy level or a two-sided outcome such as malignant or not. Probabilities of the classes

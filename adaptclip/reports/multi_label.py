@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report on a model that answers yes or no for each class: at its thresholds, and at any (AUC)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Name audit: what other class names and other templates make of zero-shot classification.
 
 CLIP knows everyday names far better than scientific ones (Parashar et al. 2023), so that a poor zero-shot result may

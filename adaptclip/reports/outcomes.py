@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two-sided questions, group by group: declared outcomes such as malignant or not, and each class against the rest.
 
 Names are fairlearn's.

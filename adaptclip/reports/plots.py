@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots as SVG that goes into a page, and thumbnails of judged images.
 
 A plot's letters are text, its colours the page's, and each run draws the same.

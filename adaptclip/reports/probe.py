@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What words do to groups: how often images are given an extra word, and whom a text query finds first.
 
 - *Association* (Radford et al. 2021, section 7.1): words that are no class of the task are put beside the classes; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report for people: its document, and that as Markdown, as a page for the run folder, and on a terminal.
 
 Names of classes, groups and attributes come from users. In Markdown and HTML they are escaped here, and only here; on

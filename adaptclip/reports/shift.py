@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What adaptation changed for the worse, and what another set of classes or images makes of a model."""
 
 from __future__ import annotations

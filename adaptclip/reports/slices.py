@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slices that nobody named: parts of the images in which a model errs, found on validation images for a test to judge.
 
 Looked at are the pairs of what is known of an image (its groups, its class), such as the images of one class at one

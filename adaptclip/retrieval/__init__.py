@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Search over images by text or image, exact, with a pretrained or an adapted CLIP."""
 
 from adaptclip.retrieval.encoding import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which model makes the vectors, and how images and texts become vectors."""
 
 from __future__ import annotations

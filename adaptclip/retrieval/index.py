@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An index: the vectors of images in a folder of their own, with the digest of the weights that made them.
 
 manifest.json          format version, model and digest of its weights, transform, number and width of the vectors, size

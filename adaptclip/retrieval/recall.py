@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Retrieval between images and captions: recall at k in both directions, with intervals."""
 
 from __future__ import annotations

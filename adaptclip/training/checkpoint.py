@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what a killed run needs to go on exactly where it was, in one safetensors file and nothing else.
 
 A checkpoint holds the adapter, the optimizer, the schedule, what a mitigation has learnt, the loss scaler and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is learnt to tell, and its loss: which one class it is (softmax), or yes or no for each class (sigmoid)."""
 
 from __future__ import annotations

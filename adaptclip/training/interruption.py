@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a loop saves between its steps and when it stops: by the clock, and when the process is asked to end.
 
 SLURM and cluster managers send SIGTERM before they take a machine back, Ctrl-C sends SIGINT. While a loop of a run goes

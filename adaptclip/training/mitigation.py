@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mitigation of differences between groups or classes while training: by sampling, by weights, by group DRO.
 
 One setting, the same in every recipe that learns by gradients:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers and learning-rate schedules of the published methods."""
 
 from __future__ import annotations

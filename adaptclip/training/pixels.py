@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of augmented pictures for methods that adapt the image tower."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder of a run on disk: who may write to it, what it was started with, and what a killed run left.
 
 run.json         adaptclip's version, number of processes, settings, digests of what the run is made from; says that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a visible training loop gets wrong easily: which images a step sees, and what one step does.
 
 The loop itself stays in the recipe:

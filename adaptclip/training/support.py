@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a method may see of a case, one stage of learning by steps ready for a loop, and the loop of `fit`.
 
 Named lengths of training: the paper's, or a short one for the embedded default (`Preset`).

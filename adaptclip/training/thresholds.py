@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probability from which a class is named, for each class by itself, chosen on validation images.
 
 Never choose it on images that are then judged: such a threshold flatters every rate.

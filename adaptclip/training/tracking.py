@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run: the processes it takes, its folder, the numbers of every logged step, and when to save.
 
 What `accelerate launch` and `accelerate config` ask for is honoured where a recipe's flag says nothing. Both reach a

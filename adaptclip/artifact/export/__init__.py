@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways out of the toolkit: an artifact as a folder that other programs load, checked against its own adapter."""
 
 from __future__ import annotations

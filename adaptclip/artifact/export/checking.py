@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An export is done only when what was written answers as the adapter it came from."""
 
 from __future__ import annotations

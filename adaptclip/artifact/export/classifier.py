@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`classifier`: the image tower and a fixed head, for whoever has open_clip and safetensors."""
 
 from __future__ import annotations

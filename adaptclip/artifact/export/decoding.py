@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An export carries the decoding that its model was trained with, and decodes every kind of image as the model does."""
 
 from __future__ import annotations

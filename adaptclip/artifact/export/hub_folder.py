@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`hf`: a folder ready for upload to a model hub, and the README.md of every export."""
 
 from __future__ import annotations

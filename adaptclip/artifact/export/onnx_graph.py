@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`onnx`: image tower and head as one graph that needs neither torch nor open_clip."""
 
 from __future__ import annotations

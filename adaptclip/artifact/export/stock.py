@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`open_clip`: the adapted model as a stock checkpoint, with the update merged into its weights.
 
 Every export starts from what an adapter comes to once it is trained: an image tower whose weights are settled, and a
