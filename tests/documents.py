@@ -23,11 +23,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from adaptclip.config import parse, parse_command
 from recipe_files import ROOT, load_recipe
 
 from adaptclip.cli import COMMANDS, main
-from adaptclip.entrypoint import launch
+from adaptclip.entrypoint import launch, parse, parse_command
 
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', re.M | re.S)
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
