@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adaptclip.data.dataset import FeatureRows, ImageDataset
 from adaptclip.data.read_image import DECODING
@@ -33,6 +32,7 @@ from adaptclip.data.transforms import Augment, train_augment
 from adaptclip.errors import BackboneError, ConfigError, StorageError
 from adaptclip.feature_clip import FeatureClip
 from adaptclip.files import check_is_file, digest, parse_json, write_bytes, write_json
+from adaptclip.progress import Bar, progress_bar
 from adaptclip.seeding import derive_seed
 from adaptclip.types import Features
 
@@ -235,7 +235,7 @@ def _encode_missing(
     total = sum(len(block) for share in shares for block in share)
     with (
         ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool,
-        tqdm(total=total, desc="encoding images", unit="image", disable=None if total and rank == 0 else True) as bar,
+        progress_bar(total=total, desc="encoding images", unit="image", show=total > 0 and rank == 0) as bar,
     ):
         for job, share in zip(jobs, shares, strict=True):
             for block in share:
@@ -250,7 +250,7 @@ def _encode_missing(
             _take_from_others(job, [content for block in share for content in block])
 
 
-def _encode(backbone: ClipBackbone, batches: Iterator[Tensor], bar: tqdm) -> Tensor:
+def _encode(backbone: ClipBackbone, batches: Iterator[Tensor], bar: Bar) -> Tensor:
     """Returns the features (rows, D) of batches (B, 3, H, W), float32 on the CPU."""
     encoded = []
     for images in batches:

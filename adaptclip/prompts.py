@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from adaptclip.errors import ConfigError, DataError
+from adaptclip.progress import progress_bar
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -110,6 +110,6 @@ def zero_shot_weights(
         return known(class_names)
     prompts = [prompt for per_class in fill(templates, class_names) for prompt in per_class]
     tokens = backbone.tokenize(prompts)
-    chunks = tqdm(tokens.split(batch_size), desc="Encoding prompts", unit="batch", disable=None, leave=False, delay=2)
+    chunks = progress_bar(tokens.split(batch_size), desc="Encoding prompts", unit="batch", leave=False, delay=2)
     features = torch.cat([backbone.encode_text(chunk) for chunk in chunks])
     return F.normalize(features.reshape(len(class_names), len(templates), -1).mean(dim=1), dim=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -49,6 +50,19 @@ def encodable(text: str, stream: Any) -> str:
     """Returns text with what the stream's encoding does not have as escapes, so that printing never ends a run."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Says whether a stream is a terminal that can show a bar; some that batch systems make are 0 columns wide."""
+    try:
+        if not stream.isatty():
+            return False
+    except (AttributeError, ValueError):  # no stream, or a closed one
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):  # it says that it is one, and not how wide it is
+        return True
 
 
 def guard_messages() -> None:

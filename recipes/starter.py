@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
 import adaptclip as ac
 from adaptclip.bench.interpolation import Yardstick, interval_words
@@ -47,6 +46,7 @@ from adaptclip.files import digest, write_json
 from adaptclip.methods.contrastive import caption_tokens
 from adaptclip.metrics.intervals import wilson
 from adaptclip.outputs import check_cache
+from adaptclip.progress import progress_bar
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.reports.blocks import number
 from adaptclip.reports.measuring import measure
@@ -338,7 +338,7 @@ def learn_numerals(cfg: Config, student: Student, backbone: ClipBackbone, words:
     features, labels = {}, {name: torch.arange(amount) % 10 for name, amount in amounts.items()}
     for name, amount in amounts.items():
         rng, pictures = numpy_generator(cfg.seed, "numerals", name), []
-        for i in tqdm(range(amount), desc=f"drawing numerals, {name}", disable=None, leave=False):
+        for i in progress_bar(range(amount), desc=f"drawing numerals, {name}", leave=False):
             buffer = io.BytesIO()
             draw_numeral(i % 10, rng).picture.save(buffer, "PNG")
             pictures.append(buffer.getvalue())

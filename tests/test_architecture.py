@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    "errors", "terminal", "files", "seals", "outputs", "seeding", "metrics", "gate_rules", "words",
-    "prediction_files", "predictions", "types", "settings", "hub", "feature_clip", "datasets", "data",
+    "errors", "terminal", "progress", "files", "seals", "outputs", "seeding", "metrics", "gate_rules",
+    "words", "prediction_files", "predictions", "types", "settings", "hub", "feature_clip", "datasets", "data",
     "clip", "prompts", "features", "training", "methods", "reports", "gates", "artifact", "retrieval", "bench",
     "entrypoint", "cli",
 )  # fmt: skip

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError, ResourceError
 from adaptclip.feature_clip import as_features
 from adaptclip.methods.examples import encoded_image
+from adaptclip.progress import progress_bar
 from adaptclip.training.thresholds import Thresholds
 from adaptclip.types import Batch
 
@@ -117,14 +117,14 @@ class AdaptedModel:
         Args:
             images: paths, encoded bytes or PIL images.
             batch_size: images per forward pass.
-            progress: show a progress bar (never where standard error is not a terminal).
+            progress: show a progress bar, or lines where standard error is no terminal.
 
         Raises:
             DataError: naming the first image that cannot be read; `stream` goes on after it.
             ResourceError: memory or open files gave out.
         """
         predictions: list[Prediction] = []
-        with tqdm(total=len(images), unit="image", disable=None if progress else True, leave=False) as bar:
+        with progress_bar(total=len(images), desc="predicting", unit="image", show=progress, leave=False) as bar:
             for found in self.stream(images, batch_size=batch_size):
                 if isinstance(found, Unreadable):
                     raise DataError(found.reason)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from adaptclip.clip.saving import with_weights
 from adaptclip.data.shots import harmonic_mean
@@ -25,6 +24,7 @@ from adaptclip.methods.predicting import predict
 from adaptclip.methods.zero_shot import ZeroShotClassifier
 from adaptclip.metrics.calibration import ece
 from adaptclip.metrics.intervals import wilson
+from adaptclip.progress import progress_bar
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.reports.measuring import judged as judged_images
 from adaptclip.retrieval.recall import KS, encode_captions, retrieval
@@ -285,7 +285,7 @@ def wise_ft_curve(
         if len(own[0])
     }
     curve = []
-    for alpha in tqdm(alphas if yardsticks else (), desc="WiSE-FT", unit="model", disable=None, leave=False):
+    for alpha in progress_bar(alphas if yardsticks else (), desc="WiSE-FT", unit="model", leave=False):
         model = with_weights(backbone, interpolate(before, tuned, alpha))
         curve.append({"alpha": alpha, **{name: measure(model) for name, measure in yardsticks.items()}})
     return curve

@@ -7,9 +7,11 @@ import contextlib
 import io
 import os
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from adaptclip.terminal import console
+from adaptclip.progress import duration, lines_to
+from adaptclip.terminal import console, is_terminal
 
 if TYPE_CHECKING:
     from adaptclip.bench.jobs import Board, Job
@@ -52,7 +55,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._look()
         self._told = len(self._known)
-        if self._show and self._console.is_terminal:
+        if self._show and is_terminal(self._console.file):
             self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=1)
             self._live.__enter__()
         elif self._show:
@@ -68,6 +71,11 @@ class Progress:
     def start(self, job: Job) -> None:
         """Says that this process has begun a job."""
         self._current = job
+
+    def lines(self, job: Job) -> AbstractContextManager[None]:
+        """Lets the steps of a job say their lines of progress, except through the table and in processes beside it."""
+        stream = sys.stderr if self._show and self._live is None else None
+        return lines_to(stream, f"[{self._told + 1}/{len(self._jobs)}] {job}: ")
 
     def update(self) -> None:
         """Looks for new results and, where there is no table, prints a line for each."""
@@ -175,16 +183,6 @@ class Progress:
         self._console.print(line, soft_wrap=True)
 
 
-def duration(seconds: float) -> str:
-    """Returns a time in words: 40 s, 12 min, 3 h 20 min."""
-    minutes = round(seconds / 60)
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 POLL_S = 0.3
 """How often a process that has nothing to do looks whether the others are done."""
 
@@ -255,7 +253,8 @@ def run_jobs(
             with board.claim(job.key) as mine:
                 if mine:
                     progress.start(job)
-                    _do(job, run, board)
+                    with progress.lines(job):
+                        _do(job, run, board)
                     worked = True
                 elif not board.is_settled(job.key):
                     taken.append(job)

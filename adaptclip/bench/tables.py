@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptclip.bench.protocols import HARMONIC_MEAN
-from adaptclip.bench.runner import duration
 from adaptclip.bench.summary import (
     ALL_CARDS,
     Cell,
@@ -23,6 +22,7 @@ from adaptclip.bench.summary import (
 )
 from adaptclip.methods.registry import named
 from adaptclip.metrics import METRICS
+from adaptclip.progress import duration
 
 METRIC_NAMES = {name: metric.words for name, metric in METRICS.items() if metric.is_general and metric.decides}
 """Metrics that tables can show, in words."""

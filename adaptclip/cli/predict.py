@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from adaptclip.errors import ConfigError, DataError, StorageError, shown
+from adaptclip.progress import progress_bar
 from adaptclip.terminal import console, encodable, json_line, safe_cell, say
 
 if TYPE_CHECKING:
@@ -186,8 +187,6 @@ def predict(
         raw_csv: leave text in CSV as it is; without, what a spreadsheet would run gets a ' before it.
         allow_failed_gates: use a model although one of its gates failed.
     """
-    from tqdm import tqdm
-
     from adaptclip.artifact import Unreadable, load
     from adaptclip.data.image_files import find_images
 
@@ -202,7 +201,7 @@ def predict(
     skipped = 0
     with (
         answers.start(["image", *["labels"] * several, *columns], headings),
-        tqdm(total=len(paths), unit="image", disable=None, leave=False) as bar,
+        progress_bar(total=len(paths), desc="predicting", unit="image", leave=False) as bar,
     ):
         for found in model.stream(paths, batch_size=batch_size):
             bar.update()

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from adaptclip.clip.loading import PRECISIONS, STARTER
 from adaptclip.clip.text import TextTower
 from adaptclip.data.dataset import DomainData, FeatureRows
 from adaptclip.errors import BackboneError, did_you_mean
 from adaptclip.feature_clip import FeatureClip
+from adaptclip.progress import progress_bar
 
 __all__ = [
     "ClipBackbone",
@@ -458,7 +458,7 @@ def _digest_of(module: nn.Module, state: Mapping[str, Tensor], *, settings: bool
 
     sha = hashlib.sha256(f"quick_gelu={any(isinstance(m, QuickGELU) for m in module.modules())}".encode())
     sha.update("".join(f" {setting}" for setting in _unusual(module) if settings).encode())
-    for key in tqdm(sorted(state), desc="Weights digest", disable=None, leave=False, delay=2):
+    for key in progress_bar(sorted(state), desc="Weights digest", leave=False, delay=2):
         tensor = state[key].detach().cpu().contiguous()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BackboneError(f"the weights are damaged: {key} has values that are not finite")

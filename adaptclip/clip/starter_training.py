@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adaptclip import seeding
 from adaptclip.errors import BackboneError, ConfigError, StorageError
 from adaptclip.files import digest, read_tensors, write_tensors
+from adaptclip.progress import progress_bar
 from adaptclip.seeding import numpy_generator
 
 _IMAGES, _TEMPLATES, _KEPT = 400, 4, 160
@@ -80,7 +80,7 @@ def learn_words(
     hook = weight.register_hook(lambda gradient: gradient * learns)
     optimizer = torch.optim.Adam([weight], lr=lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
-    for step in tqdm(range(steps), desc="words", disable=None, leave=False):
+    for step in progress_bar(range(steps), desc="words", leave=False):
         rng = numpy_generator(seed, "words", step)
         seen, read, held = (
             torch.from_numpy(rng.choice(total, min(total, number), replace=False)).to(weight.device)
@@ -128,7 +128,7 @@ def sentence_embeddings(texts: Sequence[str], cache: Path) -> Tensor:
         BackboneError: the package of its weights is not installed.
     """
     model, blocks = None, []
-    for start in tqdm(range(0, len(texts), _BLOCK), desc="sentence embeddings", disable=None, leave=False):
+    for start in progress_bar(range(0, len(texts), _BLOCK), desc="sentence embeddings", leave=False):
         block = list(texts[start : start + _BLOCK])
         path = cache / f"sentences-{digest(str(MAX_TOKENS), block)[:32]}.safetensors"
         try:
@@ -189,7 +189,7 @@ def caption_directions(
         return F.normalize(F.linear(inputs[rows], weight, bias), dim=-1)
 
     optimizer = torch.optim.AdamW([weight, bias, log_scale], lr=lr)
-    for _ in tqdm(range(steps), desc="caption teacher", disable=None, leave=False):
+    for _ in progress_bar(range(steps), desc="caption teacher", leave=False):
         rows = torch.randint(len(inputs), (batch_size,), generator=generator)
         found, own = log_scale.exp() * directions(rows), owner[rows]
         # Columns picked out of the first product would be cheaper, but their gradient adds up in no fixed order.

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from adaptclip.data.read_image import DECODING
 from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError, StorageError
 from adaptclip.files import digest, read_parquet, write_parquet
+from adaptclip.progress import progress_bar
 
 if TYPE_CHECKING:
     import imagehash
@@ -175,7 +175,7 @@ def _remembered(compute: Callable[[int], str], keys: Sequence[str], *, store: st
     known = _load(path) if path else {}
     missing = {key: row for row, key in enumerate(keys) if key not in known}
     todo, fresh = list(missing.items()), {}
-    bar = tqdm(total=len(todo), desc=title, unit="image", disable=None, leave=False)
+    bar = progress_bar(total=len(todo), desc=title, unit="image", leave=False)
     try:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, bar:
             # Block by block, as the pool finishes all it was given before Ctrl-C gets through.
@@ -229,7 +229,7 @@ def similar_pairs(first: Sequence[Picture], second: Sequence[Picture] | None = N
     rows_a, phash_a, dhash_a = _columns(first)
     rows_b, phash_b, dhash_b = (rows_a, phash_a, dhash_a) if second is None else _columns(second)
     step = max(1, _CHUNK // max(1, len(rows_b)))
-    for start in tqdm(range(0, len(rows_a), step), desc="comparing pictures", disable=None, leave=False):
+    for start in progress_bar(range(0, len(rows_a), step), desc="comparing pictures", leave=False):
         part = slice(start, start + step)
         near = np.bitwise_count(phash_a[part, None] ^ phash_b[None]) <= PHASH_RADIUS
         i, j = np.nonzero(near)

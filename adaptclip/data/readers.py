@@ -38,6 +38,7 @@ from adaptclip.datasets.embedded import EMBEDDED
 from adaptclip.errors import DataError, did_you_mean, shown
 from adaptclip.files import digest
 from adaptclip.hub import is_offline, require_hub
+from adaptclip.terminal import is_terminal
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -395,7 +396,7 @@ def _loading(what: str) -> Iterator[None]:
     """Words whatever `datasets` raises, and keeps its progress bars off where there is no terminal."""
     import datasets
 
-    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    quiet = not is_terminal(sys.stderr) and not datasets.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()
     try:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from adaptclip.datasets.drawing import SIZE, Brush, Palette, ellipse, mirrored, photograph, rgb, spoil
 from adaptclip.errors import DataError
+from adaptclip.progress import progress_bar
 from adaptclip.seeding import numpy_generator
 
 if TYPE_CHECKING:
@@ -435,4 +435,4 @@ def png(picture: Image.Image) -> bytes:
 
 def draw_all(specimens: list[Specimen], *, seed: int = 0) -> list[bytes]:
     """Draws specimens as PNG files, with a progress bar on a terminal."""
-    return [png(draw(s, seed=seed)) for s in tqdm(specimens, desc="drawing specimens", unit="image", disable=None)]
+    return [png(draw(s, seed=seed)) for s in progress_bar(specimens, desc="drawing specimens", unit="image")]

@@ -31,7 +31,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from adaptclip.errors import GateError, did_you_mean
 from adaptclip.gate_rules import ARGMAX, ZERO_SHOT, GateRule
@@ -57,6 +56,7 @@ from adaptclip.gates.verdicts import (
 )
 from adaptclip.gates.wording import excluded_words, family_reason, reason_of
 from adaptclip.metrics.gaps import gap_test
+from adaptclip.progress import progress_bar
 from adaptclip.reports.measuring import Question, align, ask, group_rows, judged
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def check_gates(
     of_rows = doubts_of_rows(predictions) if rules else []
     of_baseline = doubts_of_baseline(predictions, baseline, bound) if ZERO_SHOT in aligned else []
     images, gates, found = images_digest(predictions), gates_digest(rules), []
-    for rule in tqdm(rules, desc="gates", unit="rule", disable=None, leave=False):
+    for rule in progress_bar(rules, desc="gates", unit="rule", leave=False):
         name = compared[rule]
         verdict = _judge_rule(rule, predictions, None if name is None else aligned[name], draws, seed)
         doubts = [*of_rows, *doubts_of_expected(rule, predictions)]

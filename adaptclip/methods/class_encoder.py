@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from adaptclip.clip.packed import PrefixState
 from adaptclip.clip.text import TextTower, make_text_tower, shares_prefix
 from adaptclip.errors import ConfigError
+from adaptclip.progress import progress_bar
 from adaptclip.prompts import fill, zero_shot_weights
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def encode_within_budget(
         first_kept -= 1
         kept += costs_bytes[first_kept]
     if not torch.is_grad_enabled():
-        chunks = tqdm(range(len(costs_bytes)), desc="Encoding classes", disable=None, leave=False, delay=2)
+        chunks = progress_bar(range(len(costs_bytes)), desc="Encoding classes", leave=False, delay=2)
         return torch.cat([encode(i) for i in chunks])
     again = [
         checkpoint(encode, i, use_reentrant=False, preserve_rng_state=preserve_rng_state) for i in range(first_kept)

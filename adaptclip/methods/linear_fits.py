@@ -15,9 +15,9 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from tqdm import tqdm
 
 from adaptclip.errors import DataError, agree
+from adaptclip.progress import progress_bar
 from adaptclip.seeding import generator
 from adaptclip.training.criterion import sigmoid_losses
 from adaptclip.training.mitigation import balanced_order
@@ -131,7 +131,7 @@ def fit_lp_plus_plus(
     columns = torch.arange(len(labels), device=labels.device)
     judged = validation if reading == "code" and validation is not None and len(validation[1]) else None
     best, kept = -1, FittedLp(weight, alpha, bias, 0)
-    for epoch in tqdm(range(epochs), desc="fitting", unit="epoch", disable=None, leave=False, delay=2):
+    for epoch in progress_bar(range(epochs), desc="fitting", unit="epoch", leave=False, delay=2):
         error = torch.softmax(torch.addmm(alpha[:, None] * cosines + bias[:, None], weight, features.T), dim=0)
         error[labels, columns] -= 1
         slope = (error * cosines).sum(dim=1) / len(features)
@@ -454,7 +454,7 @@ def fit_from_text(
     rows = values.flatten(0, 1)
     strata = None if strata is None else strata.repeat(len(values))
     used = min(max(images // batch_size, 1) * batch_size, len(rows))
-    for epoch in tqdm(range(epochs), desc="fitting", unit="epoch", disable=None, leave=False, delay=2):
+    for epoch in progress_bar(range(epochs), desc="fitting", unit="epoch", leave=False, delay=2):
         rate = epoch_rate(epoch, epochs=epochs, lr=lr)
         if strata is None:
             order = torch.randperm(len(rows), generator=generator(seed, "order of the linear head", epoch))[:used]

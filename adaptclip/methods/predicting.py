@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from adaptclip.clip import ClipBackbone
 from adaptclip.errors import DataError
 from adaptclip.methods.base import check_features, objective_of
 from adaptclip.predictions import Predictions
+from adaptclip.progress import progress_bar
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch, Features
 
@@ -63,9 +63,8 @@ def predict(
     share = -(-num_images // world)
     rows = (torch.arange(share) + rank * share).clamp(max=num_images - 1)
     device = accelerator.device if accelerator else _device(adapter)
-    show = None if rank == 0 else True
     with evaluation_mode(adapter), torch.no_grad():
-        batches = tqdm(rows.split(batch_size), desc="predict", unit="batch", disable=show, leave=False)
+        batches = progress_bar(rows.split(batch_size), desc="predict", unit="batch", show=rank == 0, leave=False)
         logits = torch.cat([_logits(adapter, features, index, device) for index in batches])
     if accelerator is not None:
         logits = accelerator.gather(logits)

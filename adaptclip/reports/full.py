@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from adaptclip.errors import DataError, agree, did_you_mean
 from adaptclip.gate_rules import BETWEEN
@@ -15,6 +14,7 @@ from adaptclip.metrics import GENERAL_METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES
 from adaptclip.metrics.rates import absent_classes
+from adaptclip.progress import progress_bar
 from adaptclip.reports.bias import group_table
 from adaptclip.reports.blocks import comparison, number
 from adaptclip.reports.calibration import calibration_report
@@ -80,7 +80,7 @@ def build_report(
     overall = measure(predictions, base, metrics=shown, draws=draws, seed=seed)
     absent = absent_classes(predictions.labels, len(predictions.class_names))
     clusters = None if predictions.clusters is None else len(set(predictions.clusters))
-    progress = tqdm(attributes, desc="report", unit="attribute", disable=None, leave=False)
+    progress = progress_bar(attributes, desc="report", unit="attribute", leave=False)
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
     return {
         "format_version": FORMAT_VERSION,

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from adaptclip.errors import DataError, agree
 from adaptclip.methods.contrastive import encode_packed, packed_tower
 from adaptclip.metrics.estimates import mean_of
+from adaptclip.progress import progress_bar
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -119,7 +119,7 @@ def encode_captions(backbone: ClipBackbone, tokens: Tensor, *, batch_size: int =
     if tower is not None:
         order = tower.pooled_position(tokens).argsort(stable=True)
     parts = []
-    for rows in tqdm(order.split(batch_size), desc="encoding captions", unit="batch", disable=None, leave=False):
+    for rows in progress_bar(order.split(batch_size), desc="encoding captions", unit="batch", leave=False):
         own = tokens[rows]
         parts.append(F.normalize(encode_packed(tower, own).float(), dim=-1) if tower else backbone.encode_text(own))
     return torch.cat(parts)[order.argsort()].cpu()

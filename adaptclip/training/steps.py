@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from adaptclip.errors import ConfigError, TrainingError
+from adaptclip.progress import progress_bar
 from adaptclip.seeding import generator
 from adaptclip.training import interruption
 from adaptclip.training.mitigation import balanced_order
@@ -172,7 +172,7 @@ class FeatureLoader:
 def train_steps(
     loader: Loader[BatchT], num_steps: int, accelerator: Accelerator, start: int = 0, run: HasPace | None = None
 ) -> Iterator[tuple[int, BatchT]]:
-    """Yields the batches of optimizer steps `start` + 1 to `num_steps`, with a progress bar.
+    """Yields the batches of optimizer steps `start` + 1 to `num_steps`, with a progress bar or lines of progress.
 
     Args:
         loader: gives the batch of each micro-step.
@@ -191,15 +191,29 @@ def train_steps(
     # A loop that was left in the middle of a step must not shift the steps of the next one.
     accelerator.step = 0
     accumulate = accelerator.gradient_accumulation_steps
-    hidden = None if accelerator.is_main_process else True
+    shown = accelerator.is_main_process
+    _last_loss.clear()
     listening = nullcontext() if run is None else run.pace.listening()
-    with listening, tqdm(total=num_steps, initial=start, desc="training", unit="step", disable=hidden) as bar:
+    with (
+        listening,
+        progress_bar(
+            desc="training", unit="step", total=num_steps, initial=start, show=shown, more=_loss_in_words
+        ) as bar,
+    ):
         for step in range(start + 1, num_steps + 1):
             for turn in range(accumulate):
                 yield step, loader.batch((step - 1) * accumulate + turn)
             bar.update()
             if run is not None:
                 run.pace.stop_if_asked()
+
+
+_last_loss: list[Tensor] = []
+"""The loss of this process's last batch, read only when a line is said: to read it is to wait for a GPU."""
+
+
+def _loss_in_words() -> str:
+    return f"loss {_last_loss[0].item():.4g}" if _last_loss else ""
 
 
 def backward_and_step(
@@ -239,6 +253,7 @@ def backward_and_step(
 
     if isinstance(scheduler, AcceleratedScheduler):
         raise TrainingError("leave the scheduler out of accelerator.prepare: it would be stepped once per process")
+    _last_loss[:] = [loss.detach()]
     accelerator.backward(loss)
     if not accelerator.sync_gradients:
         _stop_unless_finite(accelerator, loss, step)

@@ -72,7 +72,7 @@ _REPLACED: dict[type, type] = {
 _OPPOSITE = {"min": "max", "minimum": "maximum", "argmin": "argmax", "any": "all", "ceil": "floor"}
 _OPPOSITE |= {after: before for before, after in _OPPOSITE.items()}
 _REMOVED = {"sqrt", "abs", "float64", "round", "reversed", "sorted"}
-_SILENT = ("_log", "tqdm", "ElementTree.indent")
+_SILENT = ("_log", "progress_bar", "ElementTree.indent")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
             if name in _REMOVED and node.args:
                 yield node.args[0]
             for i, keyword in enumerate(node.keywords):
-                if keyword.arg not in (None, "strict") and name != "tqdm":
+                if keyword.arg not in (None, "strict") and name != "progress_bar":
                     yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
         case ast.If() | ast.IfExp() if not isinstance(node.test, ast.Constant):
             for value in (True, False):
