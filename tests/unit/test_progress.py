@@ -158,7 +158,9 @@ def test_what_was_printed_before_stands_before_the_line(clock, tmp_path, monkeyp
     with (tmp_path / "log").open("a") as out, (tmp_path / "log").open("a") as err:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
+        out.write("settings\n")
         follow(clock, 31, 1)
+        out.write("report\n")
     assert [line.partition(":")[0] for line in (tmp_path / "log").read_text().splitlines()] == [
         "settings", "working", "report",
     ]  # fmt: skip
