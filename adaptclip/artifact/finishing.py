@@ -23,6 +23,7 @@ from adaptclip.gates.verdicts import note_judgement
 from adaptclip.methods.predicting import predict
 from adaptclip.reports.fine_grained import example_ids
 from adaptclip.reports.full import full_report
+from adaptclip.reports.learning import learning_curves
 from adaptclip.reports.measuring import with_thresholds
 from adaptclip.reports.plots import thumbnails
 from adaptclip.reports.render import print_report, to_html, to_markdown
@@ -233,6 +234,7 @@ def finish_run(
             out / "artifact", adapter, backbone, data, split, method=method,
             report=report, verdicts=verdicts, rules=rules, thresholds=thresholds, overwrite=True,
         )  # fmt: skip
+        report["learning"] = learning_curves(out)
         # By these, whoever reads the run later knows that its files are the ones that were judged.
         report["files"] = describe_files(out, written)
         _write_report(out, report, verdicts, data.test if data.card.show_images and data.test.has_pixels else None)

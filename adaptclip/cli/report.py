@@ -74,7 +74,7 @@ def report(
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
         thresholds=Thresholds.from_dict(known["multi_label"]["thresholds"]) if known.get("multi_label") else None,
     )
-    result |= {key: known[key] for key in ("method", "data", "split", "training", "names") if key in known}
+    result |= {key: known[key] for key in ("method", "data", "split", "training", "names", "learning") if key in known}
     if validation is None and known.get("slices"):
         result["slices"] = known["slices"]  # by the features of the images, which predictions do not keep
     _add_probe(predictions, result)

@@ -185,6 +185,29 @@ def class_spread(rows: Sequence[Mapping[str, Any]]) -> str:
     return _draw("classes", 7.2, 2.9, paint)
 
 
+def curve(name: str, steps: Sequence[int], values: Sequence[float | None], label: str, colour: str) -> str:
+    """A number by training step; where it is not known the line has a gap.
+
+    Args:
+        name: of the drawing, one of its own on a page.
+        steps: numbers of the steps, rising.
+        values: one for each step, or None.
+        label: what the number is.
+        colour: of the line.
+    """
+
+    def paint(axes: Axes) -> None:
+        y = np.array([np.nan if value is None else value for value in values])
+        axes.plot(steps, y, color=colour, lw=1.5, marker="o" if len(steps) <= 30 else "", ms=3, clip_on=False)
+        axes.set(xlabel="step", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if np.nanmin(y) >= 0:
+            axes.set_ylim(bottom=0)
+        axes.grid(True)
+
+    return _draw(name, 7.2, 2.4, paint)
+
+
 def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> str:
     """Share of each true class (row) that was taken for each class (column); numbers are images.
 

@@ -52,6 +52,7 @@ from adaptclip.reports.fine_grained import (
     taxonomy_section,
 )
 from adaptclip.reports.headline import NO_GATES, JudgedGate, judged_words, three_numbers, verdict_of, worries
+from adaptclip.reports.learning import learning_section
 from adaptclip.reports.multi_label import multi_label_section, summary
 from adaptclip.reports.plots import confusion_matrix
 from adaptclip.reports.probe import probe_section
@@ -134,6 +135,7 @@ def _sections(
     yield probe_section(report)
     yield _data_section(report)
     yield _training_section(report)
+    yield learning_section(report, plots=plots)
     yield _reading_section(report)
 
 
