@@ -19,6 +19,7 @@ from adaptclip.errors import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 UNWRAPPED = 100_000
 """Columns of what is no terminal: programs and files get lines as long as they are."""
@@ -106,6 +107,20 @@ def console(file: TextIO | None = None) -> Console:
     if not made.is_terminal:
         made = PlainConsole(file=file, markup=False, emoji=False, highlight=False, width=UNWRAPPED)
     return made
+
+
+def table(*heads: str, **how: Any) -> Table:
+    """Returns a rich table in which what is too long for a column goes on in the next line.
+
+    Rich would cut it at its end, and with it the number of an image.
+
+    Args:
+        *heads: of the columns.
+        **how: of `rich.table.Table`.
+    """
+    import rich.table
+
+    return rich.table.Table(*(rich.table.Column(head, overflow="fold") for head in heads), **how)
 
 
 _RUN_BY_SPREADSHEETS = re.compile("'*[=+\\-@\t\r＝＋－＠]")

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from adaptclip.progress import duration, lines_to
-from adaptclip.terminal import console, is_terminal
+from adaptclip.terminal import console, is_terminal, table
 
 if TYPE_CHECKING:
     from adaptclip.bench.jobs import Board, Job
@@ -148,19 +147,17 @@ class Progress:
 
     def _table(self) -> Group:
         self._look()
-        table = Table(
-            title=f"{len(self._known)} of {len(self._jobs)} jobs{self._left_in_words()}", title_justify="left"
-        )
-        shots = list(dict.fromkeys(job.shots for job in self._jobs))
-        table.add_column("method")
-        for k in sorted(shots, key=lambda k: k or float("inf")):
-            table.add_column(f"{k or 'all'} shots", justify="right")
+        shots = sorted({job.shots for job in self._jobs}, key=lambda k: k or float("inf"))
+        title = f"{len(self._known)} of {len(self._jobs)} jobs{self._left_in_words()}"
+        made = table("method", *(f"{k or 'all'} shots" for k in shots), title=title, title_justify="left")
+        for column in made.columns[1:]:
+            column.justify = "right"
         cards = list(dict.fromkeys(job.card for job in self._jobs))
         for card in cards:
             for method in dict.fromkeys(job.method for job in self._jobs):
-                cells = [self._cell(card, method, k) for k in sorted(shots, key=lambda k: k or float("inf"))]
-                table.add_row(method if len(cards) == 1 else f"{card}: {method}", *cells)
-        parts: list[Any] = [table]
+                cells = [self._cell(card, method, k) for k in shots]
+                made.add_row(method if len(cards) == 1 else f"{card}: {method}", *cells)
+        parts: list[Any] = [made]
         if self._current is not None:
             parts.append(Text(f"now: {self._current}   {time.strftime('%H:%M:%S')}", style="dim"))
         parts += [Text(f"failed: {failure['job']}: {failure['message'][:150]}") for failure in self._failed.values()]

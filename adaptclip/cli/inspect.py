@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptclip.errors import BackboneError, shown
-from adaptclip.terminal import console
+from adaptclip.terminal import console, table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,14 +129,13 @@ def inspect(
 
 
 def _print(about: dict[str, Any], methods: list[Applicability], classes: int) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     screen = console()
     weights = f", weights {about['pretrained']}" if about["pretrained"] else ""
     told = f"{weights}, {about['precision']}, digest {about['digest'][:12]}"
     screen.print(Text.assemble((shown(about["name"]), "bold"), shown(told)))
-    towers = Table("tower", "kind", "blocks", "width", "parameters", "input")
+    towers = table("tower", "kind", "blocks", "width", "parameters", "input")
     image, text, transform = about["image"], about["text"], about["transform"]
     for name, tower, takes in (
         ("image", image, f"{image['image_size']} x {image['image_size']} pixels"),
@@ -154,10 +153,10 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
     )
     for line in lines:
         screen.print(line)
-    table = Table("method", "learns from", f"parameters it learns for {classes} classes", "numbers its artifact holds")
+    found = table("method", "learns from", f"parameters it learns for {classes} classes", "numbers its artifact holds")
     for method in methods:
         if method.learnt is None:
-            table.add_row(method.method, "does not apply", method.reason, "")
+            found.add_row(method.method, "does not apply", method.reason, "")
         else:
-            table.add_row(method.method, method.consumes, f"{method.learnt:,}", f"{method.stored:,}")
-    screen.print(table)
+            found.add_row(method.method, method.consumes, f"{method.learnt:,}", f"{method.stored:,}")
+    screen.print(found)

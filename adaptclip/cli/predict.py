@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from adaptclip.errors import ConfigError, DataError, StorageError, shown
 from adaptclip.progress import progress_bar
-from adaptclip.terminal import console, encodable, json_line, safe_cell, say
+from adaptclip.terminal import console, encodable, json_line, safe_cell, say, table
 
 if TYPE_CHECKING:
     from adaptclip.artifact import Prediction
@@ -134,12 +134,10 @@ class Answers:
         csv.writer(_Lines(self._write), lineterminator="\n").writerow(cells)
 
     def _print_table(self) -> None:
-        from rich.table import Table
-
-        table = Table(*self._headings)
+        made = table(*self._headings)
         for row in self._rows:
-            table.add_row(*row)
-        console().print(table)
+            made.add_row(*row)
+        console().print(made)
 
 
 class _Lines:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adaptclip.errors import CardError, DataError
-from adaptclip.terminal import console
+from adaptclip.terminal import console, table
 
 if TYPE_CHECKING:
     from adaptclip.data.card import Card
@@ -107,7 +107,6 @@ def _kinds(card: Card, words: Path | None) -> dict[str, tuple[str, ...]]:
 def _print(report: dict[str, Any]) -> None:
     """One screen: rates of extra words by group, and the rankings that favour a group most."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     def rate(number: dict[str, Any] | None) -> Text:
@@ -117,20 +116,20 @@ def _print(report: dict[str, Any]) -> None:
         return Text(f"{100 * number['value']:.1f}{ends}")
 
     screen = console()
-    table = Table(
+    words = table(
         "kind", "group", "n", "zero-shot", "adapted", "change", box=SIMPLE_HEAD, title_justify="left",
         title="images given an extra word instead of a class, per cent",
     )  # fmt: skip
     for row in report["association"]["overall"]:
         n = str(row["model"]["n"])
-        table.add_row(row["kind"], "all", n, *(rate(row[p]) for p in ("zero_shot", "model", "change")))
+        words.add_row(row["kind"], "all", n, *(rate(row[p]) for p in ("zero_shot", "model", "change")))
     for attribute, kinds in report["association"]["groups"].items():
         for kind, part in kinds.items():
             for row in part["rows"]:
                 cells = (rate(row[p]) for p in ("zero_shot", "model", "change"))
-                table.add_row(kind, f"{attribute} = {row['group']}", str(row["n"]), *cells)
-    screen.print(table)
-    skews = Table(
+                words.add_row(kind, f"{attribute} = {row['group']}", str(row["n"]), *cells)
+    screen.print(words)
+    skews = table(
         "query", "favours", "MaxSkew", "noise up to", "p (Holm)", "zero-shot", "NDKL", box=SIMPLE_HEAD,
         title_justify="left", title="text queries by the skew of their first images (0: as in the collection)",
     )  # fmt: skip

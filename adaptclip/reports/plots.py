@@ -11,12 +11,15 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES
+from adaptclip.reports.blocks import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,12 +198,13 @@ def curve(name: str, steps: Sequence[int], values: Sequence[float | None], label
         label: what the number is.
         colour: of the line.
     """
+    from matplotlib.ticker import MaxNLocator
 
     def paint(axes: Axes) -> None:
         y = np.array([np.nan if value is None else value for value in values])
         axes.plot(steps, y, color=colour, lw=1.5, marker="o" if len(steps) <= 30 else "", ms=3, clip_on=False)
         axes.set(xlabel="step", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if np.nanmin(y) >= 0:
             axes.set_ylim(bottom=0)
         axes.grid(True)
@@ -213,8 +217,9 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> str:
 
     Args:
         counts: (C, C) images by true and predicted class.
-        names: C class names, shortened here.
+        names: C class names; long ones are cut in the middle, and say themselves in full to who points at them.
     """
+    short = [_short(name) for name in names]
 
     def paint(axes: Axes) -> None:
         size = len(names)
@@ -224,7 +229,6 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> str:
                 colour = BLUE if i == j else ORANGE
                 axes.fill([j, j + 1, j + 1, j], [i, i, i + 1, i + 1], color=colour, alpha=0.12 + 0.68 * share, lw=0)
                 axes.text(j + 0.5, i + 0.5, str(counts[i, j]), ha="center", va="center", fontsize=7.5)
-        short = [_short(name) for name in names]
         ticks = np.arange(size) + 0.5
         axes.set_xticks(ticks, short, rotation=90 if max(map(len, short)) > 3 else 0, parse_math=False)
         axes.set_yticks(ticks, short, parse_math=False)
@@ -232,12 +236,26 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> str:
         axes.tick_params(length=0, labelsize=8)
 
     width = 2.2 + 0.36 * len(names)
-    return _draw("confusion", width + 0.6, width, paint)
+    return _with_full_names(_draw("confusion", width + 0.6, width, paint), short, names)
 
 
 def _short(name: str, longest: int = 22) -> str:
-    plain = "".join(c if c.isprintable() else " " for c in name).strip()
-    return plain if len(plain) <= longest else plain[: longest - 1] + "…"
+    """Cuts a name in the middle: what tells files and subclasses apart stands at the end more often than not."""
+    plain = one_line(name)
+    end = longest // 2
+    return plain if len(plain) <= longest else f"{plain[: longest - end - 1]}…{plain[-end:]}"
+
+
+def _with_full_names(svg: str, short: Sequence[str], names: Sequence[str]) -> str:
+    """Gives every cut name of a drawing its full one as a tooltip; those that are cut to the same come in order."""
+    full: dict[str, list[str]] = {}
+    for cut, name in zip(short, names, strict=True):
+        if cut != one_line(name):
+            full.setdefault(escape(cut, quote=False), []).append(escape(one_line(name)))
+    for cut, own in full.items():
+        turn = cycle(own)
+        svg = re.sub(f">{re.escape(cut)}</text>", lambda m, t=turn: f"><title>{next(t)}</title>{m[0][1:]}", svg)
+    return svg
 
 
 def _per_cent(axes: Axes, *, x: bool = True) -> None:

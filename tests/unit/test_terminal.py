@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adaptclip import terminal
 from adaptclip.entrypoint import run_and_exit
 from adaptclip.errors import DataError, shown
 from adaptclip.prediction_files import read_predictions
@@ -167,3 +171,28 @@ def test_labels_from_our_own_tables_are_those_of_the_classes(tmp_path):
     found = read_predictions(tmp_path / "p.csv")
     assert found["class_names"] == ("=x", "@y")
     assert found["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("columns", [30, 60, 200])
+def test_a_long_name_in_a_table_goes_on_in_the_next_line(columns):
+    names = [f"exports/clinic-{'long' * 12}/IMG_2024_{i:05d}.jpg" for i in range(3)]
+    made, stream = terminal.table("image", "top 1"), io.StringIO()
+    for name in names:
+        made.add_row(name, "cat 97.0%")
+    Console(file=stream, width=columns).print(made)
+    assert "…" not in stream.getvalue()
+    first = [line.split("│")[1].strip() for line in stream.getvalue().splitlines() if line.count("│") == 3]
+    assert "".join(first) == "".join(names)
+
+
+def test_no_table_of_the_package_cuts_its_cells():
+    """Those of rich do; `table` makes columns that do not, and reports make theirs so."""
+    root, looked_at = Path(__file__).resolve().parents[2] / "adaptclip", 0
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "rich.table":
+                assert path.name in ("terminal.py", "render.py"), f"{path} should make its table by terminal.table"
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_column":
+                looked_at += 1
+                assert "overflow='fold'" in ast.unparse(node), f"{path}:{node.lineno}"
+    assert looked_at >= 1

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from adaptclip.predictions import Predictions
 from adaptclip.reports import calibration as calibration_sections
 from adaptclip.reports.full import full_report
-from adaptclip.reports.plots import reliability
+from adaptclip.reports.plots import confusion_matrix, reliability
 
 
 def bin_of(confidence: float, n: int) -> dict[str, Any]:
@@ -46,3 +48,16 @@ def test_the_words_say_what_open_points_are(n, words):
     found = {"scores": {"surplus": {"value": 0.1}}, "bins": [bin_of(0.4, 50), bin_of(0.6, n)],
              "temperature": {"bins": None}}  # fmt: skip
     assert calibration_sections._reliability_words(found).endswith(words)
+
+
+def test_long_names_keep_their_ends_and_say_themselves_in_full():
+    long = [f"a<b> & the same long beginning, number {i:02d}" for i in range(3)]
+    names = [*long, long[0].replace("beginning", "middle"), "short"]
+    drawn = confusion_matrix(np.eye(5, dtype=int), names)
+    labels = re.findall(r"<text[^>]*>(?:<title>(.*?)</title>)?([^<]*)</text>", drawn)
+    axis = [(unescape(full), unescape(label)) for full, label in labels if label.startswith(("a&lt;", "short"))]
+    # Both axes name every class in its order, those that are cut to the same too.
+    shown = [f"a<b> & the…, number {i:02d}" for i in (0, 1, 2, 0)]
+    assert axis == 2 * [*zip(names[:4], shown, strict=True), ("", "short")]
+    assert "<title>short" not in drawn
+    assert "<b>" not in drawn
