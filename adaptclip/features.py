@@ -300,7 +300,7 @@ def _take_from_others(job: _Job, mine: Sequence[str]) -> None:
 
 def _write_shard(folder: Path, key: dict[str, Any], contents: Sequence[str], values: Tensor) -> None:
     """Writes one shard under the digest of its bytes: one rename makes it exist, and every later damage is seen."""
-    import safetensors
+    import safetensors.torch
 
     if not (folder / "key.json").exists():
         write_json(folder / "key.json", key)
@@ -332,7 +332,7 @@ def _read_shards(folder: Path, wanted: dict[str, int], out: Tensor) -> dict[str,
 
 def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]:
     """Returns which of the wanted images a shard holds, and their features; none when it is damaged."""
-    import safetensors
+    import safetensors.torch
 
     try:
         if os.path.lexists(path):
