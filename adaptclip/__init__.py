@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 # albumentations asks the package index for updates when it is imported; a library must not do that unasked.
@@ -50,7 +51,7 @@ _HOMES = {
     "open_data": "data.sources",
     "parse_objective": "training.criterion",
     "predict": "methods.predicting",
-    "predict_held_out": "artifact.finishing",
+    "predict_validation": "artifact.finishing",
     "read_prompt": "methods.prompt_reading",
     "sample_few_shot": "data.shots",
     "save_artifact": "artifact",
@@ -68,6 +69,9 @@ _HOMES = {
     "train_steps": "training.steps",
     "training_crop": "features",
 }
+
+_RENAMED = {"predict_held_out": "predict_validation"}
+"""Names of version 0.1 -> today's; they still work, with a warning."""
 
 __all__ = [
     "GDA",
@@ -120,7 +124,7 @@ __all__ = [
     "open_data",
     "parse_objective",
     "predict",
-    "predict_held_out",
+    "predict_validation",
     "read_prompt",
     "refuse_settings",
     "sample_few_shot",
@@ -138,7 +142,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from adaptclip.artifact import AdaptedModel, load, save_artifact, save_model
-    from adaptclip.artifact.finishing import choose_gates, finish_run, predict_held_out
+    from adaptclip.artifact.finishing import choose_gates, finish_run, predict_validation
     from adaptclip.clip import clip_of, load_backbone, load_clip, wrap_clip
     from adaptclip.data.captions import CaptionLoader
     from adaptclip.data.card import load_card
@@ -186,6 +190,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module 'adaptclip' has no attribute {name!r}")
+    if name in _RENAMED:
+        warnings.warn(f"adaptclip.{name} is now adaptclip.{_RENAMED[name]}", FutureWarning, stacklevel=2)
+        name = _RENAMED[name]
     # What is not named above is a method, or nothing.
     return getattr(importlib.import_module(f"adaptclip.{_HOMES.get(name, 'methods')}"), name)
 

@@ -306,8 +306,8 @@ def _write_shard(folder: Path, key: dict[str, Any], contents: Sequence[str], val
         write_json(folder / "key.json", key)
     # With the key's digest in it, a shard that is moved to another folder is not taken for one of that folder's.
     # One entry: safetensors writes several in an order that varies, and a shard is named by its bytes.
-    told = {"shard": json.dumps({"contents": list(contents), "key": folder.name})}
-    shard = safetensors.torch.save({"values": values.contiguous()}, told)
+    info = {"shard": json.dumps({"contents": list(contents), "key": folder.name})}
+    shard = safetensors.torch.save({"values": values.contiguous()}, info)
     write_bytes(folder / f"{digest(shard)[:32]}.safetensors", shard)
 
 
@@ -351,10 +351,10 @@ def _read_shard(path: Path, wanted: Collection[str]) -> tuple[list[str], Tensor]
         return [], torch.empty(0)
     try:
         with safetensors.safe_open(path, "pt") as shard:
-            told = parse_json((shard.metadata() or {})["shard"], where=f"the contents of {path}")
-            if told["key"] != path.parent.name:
+            info = parse_json((shard.metadata() or {})["shard"], where=f"the contents of {path}")
+            if info["key"] != path.parent.name:
                 raise ValueError("it holds features of other weights or another transform")
-            contents: list[str] = told["contents"]
+            contents: list[str] = info["contents"]
             rows = [i for i, content in enumerate(contents) if content in wanted]
             if rows:  # the file is memory-mapped: without wanted rows no feature is read
                 _check_digest(path)

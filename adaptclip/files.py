@@ -446,15 +446,15 @@ def dialect_of(path: Path) -> Dialect:
     encoding = encoding_of(path)
     with path.open(encoding=encoding, newline="") as file:
         try:
-            before, head, told = 0, file.readline(), None
-            while head and (not head.strip() or (told is None and (told := _separator_line(head)))):
+            before, head, info = 0, file.readline(), None
+            while head and (not head.strip() or (info is None and (info := _separator_line(head)))):
                 before, head = before + 1, file.readline()
             while file.read(_BLOCK):
                 pass
         except UnicodeDecodeError as error:
             raise DataError(not_utf_8(path, error)) from error
     bare = re.sub(r'"[^"]*"', "", head)
-    return Dialect(encoding, before, told[1] if told else max(_DELIMITERS, key=bare.count), head)
+    return Dialect(encoding, before, info[1] if info else max(_DELIMITERS, key=bare.count), head)
 
 
 def _separator_line(head: str) -> re.Match[str] | None:

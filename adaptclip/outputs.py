@@ -200,10 +200,10 @@ def strangers(folder: Path, kind: str) -> list[str]:
 
 def _listed(listing: Path) -> set[str]:
     try:
-        told = read_json(listing)
+        info = read_json(listing)
     except StorageError:
         return set()
-    files = told.get("files") if isinstance(told, dict) else None
+    files = info.get("files") if isinstance(info, dict) else None
     return set(files) if isinstance(files, dict) else set()
 
 

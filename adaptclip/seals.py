@@ -145,23 +145,23 @@ def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
-def check_file(folder: Path, name: str, told: Any, *, most_bytes: int = MOST_FILE_BYTES) -> Path:
+def check_file(folder: Path, name: str, info: Any, *, most_bytes: int = MOST_FILE_BYTES) -> Path:
     """Compares a file with what `describe_files` said of it, its size before its content, and returns its path.
 
     Raises:
         StorageError: see `own_file`, or the file was cut or changed.
     """
-    if not isinstance(told, Mapping) or not isinstance(told.get("bytes"), int) or "sha256" not in told:
-        raise StorageError(f"{folder} should tell bytes and sha256 of {name}, got {told!r:.80}")
+    if not isinstance(info, Mapping) or not isinstance(info.get("bytes"), int) or "sha256" not in info:
+        raise StorageError(f"{folder} should tell bytes and sha256 of {name}, got {info!r:.80}")
     file = own_file(folder, name, most_bytes=most_bytes)
     size = file.stat().st_size
-    if size != told["bytes"]:
-        raise StorageError(f"{file} is missing or changed: it has {size:,} bytes and had {told['bytes']:,}")
+    if size != info["bytes"]:
+        raise StorageError(f"{file} is missing or changed: it has {size:,} bytes and had {info['bytes']:,}")
     try:
         found = sha256_of(file)
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error}") from error
-    if found != told["sha256"]:
+    if found != info["sha256"]:
         raise StorageError(f"{file} is missing or changed: its content has another digest than when it was written")
     return file
 
@@ -175,8 +175,8 @@ def check_bundle(folder: Path) -> None:
     check_entries(folder)
     if not os.path.lexists(folder / CHECK_FILE):
         return
-    told, _ = read_sealed(folder, CHECK_FILE)
-    files = told.get("files") if isinstance(told, Mapping) else None
+    info, _ = read_sealed(folder, CHECK_FILE)
+    files = info.get("files") if isinstance(info, Mapping) else None
     for name, expected in files.items() if isinstance(files, Mapping) else ():
         if name != "README.md":
             check_file(folder, name, expected)

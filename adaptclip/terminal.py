@@ -70,8 +70,8 @@ def guard_messages() -> None:
     """Makes warnings of this process (`warnings` and `logging`) printable, as they name files and classes too."""
     own = warnings.formatwarning
 
-    def format_warning(*told: Any, **more: Any) -> str:
-        return shown(own(*told, **more), keep="\n")
+    def format_warning(*info: Any, **more: Any) -> str:
+        return shown(own(*info, **more), keep="\n")
 
     class Plain(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:

@@ -205,5 +205,5 @@ def _several(values: Iterable[str], key: Callable[[str], str]) -> list[tuple[str
 def spelt(several: list[tuple[str, ...]], most: int = 3) -> str:
     """Words spellings for a message: 'P003' = 'p003', 'P004' = 'p004' and 2 more."""
     look_alike = any(len({unicodedata.normalize("NFC", text) for text in texts}) < len(texts) for texts in several)
-    told = ", ".join(" = ".join(map(ascii if look_alike else repr, spellings)) for spellings in several[:most])
-    return told + (f" and {len(several) - most} more" if len(several) > most else "")
+    info = ", ".join(" = ".join(map(ascii if look_alike else repr, spellings)) for spellings in several[:most])
+    return info + (f" and {len(several) - most} more" if len(several) > most else "")

@@ -43,7 +43,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, held_out = split.select(data)
+    few_shots, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     own, planned = named()[name].split(settings)
@@ -51,7 +51,7 @@ def main(cfg: Config) -> int:
     adapter.check_mitigation(mitigation)
     cache = ac.FeatureCache(cfg.cache)
     support = ac.Support(
-        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        backbone, few_shots, validation, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
         accelerator=accelerator, mitigation=mitigation,
     )  # fmt: skip
     preset = chosen_preset(cfg.preset, cfg.card, cfg.backbone)
@@ -61,7 +61,7 @@ def main(cfg: Config) -> int:
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,
     )  # fmt: skip
-    told = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
+    info = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
@@ -70,10 +70,10 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
-    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method=adapter.name, predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training={"name": name, **told},
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training={"name": name, **info},
     )  # fmt: skip
     run.finish()
     return code

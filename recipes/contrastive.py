@@ -78,8 +78,8 @@ def main(cfg: Config) -> int:
         process_index=accelerator.process_index, num_processes=accelerator.num_processes,
     ).to(accelerator.device)  # fmt: skip
     texts, num_cut = pair_texts(backbone, images, data)
-    told = f"preset {chosen_preset(cfg.preset, cfg.card, cfg.backbone)}: {epochs} epochs; {len(images)} images"
-    accelerator.print(f"{told} with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
+    info = f"preset {chosen_preset(cfg.preset, cfg.card, cfg.backbone)}: {epochs} epochs; {len(images)} images"
+    accelerator.print(f"{info} with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         others={other.card.name: other.digest} if other else None, resume=cfg.resume, overwrite=cfg.overwrite,

@@ -57,7 +57,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, held_out = split.select(data)  # held out for the report: CoOp takes the last step
+    few_shots, validation = split.select(data)  # CoOp takes the last step: validation is for the report
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = ac.CoOp(
@@ -77,10 +77,10 @@ def main(cfg: Config) -> int:
 
     cache = ac.FeatureCache(cfg.cache)
     support = ac.Support(
-        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        backbone, few_shots, validation, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
         accelerator=accelerator, mitigation=mitigation,
     )  # fmt: skip
-    told = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
+    info = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses. It is judged in full
     # precision, as the artifact will be used.
@@ -88,11 +88,11 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
-    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="coop", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, objective=objective,
-        training={**told, "nearest_words": ac.read_prompt(adapter)},
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, objective=objective,
+        training={**info, "nearest_words": ac.read_prompt(adapter)},
     )  # fmt: skip
     run.finish()
     return code

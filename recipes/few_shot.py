@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 import adaptclip as ac
-from adaptclip.bench.jobs import Board, FeatureStore, Worker, launch_id, make_grid
+from adaptclip.bench.jobs import FeatureStore, JobStore, Worker, launch_id, make_grid
 from adaptclip.bench.methods import choose_methods, not_published, read_settings
-from adaptclip.bench.output import Asked, write_output
+from adaptclip.bench.output import BenchSettings, write_output
 from adaptclip.bench.protocols import PROTOCOLS, check_names, check_targets
-from adaptclip.bench.runner import Progress, run_jobs, take_place
+from adaptclip.bench.runner import Progress, run_jobs, worker_rank
 from adaptclip.bench.search import Budget
 from adaptclip.clip.loading import local_folders
 from adaptclip.data.readers import card_places
@@ -98,7 +98,7 @@ def main(cfg: Config) -> int:
     roots = [path for _, around in places for path in around]
     check_folder(cfg.out, "bench", overwrite=True, inputs=[*read, cfg.cache], roots=roots)
     check_cache(cfg.cache, read, roots)
-    place = take_place(cfg.threads)
+    process = worker_rank(cfg.threads)
     methods = choose_methods(cfg.methods, new_names=PROTOCOLS[cfg.protocol].new_names)
     settings = read_settings(cfg.settings, methods)
     preset = chosen_preset(cfg.preset, " ".join(cfg.cards), cfg.backbone)
@@ -112,9 +112,9 @@ def main(cfg: Config) -> int:
         sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
         shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget, preset=preset,
     )  # fmt: skip
-    board = Board(cfg.out / "jobs", launch)
-    worker = Worker(grid, FeatureStore(ac.FeatureCache(cfg.cache), backbone, board.folder / "encoding"), accelerator)
-    asked = Asked(
+    store = JobStore(cfg.out / "jobs", launch)
+    worker = Worker(grid, FeatureStore(ac.FeatureCache(cfg.cache), backbone, store.folder / "encoding"), accelerator)
+    shown = BenchSettings(
         protocol=cfg.protocol, backbone=" ".join(filter(None, (cfg.backbone, cfg.pretrained, backbone.digest[:12]))),
         metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
         give_advice="ladder" in cfg.methods, changes=(*cfg.settings, *(["preset=smoke"] if preset == "smoke" else [])),
@@ -122,22 +122,22 @@ def main(cfg: Config) -> int:
         search=f"{cfg.search_trials} trials per job" if budget else "",
         worries=tuple(f"{d.card.name}: {worry}" for d in data for worry in d.worries),
     )  # fmt: skip
-    if place.rank == 0:
+    if process.rank == 0:
         write_yaml(cfg.out / "config.yaml", asdict(cfg))
 
-    first = place.rank == 0
-    progress = Progress(grid.jobs, board, metric=cfg.metric, processes=place.size, show=first)
+    first = process.rank == 0
+    progress = Progress(grid.jobs, store, metric=cfg.metric, processes=process.size, show=first)
     stopped = False
     try:
         with progress:
-            run_jobs(grid.jobs, worker.run, board, progress, wait=first)
+            run_jobs(grid.jobs, worker.run, store, progress, wait=first)
     except KeyboardInterrupt:
         stopped = True  # what is there is shown
     if not first:
         return 0  # process 0 tells
-    failures = [failure for job in grid.jobs if (failure := board.failure(job.key))]
-    results = [result for job in grid.jobs if (result := board.result(job.key))]
-    said = write_output(cfg.out, results, failures, asked)
+    failures = [failure for job in grid.jobs if (failure := store.failure(job.key))]
+    results = [result for job in grid.jobs if (result := store.result(job.key))]
+    said = write_output(cfg.out, results, failures, shown)
     for sentence in said:
         say(f"- {sentence}")
     for failure in failures:

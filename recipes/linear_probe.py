@@ -60,7 +60,7 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, held_out = split.select(data)
+    few_shots, validation = split.select(data)
     # Each process fits the whole head.
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, objective=objective)
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
@@ -83,21 +83,21 @@ def main(cfg: Config) -> int:
     cache = ac.FeatureCache(cfg.cache)
     # Logistic without --C chooses by the validation images and lp++ keeps its best epoch; the others do not use them.
     support = ac.Support(
-        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        backbone, few_shots, validation, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
         accelerator=accelerator, mitigation=mitigation,
     )  # fmt: skip
-    told = adapter.learn(support, schedule)
-    accelerator.print(f"{cfg.head}: {told['trainable_parameters']:,} weights fitted in {told['seconds']:.1f} s")
+    info = adapter.learn(support, schedule)
+    accelerator.print(f"{cfg.head}: {info['trainable_parameters']:,} weights fitted in {info['seconds']:.1f} s")
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
-    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="linear_probe", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=told,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training=info,
         objective=objective,
     )  # fmt: skip
     run.finish()

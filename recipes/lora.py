@@ -100,8 +100,8 @@ def main(cfg: Config) -> int:
         batch_size=cfg.batch_size,
     )  # fmt: skip
     accelerator.print(f"preset {preset}: {schedule}")
-    told = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
-    told |= choose_scale(cfg.lora_scale, adapter, validation, new_validation, accelerator=accelerator)
+    info = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
+    info |= choose_scale(cfg.lora_scale, adapter, validation, new_validation, accelerator=accelerator)
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = ac.FeatureCache(None).get(adapter.encoder, data.test, accelerator=accelerator)
@@ -109,11 +109,11 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
-    held = ac.predict_held_out(adapter, validation, cache, accelerator=accelerator)
+    on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="lora", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held, training=told, objective=objective,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training=info, objective=objective,
         new_classes=new_classes,
     )  # fmt: skip
     run.finish()

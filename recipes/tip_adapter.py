@@ -62,9 +62,9 @@ def main(cfg: Config) -> int:
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, held_out = split.select(data)
+    few_shots, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
-    if cfg.choose == "validation" and cfg.variant != "ss-text" and len(held_out) == 0:
+    if cfg.choose == "validation" and cfg.variant != "ss-text" and len(validation) == 0:
         how = "take the paper's with --choose fixed, fewer --shots, or a card with a validation part"
         raise ConfigError(f"card {card.name} leaves no validation images to choose alpha and beta on; {how}")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
@@ -80,22 +80,22 @@ def main(cfg: Config) -> int:
 
     cache = ac.FeatureCache(cfg.cache)
     support = ac.Support(
-        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        backbone, few_shots, validation, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
         accelerator=accelerator, mitigation=mitigation,
     )  # fmt: skip
     # Tip-F chooses what it trains at, and afterwards whether to use the keys with another pair.
-    told = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
+    info = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
-    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
-        run.path, adapter, backbone, data, split, zero_shot=baseline, predictions=predictions, validation=validation,
+        run.path, adapter, backbone, data, split, zero_shot=baseline, predictions=predictions, validation=on_validation,
         method=METHODS[cfg.variant], rules=rules, gates=cfg.gates, accelerator=accelerator,
-        training={"variant": cfg.variant, "views": schedule.views, **told},
+        training={"variant": cfg.variant, "views": schedule.views, **info},
     )  # fmt: skip
     run.finish()
     return code

@@ -64,7 +64,7 @@ def main(cfg: Config) -> int:
         data, new = base_and_new(data)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
-    few_shots, held_out = split.select(data)  # held out for the report
+    few_shots, validation = split.select(data)  # validation is for the report
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     given = {name: getattr(cfg, name) for name in ("rank", "dropout", "projections") if getattr(cfg, name) is not None}
@@ -74,7 +74,7 @@ def main(cfg: Config) -> int:
     ).to(accelerator.device)
     cache = ac.FeatureCache(cfg.cache)
     support = ac.Support(
-        backbone, few_shots, held_out, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
+        backbone, few_shots, validation, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
         accelerator=accelerator, mitigation=mitigation,
     )  # fmt: skip
     preset = chosen_preset(cfg.preset, cfg.card, cfg.backbone)
@@ -89,7 +89,7 @@ def main(cfg: Config) -> int:
         overwrite=cfg.overwrite, save_every=cfg.save_every,
     )  # fmt: skip
     # Two stages: the towers on pixels, then the head on features of the tuned towers.
-    told = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
+    info = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
 
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = ac.FeatureCache(None).get(adapter.encoder, data.test, accelerator=accelerator)
@@ -97,11 +97,11 @@ def main(cfg: Config) -> int:
     zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
-    validation = ac.predict_held_out(adapter, held_out, cache, accelerator=accelerator)
+    on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="two_stage", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=validation, training=told,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training=info,
         new_classes=new_classes,
     )  # fmt: skip
     run.finish()

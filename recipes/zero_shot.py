@@ -49,11 +49,11 @@ def main(cfg: Config) -> int:
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     # Thresholds that an outcome of the card leaves open are chosen on validation images, never on those of the test.
     is_open = any(outcome.undecided for outcome in card.outcomes) and len(data.validation) > 0
-    held_out = ac.predict_held_out(adapter, data.validation, ac.FeatureCache(cfg.cache)) if is_open else None
+    on_validation = ac.predict_validation(adapter, data.validation, ac.FeatureCache(cfg.cache)) if is_open else None
     names = audit(backbone, data, test, predictions, adapter.templates, accelerator) if cfg.audit_names else None
     code = ac.finish_run(
         run.path, adapter, backbone, data, None, method="zero_shot", predictions=predictions, zero_shot=None,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=held_out, names=names,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, names=names,
     )  # fmt: skip
     run.finish()
     return code

@@ -40,12 +40,12 @@ class Real:
 
     def draw(self, shots: int, seed: int) -> tuple[Features, Features]:
         """Training and validation features: `shots` images of each class, and min(shots, 4) others."""
-        train, held_out = [], []
+        train, validation = [], []
         for pool in self._pools():
             order = np.random.default_rng([seed, 7]).permutation(20)
             train.append(pool[order[:shots]])
-            held_out.append(pool[order[16 : 16 + min(shots, 4)]])
-        return self.of(np.concatenate(train)), self.of(np.concatenate(held_out))
+            validation.append(pool[order[16 : 16 + min(shots, 4)]])
+        return self.of(np.concatenate(train)), self.of(np.concatenate(validation))
 
     def of(self, rows: np.ndarray) -> Features:
         index = torch.from_numpy(rows)

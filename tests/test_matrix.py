@@ -317,10 +317,10 @@ def test_every_pair_ran(request, capsys):
     chosen = {item.callspec.id for item in request.session.items if item.originalname == "test_a_method_on_a_kind"}
     if len(chosen) != len(PAIRS):
         pytest.skip(f"only {len(chosen)} of {len(PAIRS)} pairs were chosen")
-    told = f"matrix: {len(RAN)} pairs of {len(KINDS)} kinds and {len(METHODS)} methods ran"
+    info = f"matrix: {len(RAN)} pairs of {len(KINDS)} kinds and {len(METHODS)} methods ran"
     with capsys.disabled():
-        told += f"; {len(EXPORTED)} exports of {len({pair[:2] for pair in EXPORTED})} of them were checked"
-        sys.stdout.write(f"\n{told}; {len(REFUSED)} pairs and {len(IMPOSSIBLE)} settings were refused\n")
+        info += f"; {len(EXPORTED)} exports of {len({pair[:2] for pair in EXPORTED})} of them were checked"
+        sys.stdout.write(f"\n{info}; {len(REFUSED)} pairs and {len(IMPOSSIBLE)} settings were refused\n")
     assert len(RAN) == len(PAIRS) >= FEWEST_PAIRS
     ways = {(method, to) for method in methods() for to in EXPORTS.get(method, ("classifier",))} - set(
         IMPOSSIBLE_EXPORTS

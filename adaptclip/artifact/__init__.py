@@ -151,14 +151,14 @@ def _describe(
     thresholds: Thresholds | None,
 ) -> dict[str, Any]:
     """Writes what was learnt into the folder, and returns what the manifest says of it and of the backbone."""
-    told = {}
+    info = {}
     if objective_of(adapter) == "sigmoid":
-        told = {"objective": {"name": "sigmoid", "thresholds": (thresholds or even_thresholds(class_names)).to_dict()}}
+        info = {"objective": {"name": "sigmoid", "thresholds": (thresholds or even_thresholds(class_names)).to_dict()}}
     return {
         "format_version": FORMAT_VERSION,
         "method": method,
         "settings": adapter.settings,
-        **told,
+        **info,
         "backbone": {
             "name": backbone.name,
             "pretrained": backbone.pretrained,
@@ -196,13 +196,13 @@ def _write_clip(folder: Path, clip: ClipBackbone | FeatureClip) -> list[Path]:
 
 
 def _read_clip(folder: Path, manifest: Mapping[str, Any]) -> FeatureClip:
-    told = manifest["backbone"]
+    info = manifest["backbone"]
     with as_damage(folder):
         text = read_tensors(folder / TEXT_FILE)
     try:
         return FeatureClip(
-            text["text_features"], told["names"], logit_scale=told["logit_scale"], logit_bias=told["logit_bias"],
-            source=told["source"],
+            text["text_features"], info["names"], logit_scale=info["logit_scale"], logit_bias=info["logit_bias"],
+            source=info["source"],
         )  # fmt: skip
     except (KeyError, TypeError, DataError) as error:
         raise ArtifactError(f"{folder} is damaged: its text features cannot be read ({error})") from error

@@ -74,8 +74,8 @@ class AdaptedModel:
         self.backbone = backbone
         self.manifest = manifest
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
-        told = manifest.get("objective")
-        self.thresholds = None if told is None else Thresholds.from_dict(told["thresholds"])
+        info = manifest.get("objective")
+        self.thresholds = None if info is None else Thresholds.from_dict(info["thresholds"])
 
     def probabilities(self, images: Iterable[Image.Image]) -> torch.Tensor:
         """Returns the (B, C) float32 class probabilities of RGB images, on the CPU.

@@ -164,9 +164,9 @@ def check_gates(folder: Path, manifest: Mapping[str, Any]) -> None:
         ArtifactError: an unknown verdict, or a declared gate without one.
     """
     where, verdicts = f"{folder}/{MANIFEST_FILE}", manifest["verdicts"]
-    told = ("verdict", "title", "reason")
+    info = ("verdict", "title", "reason")
     for verdict in verdicts:
-        if not isinstance(verdict, dict) or not all(isinstance(verdict.get(key), str) for key in told):
+        if not isinstance(verdict, dict) or not all(isinstance(verdict.get(key), str) for key in info):
             raise ArtifactError(f"{where}: a verdict should have verdict, title and reason, got {verdict!r:.200}")
         if verdict["verdict"] not in SEVERITY:
             raise ArtifactError(
@@ -190,13 +190,13 @@ def check_objective(folder: Path, manifest: Mapping[str, Any]) -> None:
         ArtifactError: "objective" is missing where the settings say sigmoid, or the other way round, or its thresholds
             are not one number from 0 to 1 for each class, with what is told of them.
     """
-    where, told = f"{folder}/manifest.json", manifest.get("objective")
+    where, info = f"{folder}/manifest.json", manifest.get("objective")
     wanted, names = manifest["settings"].get("objective", "softmax"), manifest["class_names"]
-    if told is None and wanted == "softmax":
+    if info is None and wanted == "softmax":
         return
-    if not isinstance(told, dict) or told.get("name") != wanted or wanted != "sigmoid":
+    if not isinstance(info, dict) or info.get("name") != wanted or wanted != "sigmoid":
         raise ArtifactError(f"{where}: objective should be that of the settings, {wanted!r}, with its thresholds")
-    thresholds = told.get("thresholds")
+    thresholds = info.get("thresholds")
     keys = {"rule": str, "values": list, "num_images": int, "positives": list, "fallbacks": list}
     if not isinstance(thresholds, dict) or set(thresholds) != set(keys):
         raise ArtifactError(f"{where}: thresholds should have {', '.join(keys)}")
@@ -222,15 +222,15 @@ def check_learnt(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: a file is missing, changed, too large, not in the folder, or not in the manifest.
     """
-    for name, told in manifest["files"].items():
+    for name, info in manifest["files"].items():
         if "/" in name:
             raise ArtifactError(f"{folder}: its manifest names the file {name!r}, which is not one in this folder")
         with as_damage(folder):
             if manifest["format_version"] >= SEALED_SINCE:
-                check_file(folder, name, told, most_bytes=MOST_FILE_BYTES)
+                check_file(folder, name, info, most_bytes=MOST_FILE_BYTES)
                 continue
             file = own_file(folder, name, most_bytes=MOST_FILE_BYTES)
-            if sha256_of(file, start=file.stat().st_size.to_bytes(8, "big")) != told:
+            if sha256_of(file, start=file.stat().st_size.to_bytes(8, "big")) != info:
                 raise StorageError(f"{file} is missing or changed")
     # What a method reads by a name of its own must be among them, or nothing would have looked at it.
     unlisted = [path.name for path in folder.glob("*.safetensors") if path.name not in manifest["files"]]

@@ -125,25 +125,25 @@ def _require_images(rule: GateRule, data: DomainData) -> None:
             )
 
 
-def predict_held_out(
-    adapter: Any, held_out: ImageDataset, cache: FeatureCache, *, accelerator: Accelerator | None = None
+def predict_validation(
+    adapter: Any, validation: ImageDataset, cache: FeatureCache, *, accelerator: Accelerator | None = None
 ) -> Predictions | None:
     """Predicts the few-shot validation images, on which the report fits a temperature and sets of classes.
 
     Args:
         adapter: the trained adapter, unwrapped.
-        held_out: images that it was not trained on and that are not judged.
+        validation: images that it was not trained on and that are not judged.
         cache: of image features; not used where the adapter has changed the image tower.
         accelerator: divides the work among its processes.
 
     Returns:
         None where there are no such images.
     """
-    if len(held_out) == 0:
+    if len(validation) == 0:
         return None
     store = cache if adapter.encoder is adapter.backbone else FeatureCache(None)
-    features = store.get(adapter.encoder, held_out, accelerator=accelerator)
-    return predict(adapter, features, held_out, accelerator=accelerator)
+    features = store.get(adapter.encoder, validation, accelerator=accelerator)
+    return predict(adapter, features, validation, accelerator=accelerator)
 
 
 def finish_run(
@@ -179,7 +179,7 @@ def finish_run(
         rules: the gates (`choose_gates`), read before training so that a mistake in them costs no training.
         gates: the recipe's setting; REPORT_ONLY judges but does not decide.
         accelerator: the main process writes, all get the exit code.
-        validation: of the few-shot validation images (`predict_held_out`); None where there are none.
+        validation: of the few-shot validation images (`predict_validation`); None where there are none.
         new_classes: (adapted, zero-shot) predictions of classes that were not learnt (`predict_new_classes`), or None.
         names: a name audit (`reports.names`), or None.
         training: what the report says of it, JSON-able: `trainable_parameters`, `seconds`, `schedule`, `chosen`

@@ -12,7 +12,7 @@ from adaptclip.data.card_block import HubSource
 from adaptclip.errors import agree
 from adaptclip.gates import Verdict, overall_verdict
 from adaptclip.metrics.rates import MACRO_F1
-from adaptclip.reports.bias import told
+from adaptclip.reports.bias import info
 from adaptclip.reports.headline import NO_GATES, judged_words, verdict_of
 from adaptclip.reports.render import escape_markdown, to_markdown
 
@@ -97,7 +97,7 @@ def _metadata(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]
             **dataset,
         )
         for name, number in numbers.items()
-        if (how := told(report, name))["hub"] and number["value"] is not None
+        if (how := info(report, name))["hub"] and number["value"] is not None
     ]
     name = manifest["backbone"]["name"]
     return ModelCardData(

@@ -61,7 +61,7 @@ def launch_id() -> str:
     return uuid.uuid4().hex[:16]
 
 
-class Board:
+class JobStore:
     """Results and claims of jobs.
 
     A job is done when its result file is there, and files come whole or not at all. A claim is a lock that the
@@ -350,18 +350,18 @@ class Worker:
         return {
             "job": {
                 "protocol": self.grid.protocol, "card": job.card, "method": job.method, "shots": job.shots,
-                "seed": job.seed, "settings": fitted.told["settings"], "split": case.split.digest,
+                "seed": job.seed, "settings": fitted.info["settings"], "split": case.split.digest,
                 "backbone": self.store.backbone.name, "pretrained": self.store.backbone.pretrained,
                 "weights": self.store.backbone.digest, "adaptclip": __version__,
             },
             "judged": judged,
             "train_images": len(case.split.train),
             "validation_images": len(case.split.validation),
-            "validation_used_for": fitted.told["validation_used_for"],
-            "schedule": fitted.told["schedule"],
-            "chosen": fitted.told["chosen"],
-            "search": fitted.told.get("search"),
-            "trainable_parameters": fitted.told["trainable_parameters"],
+            "validation_used_for": fitted.info["validation_used_for"],
+            "schedule": fitted.info["schedule"],
+            "chosen": fitted.info["chosen"],
+            "search": fitted.info.get("search"),
+            "trainable_parameters": fitted.info["trainable_parameters"],
             "fit_s": fit_s,
             "read_s": support.reading_s,
             "total_s": time.perf_counter() - started,

@@ -21,7 +21,7 @@ class Fitted:
     """A fitted method, and what to tell about it (JSON-able: schedule, chosen, validation_used_for, settings)."""
 
     adapter: Method
-    told: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 def fit_named(
@@ -49,8 +49,8 @@ def fit_named(
     own, planned = one.split(settings)
     method = one.build(support.backbone, class_names, templates, support.seed, **own)
     plan = method.schedule(support.shots, images_per_class=support.images_per_class, preset=preset, **planned)
-    told = method.learn(support, plan)
-    return Fitted(method, {**told, "settings": {**own, **asdict(plan)}})
+    info = method.learn(support, plan)
+    return Fitted(method, {**info, "settings": {**own, **asdict(plan)}})
 
 
 def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
@@ -133,4 +133,4 @@ def not_published(
     for name in methods:
         found[name] += ["preset smoke"] if preset == "smoke" and named()[name].method.smoke else []
         found[name] += ["settings searched"] if searched and named()[name].variant.search else []
-    return {name: ", ".join(told) for name, told in found.items() if told}
+    return {name: ", ".join(info) for name, info in found.items() if info}

@@ -164,7 +164,7 @@ def _figure(card: str, cells: Mapping[tuple[str, int, str], dict[int, float]], m
     targets = list(dict.fromkeys(target for target, _, _ in cells))
     found = {shots for _, shots, _ in cells}
     shots = [k for k in sorted(found) if k] + [0] * (0 in found)
-    place = {k: i for i, k in enumerate(shots)}
+    worker = {k: i for i, k in enumerate(shots)}
     methods = [method for method in named() if any(key[2] == method for key in cells)]
     with matplotlib.rc_context({"svg.hashsalt": "adaptclip", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(5.2 * len(targets) + 1.6, 4.2), layout="constrained")
@@ -174,7 +174,7 @@ def _figure(card: str, cells: Mapping[tuple[str, int, str], dict[int, float]], m
                 line = {k: cells[target, k, method] for k in shots if (target, k, method) in cells}
                 # A little apart, so that bars of several methods can be told from each other.
                 apart = 0.03 * (number - (len(methods) - 1) / 2) if named()[method].learns else 0.0
-                _line(panel, [place[k] + apart for k in line], list(line.values()), method)
+                _line(panel, [worker[k] + apart for k in line], list(line.values()), method)
             low, high = panel.get_ylim()
             panel.set_ylim(max(low, 0), min(high, 100))
             panel.set_xticks(range(len(shots)), [str(k or "all") for k in shots])
@@ -210,7 +210,7 @@ def _bytes(figure: Any, kind: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchSettings:
     """What a run was asked for, as far as its tables say it.
 
     Attributes:
@@ -241,7 +241,7 @@ class Asked:
 
 
 def write_output(
-    out: Path, results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], asked: Asked
+    out: Path, results: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], settings: BenchSettings
 ) -> list[str]:
     """Writes results.parquet and .csv, tables.md and .tex, curves_<card>.svg and .png, costs.md, and index.html.
 
@@ -252,7 +252,7 @@ def write_output(
         out: folder.
         results: of finished jobs, as `Board.result` gives them.
         failures: of failed jobs.
-        asked: what the run was about.
+        settings: what the run was about.
 
     Returns:
         The advice, sentence by sentence; empty where none was asked for.
@@ -264,20 +264,20 @@ def write_output(
     if not rows:
         return []
     write_rows(out, rows)
-    tables = result_tables(rows, metric=asked.metric, baseline=asked.baseline, num_seeds=asked.num_seeds)
-    how = {"metric": asked.metric, "num_seeds": asked.num_seeds, "not_published": asked.not_published}
-    said = advice(rows, **how) if asked.give_advice else []
+    tables = result_tables(rows, metric=settings.metric, baseline=settings.baseline, num_seeds=settings.num_seeds)
+    how = {"metric": settings.metric, "num_seeds": settings.num_seeds, "not_published": settings.not_published}
+    said = advice(rows, **how) if settings.give_advice else []
     failed = [f"{failure['job']}: {failure['error']}: {failure['message']}" for failure in failures]
-    facts = _facts(rows, results, asked)
-    figures = draw_curves(rows, metric=asked.metric)
+    facts = _facts(rows, results, settings)
+    figures = draw_curves(rows, metric=settings.metric)
     for name, formats in figures.items():
         for kind, content in formats.items():
             write_bytes(out / f"curves_{_file_name(name)}.{kind}", content)
-    title = f"Few-shot experiments, {asked.protocol}"
-    comparisons = compare(rows, leave_out=asked.not_published)
+    title = f"Few-shot experiments, {settings.protocol}"
+    comparisons = compare(rows, leave_out=settings.not_published)
     costs = cost_table(rows)
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
-    parts += ["## What to worry about", "\n".join(f"- {line}" for line in asked.worries)] if asked.worries else []
+    parts += ["## What to worry about", "\n".join(f"- {line}" for line in settings.worries)] if settings.worries else []
     parts += ["## Failed jobs", "\n".join(f"- {line}" for line in failed)] if failed else []
     parts += [*(to_markdown(table) for table in tables), "## Published numbers", comparison_markdown(comparisons)]
     write_text(out / "tables.md", "\n\n".join(parts) + "\n")
@@ -286,7 +286,7 @@ def write_output(
     parts += ["## Advice", "\n".join(f"- {sentence}" for sentence in said)] if said else []
     write_text(out / "costs.md", "\n\n".join(parts) + "\n")
     page = _template().render(
-        title=title, facts=facts, worries=asked.worries, failures=failed, advice=said, tables=[*tables, costs],
+        title=title, facts=facts, worries=settings.worries, failures=failed, advice=said, tables=[*tables, costs],
         comparisons=comparisons,
         figures={name: markupsafe.Markup(_inline(formats["svg"])) for name, formats in figures.items()},
     )  # fmt: skip
@@ -305,7 +305,7 @@ def write_rows(out: Path, rows: Sequence[Row]) -> None:
     write_bytes(out / "results.csv", buffer.getvalue())
 
 
-def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], asked: Asked) -> list[str]:
+def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], settings: BenchSettings) -> list[str]:
     """What has to be known of every number below."""
     uses = sorted({row["method"] for row in rows if row["validation_used_for"] != "nothing"})
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
@@ -313,21 +313,21 @@ def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], asked: Ask
     for row in rows:
         schedules.setdefault(row["method"], {})[row["shots"]] = row["schedule"]
     facts = [
-        f"Protocol {asked.protocol}: {PROTOCOLS[asked.protocol].about}.",
-        f"Backbone: {asked.backbone}. Cards: {', '.join(dict.fromkeys(row['card'] for row in rows))}.",
-        f"{len(results)} of {asked.num_jobs} jobs are done; seeds: {seeds}.",
+        f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol].about}.",
+        f"Backbone: {settings.backbone}. Cards: {', '.join(dict.fromkeys(row['card'] for row in rows))}.",
+        f"{len(results)} of {settings.num_jobs} jobs are done; seeds: {seeds}.",
         "Validation: at most min(shots, 4) images per class beside the training images; used by "
         f"{', '.join(uses) or 'no method'}. Test images were read once per job, after fitting; nothing was chosen on "
         "them.",
     ]
-    looked_at, falls = clear_falls(rows, asked.metric)
+    looked_at, falls = clear_falls(rows, settings.metric)
     if looked_at:
-        told = "; ".join(falls) or "none"
+        info = "; ".join(falls) or "none"
         facts.append(
-            f"Falls from one number of shots to the next, beyond chance by seeds, of {looked_at} steps: {told}."
+            f"Falls from one number of shots to the next, beyond chance by seeds, of {looked_at} steps: {info}."
         )
-    facts += [f"Settings other than published: {', '.join(asked.changes)}."] if asked.changes else []
-    facts += [f"Search for settings: {asked.search}."] if asked.search else []
+    facts += [f"Settings other than published: {', '.join(settings.changes)}."] if settings.changes else []
+    facts += [f"Search for settings: {settings.search}."] if settings.search else []
     longest = {m: by_shots[max(by_shots, key=lambda k: k or float("inf"))] for m, by_shots in schedules.items()}
     trained = [
         f"{method}: {text}" for method, text in longest.items() if text not in ("closed form", "nothing is learnt")

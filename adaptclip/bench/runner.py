@@ -24,25 +24,25 @@ from adaptclip.progress import duration, lines_to
 from adaptclip.terminal import console, is_terminal, table
 
 if TYPE_CHECKING:
-    from adaptclip.bench.jobs import Board, Job
+    from adaptclip.bench.jobs import Job, JobStore
 
 
 class Progress:
-    """Follows the results of all processes through their board; only one process shows them."""
+    """Follows the results of all processes through their job store; only one process shows them."""
 
     def __init__(
-        self, jobs: Sequence[Job], board: Board, *, metric: str, processes: int = 1, show: bool = True
+        self, jobs: Sequence[Job], store: JobStore, *, metric: str, processes: int = 1, show: bool = True
     ) -> None:
         """Follows `jobs`.
 
         Args:
             jobs: the whole list.
-            board: where results appear.
+            store: where results appear.
             metric: shown of every job.
             processes: that share the jobs, for the time left.
             show: False shows nothing.
         """
-        self._jobs, self._board, self._metric = tuple(jobs), board, metric
+        self._jobs, self._store, self._metric = tuple(jobs), store, metric
         self._processes, self._show = processes, show
         self._known: dict[str, dict[str, Any]] = {}
         self._failed: dict[str, dict[str, Any]] = {}
@@ -120,11 +120,11 @@ class Progress:
         for job in self._jobs:
             if job.key in self._known or job.key in self._failed:
                 continue
-            result = self._board.result(job.key)
+            result = self._store.result(job.key)
             if result is not None:
                 self._known[job.key] = result
                 new.append(job)
-            elif (failure := self._board.failure(job.key)) is not None:
+            elif (failure := self._store.failure(job.key)) is not None:
                 self._failed[job.key] = failure
                 new.append(job)
         return new
@@ -185,7 +185,7 @@ POLL_S = 0.3
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerRank:
     """Which of the processes of a launch this is.
 
     Attributes:
@@ -197,7 +197,7 @@ class Place:
     size: int
 
 
-def take_place(threads: int) -> Place:
+def worker_rank(threads: int) -> WorkerRank:
     """Makes this process of a launch (torchrun, `accelerate launch`) a worker of its own, and says which one it is.
 
     Jobs are small, so processes share them out instead of dividing each; nothing is sent between them. Accelerate must
@@ -216,13 +216,13 @@ def take_place(threads: int) -> Place:
         torch.cuda.set_device(local % torch.cuda.device_count())
     else:
         torch.set_num_threads(threads)
-    return Place(rank, size)
+    return WorkerRank(rank, size)
 
 
 def run_jobs(
     jobs: Sequence[Job],
     run: Callable[[Job], dict[str, Any]],
-    board: Board,
+    store: JobStore,
     progress: Progress,
     *,
     wait: bool,
@@ -235,7 +235,7 @@ def run_jobs(
     Args:
         jobs: the list, the same in every process.
         run: does a job and returns its result.
-        board: where results and claims are.
+        store: where results and claims are.
         progress: is told what happens.
         wait: stay until the jobs of the other processes are done too, and do those whose process has died.
         after: called after every job of this process.
@@ -245,15 +245,15 @@ def run_jobs(
         taken: list[Job] = []
         worked = False
         for job in left:
-            if board.is_settled(job.key):
+            if store.is_settled(job.key):
                 continue
-            with board.claim(job.key) as mine:
+            with store.claim(job.key) as mine:
                 if mine:
                     progress.start(job)
                     with progress.lines(job):
-                        _do(job, run, board)
+                        _do(job, run, store)
                     worked = True
-                elif not board.is_settled(job.key):
+                elif not store.is_settled(job.key):
                     taken.append(job)
             progress.update()
             if mine:
@@ -267,14 +267,14 @@ def run_jobs(
     progress.update()
 
 
-def _do(job: Job, run: Callable[[Job], dict[str, Any]], board: Board) -> None:
+def _do(job: Job, run: Callable[[Job], dict[str, Any]], store: JobStore) -> None:
     said = io.StringIO()
     try:
         # Bars of the steps inside a job would run through the table of the jobs.
         with contextlib.redirect_stderr(said):
             result = run(job)
     except Exception as error:
-        board.fail(
+        store.fail(
             job.key,
             {
                 "job": str(job), "error": type(error).__name__, "message": str(error),
@@ -282,4 +282,4 @@ def _do(job: Job, run: Callable[[Job], dict[str, Any]], board: Board) -> None:
             },
         )  # fmt: skip
     else:
-        board.finish(job.key, result)
+        store.finish(job.key, result)

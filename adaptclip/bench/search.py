@@ -58,7 +58,7 @@ def search(
     al. 2011) with a seed of the job.
 
     Returns:
-        The best adapter. `told` says what was chosen, and under `search` what was tried.
+        The best adapter. `info` says what was chosen, and under `search` what was tried.
 
     Raises:
         ConfigError: optuna is not installed, or the case has no validation images.
@@ -88,23 +88,23 @@ def search(
         score = right - loss / (1 + loss)
         if trial is not None:
             study.tell(trial, score)
-        changed = {name: fitted.told["settings"][name] for name in one.variant.search}
+        changed = {name: fitted.info["settings"][name] for name in one.variant.search}
         tried.append({"settings": changed, "right": right, "loss": loss})
         if best is None or score > best[0]:
             best = (score, fitted, changed)
     assert best is not None
     _, fitted, chosen = best
-    told = dict(fitted.told)
-    used = told.get("validation_used_for", "nothing")
+    info = dict(fitted.info)
+    used = info.get("validation_used_for", "nothing")
     searched = f"choosing {', '.join(one.variant.search)} among {len(tried)} settings"
-    told["validation_used_for"] = searched if used == "nothing" else f"{searched}; {used}"
-    told["chosen"] = {**told.get("chosen", {}), **chosen}
-    told["search"] = {
+    info["validation_used_for"] = searched if used == "nothing" else f"{searched}; {used}"
+    info["chosen"] = {**info.get("chosen", {}), **chosen}
+    info["search"] = {
         "images": len(support.validation_images),
         "trials": tried,
         "seconds": time.perf_counter() - started,
     }
-    return Fitted(fitted.adapter, told)
+    return Fitted(fitted.adapter, info)
 
 
 def _suggest(trial: Any, one: Named) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def advice(
                 cost = {m: _seconds(rows, card, shots, m) for m in column}
                 words = f"{card}, {shots_in_words(shots)} ({METRIC_NAMES[metric]})"
                 sentences.append(f"{words}: {_sentence(column, cost)}")
-    differ = "; ".join(f"{name} ({told})" for name, told in (not_published or {}).items())
+    differ = "; ".join(f"{name} ({info})" for name, info in (not_published or {}).items())
     mode = [f"Not with their published settings here, so that nothing is said of them as published: {differ}."]
     return [*sentences, *(mode if differ else []), CAUTION] if sentences else []
 

@@ -121,8 +121,8 @@ def inspect(
     model = load_backbone(backbone, pretrained)
     about, methods = describe_backbone(model), methods_for(model, num_classes=classes)
     if json:
-        told = {**about, "classes": classes, "methods": [asdict(method) for method in methods]}
-        sys.stdout.write(json_format.dumps(told, indent=2) + "\n")
+        info = {**about, "classes": classes, "methods": [asdict(method) for method in methods]}
+        sys.stdout.write(json_format.dumps(info, indent=2) + "\n")
     else:
         _print(about, methods, classes)
     return 0
@@ -133,8 +133,8 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
 
     screen = console()
     weights = f", weights {about['pretrained']}" if about["pretrained"] else ""
-    told = f"{weights}, {about['precision']}, digest {about['digest'][:12]}"
-    screen.print(Text.assemble((shown(about["name"]), "bold"), shown(told)))
+    info = f"{weights}, {about['precision']}, digest {about['digest'][:12]}"
+    screen.print(Text.assemble((shown(about["name"]), "bold"), shown(info)))
     towers = table("tower", "kind", "blocks", "width", "parameters", "input")
     image, text, transform = about["image"], about["text"], about["transform"]
     for name, tower, takes in (

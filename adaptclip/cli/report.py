@@ -58,16 +58,16 @@ def report(
         check_file(path, read, judges_runs=True, images=[images] if images else [])
     given = load_predictions(predictions, baseline, classes)
     known = _known_of_run(predictions)
-    held_out = validation or of_run(predictions, "validation_predictions.parquet")
-    unseen = Predictions.load(held_out, classes=classes or None) if held_out else None
-    given = replace(given, predictions=with_thresholds(given.predictions, unseen))
+    file = validation or of_run(predictions, "validation_predictions.parquet")
+    on_validation = Predictions.load(file, classes=classes or None) if file else None
+    given = replace(given, predictions=with_thresholds(given.predictions, on_validation))
     # The new classes were predicted by zero-shot too, which another baseline is not.
     names = () if baseline else ("new_classes_predictions.parquet", "new_classes_zero_shot_predictions.parquet")
     new = [of_run(predictions, name) for name in names]
     result = full_report(
         given.predictions,
         given.baseline,
-        validation=unseen,
+        validation=on_validation,
         new_classes=(Predictions.load(new[0]), Predictions.load(new[1])) if new and new[0] and new[1] else None,
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,

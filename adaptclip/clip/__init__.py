@@ -145,9 +145,9 @@ class ClipBackbone(nn.Module):
         if shape != (3, side, side):
             raise BackboneError(f"the transform gives pixels of {shape}, and the image tower takes (3, {side}, {side})")
         mean, std = ([float(value) for value in getattr(steps[-1], name)] for name in ("mean", "std"))
-        told = " ".join(str(transform).split())
+        info = " ".join(str(transform).split())
         self.transform = transform
-        self.transform_spec = {**self.transform_spec, "mean": mean, "std": std, "transform": told}
+        self.transform_spec = {**self.transform_spec, "mean": mean, "std": std, "transform": info}
 
     def train(self, mode: bool = True) -> ClipBackbone:
         """Stays in evaluation mode whatever is asked: dropout and batch statistics are off in a frozen model."""
@@ -441,15 +441,15 @@ _USUAL: Mapping[str, tuple[Any, ...]] = {
 
 def _unusual(module: nn.Module) -> list[str]:
     """Settings of a model that its weights do not show and that are not those of most models."""
-    told = []
+    info = []
     for name, part in module.named_modules():
         # timm's pooling modules use the same names for other things, and what contains them says it too.
         keys = _USUAL if "pool" not in type(part).__name__.lower() else ()
         values = {key: getattr(part, key) for key in keys if isinstance(getattr(part, key, None), bool | int | str)}
-        told += [f"{name}.{key}={value}" for key, value in values.items() if value not in _USUAL[key]]
-        told += [f"{name}.eps={part.eps}"] if isinstance(part, nn.LayerNorm) and part.eps not in (1e-5, 1e-6) else []
-        told += [f"{name}.attn_mask=None"] if getattr(part, "attn_mask", 0) is None else []
-    return told
+        info += [f"{name}.{key}={value}" for key, value in values.items() if value not in _USUAL[key]]
+        info += [f"{name}.eps={part.eps}"] if isinstance(part, nn.LayerNorm) and part.eps not in (1e-5, 1e-6) else []
+        info += [f"{name}.attn_mask=None"] if getattr(part, "attn_mask", 0) is None else []
+    return info
 
 
 def _digest_of(module: nn.Module, state: Mapping[str, Tensor], *, settings: bool = True) -> str:

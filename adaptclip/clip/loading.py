@@ -271,8 +271,8 @@ def create(source: Source, *, device: str | torch.device, precision: str, image_
 
 def local_folders(*names: str | None) -> list[Path]:
     """Returns the folders that those of `names` stand for which are spelt `local-dir:FOLDER`."""
-    told = [name.removeprefix(LOCAL_PREFIX) for name in names if name is not None and name.startswith(LOCAL_PREFIX)]
-    return [Path(folder).expanduser() for folder in told]
+    info = [name.removeprefix(LOCAL_PREFIX) for name in names if name is not None and name.startswith(LOCAL_PREFIX)]
+    return [Path(folder).expanduser() for folder in info]
 
 
 def _other_size(source: Source, image_size: int) -> int | None:
@@ -426,14 +426,14 @@ def _local_source(name: str) -> Source:
             f"{error}. Take a fresh copy; what was changed on purpose is read when {CHECK_FILE} is taken away."
         ) from error
     config = read_config(file)
-    told = config.get("model_cfg") if isinstance(config, dict) else None
-    if not isinstance(told, dict) or not all(isinstance(told.get(part), dict) for part in ("vision_cfg", "text_cfg")):
+    info = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(info, dict) or not all(isinstance(info.get(part), dict) for part in ("vision_cfg", "text_cfg")):
         raise BackboneError(
             f"{file} is not a model configuration of open_clip: it needs a model_cfg with embed_dim, vision_cfg and "
             "text_cfg"
         )
-    if type(told.get("embed_dim")) is not int:
-        raise BackboneError(f"{file}: embed_dim of model_cfg should be a whole number, got {told.get('embed_dim')!r}")
+    if type(info.get("embed_dim")) is not int:
+        raise BackboneError(f"{file}: embed_dim of model_cfg should be a whole number, got {info.get('embed_dim')!r}")
     if not config.get("preprocess_cfg"):
         warnings.warn(f"{file} has no preprocess_cfg: OpenAI's mean and standard deviation are used", stacklevel=4)
     else:

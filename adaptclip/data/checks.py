@@ -119,12 +119,12 @@ def folds_in_words(name: str, values: Sequence[str]) -> tuple[str, str]:
     test, *rest = values
     validation, train = (rest[:1], rest[1:]) if len(rest) > 1 else ([], rest)
     parts = {"train": train, "validation": validation, "test": [test]}
-    told = ", ".join(f"{part}: {json.dumps(names, ensure_ascii=False)}" for part, names in parts.items() if names)
+    info = ", ".join(f"{part}: {json.dumps(names, ensure_ascii=False)}" for part, names in parts.items() if names)
     return (
         f"the column {name!r} seems to number {len(values)} folds ({', '.join(values)}), and the card does not follow "
         "it: what was kept together in one fold can be in two parts",
         "Say which values are for training and which for the test, for example "
-        f"`splits: {{column: {json.dumps(name, ensure_ascii=False)}, {told}}}`",
+        f"`splits: {{column: {json.dumps(name, ensure_ascii=False)}, {info}}}`",
     )
 
 

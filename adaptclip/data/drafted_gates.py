@@ -109,13 +109,13 @@ def _of_many(classes: Mapping[str, int]) -> list[str]:
 
 def _of_group(name: str, counts: Mapping[str, int], rate: str, least: int) -> list[str]:
     quoted = _quoted(name)
-    told = ", ".join(f"{shown(value)}: {count:,}" for value, count in counts.items()) or "bins of a number"
+    info = ", ".join(f"{shown(value)}: {count:,}" for value, count in counts.items()) or "bins of a number"
     left_out = ""
     if UNKNOWN in counts:
         left_out = f', exclude: [{UNKNOWN}], reason: "fill in: why nothing is asked of images without a value"'
     small = [shown(value) for value, count in counts.items() if count < least and value != UNKNOWN]
     lines = [
-        f"# Groups of {quoted} ({told}); uncomment together with the group above.",
+        f"# Groups of {quoted} ({info}); uncomment together with the group above.",
         "# Every group by itself, and the gap from the best group to the worst:",
         f"# - {{metric: {rate}, group: {quoted}, at_least: 0.7{left_out}}}",
         f"# - {{metric: {rate}, group: {quoted}, gap_at_most: 0.1{left_out}}}",

@@ -50,8 +50,8 @@ def read_features(card: Card, data_root: Path | None) -> RawRows:
         columns.setdefault(card.columns.label, columns[source.label])
     passed_over: tuple[str, ...] = ()
     if source.table is not None:
-        told, passed_over = _read_table(_one_file(card, source.table, data_root), num_rows)
-        columns |= told
+        info, passed_over = _read_table(_one_file(card, source.table, data_root), num_rows)
+        columns |= info
     wanted = wanted_columns(card)
     check_columns(wanted, list(columns), f"{shown(path)}{f' with {source.table}' if source.table else ''}")
     text = text.astype(np.float32)

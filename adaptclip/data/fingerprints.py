@@ -196,9 +196,9 @@ def _load(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        table, told = read_parquet(path)
+        table, info = read_parquet(path)
         keys, values = table["key"].to_pylist(), table["value"].to_pylist()
-        if told.get("digest") != digest(keys, values):
+        if info.get("digest") != digest(keys, values):
             raise ValueError(f"{path} does not hold what was written")
         return {key: value for key, value in zip(keys, values, strict=True) if not value.startswith(_NOT_KEPT)}
     except (StorageError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -210,8 +210,8 @@ def _save(path: Path, values: Mapping[str, str]) -> None:
     import pyarrow as pa
 
     try:
-        told = {"digest": digest(values.keys(), values.values())}
-        write_parquet(path, pa.table({"key": list(values), "value": list(values.values())}), told)
+        info = {"digest": digest(values.keys(), values.values())}
+        write_parquet(path, pa.table({"key": list(values), "value": list(values.values())}), info)
     except StorageError as error:
         _log.warning("image digests are not kept for the next run: %s", error)
 

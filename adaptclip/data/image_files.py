@@ -60,12 +60,12 @@ def passed_over_in_words(listings: Sequence[Listing]) -> str:
     for listing in listings:
         for kind, paths in listing.passed_over.items():
             files[kind] += paths
-    told = []
+    info = []
     for kind, paths in sorted(files.items(), key=lambda item: (-len(item[1]), item[0])):
         names = [name for name, _ in Counter(path.name for path in paths).most_common(_NAMED)]
         shown = ", ".join(names) + (", ..." if len(names) < len({path.name for path in paths}) else "")
-        told.append(f"{kind} x {len(paths)} ({_NEEDS.get(kind) or shown})")
-    return ", ".join(told)
+        info.append(f"{kind} x {len(paths)} ({_NEEDS.get(kind) or shown})")
+    return ", ".join(info)
 
 
 def list_images(folder: Path) -> Listing:

@@ -161,12 +161,12 @@ def propose_columns(
     if cluster is not None:
         number = len({plain(as_text(cell)) for cell in others[cluster] if not is_missing(cell)})
         torn = _in_two_parts(others[cluster], parts)
-        told = f"{number} of them, {torn or 'none'} in two parts"
-        lines.append(f"cluster: {_quoted(cluster)}  # {told}" + ", which `card check` refuses" * bool(torn))
+        info = f"{number} of them, {torn or 'none'} in two parts"
+        lines.append(f"cluster: {_quoted(cluster)}  # {info}" + ", which `card check` refuses" * bool(torn))
         mend = (
             "; `card check` refuses that: put each into one part, or let a split be drawn (`splits: {fractions: ...}`)"
         )
-        notes.append(f"the column {cluster!r} says who or what images are of: {told}" + mend * bool(torn))
+        notes.append(f"the column {cluster!r} says who or what images are of: {info}" + mend * bool(torn))
     else:
         lines.append("# cluster: patient  # a column of what must never be in two parts, if the table has one")
     groups, levels, bins = [], [], []
@@ -181,8 +181,8 @@ def propose_columns(
             bins.append(f"#   {_quoted(name)}: {{bins: [{', '.join(f'{edge:g}' for edge in edges)}]}}")
         elif 2 <= len(counts) <= FEW_VALUES:
             found[name] = dict(counts.most_common())
-            told = ", ".join(f"{shown(value)}: {count}" for value, count in counts.most_common(FEW_VALUES))
-            groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {told}")
+            info = ", ".join(f"{shown(value)}: {count}" for value, count in counts.most_common(FEW_VALUES))
+            groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {info}")
         classes = {as_text(label) for label in labels if not is_missing(label)}
         if 1 < len(counts) < len(classes) and is_function_of_class(cells, labels):
             levels.append(f"#   {_quoted(name)}: {_quoted(name)}  # {len(counts)} names, each class has one")

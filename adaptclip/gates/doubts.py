@@ -163,11 +163,11 @@ def _too_even(times: np.ndarray, labels: np.ndarray) -> bool:
     """
     answers = np.bincount(labels)
     mean = (np.bincount(labels, times) / np.maximum(answers, 1))[labels]
-    told = mean >= 2
-    df = int(told.sum()) - len(np.unique(labels[told]))
+    info = mean >= 2
+    df = int(info.sum()) - len(np.unique(labels[info]))
     if df < _DIFFERENT or times.mean() < 2:
         return False
-    return bool(chdtr(df, ((times - mean) ** 2 / _by_chance(np.maximum(mean, 2)))[told].sum()) < _CHANCE)
+    return bool(chdtr(df, ((times - mean) ** 2 / _by_chance(np.maximum(mean, 2)))[info].sum()) < _CHANCE)
 
 
 def _by_chance(mean: np.ndarray) -> np.ndarray:

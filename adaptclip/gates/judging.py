@@ -107,16 +107,16 @@ def judge(
     _check_rows(y_true=y_true, probabilities=probabilities, groups=groups, clusters=clusters, zero_shot=zero_shot)
     labels, names = _labels(y_true, names, probs.shape)
     rows = tuple(map(str, range(len(labels)))) if ids is None else tuple(map(str, ids))
-    told: dict[str, Any] = {
+    info: dict[str, Any] = {
         "ids": rows, "labels": labels, "class_names": names, "groups": _groups(groups, len(labels)),
         "clusters": None if clusters is None else _clusters(clusters),
         "outcomes": tuple(map(_outcome, outcomes)), "fixed_classes": fixed_classes,
     }  # fmt: skip
-    predictions = Predictions(probs=probs, **told)
+    predictions = Predictions(probs=probs, **info)
     baseline = None
     if zero_shot is not None:
         before, _ = _probabilities(zero_shot, "zero_shot", names)
-        baseline = Predictions(probs=before, **told, made_by={"method": ZERO_SHOT})
+        baseline = Predictions(probs=before, **info, made_by={"method": ZERO_SHOT})
     if isinstance(gates, Mapping):
         raise GateError(
             "gates should be a list of rules, or a YAML file; put brackets around a single one: gates=[...]"

@@ -168,7 +168,7 @@ class TipAdapter(Method):
         self.fit_features(features)
         validation = support.validation() if schedule.choose and not self._fixed else None
         if not self.learn_keys:
-            chosen = {} if validation is None else self.choose(validation).told()
+            chosen = {} if validation is None else self.choose(validation).info()
             return {"schedule": "closed form", "chosen": self._pair(), **chosen}
         # Tip-Adapter-F chooses what it trains at, and afterwards whether to use the keys with another pair.
         if validation is not None:
@@ -182,9 +182,9 @@ class TipAdapter(Method):
                 schedule="cosine_per_step",
             )
         )  # fmt: skip
-        told = {} if validation is None else self.choose_trained(validation).told()
+        info = {} if validation is None else self.choose_trained(validation).info()
         about = f"AdamW {schedule.lr:g}, cosine, {schedule.epochs} epochs ({num_steps} steps) at {trained_at}"
-        return {"schedule": about, "chosen": self._pair(), **told}
+        return {"schedule": about, "chosen": self._pair(), **info}
 
     def _pair(self) -> dict[str, float]:
         return {"alpha": self.alpha, "beta": self.beta}

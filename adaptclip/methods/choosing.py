@@ -41,7 +41,7 @@ class Choice:
     num_tried: int
     num_tied: int
 
-    def told(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """Returns what to tell of it: "chosen" and "validation_used_for"."""
         return {"chosen": dict(self.values), "validation_used_for": self.describe()}
 

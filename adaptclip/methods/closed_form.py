@@ -239,8 +239,8 @@ class GDA(Method):
     def _learn(self, support: Support, schedule: GDASchedule, loop: Loop) -> dict[str, Any]:
         self.fit_features(support.features(schedule.views, min_scale=schedule.min_scale))
         validation = support.validation() if schedule.choose and not self._fixed else None
-        told = {} if validation is None else self.choose(validation).told()
-        return {"schedule": "closed form", "chosen": {"alpha": self.alpha}, **told}
+        info = {} if validation is None else self.choose(validation).info()
+        return {"schedule": "closed form", "chosen": {"alpha": self.alpha}, **info}
 
     def head(self) -> Head:
         """Returns the zero-shot head and the Gaussian's, added."""

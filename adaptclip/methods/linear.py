@@ -300,12 +300,12 @@ class LinearProbe(Method):
         started = time.perf_counter()
         with torch.no_grad(), torch.autocast(device_type=self.learnt["weight"].device.type, enabled=False):
             if self.kind == "logistic":
-                told = self._fit_logistic(features, validation, settings["c"], balance)
+                info = self._fit_logistic(features, validation, settings["c"], balance)
             elif self.kind == "lp++":
-                told = self._fit_lp_plus_plus(features, validation, int(settings["epochs"]))
+                info = self._fit_lp_plus_plus(features, validation, int(settings["epochs"]))
             else:
-                told = self._fit_from_text(features, settings, seed, balance)
-        return {"seconds": time.perf_counter() - started, "validation_used_for": "nothing", **told}
+                info = self._fit_from_text(features, settings, seed, balance)
+        return {"seconds": time.perf_counter() - started, "validation_used_for": "nothing", **info}
 
     def published(self, shots: int, images_per_class: int) -> LinearSchedule:
         """Returns the published settings of the head."""
@@ -331,11 +331,11 @@ class LinearProbe(Method):
         reads = self.reads_validation(schedule.c)
         given = {name: getattr(schedule, name) for name in settings_of_fit(self.kind, {})}
         balance = support.mitigation.fresh()
-        told = self.fit_features(
+        info = self.fit_features(
             support.features(schedule.views, min_scale=schedule.min_scale), support.validation() if reads else None,
             **given, seed=support.seed, balance=balance,
         )  # fmt: skip
-        return {**told, "mitigation": balance.describe()}
+        return {**info, "mitigation": balance.describe()}
 
     def head(self) -> Head:
         """Returns the head on image features; text-init and clap compare directions, times the logit scale."""

@@ -43,8 +43,8 @@ class Schedule:
 
     def __str__(self) -> str:
         """The settings in words; what is None is as published and left out."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None) or "nothing to set"
+        info = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name} {value}" for name, value in info.items() if value is not None) or "nothing to set"
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class Method(nn.Module):
 
         torch.manual_seed(support.seed)  # what dropout draws comes from torch's own generator
         started, read_s = time.perf_counter(), support.reading_s
-        told = self._learn(support, schedule, run)
+        info = self._learn(support, schedule, run)
         seconds = time.perf_counter() - started - (support.reading_s - read_s)
         learnt = {id(p): p.numel() for own in (self, *(s.adapter for s in stages)) for p in own.trainable_parameters()}
         self._is_fitted = True
@@ -291,7 +291,7 @@ class Method(nn.Module):
         return {
             "schedule": "nothing is learnt", "chosen": {}, "validation_used_for": "nothing", "seconds": seconds,
             "trainable_parameters": sum(learnt.values()),
-            **{f"{stage.name}_mitigation".lstrip("_"): stage.mitigation.describe() for stage in stages}, **told,
+            **{f"{stage.name}_mitigation".lstrip("_"): stage.mitigation.describe() for stage in stages}, **info,
         }  # fmt: skip
 
     def fit(
@@ -340,20 +340,20 @@ class Method(nn.Module):
         images = as_dataset(x, y, self.class_names, width=width)
         if y is None and not isinstance(x, Features | ImageDataset):
             raise ConfigError("y is missing: `fit` learns from labels, one class id or class name for each image")
-        held_out = images.select([])
+        validation_images = images.select([])
         if validation is not None:
             pair = validation if isinstance(validation, tuple) and len(validation) == 2 else (validation, None)
-            held_out = as_dataset(*pair, self.class_names, width=width, what="validation X")
-        self._check_source(images, held_out)
+            validation_images = as_dataset(*pair, self.class_names, width=width, what="validation X")
+        self._check_source(images, validation_images)
         if accelerator is None:
             accelerator = make_accelerator("no", 1, cpu=self.backbone.device.type == "cpu")
         support = Support(
-            self.backbone, images, held_out, accelerator=accelerator, seed=seed, augmentation=augmentation,
+            self.backbone, images, validation_images, accelerator=accelerator, seed=seed, augmentation=augmentation,
             shots=shots_of(images.labels, len(self.class_names)) if shots is None else shots,
             source=None if images.has_pixels else GivenFeatures(),
         )  # fmt: skip
         given = {**self._planned, **{name: value for name, value in settings.items() if value is not None}}
-        given = self._without_validation(given) if not len(held_out) else given
+        given = self._without_validation(given) if not len(validation_images) else given
         plan = self.schedule(support.shots, images_per_class=support.images_per_class, preset=preset, **given)
         self.to(accelerator.device)
         device = self.backbone.device
@@ -367,16 +367,16 @@ class Method(nn.Module):
         """Returns the settings for `fit` where there are no validation images to choose by."""
         return given
 
-    def _check_source(self, images: ImageDataset, held_out: ImageDataset) -> None:
+    def _check_source(self, images: ImageDataset, validation_images: ImageDataset) -> None:
         """Refuses features for a method that learns from images, and images where there is no tower."""
-        for part in (images, held_out):
+        for part in (images, validation_images):
             if not len(part):
                 continue
             if part.has_pixels and isinstance(self.backbone, FeatureClip):
                 self._lacks("sits on features that were computed elsewhere, without an image tower; give features")
             if not part.has_pixels and self.learns_from == "images":
                 self._lacks("changes the image tower or crops images anew, so it learns from images and not features")
-        if len(held_out) and held_out.has_pixels != images.has_pixels:
+        if len(validation_images) and validation_images.has_pixels != images.has_pixels:
             self._lacks("takes training and validation as images, or both as features; got one of each")
 
     def _start_again(self) -> None:

@@ -112,9 +112,9 @@ class Named:
     def kinds(self) -> dict[str, tuple[type, ...]]:
         """Returns the type or types of every setting."""
         known = typing.get_type_hints(self.method.schedule_type)
-        told = {**inspect.get_annotations(self.method.__init__), **known}
+        info = {**inspect.get_annotations(self.method.__init__), **known}
         names = vars(importlib.import_module(self.method.__module__))
-        return {name: _plain_types(_hint(told.get(name, str), names)) for name in self.settings()}
+        return {name: _plain_types(_hint(info.get(name, str), names)) for name in self.settings()}
 
     def split(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns settings of the constructor, and those of the schedule."""

@@ -144,7 +144,7 @@ class Metric:
             name, text, text, lambda judged: _left_out(function, judged), better=better, scale=scale, per_cent=per_cent
         )
 
-    def told(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """What a page needs to show the number, JSON-able: its words and unit, and "meaning", "hub"."""
         return {
             "words": self.words, "short": self.short, "per_cent": self.per_cent, "better": self.better,

@@ -118,7 +118,7 @@ def group_table(
     _add_against_rest(rows, right, {names[i]: i for i in range(len(names))}, code, sampling, test, confidence)
     return {
         "rows": rows,
-        "metrics": {metric.name: metric.told() for metric in asked},
+        "metrics": {metric.name: metric.info() for metric in asked},
         "worst_group": _worst(rows),
         "gap": gap,
         "gap_zero_shot": before,
@@ -230,9 +230,9 @@ def _cautions(attribute: str, rows: list[dict[str, Any]], too_small: list[dict[s
     return cautions
 
 
-def told(report: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
-    """How a metric of a report (or of a table of one) is shown: `Metric.told`, kept in the report itself."""
-    return report.get("metrics", {}).get(metric) or METRICS[metric].told()
+def info(report: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """How a metric of a report (or of a table of one) is shown: `Metric.info`, kept in the report itself."""
+    return report.get("metrics", {}).get(metric) or METRICS[metric].info()
 
 
 def sentence(words: str) -> str:
@@ -256,7 +256,7 @@ def overall_blocks(report: Mapping[str, Any], title: str) -> list[Block]:
     blocks: list[Block] = [overall_rows(report, "words", title)]
     notes = sorted(
         {
-            f"{told(report, metric)['words']}: {number['note']}"
+            f"{info(report, metric)['words']}: {number['note']}"
             for metric, compared in report["overall"].items()
             for number in compared.values()
             if number is not None and number["note"]
@@ -274,7 +274,7 @@ def overall_rows(report: Mapping[str, Any], words: str, title: str, *, sign: str
     header = ["metric", "zero-shot", "adapted", "change in points", "n"] if paired else ["metric", "value", "n"]
     rows = []
     for metric, c in overall.items():
-        how = told(report, metric)
+        how = info(report, metric)
         cells = [c["zero_shot"], c["model"]] if paired else [c["model"]]
         shown = [_metric_cell(how, number, sign) for number in cells]
         change = [_change_cell(how, c["change"])] if paired else []
@@ -329,7 +329,7 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
     for outcome in outcomes:
         rows = []
         for metric in outcome.get("metrics", ("sensitivity", "specificity", "selection_rate", "auc")):
-            how, c = told(outcome, metric), outcome[metric]
+            how, c = info(outcome, metric), outcome[metric]
             before = [_metric_cell(how, c["zero_shot"])] if is_paired(c) else []
             change = [_change_cell(how, c["change"])] if is_paired(c) else []
             rows.append([text(how["words"]), *before, _metric_cell(how, c["model"]), *change])
@@ -356,7 +356,7 @@ def outcome_section(report: Mapping[str, Any]) -> Section | None:
 def _explained(outcome: Mapping[str, Any]) -> Iterator[str]:
     """What its numbers say, and under which conditions."""
     for metric in outcome.get("metrics", {}):
-        how, note = told(outcome, metric), outcome[metric]["model"]["note"]
+        how, note = info(outcome, metric), outcome[metric]["model"]["note"]
         words = "; ".join(filter(None, (how.get("meaning", ""), note)))
         if words:
             yield sentence(f"{how['words']}: {words}")
@@ -383,7 +383,7 @@ def _group_blocks(table: Mapping[str, Any]) -> Iterator[Block]:
     for row in table["rows"]:
         for m in group_metrics(table):
             if note := row[m]["model"]["note"]:
-                notes.setdefault(note, {}).setdefault(told(table, m)["short"], []).append(str(row["group"]))
+                notes.setdefault(note, {}).setdefault(info(table, m)["short"], []).append(str(row["group"]))
     if notes:  # what is said of several groups and numbers is said once
         yield Bullets([sentence(f"{_of_groups(of)}: {note}") for note, of in notes.items()])
 
@@ -407,16 +407,16 @@ def rows_of_groups(table: Mapping[str, Any], *, sign: str = " %", title: str = "
     """One row per group, lowest accuracy first; only metrics that some group has."""
     metrics = group_metrics(table)
     paired = any(is_paired(row["accuracy"]) for row in table["rows"])
-    header = ["group", "n", *(told(table, m)["short"] for m in metrics), *["change of accuracy"] * paired]
+    header = ["group", "n", *(info(table, m)["short"] for m in metrics), *["change of accuracy"] * paired]
     worst_first = sorted(table["rows"], key=lambda row: (row["accuracy"]["model"]["value"] is None, _accuracy(row)))
     rows = []
     for row in worst_first:
         small = row.get("large_enough") is False
         cells = [text(one_line(row["group"]), "muted" if small else ""), count(row["n"])]
-        cells += [_metric_cell(told(table, m), row[m]["model"], sign) for m in metrics]
+        cells += [_metric_cell(info(table, m), row[m]["model"], sign) for m in metrics]
         cells += [points(row["accuracy"]["change"])] * paired
         rows.append(cells)
-    scales = {i + 2: (0.0, 1.0) for i, m in enumerate(metrics) if _has_bar(told(table, m))}
+    scales = {i + 2: (0.0, 1.0) for i, m in enumerate(metrics) if _has_bar(info(table, m))}
     marks: dict[int, float] = {}
     if paired:
         scales[len(header) - 1] = change_scale(rows, len(header) - 1)

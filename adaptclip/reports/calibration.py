@@ -390,8 +390,8 @@ def selective_section(report: Mapping[str, Any], *, plots: bool) -> Section | No
             f"{100 * p['coverage']:.0f} % answered: {show_rate(p['accuracy'])} right" for p in selective["points"]
         )
         # The first few answers are right or wrong by luck, and a line would make something of it.
-        told = [point for point in selective["curve"] if point[0] * report["num_images"] >= MIN_GROUP]
-        svg = coverage(told or selective["curve"], accuracy)
+        info = [point for point in selective["curve"] if point[0] * report["num_images"] >= MIN_GROUP]
+        svg = coverage(info or selective["curve"], accuracy)
         blocks.append(Figure("Accuracy of the answers by share answered", svg, words + "."))
     blocks += list(_set_blocks(found["sets"]))
     return Section("When to answer", "answers", blocks)

@@ -77,7 +77,7 @@ def fine_grained_report(
 
     Returns:
         JSON-able dict with numbers and comparisons as in `build_report`: "overall" (metric -> comparison: top-k
-        accuracies, macro-F1, the worst tenth of the classes), "metrics" (name -> `Metric.told`), "worst_classes" (those
+        accuracies, macro-F1, the worst tenth of the classes), "metrics" (name -> `Metric.info`), "worst_classes" (those
         with the lowest accuracy, "classes", of how many, "of", and their accuracy on the images that picked them,
         "as_chosen"), "confusions" (list), "matrix", "hard_pairs" (list), "levels" (list), "severity" (None without a
         taxonomy).
@@ -92,7 +92,7 @@ def fine_grained_report(
     compared = measure(predictions, baseline, metrics=metrics, draws=draws, seed=seed)
     return {
         "overall": {name: comparison(found, confidence) for name, found in compared.items()},
-        "metrics": {metric.name: metric.told() for metric in metrics},
+        "metrics": {metric.name: metric.info() for metric in metrics},
         "worst_classes": _worst_classes(predictions),
         "confusions": _confusions(predictions, confidence),
         "matrix": _matrix(predictions),

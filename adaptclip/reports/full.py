@@ -57,7 +57,7 @@ def build_report(
         JSON-able dict. A number is {"value", "low", "high", "n", "method", "note"}; a comparison is {"model",
         "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
         "num_clusters", "sampling" ("unit", "num_units", "classes": "random" or "fixed"), "absent_classes",
-        "metrics" (name -> `Metric.told`), "overall" (name of a metric -> comparison),
+        "metrics" (name -> `Metric.info`), "overall" (name of a metric -> comparison),
         "per_class" (list),
         "outcomes" (list of `outcome_overall`), "groups" (attribute -> table of `group_table`; an intersection is called
         "sex × age_group"), "cautions" and "notes_on_input" (lists of sentences).
@@ -90,7 +90,7 @@ def build_report(
         "num_clusters": clusters,
         "sampling": _sampling(predictions, clusters),
         "absent_classes": [predictions.class_names[i] for i in absent],
-        "metrics": {metric.name: metric.told() for metric in shown},
+        "metrics": {metric.name: metric.info() for metric in shown},
         "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
         "per_class": _class_rows(predictions, confidence),
         "outcomes": [outcome_overall(predictions, base, outcome, **settings) for outcome in predictions.outcomes],

@@ -86,9 +86,9 @@ def multi_label_report(
     positive = marks.positive
     per_class = []
     for c, name in enumerate(predictions.class_names):
-        told = {"class": name, "num_positive": int(positive[:, c].sum()), "threshold": float(thresholds.values[c])}
+        info = {"class": name, "num_positive": int(positive[:, c].sum()), "threshold": float(thresholds.values[c])}
         measured = class_rates(marks, sampling, c)
-        per_class.append(told | {key: number(value, confidence) for key, value in measured.items()})
+        per_class.append(info | {key: number(value, confidence) for key, value in measured.items()})
     macro = {"auc": measure(mean_area(marks), sampling), "average_precision": average_precision(marks)}
     macro |= {name: measure(mean_of_classes(marks, name), sampling) for name in RATES}
     whole = {name: metric.compare(judged).model for name, metric in _WHOLE.items()}
@@ -119,11 +119,11 @@ def _group(name: str, judged: Judged, confidence: float) -> dict[str, Any]:
 
 def multi_label_section(report: Mapping[str, Any]) -> Section | None:
     """Every class at its threshold, their means, and the groups."""
-    told = report.get("multi_label")
-    if not told:
+    info = report.get("multi_label")
+    if not info:
         return None
-    blocks: list[Block] = [Paragraph(summary(told)), Paragraph(how_chosen(told["thresholds"]), "muted"), _rows(told)]
-    blocks += [_group_rows(attribute, rows) for attribute, rows in told["groups"].items()]
+    blocks: list[Block] = [Paragraph(summary(info)), Paragraph(how_chosen(info["thresholds"]), "muted"), _rows(info)]
+    blocks += [_group_rows(attribute, rows) for attribute, rows in info["groups"].items()]
     words = (
         "Sensitivity: share of the images of a class that it is named for; specificity: share of the others that it is "
         "not named for; precision: share of right ones among those named. Macro is the mean over the classes, micro "
@@ -132,14 +132,14 @@ def multi_label_section(report: Mapping[str, Any]) -> Section | None:
     return Section("Several labels at once", "multi-label", [*blocks, Paragraph(words, "muted")])
 
 
-def summary(told: Mapping[str, Any]) -> str:
+def summary(info: Mapping[str, Any]) -> str:
     """The section in a line."""
-    macro = told["macro"]
+    macro = info["macro"]
     return (
         f"Each class by itself, mean over the classes: AUC {show_rate(macro['auc'])}, F1 {show_rate(macro['f1'])}, "
         f"sensitivity {show_rate(macro['sensitivity'])}, specificity {show_rate(macro['specificity'])}; "
-        f"{told['labels_per_image']:.2f} classes named per image, none for {show_rate(told['unnamed'])} of them; "
-        f"exactly the right ones for {show_rate(told['exact'])}."
+        f"{info['labels_per_image']:.2f} classes named per image, none for {show_rate(info['unnamed'])} of them; "
+        f"exactly the right ones for {show_rate(info['exact'])}."
     )
 
 
@@ -152,21 +152,21 @@ def how_chosen(thresholds: Mapping[str, Any]) -> str:
     few = [n for n in positives if n]
     between = str(min(few)) if few and min(few) == max(few) else f"{min(few, default=0)} to {max(few, default=0)}"
     behind = f", {between} of each class{'; so few place a threshold roughly' * (min(few) < ROUGH)}" if few else ""
-    told = f"Thresholds: {words} on {thresholds['num_images']:,} validation images{behind}."
+    info = f"Thresholds: {words} on {thresholds['num_images']:,} validation images{behind}."
     if thresholds["fallbacks"]:
         shown = ", ".join(map(one_line, thresholds["fallbacks"][:5])) + ", …" * (len(thresholds["fallbacks"]) > 5)
-        told += f" {len(thresholds['fallbacks'])} classes could not be chosen on them and stay at 0.5: {shown}."
-    return told
+        info += f" {len(thresholds['fallbacks'])} classes could not be chosen on them and stay at 0.5: {shown}."
+    return info
 
 
-def _rows(told: Mapping[str, Any]) -> Rows:
+def _rows(info: Mapping[str, Any]) -> Rows:
     rows = []
-    for row in sorted(told["per_class"], key=lambda row: (row["f1"]["value"] is None, row["f1"]["value"] or 0)):
+    for row in sorted(info["per_class"], key=lambda row: (row["f1"]["value"] is None, row["f1"]["value"] or 0)):
         cells = [text(one_line(row["class"])), count(row["num_positive"]), _threshold(row["threshold"])]
         rows.append([*cells, *(rate(row[name]) for name in _HEADS)])
     blank = [Cell("", numeric=True)] * 2
-    rows.append([text("macro"), *blank, *(rate(told["macro"][name]) for name in _HEADS)])
-    rows.append([text("micro"), *blank, *(rate(told["micro"].get(name)) for name in _HEADS)])
+    rows.append([text("macro"), *blank, *(rate(info["macro"][name]) for name in _HEADS)])
+    rows.append([text("micro"), *blank, *(rate(info["micro"].get(name)) for name in _HEADS)])
     scales = dict.fromkeys(range(3, 3 + len(_HEADS)), (0.0, 1.0))
     return Rows("Classes, lowest F1 first", ["class", "n", "threshold", *_HEADS.values()], rows, scales)
 

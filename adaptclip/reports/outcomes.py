@@ -200,7 +200,7 @@ def outcome_overall(
 
     Returns:
         JSON-able dict: "name", "level", "positive", "threshold", "rule" (in words), "classes" (those that are
-        positive), "num_positive", "num_negative", "metrics" (name -> `Metric.told`), and each of them compared.
+        positive), "num_positive", "num_negative", "metrics" (name -> `Metric.info`), and each of them compared.
     """
     labels = two_sided(predictions, outcome).labels
     values = predictions.class_names if outcome.level is None else predictions.levels[outcome.level]
@@ -211,7 +211,7 @@ def outcome_overall(
         "threshold": outcome.threshold,
         "rule": outcome.rule_words,
         "prevalence": outcome.prevalence,
-        "metrics": {name: find_metric(name).told() for name in measured},
+        "metrics": {name: find_metric(name).info() for name in measured},
         "classes": classes,
         "num_positive": int(labels.sum()),
         "num_negative": int(len(labels) - labels.sum()),

@@ -23,12 +23,12 @@ from adaptclip import terminal
 from adaptclip.reports.bias import (
     group_metrics,
     group_section,
+    info,
     outcome_section,
     overall_rows,
     overall_section,
     rows_of_groups,
     sentence,
-    told,
 )
 from adaptclip.reports.blocks import (
     Block,
@@ -178,11 +178,11 @@ def _data_section(report: Mapping[str, Any]) -> Section | None:
 
 def _training_section(report: Mapping[str, Any]) -> Section | None:
     # What the validation images were used for stands in both.
-    told = {**(report.get("training") or {}), **(report.get("split") or {})}
+    info = {**(report.get("training") or {}), **(report.get("split") or {})}
     words = {"num_train": "training images", "num_validation": "validation images"}
     rows = [
         [text(words.get(key, key.replace("_", " "))), text(one_line(_worded(value)))]
-        for key, value in told.items()
+        for key, value in info.items()
         if value not in (None, "", {}, [])
     ]
     if not rows:
@@ -243,7 +243,7 @@ def _sampling_words(sampling: Mapping[str, Any]) -> str:
 
 def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:
     """The part of a report that fits one screen: headline metrics, groups, cautions, gates."""
-    narrow = [metric for metric in report["overall"] if told(report, metric)["per_cent"]]
+    narrow = [metric for metric in report["overall"] if info(report, metric)["per_cent"]]
     shown = {**report, "overall": {metric: report["overall"][metric] for metric in narrow}}
     title = (
         f"{report['num_images']:,} images, {report['num_classes']} classes; per cent "
@@ -256,7 +256,7 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
     for attribute, table in report["groups"].items():
         if not table["rows"]:
             continue
-        wide = [metric for metric in group_metrics(table) if not told(table, metric)["per_cent"]]
+        wide = [metric for metric in group_metrics(table) if not info(table, metric)["per_cent"]]
         rows_shown = [{k: v for k, v in row.items() if k not in wide} for row in table["rows"]]
         paired = any(row["accuracy"]["zero_shot"] for row in rows_shown)
         name = f"by {one_line(attribute)}" + "; change is of accuracy" * paired

@@ -65,10 +65,10 @@ class Thresholds:
         return {**vars(self), **listed, "fallbacks": list(self.fallbacks)}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Thresholds:
+    def from_dict(cls, info: Mapping[str, Any]) -> Thresholds:
         """Undoes `to_dict`."""
-        arrays = {"values": np.array(told["values"], float), "positives": np.array(told["positives"], np.int64)}
-        return cls(**{**told, **arrays, "fallbacks": tuple(told["fallbacks"])})
+        arrays = {"values": np.array(info["values"], float), "positives": np.array(info["positives"], np.int64)}
+        return cls(**{**info, **arrays, "fallbacks": tuple(info["fallbacks"])})
 
 
 def even_thresholds(class_names: Sequence[str]) -> Thresholds:

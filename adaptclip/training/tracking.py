@@ -405,13 +405,13 @@ def _on_main(accelerator: Accelerator, call: Callable[[], T]) -> T:
     """Calls on the main process and returns its answer, or raises its error, on all of them."""
     if accelerator.num_processes == 1:
         return call()
-    told: list[Any] = [None, None]
+    info: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            told[0] = call()
+            info[0] = call()
         except AdaptclipError as error:
-            told[1] = error
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            info[1] = error
+    broadcast_object_list(info)
+    if info[1] is not None:
+        raise info[1]
+    return info[0]

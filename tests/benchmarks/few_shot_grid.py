@@ -112,9 +112,9 @@ def main() -> int:
     data = ac.open_data(ac.load_card(args.card), data_root=args.data_root)
     backbone = ac.load_backbone()
     with tempfile.TemporaryDirectory() as folder:
-        place = (Path(folder) / "cache", args.shots, args.seeds, Path(folder) / "locks")
-        empty = whole_grid(worker_of(data, backbone, *place))
-        full = whole_grid(worker_of(data, backbone, *place))
+        worker = (Path(folder) / "cache", args.shots, args.seeds, Path(folder) / "locks")
+        empty = whole_grid(worker_of(data, backbone, *worker))
+        full = whole_grid(worker_of(data, backbone, *worker))
         first = worker_of(data, backbone, None, args.shots, args.seeds[:1], Path(folder) / "locks").grid.jobs
         apart = dict.fromkeys(METHODS, 0.0)
         for number, job in enumerate(first):

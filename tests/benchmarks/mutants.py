@@ -285,7 +285,7 @@ def measure_reach(items: list[pytest.Item]) -> Any:
         found.seconds[item.nodeid] = time.process_time() - started if good else math.inf
         for path, line in lines:
             tests[f"{Path(path).relative_to(ROOT).as_posix()}:{line}"].add(item.nodeid)
-    return [found.seconds, {place: sorted(names) for place, names in tests.items()}]
+    return [found.seconds, {worker: sorted(names) for worker, names in tests.items()}]
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -313,16 +313,16 @@ class Judge:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Takes pytest's own loop's place."""
-        place = self.state / "reach.json"
+        worker = self.state / "reach.json"
         items = session.items
-        reach = Reach(*json.loads(place.read_text())) if place.exists() else Reach()
+        reach = Reach(*json.loads(worker.read_text())) if worker.exists() else Reach()
         fresh = [item for item in items if item.nodeid not in reach.seconds]
         if fresh:
             seconds, tests = forked(lambda: measure_reach(fresh), 3600)
             reach.seconds |= seconds
             for line, names in tests.items():
                 reach.tests[line] = [*reach.tests.get(line, ()), *names]
-            place.write_text(json.dumps([reach.seconds, reach.tests]))
+            worker.write_text(json.dumps([reach.seconds, reach.tests]))
         reach.seconds = {name: s for name, s in reach.seconds.items() if s <= SLOWEST}
         by_name = {item.nodeid: item for item in items if item.nodeid in reach.seconds}
         for one in gc.get_objects():

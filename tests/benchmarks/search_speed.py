@@ -98,9 +98,9 @@ def recall(console: Console, card: str, data_root: Path | None, cache: Path, fol
     texts = [(text, i) for i, own in enumerate(test.captions) for text in own]
     vectors, cut = encode_texts(encoder, [text for text, _ in texts])
     hits = index.search(encoder, vectors, k=max(KS))
-    place = {name: i for i, name in enumerate(index.names)}
+    worker = {name: i for i, name in enumerate(index.names)}
     by_index = {
-        k: sum(any(place[hit.name] == owner for hit in row[:k]) for row, (_, owner) in zip(hits, texts, strict=True))
+        k: sum(any(worker[hit.name] == owner for hit in row[:k]) for row, (_, owner) in zip(hits, texts, strict=True))
         for k in KS
     }
     # Apart from all of the above: images through the plain model one batch at a time, prompts whole, numpy's sort.

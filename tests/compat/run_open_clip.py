@@ -107,7 +107,7 @@ def _adapt(config: dict[str, Any]) -> str:
     with torch.device("meta"):
         model = kind(embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=text, **more)  # type: ignore[arg-type]
     split_attention(model)
-    told = [f"{count_attention(model, tower)} attentions of the {tower} tower" for tower in ("image", "text")]
+    info = [f"{count_attention(model, tower)} attentions of the {tower} tower" for tower in ("image", "text")]
     for tower in ("image", "text"):
         find_targets(model, tower)  # type: ignore[arg-type]
     if not encoder and not isinstance(model.text, TextTransformer):
@@ -115,7 +115,7 @@ def _adapt(config: dict[str, Any]) -> str:
             make_text_tower(model, open_clip.SimpleTokenizer())
         except BackboneError as error:
             return f"refused: prompts: {error}"
-    return f"supported: {', '.join(told)}"
+    return f"supported: {', '.join(info)}"
 
 
 def main(arguments: list[str]) -> int:
@@ -132,8 +132,8 @@ def main(arguments: list[str]) -> int:
         return 0
     tests = run_tests(source)
     command = [sys.executable, str(Path(__file__).resolve()), "--architectures"]
-    told = subprocess.run(command, env=environment(source), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    tried = json.loads(told.stdout.splitlines()[-1])
+    info = subprocess.run(command, env=environment(source), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    tried = json.loads(info.stdout.splitlines()[-1])
     outcomes = Counter(text.partition(":")[0] for text in tried["outcomes"].values())
     for name, text in tried["outcomes"].items():
         if not text.startswith("supported"):

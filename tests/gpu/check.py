@@ -122,19 +122,19 @@ def about(device: str) -> Row:
     """The card, its driver, the versions and the commit."""
     import torch
 
-    told: Row = {
+    info: Row = {
         "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)), "processor": platform.processor() or platform.machine(),
         "commit": output_of("git", "-C", str(HERE), "rev-parse", "HEAD") or os.environ.get("ADAPTCLIP_COMMIT", "?"),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }  # fmt: skip
     if device == "cuda":
-        told["card"] = torch.cuda.get_device_name()
-        told["card_bytes"] = torch.cuda.get_device_properties(0).total_memory
-        told["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "?"
+        info["card"] = torch.cuda.get_device_name()
+        info["card_bytes"] = torch.cuda.get_device_properties(0).total_memory
+        info["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "?"
     for name in ("open_clip_torch", "peft", "accelerate", "timm", "transformers"):
-        told[name] = version_of(name)
-    return told
+        info[name] = version_of(name)
+    return info
 
 
 def output_of(*command: str) -> str:
@@ -228,8 +228,8 @@ def markdown(result: Row) -> str:
     )
     for row in rows.get("loop", []):
         places = row["waits"] or {}
-        told = f"{milliseconds(row['seconds'])}, {sum(places.values())} waits for the GPU"
-        lines += [f"One step of the loop, {row['method']}: {told}", ""]
+        info = f"{milliseconds(row['seconds'])}, {sum(places.values())} waits for the GPU"
+        lines += [f"One step of the loop, {row['method']}: {info}", ""]
         lines += [*(f"- {count}x {place}" for place, count in places.items()), ""]
     timed = ("coop_s", "coop_fp32_s", "lora_text_s")
     lines += table(

@@ -193,7 +193,7 @@ def fast_is_plain(device: torch.device, precision: str, autocast: bool) -> dict[
         "lora": partial(LoRA, dropout=0.0),
         "lora, text": partial(LoRA, dropout=0.0, towers="text"),
     }
-    told = {}
+    info = {}
     for name, make in makers.items():
         plain = make(backbone, NAMES, fast=False).to(device)
         if isinstance(plain, LoRA):  # where B is zero, half of the gradients are zero
@@ -205,26 +205,26 @@ def fast_is_plain(device: torch.device, precision: str, autocast: bool) -> dict[
             fast = make(backbone, NAMES, memory_budget_bytes=budget).to(device)
             fast.load_adapter_state(plain.adapter_state())
             got, own = gradients(fast, batch, dtype)
-            told[f"{name}, {way}"] = [
+            info[f"{name}, {way}"] = [
                 near(got, expected, SAME[precision], f"{name}, {way}"),
                 same_direction(own, gradient, SAME_GRADIENT[precision], f"gradient of {name}, {way}"),
             ]
-    return told
+    return info
 
 
 def device_is_cpu(device: torch.device) -> dict[str, Any]:
     """The float32 gradients on the device are those on the CPU."""
-    told = {}
+    info = {}
     for name, make in {"coop": partial(CoOp, n_ctx=5), "lora": partial(LoRA, dropout=0.0)}.items():
         here, there = (make(clip(where), NAMES).to(where) for where in (torch.device("cpu"), device))
         batch = batch_for(clip(torch.device("cpu")))
         expected, gradient = gradients(here, batch)
         got, own = gradients(there, batch.to(device))
-        told[name] = [
+        info[name] = [
             near(got, expected, SAME["fp32"], name),
             same_direction(own, gradient, SAME_GRADIENT["fp32"], f"gradient of {name}"),
         ]
-    return told
+    return info
 
 
 def features_are_the_cpus(device: torch.device) -> dict[str, Any]:
@@ -234,10 +234,10 @@ def features_are_the_cpus(device: torch.device) -> dict[str, Any]:
     found = [FeatureCache(None).get(own, data.test.select(range(12)), batch_size=5) for own in (here, there)]
     assert all(f.values.device.type == "cpu" and f.values.dtype == torch.float32 for f in found)
     assert found[0].weights == found[1].weights, "the digest of the weights depends on the device"
-    told = {"features": near(found[1].values, found[0].values, SAME["fp32"], "features")}
+    info = {"features": near(found[1].values, found[0].values, SAME["fp32"], "features")}
     torch.backends.cudnn.allow_tf32 = True
     by_default = FeatureCache(None).get(there, data.test.select(range(12)), batch_size=5)
-    return {**told, "with TF32 convolutions": float((by_default.values - found[0].values).abs().max())}
+    return {**info, "with TF32 convolutions": float((by_default.values - found[0].values).abs().max())}
 
 
 # -- the matrix --------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("ends", "told"), [(None, "ended after 1"), (3, "exit code 3"), (0, "done")])
-def test_a_part_that_hangs_or_crashes_keeps_its_rows(ends, told, monkeypatch):
+def test_a_part_that_hangs_or_crashes_keeps_its_rows(ends, info, monkeypatch):
     def run(command, *, timeout, stdout, **_):
         Path(command[2]).write_text('{"what": "check", "check": "a", "passed": true}\n')
         stdout.write(b"out of luck")
@@ -93,7 +93,7 @@ def test_a_part_that_hangs_or_crashes_keeps_its_rows(ends, told, monkeypatch):
 
     monkeypatch.setattr(check.subprocess, "run", run)
     part = check.run_apart("coop", check.parsed(["out", "--device", "cpu"]), check.time.monotonic() + 100)
-    assert part["ended"].startswith(told)
+    assert part["ended"].startswith(info)
     assert [row["check"] for row in part["rows"]] == ["a"]
     assert part.get("log") == (None if ends == 0 else "out of luck")
     late = check.run_apart("coop", check.parsed(["out"]), check.time.monotonic() + 5)

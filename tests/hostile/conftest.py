@@ -44,9 +44,9 @@ def pytest_terminal_summary(terminalreporter):
     counts: dict[str, Counter[str]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
-            told = dict(getattr(report, "user_properties", ()))
-            if getattr(report, "when", "") == "call" and "outcome" in told:
-                counts.setdefault(told["kind"], Counter())[told["outcome"]] += 1
+            info = dict(getattr(report, "user_properties", ()))
+            if getattr(report, "when", "") == "call" and "outcome" in info:
+                counts.setdefault(info["kind"], Counter())[info["outcome"]] += 1
     if not counts:
         return
     write = terminalreporter.write_line

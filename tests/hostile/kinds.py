@@ -30,7 +30,7 @@ from PIL import Image
 import adaptclip as ac
 from adaptclip.artifact.export import FORMATS
 from adaptclip.artifact.export.stock import CHECK
-from adaptclip.bench.jobs import Board
+from adaptclip.bench.jobs import JobStore
 from adaptclip.cli import main
 from adaptclip.data.shots import FewShotSplit
 from adaptclip.data.sources import open_data
@@ -100,17 +100,17 @@ def read_gate(world: World, folder: Path) -> Answer:
 
 def read_report(world: World, folder: Path) -> Answer:
     """What `adaptclip report` writes of a run folder."""
-    told = command("report", folder, "--out", folder.parent / "written.json")
-    return told, json.loads((folder.parent / "written.json").read_text())
+    info = command("report", folder, "--out", folder.parent / "written.json")
+    return info, json.loads((folder.parent / "written.json").read_text())
 
 
 def read_resumed(world: World, folder: Path) -> Answer:
     """Where a killed run ends when it is gone on with: its log, its weights and what they predict."""
-    told: dict[str, Any] = {}
+    info: dict[str, Any] = {}
 
     def finish_run(out: Path, adapter: Any, *args: Any, predictions: Any, **settings: Any) -> int:
-        told["weights"] = {name: t.tolist() for name, t in adapter.adapter_state().items()}
-        told["probabilities"] = (predictions.class_names, predictions.ids, predictions.probs.tolist())
+        info["weights"] = {name: t.tolist() for name, t in adapter.adapter_state().items()}
+        info["probabilities"] = (predictions.class_names, predictions.ids, predictions.probs.tolist())
         return 0
 
     settings = replace(world.config("one", seed=1), out=folder, resume=True, cache=world.scratch / "features")
@@ -118,8 +118,8 @@ def read_resumed(world: World, folder: Path) -> Answer:
         patch.setattr(ac, "finish_run", finish_run)
         assert world.recipe.main(settings) == 0
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    told["log"] = [(line["step"], line["loss"], line["lr"]) for line in log]
-    return told, FewShotSplit.load(folder / "split.json").digest
+    info["log"] = [(line["step"], line["loss"], line["lr"]) for line in log]
+    return info, FewShotSplit.load(folder / "split.json").digest
 
 
 def read_log(world: World, folder: Path) -> Answer:
@@ -133,14 +133,14 @@ def read_log(world: World, folder: Path) -> Answer:
     handler = logging.StreamHandler(said)
     logging.getLogger("adaptclip").addHandler(handler)
     try:
-        told, split = read_resumed(world, folder)
+        info, split = read_resumed(world, folder)
     finally:
         logging.getLogger("adaptclip").removeHandler(handler)
-    steps = [step for step, *_ in told.pop("log")]
+    steps = [step for step, *_ in info.pop("log")]
     assert steps == sorted(set(steps))
     assert steps[-1] == 24
     assert all(map(_is_json, lines)) or "lines cannot be read" in said.getvalue(), "a line was lost silently"
-    return told, split
+    return info, split
 
 
 def _is_json(line: bytes) -> bool:
@@ -193,10 +193,10 @@ def read_classifier(world: World, folder: Path) -> Answer:
 
 def _data(card: Path) -> Answer:
     data = open_data(ac.load_card(card))
-    told: dict[str, Any] = {"classes": data.class_names, "prompts": data.prompt_names, "notes": data.notes}
+    info: dict[str, Any] = {"classes": data.class_names, "prompts": data.prompt_names, "notes": data.notes}
     for name, images in data.parts.items():
-        told[name] = (images.ids, images.labels.tolist(), images.groups, images.clusters)
-    return told, [gate.model_dump() for gate in data.card.gates], data.card.templates, data.card.augmentation
+        info[name] = (images.ids, images.labels.tolist(), images.groups, images.clusters)
+    return info, [gate.model_dump() for gate in data.card.gates], data.card.templates, data.card.augmentation
 
 
 def read_card(name: str) -> Callable[[World, Path], Answer]:
@@ -215,7 +215,7 @@ def read_config(world: World, folder: Path) -> Answer:
 
 def read_bench(world: World, folder: Path) -> Answer:
     """Results of a bench; a job without one is done again, which gives the same."""
-    board, known = Board(folder / "jobs", "another launch"), Board(world.root / "one" / "bench" / "jobs", "x")
+    board, known = JobStore(folder / "jobs", "another launch"), JobStore(world.root / "one" / "bench" / "jobs", "x")
     keys = sorted(path.stem for path in (world.root / "one" / "bench" / "jobs").glob("*.json"))
     assert len(keys) == 4
     return [board.result(key) or known.result(key) for key in keys]

@@ -68,11 +68,11 @@ def test_what_is_said_after_sigterm_is_true(ran):
     for event in asked:
         assert "Traceback" not in event["said"], event["said"]
         assert "stopped by SIGTERM." in event["said"], event["said"]
-        told = re.search(r"The checkpoint of step (\d+) is kept \(\S*/(step-\S+\.safetensors)\)", event["said"])
-        if told:
+        info = re.search(r"The checkpoint of step (\d+) is kept \(\S*/(step-\S+\.safetensors)\)", event["said"])
+        if info:
             with_checkpoint += 1
-            assert told[2] in event["kept"]
-            assert int(told[1]) == int(told[2].split("-")[1])
+            assert info[2] in event["kept"]
+            assert int(info[1]) == int(info[2].split("-")[1])
         else:
             nothing = re.search("holds no checkpoint yet|Nothing was written to", event["said"])
             assert (event["kept"] == []) if nothing else ("Nothing was left half-written" in event["said"]), event

@@ -12,7 +12,7 @@ import torch
 from zoo.making import run, tree
 
 import adaptclip as ac
-from adaptclip.bench.jobs import Board, Job
+from adaptclip.bench.jobs import Job, JobStore
 from adaptclip.bench.runner import Progress, run_jobs
 from adaptclip.errors import StorageError
 
@@ -38,8 +38,8 @@ def imported(tmp_path_factory, tiny_backbone):
 
 def check(folder: Path, capsys) -> tuple[int, str]:
     code = run(["card", "check", str(folder)])
-    told = capsys.readouterr()
-    return code, told.out + told.err
+    info = capsys.readouterr()
+    return code, info.out + info.err
 
 
 def test_a_file_that_may_be_read_again_is_read_again(imported, as_somebody, monkeypatch, capsys):
@@ -127,7 +127,7 @@ def test_a_job_that_failed_is_tried_again_in_the_next_launch(tmp_path, failure):
         return {"job": {"card": "card", "method": "gda", "shots": 1, "seed": 1}, "judged": {}, "total_s": 1.0}
 
     for launch, settled in (("one", None), ("one", None), ("two", {})):
-        board = Board(tmp_path, launch)
+        board = JobStore(tmp_path, launch)
         run_jobs([job], work, board, Progress([job], board, metric="accuracy", processes=1, show=False), wait=True)
         assert (board.result("key") is None) == (settled is None)
     assert tried == ["key", "key"]

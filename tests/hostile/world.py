@@ -194,7 +194,7 @@ def _make_from_run(world: World, name: str) -> None:
     judged = Predictions.load(run / "predictions.parquet")
     (folder / "gates.yaml").write_text(GATES)
     verdicts = check_gates(judged, None, load_gates(folder / "gates.yaml"))
-    told: dict[str, Any] = {"report": build_report(judged), "verdicts": verdicts}
+    info: dict[str, Any] = {"report": build_report(judged), "verdicts": verdicts}
     torch.manual_seed(seed_of(name))
     sigmoid = ac.LinearProbe(backbone, data.prompt_names, head="clap", objective="sigmoid")
     lora = LoRA(backbone, data.prompt_names, rank=2)
@@ -202,8 +202,8 @@ def _make_from_run(world: World, name: str) -> None:
         for parameter in [*sigmoid.trainable_parameters(), *lora.trainable_parameters()]:
             parameter.add_(0.1 * torch.randn(parameter.shape))
     values = Thresholds("f1", np.array([0.2, 0.3, 0.4]), 9, np.array([3, 3, 3]), ("red",))
-    save_artifact(out / "sigmoid", sigmoid, backbone, data, None, method="linear_probe", thresholds=values, **told)
-    save_artifact(out / "lora", lora.eval(), backbone, data, None, method="lora", **told)
+    save_artifact(out / "sigmoid", sigmoid, backbone, data, None, method="linear_probe", thresholds=values, **info)
+    save_artifact(out / "lora", lora.eval(), backbone, data, None, method="lora", **info)
     encoder, named = load_encoder(backbone=world.model)
     ac.FeatureCache(out / "cache").get(backbone, data.test)
     build_index(out / "index", encoder, named, [data.test], cache=ac.FeatureCache(folder / "features"))

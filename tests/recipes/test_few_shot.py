@@ -144,9 +144,9 @@ def test_two_processes_share_the_jobs_and_give_the_same_table(cfg, undisturbed):
     same_results(cfg.out, undisturbed)
     done = [line for line in result.stdout.splitlines() if line.startswith("[")]
     # One process tells, of both; what the other had finished before it looked is in its first line.
-    told = re.search(r"30 jobs(?:, (\d+) of them done before)?", result.stdout)
-    assert told is not None
-    assert len(done) + int(told[1] or 0) == 30
+    info = re.search(r"30 jobs(?:, (\d+) of them done before)?", result.stdout)
+    assert info is not None
+    assert len(done) + int(info[1] or 0) == 30
     assert len(list((cfg.out / "jobs").glob("*.json"))) == 30
 
 

@@ -48,12 +48,12 @@ def test_every_head_goes_from_card_to_artifact(cfg, head):
     assert len(judged) == len(baseline) > 500
     accuracy, chance = ((p.pred == p.labels).mean() for p in (judged, baseline))
     assert accuracy > chance + 0.03  # even a random tower tells some digits apart
-    told = training(cfg.out)
-    assert told["trainable_parameters"] == 10 * 48 + {"logistic": 10, "lp++": 20}.get(head, 0)
-    assert told["validation_used_for"] == ("choosing the epoch" if head == "lp++" else "nothing")
-    assert {"seconds", "schedule"} <= set(told)
+    info = training(cfg.out)
+    assert info["trainable_parameters"] == 10 * 48 + {"logistic": 10, "lp++": 20}.get(head, 0)
+    assert info["validation_used_for"] == ("choosing the epoch" if head == "lp++" else "nothing")
+    assert {"seconds", "schedule"} <= set(info)
     asked = {k: v for k, v in SETTINGS[head].items() if k != "views"}
-    assert {k: told["chosen"][k] for k in asked} == asked
+    assert {k: info["chosen"][k] for k in asked} == asked
     test = ac.open_data(ac.load_card("digits")).test
     model = ac.load(cfg.out, allow_failed_gates=True)
     live = model.probabilities([test.image(i) for i in range(30)]).numpy()
@@ -66,13 +66,13 @@ def test_every_head_goes_from_card_to_artifact(cfg, head):
 
 def test_c_is_chosen_on_the_validation_shots(cfg):
     recipe.main(cfg)
-    told = training(cfg.out)
+    info = training(cfg.out)
     report = json.loads((cfg.out / "report.json").read_text())
-    assert told["validation_used_for"] == report["split"]["validation_used_for"] == "choosing C"
+    assert info["validation_used_for"] == report["split"]["validation_used_for"] == "choosing C"
     assert report["split"]["num_validation"] == 20
-    best = max(entry["accuracy"] for entry in told["chosen"]["tried"])
-    assert told["chosen"]["validation_accuracy"] == best
-    fixed = replace(cfg, C=told["chosen"]["C"], out=cfg.out.parent / "fixed")
+    best = max(entry["accuracy"] for entry in info["chosen"]["tried"])
+    assert info["chosen"]["validation_accuracy"] == best
+    fixed = replace(cfg, C=info["chosen"]["C"], out=cfg.out.parent / "fixed")
     recipe.main(fixed)
     a, b = (Predictions.load(run.out / "predictions.parquet") for run in (cfg, fixed))
     assert (a.probs == b.probs).all()

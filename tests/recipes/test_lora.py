@@ -227,21 +227,21 @@ def test_base_to_new(cfg):
     training = report(cfg.out)["training"]
     assert "(5 images and 5 of new classes)" in training["validation_used_for"]
     assert {row["new_n"] for row in training["scale_curve"]} == {5}
-    told = report(cfg.out)["shift"]["base_new"]
+    info = report(cfg.out)["shift"]["base_new"]
     zero_shot = judged(cfg.out, "zero_shot_predictions")
     for key, base, new in (("model", live, ""), ("zero_shot", zero_shot, "zero_shot_")):
         of_new = judged(cfg.out, f"new_classes_{new}predictions")
         assert of_new.class_names == ("five", "six", "seven", "eight", "nine")
         assert len(base) + len(of_new) == TEST_IMAGES
         a, b = ((p.pred == p.labels).mean() for p in (base, of_new))
-        assert told["base"][key]["value"] == pytest.approx(a)
-        assert told["new"][key]["value"] == pytest.approx(b)
-        assert told["harmonic_mean"][key]["value"] == pytest.approx(2 * a * b / (a + b) if a + b else 0)
+        assert info["base"][key]["value"] == pytest.approx(a)
+        assert info["new"][key]["value"] == pytest.approx(b)
+        assert info["harmonic_mean"][key]["value"] == pytest.approx(2 * a * b / (a + b) if a + b else 0)
     # The page shows it among what adaptation changed, and `adaptclip report` finds it in the run folder.
     shift = (cfg.out / "report.md").read_text().partition("## What adaptation changed")[2].partition("\n## ")[0]
     assert "| new classes |" in shift
     assert report_command(cfg.out, out=cfg.out.parent / "again.json") == 0
-    assert json.loads((cfg.out.parent / "again.json").read_text())["shift"]["base_new"] == told
+    assert json.loads((cfg.out.parent / "again.json").read_text())["shift"]["base_new"] == info
 
 
 def test_the_text_tower_alone_trains_on_cached_features(cfg, tmp_path, monkeypatch):

@@ -114,19 +114,19 @@ def test_it_runs_changes_what_is_learnt_and_is_accounted_for(name, text, tiny, c
     assert after.keys() == before.keys()
     assert any((after[key].float() - before[key].float()).abs().max() > 1e-6 for key in after)
     training = json.loads((cfg.out / "report.json").read_text())["training"]
-    told = training["mitigation"]
-    assert told["setting"] == text
-    counts = {group: entry["images"] for group, entry in told["groups"].items()}
+    info = training["mitigation"]
+    assert info["setting"] == text
+    counts = {group: entry["images"] for group, entry in info["groups"].items()}
     if "class" not in text:
         assert counts == GROUPS
     elif "+" not in text:
         assert list(counts.values()) == few_digits.train.class_counts().tolist()
     assert sum(counts.values()) == 60
     if text.startswith("group-dro"):
-        assert sum(entry["weight"] for entry in told["groups"].values()) == pytest.approx(1)
-        assert len({entry["weight"] for entry in told["groups"].values()}) == 3, "the weights moved"
+        assert sum(entry["weight"] for entry in info["groups"].values()) == pytest.approx(1)
+        assert len({entry["weight"] for entry in info["groups"].values()}) == 3, "the weights moved"
     if name == "two_stage":
-        assert training["head_mitigation"]["groups"] != told["groups"], "each stage starts anew"
+        assert training["head_mitigation"]["groups"] != info["groups"], "each stage starts anew"
 
 
 @pytest.mark.parametrize(

@@ -84,15 +84,15 @@ def test_a_run_from_card_to_artifact(name, changes, shared, tmp_path):
     np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), judged.probs, atol=1e-4)
     rule = ThresholdRule("sensitivity", 0.9) if name == "lora" else ThresholdRule()
     expected = best_thresholds(held.sigmoid, held.labels[:, None] == np.arange(10), rule)
-    told = report["multi_label"]["thresholds"]
-    assert told == {
+    info = report["multi_label"]["thresholds"]
+    assert info == {
         "rule": str(rule), "values": expected.tolist(), "num_images": len(held), "positives": [2] * 10, "fallbacks": [],
     }  # fmt: skip
     assert f"the threshold of each class ({rule}, 20 images)" in report["training"]["validation_used_for"]
     assert report["split"]["validation_used_for"] == report["training"]["validation_used_for"]
     assert report["training"]["objective"] == f"sigmoid:{rule}"
     manifest = read_json(cfg.out / "artifact" / "manifest.json")
-    assert manifest["objective"] == {"name": "sigmoid", "thresholds": told}
+    assert manifest["objective"] == {"name": "sigmoid", "thresholds": info}
     # The saved model says of the judged images what the run said.
     model = ac.load(cfg.out)
     test = ac.open_data(ac.load_card("digits")).test
@@ -206,17 +206,17 @@ def test_a_manifest_with_other_thresholds_is_refused(run, tmp_path, change, mess
 
 def test_without_validation_images_thresholds_stay_at_a_half(shared, tmp_path, monkeypatch):
     cfg = config("linear_probe", shared, tmp_path / "run")
-    monkeypatch.setattr(ac, "predict_held_out", lambda *_, **__: None)
+    monkeypatch.setattr(ac, "predict_validation", lambda *_, **__: None)
     with pytest.warns(UserWarning, match=r"no validation images to choose thresholds on(.|\n)*sigmoid:0\.5"):
         assert RECIPES["linear_probe"].main(cfg) == 0
-    told = read_json(cfg.out / "report.json")["multi_label"]["thresholds"]
-    assert (told["values"], told["num_images"]) == ([0.5] * 10, 0)
-    assert len(told["fallbacks"]) == 10
+    info = read_json(cfg.out / "report.json")["multi_label"]["thresholds"]
+    assert (info["values"], info["num_images"]) == ([0.5] * 10, 0)
+    assert len(info["fallbacks"]) == 10
     AcceleratorState._reset_state(reset_partial_state=True)
     fixed = replace(cfg, objective="sigmoid:0.3", overwrite=True)
     assert RECIPES["linear_probe"].main(fixed) == 0
-    told = read_json(cfg.out / "report.json")["multi_label"]["thresholds"]
-    assert (told["values"], told["fallbacks"], told["rule"]) == ([0.3] * 10, [], "0.3")
+    info = read_json(cfg.out / "report.json")["multi_label"]["thresholds"]
+    assert (info["values"], info["fallbacks"], info["rule"]) == ([0.3] * 10, [], "0.3")
 
 
 def test_what_cannot_be_is_said_before_anything_is_written(shared, tmp_path):

@@ -109,11 +109,11 @@ def test_a_run_from_card_to_artifact(whole, base):
     assert names >= {"config.yaml", "split.json", "metrics.jsonl", "predictions.parquet", "report.md", "artifact"}
     assert len(judged(whole)) == TEST_IMAGES
     loaded_equals_live(whole)
-    told = training(whole)
-    assert told["trainable_parameters"] == 12 * 2 * (64 + 64) + 10 * 48
-    assert told["schedule"].endswith(", 3 steps of lora, 3 of the head, batches of 4")
-    assert (told["chosen"], told["validation_used_for"]) == ({}, "nothing")
-    assert sum(p.numel() for p in weights(whole).values()) == told["trainable_parameters"]
+    info = training(whole)
+    assert info["trainable_parameters"] == 12 * 2 * (64 + 64) + 10 * 48
+    assert info["schedule"].endswith(", 3 steps of lora, 3 of the head, batches of 4")
+    assert (info["chosen"], info["validation_used_for"]) == ({}, "nothing")
+    assert sum(p.numel() for p in weights(whole).values()) == info["trainable_parameters"]
     # Both stages learnt: the towers left the frozen model, the head left the adapted text features.
     backbone = ac.load_backbone(base.backbone)
     model = ac.load(whole).adapter
@@ -129,9 +129,9 @@ def test_a_run_from_card_to_artifact(whole, base):
 def test_layernorms_are_what_the_first_stage_tunes_by_default(cfg):
     assert two_stage.Config().tune == "layernorm"
     assert main(replace(cfg, tune="layernorm")) == 0
-    told, state = training(cfg.out), read_tensors(cfg.out / "artifact" / "adapter.safetensors")
-    assert told["schedule"].endswith(", 3 steps of layernorm, 3 of the head, batches of 4")
-    assert told["trainable_parameters"] == sum(tensor.numel() for tensor in state.values())
+    info, state = training(cfg.out), read_tensors(cfg.out / "artifact" / "adapter.safetensors")
+    assert info["schedule"].endswith(", 3 steps of layernorm, 3 of the head, batches of 4")
+    assert info["trainable_parameters"] == sum(tensor.numel() for tensor in state.values())
     assert all("ln_" in name for name in state if name != "head")
     assert not (cfg.out / "artifact" / "adapter_config.json").exists()
     loaded_equals_live(cfg.out, 5)
@@ -182,9 +182,9 @@ def test_base_to_new(cfg, base):
     assert main(replace(cfg, base_to_new=True, towers="text", mixed_precision="bf16")) == 0
     live = judged(cfg.out)
     assert live.class_names == ("zero", "one", "two", "three", "four")
-    told = json.loads((cfg.out / "report.json").read_text())["shift"]["base_new"]
-    assert told["base"]["model"]["value"] == pytest.approx((live.pred == live.labels).mean())
-    assert told["base"]["model"]["n"] + told["new"]["model"]["n"] == TEST_IMAGES
+    info = json.loads((cfg.out / "report.json").read_text())["shift"]["base_new"]
+    assert info["base"]["model"]["value"] == pytest.approx((live.pred == live.labels).mean())
+    assert info["base"]["model"]["n"] + info["new"]["model"]["n"] == TEST_IMAGES
     # The new classes are judged by the adapted text tower, not by the head: here by the loaded artifact's.
     model = ac.load(cfg.out).adapter
     assert isinstance(model, ac.TwoStage)
@@ -195,7 +195,7 @@ def test_base_to_new(cfg, base):
         pixels = torch.stack([model.backbone.transform(data.test.image(i)) for i in rows.tolist()])
         values = model.encoder.encode_image(pixels)
     pred = (values @ model.class_weights_of(data.prompt_names[5:]).T).argmax(dim=1).numpy() + 5
-    assert told["new"]["model"]["value"] == pytest.approx((pred == data.test.labels[rows]).mean(), abs=1e-9)
+    assert info["new"]["model"]["value"] == pytest.approx((pred == data.test.labels[rows]).mean(), abs=1e-9)
 
 
 def test_the_starter(cfg):

@@ -92,12 +92,12 @@ def covered(world: World, metric: str, sampling: str = "", repeats: int = REPEAT
     rng, truth, held = np.random.default_rng(0), world.truth(metric), 0
     for repeat in range(repeats):
         judged, _ = world.draw(rng)
-        told = judged.sampling
+        info = judged.sampling
         if sampling == "classes fixed":
-            told = Sampling(told.unit, judged.labels)
+            info = Sampling(info.unit, judged.labels)
         elif sampling == "independent":
-            told = Sampling.of(len(judged))
-        bounds = find_metric(metric).compare(replace(judged, sampling=told), None, Drawing(1000, repeat)).model
+            info = Sampling.of(len(judged))
+        bounds = find_metric(metric).compare(replace(judged, sampling=info), None, Drawing(1000, repeat)).model
         low, high = bounds.interval(0.95) or (1.0, 0.0)
         held += low <= truth <= high
     return held / repeats

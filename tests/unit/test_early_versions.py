@@ -30,9 +30,9 @@ def test_an_early_artifact_answers_as_it_did(tiny, digits):
     with pytest.warns(UserWarning, match="is of an early version: its manifest has no digest of itself"):
         model = ac.load(EARLY / "artifact", backbone=tiny, allow_failed_gates=True)
     found = model.predict([digits.test.image(i) for i in range(4)])
-    told = [[p.probabilities[name] for name in model.class_names] for p in found]
-    assert len(told) == len(EXPECTED["probabilities"]) == 4
-    for own, expected in zip(told, EXPECTED["probabilities"], strict=True):
+    info = [[p.probabilities[name] for name in model.class_names] for p in found]
+    assert len(info) == len(EXPECTED["probabilities"]) == 4
+    for own, expected in zip(info, EXPECTED["probabilities"], strict=True):
         assert own == pytest.approx(expected, abs=1e-5)
 
 
@@ -58,10 +58,10 @@ def test_other_weights_are_refused_all_the_same(tiny, tmp_path):
 def test_the_early_digest_is_no_way_round_for_newer_folders(tiny, tmp_path):
     """One that says nothing of heads and pooling counts only where no better one was made."""
     backbone = ac.load_backbone(tiny)
-    told = json.loads((EARLY / "artifact" / "manifest.json").read_text())["backbone"]["digest"]
-    assert told != backbone.digest
-    assert backbone.made(told, early=True)
-    assert not backbone.made(told, early=False)
+    info = json.loads((EARLY / "artifact" / "manifest.json").read_text())["backbone"]["digest"]
+    assert info != backbone.digest
+    assert backbone.made(info, early=True)
+    assert not backbone.made(info, early=False)
     assert backbone.made(backbone.digest, early=False)
 
 

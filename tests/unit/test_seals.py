@@ -128,16 +128,16 @@ def test_a_seal_sees_every_change_and_survives_a_file(tmp_path):
 
 
 def test_digests_of_files_are_those_that_everybody_computes(folder):
-    told = describe_files(folder)
-    assert set(told) == {"file", "sub/deep"}
+    info = describe_files(folder)
+    assert set(info) == {"file", "sub/deep"}
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4, "abc"
-    assert told["file"] == {"bytes": 3, "sha256": known}
+    assert info["file"] == {"bytes": 3, "sha256": known}
     assert sha256_of(folder / "file", start=(3).to_bytes(8, "big")) == digest(b"abc")
-    assert check_file(folder, "file", told["file"]) == folder / "file"
+    assert check_file(folder, "file", info["file"]) == folder / "file"
     for content in (b"abd", b"ab", b""):
         (folder / "file").write_bytes(content)
         with pytest.raises(StorageError, match="file is missing or changed"):
-            check_file(folder, "file", told["file"])
+            check_file(folder, "file", info["file"])
     for wrong in (None, "ab", {}, {"bytes": "3", "sha256": known}, {"bytes": 3}):
         with pytest.raises(StorageError, match="should tell bytes and sha256 of file"):
             check_file(folder, "file", wrong)

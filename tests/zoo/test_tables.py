@@ -472,9 +472,9 @@ def test_a_blank_that_two_labels_differ_in_is_told(tmp_path, capsys):
     table = tmp_path / "t.csv"
     table.write_text(table.read_text().replace("3.png,b,", "3.png,b ,"))  # and those of 13, 23 and 33
     assert run(["card", "check", str(card)]) == 0
-    told = "to worry about: the labels 'b' = 'b ' differ only in blanks around them or in the Unicode form of a letter"
+    info = "to worry about: the labels 'b' = 'b ' differ only in blanks around them or in the Unicode form of a letter"
     out = capsys.readouterr().out
-    assert f"{told}, and each is read as one class (4 of 40 rows are written otherwise than the rest, first" in out
+    assert f"{info}, and each is read as one class (4 of 40 rows are written otherwise than the rest, first" in out
 
 
 def test_a_picture_under_two_labels_is_counted(tmp_path, capsys):
@@ -566,7 +566,7 @@ DIVIDED: dict[str, tuple[str, str, str, str]] = {
 
 @pytest.mark.parametrize("kind", DIVIDED)
 def test_how_a_table_divides_is_seen(tmp_path, kind):
-    header, row, written, told = DIVIDED[kind]
+    header, row, written, info = DIVIDED[kind]
     rows = [
         row.format(
             i=i, c="ab"[i // 4], p=i // 2, n=i // 2 % 2, t=("train", "test")[i % 2], f=i % 2, z=("", ".0")[i % 2]
@@ -577,4 +577,4 @@ def test_how_a_table_divides_is_seen(tmp_path, kind):
     table = "\n".join([header, *rows]) + "\n"
     path = new_card(folder_with(tmp_path / "set", "t.csv", table), tmp_path / "card.md", say=said.append)
     assert written in path.read_text(encoding="utf-8")
-    assert any(told in sentence for sentence in said)
+    assert any(info in sentence for sentence in said)

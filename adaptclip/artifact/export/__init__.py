@@ -111,8 +111,8 @@ def export_artifact(
         else:
             write_readme(folder, to, model, use, found)
         (folder / CHECK_FILE).unlink(missing_ok=True)  # of the weights alone
-        told = {**vars(found), "tolerance": way.tolerance, "kinds_decoded_alike": list(kinds)}
-        write_sealed(folder / CHECK_FILE, {**told, "files": describe_files(folder)})
+        info = {**vars(found), "tolerance": way.tolerance, "kinds_decoded_alike": list(kinds)}
+        write_sealed(folder / CHECK_FILE, {**info, "files": describe_files(folder)})
     return found
 
 

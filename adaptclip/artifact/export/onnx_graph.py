@@ -154,10 +154,10 @@ def write(folder: Path, model: AdaptedModel) -> None:
         "window": window_of(model),
     }
     graph = onnx.load(folder / GRAPH_FILE, load_external_data=False)
-    told = {"class_names": list(model.class_names), "preprocessing": spec, "adaptclip": adaptclip.__version__}
+    info = {"class_names": list(model.class_names), "preprocessing": spec, "adaptclip": adaptclip.__version__}
     if model.thresholds is not None:
-        told |= {"objective": "sigmoid", "thresholds": model.thresholds.values.tolist()}
-    for key, value in told.items():
+        info |= {"objective": "sigmoid", "thresholds": model.thresholds.values.tolist()}
+    for key, value in info.items():
         graph.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.save(graph, folder / GRAPH_FILE)
     write_json(folder / PREPROCESSING_FILE, spec)

@@ -123,9 +123,9 @@ def test_classes_named_by_themselves_leave_with_bias_and_thresholds(several, tmp
     model = load(several(method))
     adapter: Any = model.adapter
     assert adapter.class_bias().unique().numel() > 1
-    told = json.loads((tmp_path / "out" / "classes.json").read_text())
-    assert told["thresholds"] == np.linspace(0, 0.1, 10).tolist()
-    assert told["objective"] == "sigmoid"
+    info = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert info["thresholds"] == np.linspace(0, 0.1, 10).tolist()
+    assert info["objective"] == "sigmoid"
     named = set()
     for picture in (pictures[0], pictures[14]):
         answer = run_example(tmp_path / "out", picture)
@@ -140,7 +140,7 @@ def test_classes_named_by_themselves_leave_with_bias_and_thresholds(several, tmp
     if to == "onnx":
         onnx = pytest.importorskip("onnx")
         graph = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
-        assert json.loads(graph["thresholds"]) == told["thresholds"]
+        assert json.loads(graph["thresholds"]) == info["thresholds"]
 
 
 def test_a_text_encoder_of_hugging_face_is_found_beside_the_weights(tmp_path, digits, pictures):
@@ -236,9 +236,9 @@ def test_a_graph_is_the_same_function(artifact, tmp_path, pictures, case):
     expected = model.predict([pictures[13]])[0]
     assert answer["printed"] == expected.label
     assert float(answer["probabilities"].max()) == pytest.approx(expected.confidence, abs=1e-4)
-    told = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
-    assert json.loads(told["class_names"]) == list(model.class_names)
-    assert json.loads(told["preprocessing"])["mean"] == model.backbone.transform_spec["mean"]
+    info = {p.key: p.value for p in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert json.loads(info["class_names"]) == list(model.class_names)
+    assert json.loads(info["preprocessing"])["mean"] == model.backbone.transform_spec["mean"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in IMAGE_TOWERS if kind != "vit"])
@@ -314,13 +314,13 @@ def test_every_kind_of_image_gets_the_label_that_predict_gives(digits, tmp_path,
     save(folder, "linear_probe", backbone, data, head="clap")
     export_artifact(folder, to, tmp_path / "out")
     model, kinds = load(folder), image_kinds((0, 4095))
-    told = json.loads((tmp_path / "out" / "check.json").read_text())["kinds_decoded_alike"]
+    info = json.loads((tmp_path / "out" / "check.json").read_text())["kinds_decoded_alike"]
     deep = [kind for kind in kinds if "16-bit" in kind or "12-bit" in kind or kind == "float"]
     assert len(kinds) >= 15
     assert len(deep) == 6
-    assert set(kinds) - set(told) == (set(deep) if window is None else set())
+    assert set(kinds) - set(info) == (set(deep) if window is None else set())
     for kind, content in kinds.items():
-        if kind not in told:
+        if kind not in info:
             with pytest.raises(ValueError, match="nothing says which are black and white"):
                 run_example(tmp_path / "out", content)
             continue
@@ -382,10 +382,10 @@ def test_an_export_that_changed_is_not_loaded(artifact, tmp_path, pictures, case
     out = tmp_path / "out"
     export_artifact(artifact(case), to, out, pictures=pictures[:2])
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    told = json.loads((out / "check.json").read_text())["files"]
-    assert set(told) == set(files) - {"check.json"}
+    info = json.loads((out / "check.json").read_text())["files"]
+    assert set(info) == set(files) - {"check.json"}
     assert not [name for name in files if "pycache" in name]  # Python writes those anew after a copy
-    assert all(told[name]["sha256"] == hashlib.sha256(files[name]).hexdigest() for name in told)
+    assert all(info[name]["sha256"] == hashlib.sha256(files[name]).hexdigest() for name in info)
     answer = printed_or_raised(out, pictures[0])
     assert answer == load(artifact(case)).predict([pictures[0]])[0].label
     draw = np.random.default_rng(0)

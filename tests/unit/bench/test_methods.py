@@ -121,10 +121,10 @@ def test_recipe_fit_and_bench_give_the_same_at_default_settings(
     assert own["ece"] == pytest.approx(METRICS["ece"].value(judged(expected)), abs=1e-4)
 
     case = worker.grid.cases["digits", 1, 1]
-    few_shots, held_out = case.split.select(case.data)
+    few_shots, validation = case.split.select(case.data)
     one, card = named()[method], case.data.card
     fitted = one.build(worker.store.backbone, case.data.prompt_names, card.templates, seed=1)
-    fitted.fit(few_shots, validation=held_out, preset="smoke", augmentation=card.augmentation)
+    fitted.fit(few_shots, validation=validation, preset="smoke", augmentation=card.augmentation)
     np.testing.assert_allclose(fitted.predict_proba(case.data.test), expected.probs, atol=2e-5)
     assert one.learns == (method != "zero-shot")
     if one.learns:

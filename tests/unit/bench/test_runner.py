@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from adaptclip.bench.jobs import Board, Job, launch_id
-from adaptclip.bench.runner import Progress, duration, run_jobs, take_place
+from adaptclip.bench.jobs import Job, JobStore, launch_id
+from adaptclip.bench.runner import Progress, duration, run_jobs, worker_rank
 
 
 def jobs(count=12):
@@ -27,10 +27,10 @@ def done(job: Job, seconds=1.0):
 
 
 def run(folder, own, work, *, launch="one", wait=True):
-    board = Board(folder, launch)
-    progress = Progress(own, board, metric="accuracy", show=False)
-    run_jobs(own, work, board, progress, wait=wait)
-    return board
+    store = JobStore(folder, launch)
+    progress = Progress(own, store, metric="accuracy", show=False)
+    run_jobs(own, work, store, progress, wait=wait)
+    return store
 
 
 def test_many_workers_do_every_job_once(tmp_path):
@@ -48,8 +48,8 @@ def test_many_workers_do_every_job_once(tmp_path):
     for worker in workers:
         worker.join()
     assert set(count.values()) == {1}
-    board = Board(tmp_path, "later")
-    assert [(board.result(job.key) or {}).get("job") for job in own] == list(map(str, own))
+    store = JobStore(tmp_path, "later")
+    assert [(store.result(job.key) or {}).get("job") for job in own] == list(map(str, own))
 
 
 def test_an_error_stays_with_its_job_and_is_tried_again_by_the_next_launch(tmp_path):
@@ -61,21 +61,21 @@ def test_an_error_stays_with_its_job_and_is_tried_again_by_the_next_launch(tmp_p
             raise ValueError("the message")
         return done(job)
 
-    board = run(tmp_path, jobs(), work)
+    store = run(tmp_path, jobs(), work)
     assert len(tried) == 12
-    failure = board.failure("key04")
+    failure = store.failure("key04")
     assert failure is not None
     assert (failure["error"], failure["message"]) == ("ValueError", "the message")
     assert "Traceback" in failure["traceback"]
-    assert board.is_settled("key04")
+    assert store.is_settled("key04")
     run(tmp_path, jobs(), work)  # the same launch
     assert len(tried) == 12
     tried += [""] * 20
-    board = run(tmp_path, jobs(), work, launch="two")
+    store = run(tmp_path, jobs(), work, launch="two")
     assert tried[-1] == "key04"
     assert len(tried) == 33
-    assert board.failure("key04") is None
-    assert board.result("key04")
+    assert store.failure("key04") is None
+    assert store.result("key04")
 
 
 def test_ctrl_c_keeps_what_is_done_and_gives_the_claim_back(tmp_path):
@@ -93,12 +93,12 @@ def test_ctrl_c_keeps_what_is_done_and_gives_the_claim_back(tmp_path):
 
 
 def test_claims(tmp_path):
-    board, other = Board(tmp_path, "a"), Board(tmp_path, "b")
-    with board.claim("job") as mine:
+    store, other = JobStore(tmp_path, "a"), JobStore(tmp_path, "b")
+    with store.claim("job") as mine:
         assert mine
         with other.claim("job") as theirs:
             assert not theirs
-        board.finish("job", {"x": 1})
+        store.finish("job", {"x": 1})
     with other.claim("job") as mine:
         assert not mine  # it is done
     with other.claim("else") as mine:
@@ -107,18 +107,18 @@ def test_claims(tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": "other"}'])
 def test_a_damaged_result_is_none(tmp_path, damage):
-    board = Board(tmp_path, "a")
-    board.finish("job", {"x": 1})
+    store = JobStore(tmp_path, "a")
+    store.finish("job", {"x": 1})
     (tmp_path / "job.json").write_bytes(damage)
-    assert board.result("job") is None
-    assert not board.is_settled("job")
+    assert store.result("job") is None
+    assert not store.is_settled("job")
 
 
 def test_who_does_not_wait_leaves_what_others_are_at(tmp_path):
-    board, own = Board(tmp_path, "a"), jobs(3)
-    with board.claim(own[1].key):
+    store, own = JobStore(tmp_path, "a"), jobs(3)
+    with store.claim(own[1].key):
         run(tmp_path, own, done, wait=False)
-        assert [board.is_settled(job.key) for job in own] == [True, False, True]
+        assert [store.is_settled(job.key) for job in own] == [True, False, True]
 
 
 def test_a_place_is_taken_from_the_launcher_once(monkeypatch):
@@ -141,23 +141,23 @@ def test_a_place_is_taken_from_the_launcher_once(monkeypatch):
     monkeypatch.undo()
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    place = take_place(threads)
-    assert (place.rank, place.size) == (0, 2)
+    worker = worker_rank(threads)
+    assert (worker.rank, worker.size) == (0, 2)
     assert "WORLD_SIZE" not in os.environ
     assert launch_id() != launch_id()  # alone, every launch is another one
 
 
 def test_the_time_left_comes_from_what_was_done(tmp_path, capsys):
     own = [Job("card", "gda", {}, shots, seed, f"{shots}-{seed}") for shots in (1, 4) for seed in (1, 2)]
-    board = Board(tmp_path, "a")
-    progress = Progress(own, board, metric="accuracy", processes=2)
+    store = JobStore(tmp_path, "a")
+    progress = Progress(own, store, metric="accuracy", processes=2)
     with progress:
         assert progress.seconds_left() is None
-        board.finish("1-1", done(own[0], seconds=3.0))
+        store.finish("1-1", done(own[0], seconds=3.0))
         progress.update()
         # 3 s per image: 1 + 4 + 4 images are left, for two processes.
         assert progress.seconds_left() == pytest.approx(3 * 9 / 2)
-        board.fail("1-2", {"job": "x", "error": "E", "message": "told"})
+        store.fail("1-2", {"job": "x", "error": "E", "message": "told"})
         progress.update()
         assert progress.seconds_left() == pytest.approx(3 * 8 / 2)
     said = capsys.readouterr().out

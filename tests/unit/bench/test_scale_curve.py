@@ -172,26 +172,26 @@ def test_the_choice(curve, best):
 
 def test_choosing_sets_the_scale_and_says_what_for(adapter, halves):
     validation, new, _ = halves
-    told = choose_scale("validation", adapter, validation, new)
-    assert [row["scale"] for row in told["scale_curve"]] == pytest.approx([i / 10 for i in range(11)])
-    assert tuple(row["scale"] for row in told["scale_curve"]) == SCALES
+    info = choose_scale("validation", adapter, validation, new)
+    assert [row["scale"] for row in info["scale_curve"]] == pytest.approx([i / 10 for i in range(11)])
+    assert tuple(row["scale"] for row in info["scale_curve"]) == SCALES
     value = {}
-    for row in told["scale_curve"]:
+    for row in info["scale_curve"]:
         a, b = row["accuracy"], row["new_accuracy"]
         value[row["scale"]] = 2 * a * b / (a + b) if a + b else 0
     best = min(scale for scale in value if value[scale] == max(value.values()))
     assert len(set(value.values())) > 1
-    assert adapter.scale == best == told["chosen"]["lora_scale"]
-    assert "11 values" in told["validation_used_for"]
-    assert "25 images" in told["validation_used_for"]
-    assert "25 of new classes" in told["validation_used_for"]
+    assert adapter.scale == best == info["chosen"]["lora_scale"]
+    assert "11 values" in info["validation_used_for"]
+    assert "25 images" in info["validation_used_for"]
+    assert "25 of new classes" in info["validation_used_for"]
     assert "new classes" not in choose_scale("validation", adapter, validation)["validation_used_for"]
 
 
 def test_a_number_is_taken_as_it_is(adapter, halves):
-    told = choose_scale(0.25, adapter, halves[0].select([]))
+    info = choose_scale(0.25, adapter, halves[0].select([]))
     assert adapter.scale == 0.25
-    assert told == {"chosen": {"lora_scale": 0.25}, "validation_used_for": "nothing"}
+    assert info == {"chosen": {"lora_scale": 0.25}, "validation_used_for": "nothing"}
 
 
 @pytest.mark.parametrize(

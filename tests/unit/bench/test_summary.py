@@ -12,7 +12,14 @@ import pyarrow.csv
 import pytest
 from scipy import stats
 
-from adaptclip.bench.output import Asked, compare, comparison_markdown, draw_curves, published_tables, write_output
+from adaptclip.bench.output import (
+    BenchSettings,
+    compare,
+    comparison_markdown,
+    draw_curves,
+    published_tables,
+    write_output,
+)
 from adaptclip.bench.summary import (
     ALL_CARDS,
     TIMES,
@@ -208,7 +215,7 @@ def all_outputs(folder: Path, results, **changes):
         "num_jobs": len(results) + 1, **changes,
     }  # fmt: skip
     failures = [{"job": "a card & more", "error": "DataError", "message": "<script>"}]
-    return write_output(folder, results, failures, Asked(**asked))
+    return write_output(folder, results, failures, BenchSettings(**asked))
 
 
 def grid(cards=("flowers", "grocery")):

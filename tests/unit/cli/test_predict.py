@@ -66,20 +66,20 @@ def names(text: str) -> list[str]:
 def test_a_bad_image_costs_no_other_row(artifact, folder, capsys, batch_size):
     command = ("predict", artifact, folder, "--format", "jsonl", "--batch-size", batch_size)
     assert run(*command) == 1
-    told = capsys.readouterr()
-    assert names(told.out) == ["0", "1"]
-    assert "2.png: the image is damaged or truncated" in told.err
-    assert "2 of 5 images were predicted before it" in told.err
+    info = capsys.readouterr()
+    assert names(info.out) == ["0", "1"]
+    assert "2.png: the image is damaged or truncated" in info.err
+    assert "2 of 5 images were predicted before it" in info.err
     assert run(*command, "--on-bad-image", "skip") == 0
-    told = capsys.readouterr()
-    assert names(told.out) == ["0", "1", "3", "4"]
-    assert "skipped: " in told.err
-    assert "4 of 5 images were predicted, 1 skipped" in told.err
-    assert ".dcm x 1 (DICOM is not read" in told.err
-    assert "hidden x 2" in told.err
+    info = capsys.readouterr()
+    assert names(info.out) == ["0", "1", "3", "4"]
+    assert "skipped: " in info.err
+    assert "4 of 5 images were predicted, 1 skipped" in info.err
+    assert ".dcm x 1 (DICOM is not read" in info.err
+    assert "hidden x 2" in info.err
     # The others are what each is by itself.
     alone = load(artifact).predict([folder / "3.png"])[0]
-    found = json.loads(told.out.splitlines()[2])
+    found = json.loads(info.out.splitlines()[2])
     assert (found["label"], found["confidence"]) == (alone.label, pytest.approx(alone.confidence, abs=1e-5))
 
 

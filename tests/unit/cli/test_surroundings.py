@@ -135,12 +135,12 @@ def test_what_another_user_may_not_do_is_said(folder):
         ("gate", f"{folder}/good.parquet", *gates, "--junit", f"{folder}/mine.xml"): "mine.xml",
         ("gate", f"{folder}/good.parquet", *gates, "--junit", f"{folder}/closed/mine.xml"): "closed/mine.xml",
     }
-    told = output(folder, *map("|".join, (*refused, allowed)), user="nobody")
-    codes = [line for line in told.splitlines() if line.startswith("exit")]
-    assert codes == ["exit 1"] * len(refused) + ["exit 0"], told
-    assert "Traceback" not in told
-    errors = [line for line in told.splitlines() if "Permission denied" in line]
-    assert len(errors) == len(refused), told
+    info = output(folder, *map("|".join, (*refused, allowed)), user="nobody")
+    codes = [line for line in info.splitlines() if line.startswith("exit")]
+    assert codes == ["exit 1"] * len(refused) + ["exit 0"], info
+    assert "Traceback" not in info
+    errors = [line for line in info.splitlines() if "Permission denied" in line]
+    assert len(errors) == len(refused), info
     for error, said in zip(errors, refused.values(), strict=True):
         assert said in error
     written = (folder / "theirs" / "mine.xml").stat()

@@ -75,9 +75,9 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(folder), "--json", "--classes", "3"])
     assert stop.value.code == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["classes"] == 3
-    assert {m["method"] for m in told["methods"]} == {*methods(), "contrastive"}
+    info = json.loads(capsys.readouterr().out)
+    assert info["classes"] == 3
+    assert {m["method"] for m in info["methods"]} == {*methods(), "contrastive"}
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(folder)])
     assert stop.value.code == 0

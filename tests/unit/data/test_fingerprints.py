@@ -139,8 +139,8 @@ def test_kept_digests_that_were_changed_are_computed_again(cache, caplog):
     """Whole as a file, and wrong: nothing but a digest of all rows can tell."""
     expected = content_digests(lambda row: b"xy"[row : row + 1], ["1", "2"], store="s")
     (path,) = (cache / "fingerprints").iterdir()
-    table, told = read_parquet(path)
-    write_parquet(path, table.set_column(1, "value", table["value"].take([1, 0])), told)
+    table, info = read_parquet(path)
+    write_parquet(path, table.set_column(1, "value", table["value"].take([1, 0])), info)
     assert content_digests(lambda row: b"xy"[row : row + 1], ["1", "2"], store="s") == expected
     assert "damaged and are computed again" in caplog.text
 

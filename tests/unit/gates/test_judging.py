@@ -44,14 +44,14 @@ def test_labels_are_ids_or_names_and_probabilities_of_any_kind():
     names = [NAMES[c] for c in labels]
     frame = pd.DataFrame(probs, columns=NAMES)
     shuffled = frame[["fox", "cat", "dog"]]
-    told = [
+    info = [
         ac.judge(labels, probs, class_names=NAMES), ac.judge(names, probs, class_names=NAMES), ac.judge(names, frame),
         ac.judge(torch.as_tensor(labels), torch.as_tensor(probs), class_names=NAMES),
         ac.judge(pd.Series(names), probs.tolist(), class_names=NAMES),
     ]  # fmt: skip
-    assert {judgement.to_markdown() for judgement in told} == {told[0].to_markdown()}
+    assert {judgement.to_markdown() for judgement in info} == {info[0].to_markdown()}
     other = ac.judge(names, shuffled).report["overall"]["accuracy"]["model"]["value"]
-    assert other == told[0].report["overall"]["accuracy"]["model"]["value"]
+    assert other == info[0].report["overall"]["accuracy"]["model"]["value"]
 
 
 def test_groups_clusters_and_gates_are_those_of_a_run():
@@ -70,11 +70,11 @@ def test_groups_clusters_and_gates_are_those_of_a_run():
     assert found.predictions.groups["sex"] == ("female", "male", "unknown", "unknown") * 60
     assert [verdict.verdict for verdict in found.verdicts] == ["pass", "fail", "pass"]
     assert (found.verdict, found.exit_code) == ("fail", 2)
-    told = {"ids": tuple(map(str, range(240))), "labels": labels, "class_names": tuple(NAMES)}
-    told |= {"groups": found.predictions.groups, "clusters": tuple(patients)}
+    info = {"ids": tuple(map(str, range(240))), "labels": labels, "class_names": tuple(NAMES)}
+    info |= {"groups": found.predictions.groups, "clusters": tuple(patients)}
     by_hand = check_gates(
-        Predictions(probs=probs, **told),
-        Predictions(probs=before, **told, made_by={"method": "zero_shot"}),
+        Predictions(probs=probs, **info),
+        Predictions(probs=before, **info, made_by={"method": "zero_shot"}),
         [GateRule.model_validate(gate) for gate in gates],
     )
     assert [verdict.reason for verdict in by_hand] == [verdict.reason for verdict in found.verdicts]

@@ -70,8 +70,8 @@ def test_the_command_prints_text_and_json(tmp_path, capsys):
     assert "patients give it a chance of" in said
     assert "in each of 2 groups, about" in said
     assert command(str(path), format="json", **asked) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["images"] == 5 * told["patients"] == 2 * told["in_group"]
+    info = json.loads(capsys.readouterr().out)
+    assert info["images"] == 5 * info["patients"] == 2 * info["in_group"]
     with pytest.raises(GateError, match="ATTRIBUTE=NUMBER"):
         command(str(path), expect=0.9, groups=("sex",))
     path.write_text("gates: []\n")

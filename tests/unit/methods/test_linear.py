@@ -75,15 +75,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def test_logistic_is_scikit_learn(backbone):
     train, test = make_features(), make_features(seed=5)
     probe = LinearProbe(backbone, NAMES)
-    told = probe.fit_features(train, c=3.0)
+    info = probe.fit_features(train, c=3.0)
     direct = LogisticRegression(C=3.0, max_iter=1000).fit(train.values[0].numpy(), train.labels.numpy())
     assert np.array_equal(probe.learnt["weight"].numpy(), direct.coef_)
     assert np.array_equal(probe.learnt["bias"].numpy(), direct.intercept_)
     logits = probe(batch_of(test))
     assert np.array_equal(logits.argmax(1).numpy(), direct.predict(test.values[0].numpy()))
     assert logits.softmax(1).numpy() == pytest.approx(direct.predict_proba(test.values[0].numpy()), abs=1e-5)
-    assert told["chosen"] == {"C": 3.0, "iterations": int(direct.n_iter_[0]), "converged": True}
-    assert told["validation_used_for"] == "nothing"
+    assert info["chosen"] == {"C": 3.0, "iterations": int(direct.n_iter_[0]), "converged": True}
+    assert info["validation_used_for"] == "nothing"
 
 
 def test_two_classes_become_two_columns(backbone):
@@ -135,10 +135,10 @@ def test_ties_go_to_the_lower_loss_then_to_the_stronger_penalty():
 def test_c_by_validation_is_an_exhaustive_choice_over_what_was_tried(backbone):
     train, validation = make_features(noise=2.0), make_features((4, 4, 4, 4), seed=7, noise=2.0)
     probe = LinearProbe(backbone, NAMES)
-    told = probe.fit_features(train, validation)
+    info = probe.fit_features(train, validation)
     x, y, u, v = (t.numpy() for t in (train.values[0], train.labels, validation.values[0], validation.labels))
     scores = {}
-    for entry in told["chosen"]["tried"]:
+    for entry in info["chosen"]["tried"]:
         model = LogisticRegression(C=entry["C"], max_iter=1000)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -149,9 +149,9 @@ def test_c_by_validation_is_an_exhaustive_choice_over_what_was_tried(backbone):
         assert entry["loss"] == pytest.approx(loss, rel=1e-4)
     assert {1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6} <= set(scores)
     assert len(scores) > 10
-    assert told["chosen"]["C"] == min(scores, key=lambda c: scores[c])
-    assert told["validation_used_for"] == "choosing C"
-    refit = LogisticRegression(C=told["chosen"]["C"], max_iter=1000).fit(x, y)
+    assert info["chosen"]["C"] == min(scores, key=lambda c: scores[c])
+    assert info["validation_used_for"] == "choosing C"
+    refit = LogisticRegression(C=info["chosen"]["C"], max_iter=1000).fit(x, y)
     assert np.array_equal(probe.learnt["weight"].numpy(), refit.coef_)
 
 
@@ -249,9 +249,9 @@ def test_the_start_norm_is_the_root_of_the_logit_scale_unless_given(backbone):
     assert start_norm_of(100.0) == 10.0  # OpenAI's models: the raw norm that the published code starts at
     probe = LinearProbe(backbone, NAMES, head="text-init", start_norm=3.0)
     assert probe.settings["start_norm"] == 3.0
-    told = probe.fit_features(make_features(), epochs=2)
-    assert told["chosen"]["start_norm"] == 3.0
-    assert "from weights of norm 3;" in told["schedule"]
+    info = probe.fit_features(make_features(), epochs=2)
+    assert info["chosen"]["start_norm"] == 3.0
+    assert "from weights of norm 3;" in info["schedule"]
     for head, settings, message in (
         ("lp++", {"start_norm": 1.0}, "text-init and clap start; got 1 for lp"),
         ("clap", {"start_norm": 0.0}, "a number above 0.*got 0"),
@@ -376,14 +376,14 @@ def test_lp_plus_plus_is_the_descent_of_the_formulas(reading):
 
 
 def test_lp_plus_plus_keeps_the_last_of_the_epochs_that_are_best_on_validation():
-    train, held_out = make_features(noise=1.6), make_features((5, 5, 5, 5), seed=3, noise=2.5)
+    train, validation = make_features(noise=1.6), make_features((5, 5, 5, 5), seed=3, noise=2.5)
     text = F.normalize(torch.randn(4, D, generator=torch.Generator().manual_seed(3)), dim=-1)
     lr_w, lr_alpha = step_sizes(train.values[0], text)
 
     def fit(epochs: int, **how):
         return fit_lp_plus_plus(train.values[0], train.labels, text, lr_w=lr_w, lr_alpha=lr_alpha, epochs=epochs, **how)
 
-    judged = held_out.values[0], held_out.labels
+    judged = validation.values[0], validation.labels
     hits = []
     for epoch in range(1, 31):
         fitted = fit(epoch)
@@ -404,13 +404,13 @@ def test_lp_plus_plus_keeps_the_last_of_the_epochs_that_are_best_on_validation()
 def test_equal_input_gives_equal_bits_and_an_artifact_gives_equal_logits(backbone, head):
     train, test = make_features(views=2, weights=backbone.image_digest), batch_of(make_features(seed=5))
     probes = [LinearProbe(backbone, NAMES, head=head, templates=TEMPLATES) for _ in range(2)]
-    told = [probe.fit_features(train, **QUICK[head], seed=1) for probe in probes]
-    assert told[0]["chosen"] == told[1]["chosen"]
+    info = [probe.fit_features(train, **QUICK[head], seed=1) for probe in probes]
+    assert info[0]["chosen"] == info[1]["chosen"]
     live = probes[0](test)
     assert torch.equal(live, probes[1](test))
     assert not live.requires_grad
-    assert json.loads(json.dumps(told[0])) == told[0]
-    assert told[0]["seconds"] > 0
+    assert json.loads(json.dumps(info[0])) == info[0]
+    assert info[0]["seconds"] > 0
     settings = json.loads(json.dumps(probes[0].settings))
     again = methods()["linear_probe"](backbone, NAMES, **settings)
     again.load_adapter_state({name: tensor.clone() for name, tensor in probes[0].adapter_state().items()})

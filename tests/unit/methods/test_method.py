@@ -301,10 +301,10 @@ class Shift(Method):
 def other_package(tmp_path, monkeypatch):
     """A package beside ours that brings a method by an entry point, installed as pip would."""
     (tmp_path / "shifty.py").write_text(PACKAGE)
-    told = tmp_path / "shifty-1.0.dist-info"
-    told.mkdir()
-    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: shifty\nVersion: 1.0\n")
-    (told / "entry_points.txt").write_text("[adaptclip.methods]\nshift = shifty:Shift\n")
+    info = tmp_path / "shifty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shifty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[adaptclip.methods]\nshift = shifty:Shift\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     registry.methods.cache_clear()

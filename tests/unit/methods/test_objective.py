@@ -298,7 +298,7 @@ def test_a_scale_of_lora_turns_the_bias_down_too(clip, siglip):
 
 
 def test_lora_begins_from_images_only_where_it_must(clip, siglip):
-    class Asked:
+    class BenchSettings:
         images_per_class, shots, seed, reading_s, mitigation = 1, 1, 1, 0.0, Mitigation()
         times = 0
 
@@ -312,7 +312,7 @@ def test_lora_begins_from_images_only_where_it_must(clip, siglip):
         def training(self, adapter, *_, **__):
             return Training(adapter, None, None, None, 1, Mitigation())  # type: ignore[arg-type]
 
-    images, support = some_features(clip), Asked()
+    images, support = some_features(clip), BenchSettings()
     nothing = lambda training: None  # noqa: E731
     make("lora", clip).learn(support, loop=nothing)
     make("lora", siglip, objective="sigmoid").learn(support, loop=nothing)

@@ -34,8 +34,8 @@ def real(request, shared_data) -> Real:
 
 def fitted(real: Real, method: str, shots: int, seed: int) -> Any:
     """A method at its default settings; one view."""
-    train, held_out = real.draw(shots, seed)
-    return named()[method].build(real.clip, NAMES, TEMPLATES, seed).fit(train, validation=held_out, seed=seed)
+    train, validation = real.draw(shots, seed)
+    return named()[method].build(real.clip, NAMES, TEMPLATES, seed).fit(train, validation=validation, seed=seed)
 
 
 def accuracies(real: Real, method: str, shots: int) -> np.ndarray:
@@ -85,27 +85,27 @@ def test_learnt_keys_are_better_than_fixed_ones_at_16_shots(real):
 
 def test_tip_f_trains_at_a_published_setting_that_validation_chooses():
     real = read(real_features.VIT_B_32)
-    train, held_out = real.draw(4, 1)
+    train, validation = real.draw(4, 1)
     adapter = TipAdapter(real.clip, NAMES, templates=TEMPLATES, learn_keys=True)
     assert (adapter.alpha, adapter.beta) == (3.0, 1.0)
     adapter.fit_features(train)
-    choice = adapter.choose_training(held_out)
+    choice = adapter.choose_training(validation)
     assert choice.grid == {"alpha": (1.17, 10.0, 5), "beta": (1.0, 1.0, 1)}
     assert (adapter.alpha, adapter.beta) == (choice.values["alpha"], 1.0)
 
 
 def test_trained_keys_keep_their_pair_unless_another_is_better_by_more_than_chance():
     real = read(real_features.VIT_B_32)
-    train, held_out = real.draw(4, 1)
+    train, validation = real.draw(4, 1)
     adapter = TipAdapter(real.clip, NAMES, templates=TEMPLATES, learn_keys=True)
     adapter.fit_features(train)
-    best = adapter.choose(held_out)
+    best = adapter.choose(validation)
     kept = {}
     for pair in ((10.0, 1.0), (40.0, 27.0), (best.values["alpha"], best.values["beta"]), (0.1, 0.1)):
-        present = adapter.choose(held_out, alphas=pair[:1], betas=pair[1:])
+        present = adapter.choose(validation, alphas=pair[:1], betas=pair[1:])
         error = (present.accuracy * (1 - present.accuracy) / 76) ** 0.5
         kept[pair] = best.accuracy - present.accuracy <= error
-        found = adapter.choose_trained(held_out).values
+        found = adapter.choose_trained(validation).values
         assert found == ({"alpha": pair[0], "beta": pair[1]} if kept[pair] else best.values)
         assert found == {"alpha": adapter.alpha, "beta": adapter.beta}
     assert set(kept.values()) == {True, False}

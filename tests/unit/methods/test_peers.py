@@ -36,9 +36,9 @@ def uneven(real: Any) -> Features:
 
 def linear(real: Any, name: str) -> Any:
     head, rest = name.split(", ")
-    train, held_out = real.draw(int(rest.split()[0]), 1)
+    train, validation = real.draw(int(rest.split()[0]), 1)
     probe = LinearProbe(real.clip, NAMES, head=head, templates=TEMPLATES)  # pyright: ignore[reportArgumentType]
-    probe.fit_features(train, held_out)
+    probe.fit_features(train, validation)
     return probe
 
 

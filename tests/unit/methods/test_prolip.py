@@ -92,7 +92,7 @@ def test_learning_is_the_published_formula(backbone):
     labels = torch.arange(6) % 3
     rows = Features(F.normalize(seen, dim=-1), labels, tuple("abcdef"))
     support = given_support(backbone, rows)
-    told = adapter.learn(support, adapter.schedule(2, epochs=steps, views=views, lr=1e-2))
+    info = adapter.learn(support, adapter.schedule(2, epochs=steps, views=views, lr=1e-2))
 
     weight = start.clone().requires_grad_(True)
     text = ZeroShotClassifier(backbone, NAMES).class_weights()
@@ -109,7 +109,7 @@ def test_learning_is_the_published_formula(backbone):
     learnt = adapter.weight if name.endswith(".weight") else adapter.weight.T
     assert (learnt - start).abs().max() > 1e-2
     torch.testing.assert_close(learnt, weight, atol=1e-4, rtol=0)
-    assert told["trainable_parameters"] == weight.numel()
+    assert info["trainable_parameters"] == weight.numel()
     assert float(adapter.penalty()) == 0
 
 

@@ -89,7 +89,7 @@ def test_facts_of_the_metrics():
         "brier": "brier", "macro_f1": "f1",
     }  # fmt: skip
     assert {n for n, m in METRICS.items() if m.meaning} == {"ppv", "npv", "net_benefit"}
-    assert METRICS["brier"].told() == {
+    assert METRICS["brier"].info() == {
         "words": "Brier score", "short": "Brier", "per_cent": False, "better": "lower", "scale": [0.0, 2.0],
         "meaning": "", "hub": "brier",
     }  # fmt: skip

@@ -121,9 +121,9 @@ def test_groups_are_named_and_unknown_is_none():
     pairs = list(zip(images.groups["sex"], (NAMES[i] for i in images.labels), strict=True))
     expected = {f"{s} & {c}": pairs.count((s, c)) for s in "fm" for c in NAMES}
     assert dict(cells.sizes) == expected
-    told = cells.describe()
-    assert told is not None
-    assert told["groups"]["f & dog"] == {"images": expected["f & dog"], "weight": pytest.approx(45 / 60 / 6)}
+    info = cells.describe()
+    assert info is not None
+    assert info["groups"]["f & dog"] == {"images": expected["f & dog"], "weight": pytest.approx(45 / 60 / 6)}
 
 
 def _batch(images, seed=0) -> tuple[torch.Tensor, Batch]:
@@ -150,9 +150,9 @@ def test_weighted_loss_against_numpy(text):
     built = build_mitigation(text, images)
     assert built.strata is None
     assert built.loss(logits, batch).item() == pytest.approx(float((of_class[batch.labels] * -own).mean()), rel=1e-5)
-    told = built.describe()
-    assert told is not None
-    assert [group["weight"] for group in told["groups"].values()] == pytest.approx(of_class, rel=1e-6)
+    info = built.describe()
+    assert info is not None
+    assert [group["weight"] for group in info["groups"].values()] == pytest.approx(of_class, rel=1e-6)
 
 
 @pytest.mark.parametrize(("processes", "accumulate", "batch_size"), [(2, 1, 4), (1, 2, 4), (2, 2, 2)])
