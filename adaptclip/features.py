@@ -108,7 +108,7 @@ class FeatureCache:
             raise ConfigError(f"{views} augmented views need an augmentation (`augment`)")
         first_row: dict[str, int] = {}
         for row, content in enumerate(dataset.contents):
-            first_row.setdefault(content, row)  # a picture that stands in several rows is encoded once
+            first_row.setdefault(content, row)  # an image that stands in several rows is encoded once
         place = {content: i for i, content in enumerate(first_row)}
         values = torch.empty(max(views, 1), len(place), backbone.embed_dim)
         jobs = []

@@ -29,7 +29,7 @@ class DataSettings:
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
     image_size: int = 0
-    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
+    """Side of the images in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What an unreadable image does; what was skipped is listed."""
     gates: str = "card"

@@ -73,7 +73,8 @@ def main(cfg: Config) -> int:
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method=adapter.name, predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training={"name": name, **info},
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation,
+        training={"name": name, **info},
     )  # fmt: skip
     run.finish()
     return code

@@ -50,7 +50,7 @@ class Config:
     pretrained: str | None = None
     """open_clip weights tag or checkpoint file; not for the other spellings."""
     image_size: int = 0
-    """Side of the pictures in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
+    """Side of the images in pixels; 0 is the model's own, another resizes its position embeddings and says so."""
     protocol: Literal["all-classes", "base-to-new", "cross-dataset", "domain-shift", "imbalanced", "missing-class"] = (
         "all-classes"
     )

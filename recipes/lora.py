@@ -113,8 +113,8 @@ def main(cfg: Config) -> int:
     new_classes = new and predict_new_classes(adapter.encoder, backbone, new, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method="lora", predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training=info, objective=objective,
-        new_classes=new_classes,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, training=info,
+        objective=objective, new_classes=new_classes,
     )  # fmt: skip
     run.finish()
     return code

@@ -4,7 +4,7 @@
 Method    Locked image tower (Zhai et al., "LiT", arXiv:2111.07991). Class names: the text features of ImageNet's names
           are pulled to the image tower's own classifier, whose posterior over unlabelled images they also reproduce
           (Hinton et al., arXiv:1503.02531). Captions: the contrastive loss of CLIP (arXiv:2103.00020) against all
-          captioned pictures, and the directions that a sentence encoder gives them (all-MiniLM-L6-v2 behind one
+          captioned images, and the directions that a sentence encoder gives them (all-MiniLM-L6-v2 behind one
           linear map; Wang et al., arXiv:2002.10957). Numerals, last: the embeddings of their tokens alone learn to name
           drawn ones (adaptclip/datasets/numerals.py); a text without these tokens stays exactly as it was.
 Needs     pip install "adaptclip[starter,starter-training]"
@@ -130,8 +130,8 @@ class Config:
 class Draw:
     """One step.
 
-    Names (C, L) of the classes `classes`, images (B, D), and captions (P, L) of the captioned pictures numbered
-    `pictures`, whose directions the sentence encoder gives as `directions` (P, D).
+    Names (C, L) of the classes `classes`, images (B, D), and captions (P, L) of the captioned images numbered
+    `images`, whose directions the sentence encoder gives as `directions` (P, D).
     """
 
     names: Tensor
@@ -180,7 +180,7 @@ class Student(nn.Module):
 
 
 class PictureSet:
-    """One folder of Parquet files: its pictures for the feature cache, its other columns as a table."""
+    """One folder of Parquet files: its images for the feature cache, its other columns as a table."""
 
     def __init__(self, root: Path, name: str) -> None:
         files = sorted((root / name).glob("*.parquet"))
@@ -201,7 +201,7 @@ class PictureSet:
 
 
 def in_memory(pictures: list[bytes], name: str) -> ImageDataset:
-    """Returns encoded pictures, all of one class, as the feature cache takes them."""
+    """Returns encoded images, all of one class, as the feature cache takes them."""
     rows = range(len(pictures))
     names = tuple(f"{name}/{row}" for row in rows)
     return ImageDataset(
@@ -229,7 +229,7 @@ class Words:
 class Corpus:
     """Draws each step's names, images and captions from (seed, step) alone, so that a resumed run sees the same.
 
-    The pictures of imagenet1k_one_each and Flickr8k's test part are never drawn: the evaluation is on them.
+    The images of imagenet1k_one_each and Flickr8k's test part are never drawn: the evaluation is on them.
     """
 
     def __init__(self, cfg: Config, backbone: ClipBackbone, words: Words) -> None:
@@ -250,7 +250,7 @@ class Corpus:
         other = [rng.integers(1, len(n)) if len(n) > 1 and rng.random() < cfg.synonyms else 0 for n in own]
         names = torch.stack([n[i][rng.integers(len(TEMPLATES))] for n, i in zip(own, other, strict=True)])
         captions = torch.from_numpy(rng.choice(len(self.captions), cfg.num_captions, replace=False))
-        # Flickr8k's pictures are as many as they are; of Tiny ImageNet's, more than twice as many are taken.
+        # Flickr8k's images are as many as they are; of Tiny ImageNet's, more than twice as many are taken.
         num_flickr = cfg.num_images * 3 // 10
         flickr = rng.choice(len(self.captioned), num_flickr, replace=False)
         tiny = rng.choice(len(self.pictures), cfg.num_images - num_flickr, replace=False)
@@ -262,7 +262,7 @@ class Corpus:
 
 
 def main(cfg: Config) -> int:
-    """Pictures and words → cached features → text tower → words for drawn numerals → evaluation."""
+    """Images and words → cached features → text tower → words for drawn numerals → evaluation."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
     if cfg.evaluate:
         backbone = ac.load_backbone("starter")
@@ -313,7 +313,7 @@ def train_tower(cfg: Config, student: Student, corpus: Corpus, accelerator: Acce
             teacher = (FEATURE_NORM * draw.images @ weight[draw.classes].T + bias[draw.classes]).softmax(dim=1)
             names_loss = F.kl_div((scale * draw.images @ names.T).log_softmax(dim=1), teacher, reduction="batchmean")
             shape_loss = 1 - F.cosine_similarity(names - names.mean(dim=0), centred[draw.classes]).mean()
-            # The pictures never change, so every caption is told from all of them and not only from its batch's.
+            # The images never change, so every caption is told from all of them and not only from its batch's.
             # A second product, because rows picked out of the first have a gradient that adds up in no fixed order.
             texts, own = scale * captions, torch.arange(len(captions), device=device)
             to_picture = F.cross_entropy(texts @ captioned.T, draw.pictures)
@@ -366,7 +366,7 @@ def learn_numerals(cfg: Config, student: Student, backbone: ClipBackbone, words:
 
 
 def evaluate_names(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, Any]]:
-    """Returns the top-1 accuracy of ImageNet's names on one picture of each class."""
+    """Returns the top-1 accuracy of ImageNet's names on one image of each class."""
     imagenet = PictureSet(cfg.data_root, "imagenet1k_one_each")
     weights = zero_shot_weights(backbone, imagenet.by_class("label_name"), EVALUATION_TEMPLATES)
     answers = (ac.FeatureCache(cfg.cache).get(backbone, imagenet.images).values[0] @ weights.T).argmax(dim=1)
@@ -376,7 +376,7 @@ def evaluate_names(backbone: ClipBackbone, cfg: Config) -> dict[str, dict[str, A
 
 
 def recall_at_10(backbone: ClipBackbone, cfg: Config, part: Literal["validation", "test"]) -> dict[str, dict[str, Any]]:
-    """Searches the captions of one part of Flickr8k by its pictures, and the other way round."""
+    """Searches the captions of one part of Flickr8k by its images, and the other way round."""
     flickr = ac.open_data(ac.load_card("flickr8k"), data_root=cfg.data_root)
     found = Yardstick(backbone, getattr(flickr, part), flickr, cache=ac.FeatureCache(cfg.cache))(backbone)
     return {f"Flickr8k {part}, {way}, R@10": recalls["R@10"] for way, recalls in found.items()}

@@ -112,7 +112,7 @@ def test_a_copied_recipe_runs_and_what_it_makes_is_used(site, empty):
     assert sorted(p.name for p in (empty / "mine").iterdir()) == ["README.md", "figures", "zero_shot.py"]
     run(site, empty, sys.executable, "mine/zero_shot.py", "--gates", "report", "--out", "run")
     made = run(site, empty, adaptclip, "export", "run", "--to", "classifier", "--out", "out", "--allow-failed-gates")
-    assert "largest difference from the adapter on 27 pictures" in made
+    assert "largest difference from the adapter on 27 images" in made
 
 
 def test_recipes_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):

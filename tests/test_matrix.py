@@ -249,7 +249,7 @@ def check_artifact(
     *,
     thresholds: np.ndarray | None = None,
 ) -> None:
-    """What is saved loads equal and predicts the same from pictures."""
+    """What is saved loads equal and predicts the same from images."""
     probs = np.full((20, 10), 0.1, np.float32)
     predictions = Predictions(tuple(map(str, range(20))), np.arange(20) % 10, probs, data.class_names)
     report = build_report(predictions)

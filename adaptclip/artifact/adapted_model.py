@@ -193,6 +193,6 @@ class AdaptedModel:
 
 def _as_rgb(image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None) -> Image.Image:
     if isinstance(image, Image.Image):
-        # A picture in memory takes the same way as a file, so that serving and training cannot differ.
+        # An image in memory takes the same way as a file, so that serving and training cannot differ.
         image = encoded_image(image)
     return decode_image(image if isinstance(image, bytes) else Path(image), row=name, window=window)

@@ -292,7 +292,7 @@ def describe_data(data: DomainData) -> dict[str, Any]:
 
 
 def _write_report(out: Path, report: dict[str, Any], verdicts: Sequence[Verdict], images: ImageDataset | None) -> None:
-    """Writes report.json, report.md and report.html, the last with pictures of mistakes where images may be shown."""
+    """Writes report.json, report.md and report.html, the last with images of mistakes where images may be shown."""
     write_sealed(out / REPORT_FILE, {**report, "verdicts": [verdict.to_dict() for verdict in verdicts]})
     write_text(out / "report.md", to_markdown(report, verdicts))
     pictures = None

@@ -124,7 +124,7 @@ class JobStore:
 
 
 MAX_CHUNKS = 32
-"""Most parts that a pool of pictures is encoded in; each part is read by looking through all shards."""
+"""Most parts that a pool of images is encoded in; each part is read by looking through all shards."""
 
 MEMORY_BYTES = 2 * 2**30
 """What is kept in memory between jobs; beyond it, the pool that was read first is dropped."""

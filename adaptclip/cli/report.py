@@ -41,7 +41,7 @@ def report(
             folder brings its own.
         source: predictions of the same model on the domain it was adapted to, to say what another domain changes.
         gates: YAML file of gates whose verdicts the report shows; a run folder brings its own. See `adaptclip gate`.
-        images: folder in which the row ids are paths of images, for pictures of the mistakes in HTML.
+        images: folder in which the row ids are paths of images, for thumbnails of the mistakes in HTML.
         out: where the report is written: NAME.html, NAME.md or NAME.json, or NAME for all three.
     """
     from adaptclip.outputs import check_file

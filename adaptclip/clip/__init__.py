@@ -45,10 +45,10 @@ class ClipBackbone(nn.Module):
         digest: SHA-256 of all weights and of the activation, 64 hexadecimal digits: which model this is.
         image_digest: the same of what `encode_image` computes with alone: whose image features these are.
         embed_dim: D, width of the joint embedding space.
-        image_size: side of the square input picture in pixels.
+        image_size: side of the square input image in pixels.
         asked_size: the side that `load_backbone` was asked for; 0 where it is the model's own.
         context_length: L, tokens in a prompt with its start and end tokens.
-        transform: PIL picture -> (3, H, W) float32, the checkpoint's own evaluation transform.
+        transform: PIL image -> (3, H, W) float32, the checkpoint's own evaluation transform.
         transform_spec: the same as plain values: size, mean, std, interpolation, resize_mode, fill.
     """
 
@@ -71,7 +71,7 @@ class ClipBackbone(nn.Module):
         the place of the model's own.
 
         Raises:
-            BackboneError: the pictures are not square, or weights are not finite.
+            BackboneError: the images are not square, or weights are not finite.
         """
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -86,7 +86,7 @@ class ClipBackbone(nn.Module):
         config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
         height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
         if height != width:
-            raise BackboneError(f"{name} takes pictures of {height} x {width} pixels; only square ones are supported")
+            raise BackboneError(f"{name} takes images of {height} x {width} pixels; only square ones are supported")
         self.image_size: int = height
         self.asked_size = asked_size
         self.transform: Any = image_transform_v2(config, is_train=False)
@@ -191,7 +191,7 @@ class ClipBackbone(nn.Module):
         return make_text_tower(self.model, self.tokenizer)
 
     def normalize(self, picture: Image.Image | np.ndarray) -> Tensor:
-        """Turns a picture that has its final size into the towers' input, as the last steps of `transform` do.
+        """Turns an image that has its final size into the towers' input, as the last steps of `transform` do.
 
         Args:
             picture: RGB picture, or (image_size, image_size, 3) uint8 array; an augmented view for example.
@@ -211,7 +211,7 @@ class ClipBackbone(nn.Module):
                 picture.dtype == np.uint8 and picture.shape == (side, side, 3),
             )
         if not fits:
-            raise BackboneError(f"normalize takes 8-bit RGB pictures of {side} x {side} pixels, got {got}")
+            raise BackboneError(f"normalize takes 8-bit RGB images of {side} x {side} pixels, got {got}")
         value: Any = picture
         for step in self._to_tensor:
             value = step(value)
@@ -245,7 +245,7 @@ class ClipBackbone(nn.Module):
         return len(inner(cleaned).input_ids)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encodes (B, 3, H, W) transformed pictures as (B, D) unit-norm float32 features."""
+        """Encodes (B, 3, H, W) transformed images as (B, D) unit-norm float32 features."""
         import open_clip
 
         dtype = open_clip.get_input_dtype(self.precision) or torch.float32
@@ -280,7 +280,7 @@ def load_backbone(
         preprocess: `mean`, `std`, `interpolation`, `resize_mode`, `fill_color` of a checkpoint file; None takes what
             all published weights of the architecture share, or OpenAI's with a warning.
         text_weights: other weights for the text tower of `starter`.
-        image_size: side of the pictures in pixels; 0 is the architecture's own. Where the weights were trained at
+        image_size: side of the images in pixels; 0 is the architecture's own. Where the weights were trained at
             another one, the image tower's position embeddings are resized, with a warning: features change.
 
     Raises:
@@ -293,7 +293,7 @@ def load_backbone(
     from adaptclip.clip.starter import create_starter
 
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 0:
-        raise BackboneError(f"image_size should be the side of the pictures in pixels, or 0, got {image_size}")
+        raise BackboneError(f"image_size should be the side of the images in pixels, or 0, got {image_size}")
     check_device(device)
     if precision not in PRECISIONS:
         raise BackboneError(f"unknown precision {precision!r}. {did_you_mean(precision, PRECISIONS)}")
@@ -308,7 +308,7 @@ def load_backbone(
         model, tokenizer = create_starter(text_weights, device=device, precision=precision)
     side = open_clip.get_model_preprocess_cfg(model)["size"]
     if image_size and side != image_size and side != (image_size, image_size):
-        raise BackboneError(f"{name} cannot take pictures of {image_size} pixels, only of {side}; leave image_size out")
+        raise BackboneError(f"{name} cannot take images of {image_size} pixels, only of {side}; leave image_size out")
     return ClipBackbone(model, tokenizer, name=name, pretrained=pretrained, precision=precision, asked_size=image_size)
 
 
@@ -343,7 +343,7 @@ def wrap_clip(model: nn.Module, tokenizer: Any, transform: Any = None, *, name: 
             `load(PATH, backbone=clip)`.
 
     Raises:
-        BackboneError: weights are not finite, pictures are not square, or the transform does not fit the tower.
+        BackboneError: weights are not finite, images are not square, or the transform does not fit the tower.
     """
     if isinstance(model, ClipBackbone):
         raise BackboneError("this model is wrapped already; use it as it is")

@@ -49,7 +49,7 @@ _OTHER_MODELS = {
     "genlip_cfg": "a generative model (GenLIP)",
     "genlap_cfg": "a generative model of sounds (GenLAP)",
 }
-"""What a configuration of open_clip 4 may describe beside a CLIP of pictures and texts, by the entry that says so."""
+"""What a configuration of open_clip 4 may describe beside a CLIP of images and texts, by the entry that says so."""
 
 _ANY_NUMBER = 2**22
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -83,7 +83,7 @@ def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | No
     """
     other = next((kind for entry, kind in _OTHER_MODELS.items() if entry in model_cfg), None)
     if other is not None:
-        raise BackboneError(f"{where} is {other}, not a CLIP of pictures and texts; name one of those")
+        raise BackboneError(f"{where} is {other}, not a CLIP of images and texts; name one of those")
     for path, value in _numbers(model_cfg):
         limit = LIMITS.get(path.rpartition(".")[2], _ANY_NUMBER)
         if not abs(value) <= limit:
@@ -95,7 +95,7 @@ def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | No
         raise BackboneError(f"{where} is not a model configuration of open_clip ({error!r})") from error
     if "naflex" in str(name):
         raise BackboneError(
-            f"{where} has the image tower {name!r} (NaFlex), which takes pictures of any shape; adaptclip gives square "
+            f"{where} has the image tower {name!r} (NaFlex), which takes images of any shape; adaptclip gives square "
             "ones only. Name the model of a fixed size instead"
         )
     if name and (":" in str(name) or not timm.is_model(str(name))):

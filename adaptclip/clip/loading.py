@@ -75,7 +75,7 @@ def check_positions(model: Any, weights: Path, *, what: str, image_size: int) ->
         model: as open_clip built it.
         weights: the checkpoint that it was built from.
         what: the checkpoint, for messages.
-        image_size: the side of the pictures that was asked for by name, which allows the image tower's to be resized
+        image_size: the side of the images that was asked for by name, which allows the image tower's to be resized
             and says so; 0 where nobody asked.
 
     Raises:
@@ -99,11 +99,11 @@ def check_positions(model: Any, weights: Path, *, what: str, image_size: int) ->
     if not image_size:
         raise BackboneError(
             f"{what} has image positions for {old} patches and the architecture for {new}; open_clip would resize "
-            "them, and the features would be others. Name the architecture it was trained with, or ask for pictures of "
+            "them, and the features would be others. Name the architecture it was trained with, or ask for images of "
             "that size by name: --image-size (image_size=)."
         )
     warnings.warn(
-        f"the image positions of {what} were resized from {old} to {new} patches, as pictures of {image_size} pixels "
+        f"the image positions of {what} were resized from {old} to {new} patches, as images of {image_size} pixels "
         "were asked for; the features are not those that the weights were trained for",
         stacklevel=4,
     )
@@ -221,7 +221,7 @@ def create(source: Source, *, device: str | torch.device, precision: str, image_
         source: what `find_source` returned.
         device: where the weights go.
         precision: one of PRECISIONS.
-        image_size: side of the pictures in pixels; 0 is the architecture's own.
+        image_size: side of the images in pixels; 0 is the architecture's own.
 
     Returns:
         The open_clip model and its tokenizer.

@@ -18,7 +18,7 @@ from adaptclip.progress import progress_bar
 from adaptclip.seeding import numpy_generator
 
 _IMAGES, _TEMPLATES, _KEPT = 400, 4, 160
-"""Pictures, templates of all the classes, and kept texts per step."""
+"""Images, templates of all the classes, and kept texts per step."""
 
 
 def learn_words(
@@ -37,9 +37,9 @@ def learn_words(
     keep_weight: float = 300.0,
     seed: int = 0,
 ) -> float:
-    """Learns the embeddings of some tokens, in place, so that prompts with them name the pictures of their classes.
+    """Learns the embeddings of some tokens, in place, so that prompts with them name the images of their classes.
 
-    Every picture is told from the other classes, and from these and all of `others` together (CLIP's cross-entropy from
+    Every image is told from the other classes, and from these and all of `others` together (CLIP's cross-entropy from
     image to text, arXiv:2103.00020). Texts that hold none of the tokens cannot change. Those of `kept` that do are held
     where they are (1 - cosine to their features before).
 

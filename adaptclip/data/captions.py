@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions: cells into texts, rows of one picture joined, and which caption an image shows in which epoch."""
+"""Captions: cells into texts, rows of one image joined, and which caption an image shows in which epoch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def caption_values(values: Sequence[Any], *, where: Callable[[int], str]) -> tup
 
 
 def join_repeated_pictures(images: ImageDataset, splits: Sequence[str]) -> tuple[ImageDataset, list[str]]:
-    """Joins rows that show the same picture, as in tables with one row per caption, so that each image is there once.
+    """Joins rows that show the same image, as in tables with one row per caption, so that each image is there once.
 
     Args:
         images: N rows with captions.
@@ -64,7 +64,7 @@ def join_repeated_pictures(images: ImageDataset, splits: Sequence[str]) -> tuple
             so that the checks for leaks see them.
 
     Returns:
-        The first row of each picture with the different captions of all its rows, and a sentence if there were some.
+        The first row of each image with the different captions of all its rows, and a sentence if there were some.
     """
     assert images.captions is not None
     joined: dict[tuple[str, str, int], list[int]] = {}
@@ -75,7 +75,7 @@ def join_repeated_pictures(images: ImageDataset, splits: Sequence[str]) -> tuple
     own = images.captions
     captions = [tuple(dict.fromkeys(text for row in rows for text in own[row])) for rows in joined.values()]
     first = images.select([rows[0] for rows in joined.values()])
-    sentence = f"{len(images)} rows show {len(joined)} pictures: rows of one picture were joined, with all its captions"
+    sentence = f"{len(images)} rows show {len(joined)} images: rows of one image were joined, with all its captions"
     return replace(first, captions=tuple(captions)), [sentence]
 
 

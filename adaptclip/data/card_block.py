@@ -214,7 +214,7 @@ class Splits(BaseModel):
         test: the source's name of the test split.
         column: column that holds those names, where rows carry their split.
         fractions: part -> share of the images (0 to 1, summing to 1) for a split made here: stratified by class, with
-            clusters and copies of a picture kept together, the same on every machine.
+            clusters and copies of an image kept together, the same on every machine.
         seed: seed of a split made here.
     """
 
@@ -394,7 +394,7 @@ class CardBlock(BaseModel):
         window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
         allow: checks that may fail, by name (ALLOWABLE).
         hard_pairs: pairs of classes that are known to be hard to tell apart; reports judge each pair by itself.
-        show_images: whether reports may hold small pictures of test images.
+        show_images: whether reports may hold thumbnails of test images.
         expect: groups and classes of which there shall be test images; gates on absent ones cannot pass.
         gates: conditions for release.
         known_issues: sentences that are shown whenever the card is loaded.

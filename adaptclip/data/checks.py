@@ -22,7 +22,7 @@ from adaptclip.data.card_block import PARTS
 from adaptclip.data.columns import as_text, is_missing, shared_values
 from adaptclip.data.dataset import ALONE, UNKNOWN, DomainData, ImageDataset
 from adaptclip.data.feature_rows import FeatureRows, near_copies
-from adaptclip.data.fingerprints import Picture, pictures, similar_pairs
+from adaptclip.data.fingerprints import Fingerprint, fingerprints, similar_pairs
 from adaptclip.errors import AdaptclipError, DataError, SplitError, agree, did_you_mean
 from adaptclip.words import is_fold, plain, role_of, several_spellings, spelt, split_part, words_of
 
@@ -172,23 +172,28 @@ class Checked:
 def check_data(
     data: DomainData,
     *,
-    found: Mapping[str, Picture] | None = None,
+    found: Mapping[str, Fingerprint] | None = None,
     unused: Mapping[str, Sequence[Any]] | None = None,
 ) -> Checked:
     """Checks classes, labels, groups and leaks between the parts.
 
     Args:
         data: the data set.
-        found: content digest -> picture hashes; None computes them.
+        found: content digest -> image hashes; None computes them.
         unused: column that the card does not name -> cells by row of the source.
 
     Raises:
-        SplitError: parts share pictures, clusters or values of an unused column, or lack classes.
+        SplitError: parts share images, clusters or values of an unused column, or lack classes.
         DataError: classes, labels or groups are not usable.
     """
     problems = [*_check_names(data), *_check_labels(data)]
     if not problems:
-        problems += [*_check_classes(data), *_check_groups(data), *_check_clusters(data), *_check_pictures(data, found)]
+        problems += [
+            *_check_classes(data),
+            *_check_groups(data),
+            *_check_clusters(data),
+            *_check_similar(data, found),
+        ]
         problems += [*_check_unused(data, unused or {}), *_check_folds(data, unused or {}), *_check_conflicts(data)]
     fatal = [problem for problem in problems if problem.check not in data.card.allow]
     if fatal:
@@ -331,19 +336,19 @@ def _check_conflicts(data: DomainData) -> Iterator[Problem]:
             yield Problem(
                 f"label conflict: {len(rows)} of {len(images)} {part} images are the same file as one of another "
                 f"class: {', '.join(shown)}{more}",
-                "Keep each picture under the class that is right; if a picture has several labels, make a card with "
+                "Keep each image under the class that is right; if an image has several labels, make a card with "
                 "two classes (it, and not it) of each",
                 DataError,
                 "label_conflicts",
             )
 
 
-def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> Iterator[Problem]:
+def _check_similar(data: DomainData, found: Mapping[str, Fingerprint] | None) -> Iterator[Problem]:
     if found is None and data.test.has_pixels:
         found = {
-            content: picture
+            content: one
             for images in data.parts.values()
-            for content, picture in zip(images.contents, _pictures_of(images), strict=True)
+            for content, one in zip(images.contents, _fingerprints_of(images), strict=True)
         }
     for (first, a), (second, b) in combinations(data.parts.items(), 2):
         row_of = {content: row for row, content in enumerate(a.contents)}
@@ -358,14 +363,14 @@ def _check_pictures(data: DomainData, found: Mapping[str, Picture] | None) -> It
 
 
 def look_alikes(
-    first: ImageDataset, second: ImageDataset | None = None, *, found: Mapping[str, Picture]
+    first: ImageDataset, second: ImageDataset | None = None, *, found: Mapping[str, Fingerprint]
 ) -> Iterator[tuple[int, int]]:
     """Yields the positions of images that look the same or, where there are features alone, have nearly the same ones.
 
     Args:
         first: images.
         second: images of the same source to compare them with; None compares `first` with itself, each pair once.
-        found: content digest -> picture hashes; not read where there are no pixels.
+        found: content digest -> image hashes; not read where there are no pixels.
     """
     both = (first,) if second is None else (first, second)
     if isinstance(first.store, FeatureRows):
@@ -373,8 +378,8 @@ def look_alikes(
     return similar_pairs(*([found[content] for content in images.contents] for images in both))
 
 
-def _pictures_of(images: ImageDataset) -> list[Picture]:
-    return pictures(images.read, images.contents, where=images.where, window=images.window, store=None)
+def _fingerprints_of(images: ImageDataset) -> list[Fingerprint]:
+    return fingerprints(images.read, images.contents, where=images.where, window=images.window, store=None)
 
 
 def _leak(what: str, a: ImageDataset, b: ImageDataset, pairs: dict[int, int], check: str) -> Problem:
@@ -437,7 +442,7 @@ def _remarks(data: DomainData) -> list[str]:
             remarks.append(f"{len(missing)} {have} no validation image: {_listed(missing)}")
     conflicts = [data_part.ids[row] for data_part, row in _conflicts(list(data.parts.values()))]
     if conflicts:
-        remarks.append(f"{len(conflicts)} pictures are found under several classes: {_listed(conflicts)}")
+        remarks.append(f"{len(conflicts)} images are found under several classes: {_listed(conflicts)}")
     for name, values in data.test.groups.items():
         counts = Counter(values)
         if 0 < counts[UNKNOWN] < len(values):

@@ -154,7 +154,7 @@ class ImageDataset:
         class_names: C names in the order of the label ids.
         ids: N stable ids, all different over all parts.
         labels: (N,) int64 class ids.
-        contents: N SHA-256 digests of the encoded bytes; the same picture file has the same digest in any data set.
+        contents: N SHA-256 digests of the encoded bytes; the same image file has the same digest in any data set.
         clusters: N cluster ids, or None where each image is its own.
         groups: attribute -> N values as text; UNKNOWN where missing.
         levels: taxonomy level -> C coarse names, one per class; coarse to fine.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of images: of their bytes (same file), and of what they show (same picture), kept on disk between runs.
+"""Digests of images: of their bytes (same file), and of what they show (same image), kept on disk between runs.
 
 The hash was chosen by measuring all pairs of three real sets (1,360 flowers, 5,421 shelf photographs, 3,661 skin
 lesions) and, of 150 images each, copies that were re-encoded (JPEG quality 50), halved in size, brightened (20 %) or
@@ -38,8 +38,8 @@ _log = logging.getLogger(__name__)
 PHASH_RADIUS = 6
 DHASH_RADIUS = 4
 MIN_CONTRAST = 4.0
-"""Standard deviation of the grey values (0 to 255) of a 32 x 32 thumbnail below which a picture counts as flat: the
-hashes of a flat picture describe its noise, and two different ones would seem equal."""
+"""Standard deviation of the grey values (0 to 255) of a 32 x 32 thumbnail below which an image counts as flat: the
+hashes of a flat image describe its noise, and two different ones would seem equal."""
 
 _HASH_VERSION = f"phash+dhash 1, decoding {DECODING}"
 _NAMELESS = "the image"
@@ -52,7 +52,7 @@ _CHUNK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Picture:
+class Fingerprint:
     """What was found when an image was decoded.
 
     Attributes:
@@ -97,7 +97,7 @@ def content_digests(read: Callable[[int], bytes], stamps: Sequence[str], *, stor
     """Returns the SHA-256 of each image's encoded bytes; what was hashed before is not read again.
 
     Args:
-        read: row -> encoded bytes. A row that cannot be read gets a digest of its own, which is not kept; `pictures`
+        read: row -> encoded bytes. A row that cannot be read gets a digest of its own, which is not kept; `fingerprints`
             says why.
         stamps: N keys that change with the bytes.
         store: name of the file under `cache_root()` in which they are kept.
@@ -113,14 +113,14 @@ def content_digests(read: Callable[[int], bytes], stamps: Sequence[str], *, stor
     return tuple(value.removeprefix(_NOT_KEPT) for value in found)
 
 
-def pictures(
+def fingerprints(
     read: Callable[[int], bytes],
     contents: Sequence[str],
     *,
     where: Callable[[int], str],
     window: tuple[float, float] | None,
     store: str | None,
-) -> list[Picture]:
+) -> list[Fingerprint]:
     """Decodes every image once and returns what was found; what was decoded before is not decoded again.
 
     What could not be decoded is tried again every time.
@@ -135,7 +135,7 @@ def pictures(
 
     def compute(row: int) -> str:
         try:
-            return _pack(picture_of(decode_image(read(row), row=_NAMELESS, window=window)))
+            return _pack(fingerprint_of(decode_image(read(row), row=_NAMELESS, window=window)))
         except DataError as error:
             return _NOT_KEPT + str(error).removeprefix(f"{_NAMELESS}: ")
 
@@ -144,7 +144,7 @@ def pictures(
     return [_unpack(text, where(row)) for row, text in enumerate(found)]
 
 
-def picture_of(image: Image.Image) -> Picture:
+def fingerprint_of(image: Image.Image) -> Fingerprint:
     """Returns the hashes of a decoded image."""
     import imagehash
 
@@ -152,21 +152,21 @@ def picture_of(image: Image.Image) -> Picture:
     contrast = float(np.asarray(grey.resize((32, 32), Image.Resampling.BOX), dtype=np.float32).std())
     # Scaling with the box filter first is three times faster than imagehash's own on large photographs.
     small = grey if max(grey.size) <= 256 else grey.reduce(max(1, min(grey.size) // 128))
-    return Picture(_bits(imagehash.phash(small)), _bits(imagehash.dhash(small)), contrast < MIN_CONTRAST)
+    return Fingerprint(_bits(imagehash.phash(small)), _bits(imagehash.dhash(small)), contrast < MIN_CONTRAST)
 
 
 def _bits(value: imagehash.ImageHash) -> int:
     return int.from_bytes(np.packbits(value.hash.flatten()).tobytes(), "big")
 
 
-def _pack(picture: Picture) -> str:
-    return f"{picture.phash:016x}{picture.dhash:016x}{int(picture.flat)}"
+def _pack(one: Fingerprint) -> str:
+    return f"{one.phash:016x}{one.dhash:016x}{int(one.flat)}"
 
 
-def _unpack(text: str, name: str) -> Picture:
+def _unpack(text: str, name: str) -> Fingerprint:
     if text.startswith(_NOT_KEPT):
-        return Picture(problem=f"{name}: {text[1:]}")
-    return Picture(int(text[:16], 16), int(text[16:32], 16), text[32] == "1")
+        return Fingerprint(problem=f"{name}: {text[1:]}")
+    return Fingerprint(int(text[:16], 16), int(text[16:32], 16), text[32] == "1")
 
 
 def _remembered(compute: Callable[[int], str], keys: Sequence[str], *, store: str | None, title: str) -> list[str]:
@@ -216,12 +216,14 @@ def _save(path: Path, values: Mapping[str, str]) -> None:
         _log.warning("image digests are not kept for the next run: %s", error)
 
 
-def similar_pairs(first: Sequence[Picture], second: Sequence[Picture] | None = None) -> Iterator[tuple[int, int]]:
-    """Yields the positions of pictures that look the same, except to who looks closely.
+def similar_pairs(
+    first: Sequence[Fingerprint], second: Sequence[Fingerprint] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yields the positions of images that look the same, except to who looks closely.
 
     Args:
-        first: pictures; those that are flat or unreadable match nothing.
-        second: pictures to compare them with; None compares `first` with itself, each pair once.
+        first: images; those that are flat or unreadable match nothing.
+        second: images to compare them with; None compares `first` with itself, each pair once.
 
     Yields:
         (position in `first`, position in `second`); with itself, the first is smaller.
@@ -229,7 +231,7 @@ def similar_pairs(first: Sequence[Picture], second: Sequence[Picture] | None = N
     rows_a, phash_a, dhash_a = _columns(first)
     rows_b, phash_b, dhash_b = (rows_a, phash_a, dhash_a) if second is None else _columns(second)
     step = max(1, _CHUNK // max(1, len(rows_b)))
-    for start in progress_bar(range(0, len(rows_a), step), desc="comparing pictures", leave=False):
+    for start in progress_bar(range(0, len(rows_a), step), desc="comparing images", leave=False):
         part = slice(start, start + step)
         near = np.bitwise_count(phash_a[part, None] ^ phash_b[None]) <= PHASH_RADIUS
         i, j = np.nonzero(near)
@@ -240,7 +242,7 @@ def similar_pairs(first: Sequence[Picture], second: Sequence[Picture] | None = N
         yield from zip(rows_a[i[keep]].tolist(), rows_b[j[keep]].tolist(), strict=True)
 
 
-def _columns(found: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows = [row for row, picture in enumerate(found) if picture.comparable]
+def _columns(found: Sequence[Fingerprint]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = [row for row, one in enumerate(found) if one.comparable]
     phash = np.array([found[row].phash for row in rows], dtype=np.uint64)
     return np.array(rows, dtype=np.int64), phash, np.array([found[row].dhash for row in rows], dtype=np.uint64)

@@ -116,7 +116,7 @@ def _check_still(image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise ImageProblem(
-            f"an animation or stack of {frames} frames ({image.format}), and a row needs one picture; "
+            f"an animation or stack of {frames} frames ({image.format}), and a row needs one image; "
             "save the frames you want as single images"
         )
 

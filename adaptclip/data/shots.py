@@ -163,7 +163,7 @@ def sample_few_shot(
 ) -> FewShotSplit:
     """Draws images to learn from and images to choose settings with; the test part is not touched.
 
-    No cluster and no copy of a picture is in both. The draw depends on the ids, not on the order of rows.
+    No cluster and no copy of an image is in both. The draw depends on the ids, not on the order of rows.
 
     Args:
         data: the data set.
@@ -241,7 +241,7 @@ def _clusters_first(order: list[int], clusters: Sequence[str]) -> list[int]:
 
 
 def _left_over(images: ImageDataset, taken: Sequence[int]) -> list[int]:
-    """Returns the rows that share neither picture nor cluster with `taken`."""
+    """Returns the rows that share neither image nor cluster with `taken`."""
     columns = [images.contents] if images.clusters is None else [images.contents, images.clusters]
     used = [{column[row] for row in taken} for column in columns]
     taken_rows = set(taken)

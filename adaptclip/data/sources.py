@@ -31,7 +31,7 @@ from adaptclip.data.columns import (
 )
 from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.feature_rows import FeatureRows, read_features
-from adaptclip.data.fingerprints import Picture, content_digests, pictures
+from adaptclip.data.fingerprints import Fingerprint, content_digests, fingerprints
 from adaptclip.data.readers import (
     RawRows,
     read_embedded,
@@ -126,7 +126,7 @@ def drawn_parts(
     if len(members) < len(chosen):
         raise SplitError(
             f"{len(labels)} images in {len(members)} clusters cannot be divided into {', '.join(chosen)}; clusters and "
-            "copies of a picture stay together"
+            "copies of an image stay together"
         )
     order = sorted(members, key=lambda rows: (-len(rows), _rank(splits.seed, [contents[int(row)] for row in rows])))
     totals = np.bincount(labels).astype(float)
@@ -184,7 +184,7 @@ def open_data(
 ) -> DomainData:
     """Opens the images of a card, divides them into parts and checks them.
 
-    Digests and picture hashes are kept under `cache_root()`, so that only the first call reads every image.
+    Digests and image hashes are kept under `cache_root()`, so that only the first call reads every image.
 
     Args:
         card: a loaded card.
@@ -208,15 +208,15 @@ def open_data(
     contents = content_digests(raw.store.read, raw.stamps, store=kept)
     rule = card.splits or raw.split_rule
     skip = on_bad_image == "skip" or "unreadable_images" in card.allow
-    found: dict[str, Picture] = {}
+    found: dict[str, Fingerprint] = {}
     skipped: list[str] = []
     images = _all_images(card, raw, contents)
     _check_card(card, images)
     if check or skip or (rule and rule.fractions):
         if isinstance(raw.store, FeatureRows):
-            seen = [Picture(flat=True)] * len(raw)  # equal features are found by their digests, and nothing can be seen
+            seen = [Fingerprint(flat=True)] * len(raw)  # equal features have equal digests; nothing can be seen
         else:
-            seen = pictures(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
+            seen = fingerprints(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
         found = dict(zip(contents, seen, strict=True))
         good, skipped = _usable(card, seen, skip=skip, demand=check)
         images = images.select(good)
@@ -262,9 +262,9 @@ def _check_card(card: Card, images: ImageDataset) -> None:
             raise CardError(f"card {card.name}: hard_pairs has no class {name!r}. {nearest}")
 
 
-def _usable(card: Card, seen: Sequence[Picture], *, skip: bool, demand: bool) -> tuple[np.ndarray, list[str]]:
+def _usable(card: Card, seen: Sequence[Fingerprint], *, skip: bool, demand: bool) -> tuple[np.ndarray, list[str]]:
     """Returns the rows to use, and sentences about those that cannot be decoded."""
-    bad = [picture.problem for picture in seen if picture.problem]
+    bad = [one.problem for one in seen if one.problem]
     if bad and not skip and demand:
         shown = "\n  ".join(bad[:5]) + (f"\n  … and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise DataError(
@@ -275,7 +275,7 @@ def _usable(card: Card, seen: Sequence[Picture], *, skip: bool, demand: bool) ->
         return np.arange(len(seen)), []
     if len(bad) == len(seen):
         raise DataError(f"card {card.name}: none of the {len(seen)} images can be used; the first: {bad[0]}")
-    return np.flatnonzero([not picture.problem for picture in seen]), [f"left out {problem}" for problem in bad]
+    return np.flatnonzero([not one.problem for one in seen]), [f"left out {problem}" for problem in bad]
 
 
 def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDataset:
@@ -324,7 +324,7 @@ def _split_names(raw: RawRows, rule: Splits | None) -> Sequence[str]:
 
 
 def _parts(
-    card: Card, raw: RawRows, rule: Splits | None, images: ImageDataset, found: dict[str, Picture]
+    card: Card, raw: RawRows, rule: Splits | None, images: ImageDataset, found: dict[str, Fingerprint]
 ) -> tuple[str, ...]:
     if rule is None or rule.fractions is None:
         if raw.splits is None and not (rule and rule.column):
@@ -342,7 +342,7 @@ def _parts(
     if largest > MAX_UNIT_SHARE * len(images):
         raise SplitError(
             f"card {card.name}: {largest} of {len(images)} images are tied together as clusters, copies or "
-            "look-alikes, so no split can be drawn. Check the cluster column; where all pictures look alike by "
+            "look-alikes, so no split can be drawn. Check the cluster column; where all images look alike by "
             "nature, the card can "
             "say `allow: [similar_pictures]`"
         )

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 SIZE = 96
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 _OVERSAMPLE = 3
 """Shapes are drawn this many times larger and averaged down, which smooths their edges."""
 
@@ -22,12 +22,12 @@ Colour = tuple[int, int, int]
 
 
 class Brush:
-    """Draws shapes in specimen coordinates onto a large picture, and keeps the silhouette of all of them.
+    """Draws shapes in specimen coordinates onto a large image, and keeps the silhouette of all of them.
 
     Args:
         angle: rotation in radians.
-        scale: pixels (of the final picture) per unit.
-        centre: position of the origin in pixels of the final picture.
+        scale: pixels (of the final image) per unit.
+        centre: position of the origin in pixels of the final image.
         ground: colour under the shapes; only the blend at their edges shows it.
     """
 
@@ -41,7 +41,7 @@ class Brush:
         cos, sin = math.cos(self._angle), math.sin(self._angle)
         x = points[:, 0] * cos - points[:, 1] * sin
         y = points[:, 0] * sin + points[:, 1] * cos
-        # Whole pixels, so that the last bit of a cosine cannot change a picture from one machine to another.
+        # Whole pixels, so that the last bit of a cosine cannot change an image from one machine to another.
         px = np.rint((x * self._scale + self._centre[0]) * _OVERSAMPLE).astype(int)
         py = np.rint((y * self._scale + self._centre[1]) * _OVERSAMPLE).astype(int)
         return list(zip(px.tolist(), py.tolist(), strict=True))
@@ -79,7 +79,7 @@ def mirrored(points: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of one specimen. They are drawn at random for every picture and say nothing about the species."""
+    """Colours of one specimen. They are drawn at random for every image and say nothing about the species."""
 
     body: Colour
     dark: Colour
@@ -111,7 +111,7 @@ def photograph(brush: Brush, rng: np.random.Generator, background: np.ndarray, *
         light: direction of the light in radians.
 
     Returns:
-        An RGB picture of SIZE x SIZE pixels.
+        An RGB image of SIZE x SIZE pixels.
     """
     mask = brush.silhouette.reduce(_OVERSAMPLE)
     cover = np.asarray(mask, dtype=np.float64)[..., None] / 255
@@ -127,7 +127,7 @@ def photograph(brush: Brush, rng: np.random.Generator, background: np.ndarray, *
 
 
 def spoil(picture: Image.Image) -> Image.Image:
-    """Makes a picture look faded and out of focus: a blur of 1.4 pixels, 60 % contrast and a yellow cast."""
+    """Makes an image look faded and out of focus: a blur of 1.4 pixels, 60 % contrast and a yellow cast."""
     blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(1.4)), dtype=np.float64)
     faded = (0.6 * blurred + 0.4 * 150.0) * np.array([1.06, 1.0, 0.82])
     return Image.fromarray(np.rint(np.clip(faded, 0, 255)).astype(np.uint8))

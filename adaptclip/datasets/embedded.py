@@ -95,9 +95,9 @@ def specimens(*, site_effect: float = 0.4, seed: int = 0, per_species: int = 80)
     Groups are `site` and `marks` ("visible" or "erased", the planted truth); the cluster is the tray.
 
     Args:
-        site_effect: share of the second site's pictures on which the marks of the species are erased, 0 to 1.
+        site_effect: share of the second site's images on which the marks of the species are erased, 0 to 1.
         seed: chooses all that is random.
-        per_species: pictures per species, a multiple of 4 and at least 40.
+        per_species: images per species, a multiple of 4 and at least 40.
 
     Raises:
         DataError: an option is out of range.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numerals drawn by pen strokes and in the fonts that come with matplotlib; only the starter learns from them.
 
-No picture of any data set is used, and nothing here is copied from one: the strokes were written down for this file.
+No image of any data set is used, and nothing here is copied from one: the strokes were written down for this file.
 What varies is what varies between writers, pens and scanners: form, slant, proportion, weight, position, resolution,
 blur and contrast.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIDE = 64
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 _CANVAS = 320
 """Shapes are drawn about half as large as this, and averaged down."""
 _FONT_SIZE = 160

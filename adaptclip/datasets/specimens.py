@@ -246,7 +246,7 @@ def _wavy(points: np.ndarray, depth: float, waves: int) -> np.ndarray:
 SITES = ("museum", "field station")
 """The imaging sites; the site effect is planted at the second."""
 TRAY_SIZE = 4
-"""Pictures that share a tray: one species, one site, one background and light. A tray never spans two splits."""
+"""Images that share a tray: one species, one site, one background and light. A tray never spans two splits."""
 SITE_SHARE = 0.3
 """Share of the trays of each species that were photographed at the second site."""
 
@@ -313,11 +313,11 @@ SPECIES = (
 
 @dataclass(frozen=True)
 class Specimen:
-    """One picture and everything that is true about it.
+    """One image and everything that is true about it.
 
     Attributes:
         label: index into SPECIES.
-        number: position among the pictures of its species.
+        number: position among the images of its species.
         site: index into SITES.
         tray: position of its tray among those of its species.
         split: "train", "validation" or "test".
@@ -333,15 +333,15 @@ class Specimen:
 
 
 def plan(*, site_effect: float = 0.4, seed: int = 0, per_species: int = 80) -> list[Specimen]:
-    """Decides site, tray, split and planted damage of every picture, before anything is drawn.
+    """Decides site, tray, split and planted damage of every image, before anything is drawn.
 
-    At the second site `site_effect` of the pictures of each split (to the nearest one) show no marks. A larger effect
-    erases the same pictures and more, and leaves all others as they are, byte for byte.
+    At the second site `site_effect` of the images of each split (to the nearest one) show no marks. A larger effect
+    erases the same images and more, and leaves all others as they are, byte for byte.
 
     Args:
-        site_effect: share of the second site's pictures that are erased, 0 to 1.
+        site_effect: share of the second site's images that are erased, 0 to 1.
         seed: any integer.
-        per_species: pictures per species, at least 40 and a multiple of TRAY_SIZE.
+        per_species: images per species, at least 40 and a multiple of TRAY_SIZE.
 
     Returns:
         The specimens ordered by species, then number.
@@ -379,11 +379,11 @@ def _trays(num: int, label: int, rng: np.random.Generator) -> list[tuple[int, st
 
 
 def _erased(specimens: list[Specimen], share: float, rng: np.random.Generator) -> set[int]:
-    """Positions of the erased pictures: exactly the nearest whole number to `share` of each split's second site."""
+    """Positions of the erased images: exactly the nearest whole number to `share` of each split's second site."""
     chosen: set[int] = set()
     for split in ("train", "validation", "test"):
         there = [i for i, s in enumerate(specimens) if s.site == 1 and s.split == split]
-        # A golden-ratio sequence over pictures ordered by species spreads the damage evenly over the species; its
+        # A golden-ratio sequence over images ordered by species spreads the damage evenly over the species; its
         # ranks make the counts exact, and the sets of a smaller share subsets of those of a larger one.
         start, golden = rng.random(), (math.sqrt(5) - 1) / 2
         order = np.argsort([(start + golden * k) % 1.0 for k in range(len(there))], kind="stable")
@@ -392,7 +392,7 @@ def _erased(specimens: list[Specimen], share: float, rng: np.random.Generator) -
 
 
 def draw(specimen: Specimen, *, seed: int = 0) -> Image.Image:
-    """Draws one specimen as an RGB picture of SIZE x SIZE pixels; the same picture for the same arguments."""
+    """Draws one specimen as an RGB image of SIZE x SIZE pixels; the same image for the same arguments."""
     species = SPECIES[specimen.label]
     tray = numpy_generator(seed, "specimens", "tray", species.name, specimen.tray)
     background, light = _background(specimen.site, tray), tray.uniform(0, 2 * np.pi)

@@ -223,7 +223,7 @@ BIAS_FILE = "class_bias.safetensors"
 class LoRA(Method):
     """Low-rank adapters on a frozen CLIP (CLIP-LoRA, Zanella and Ben Ayed 2024, arXiv:2405.18541).
 
-    The prompts stay the card's own; what is compared with the pictures are the text features of the adapted text tower.
+    The prompts stay the card's own; what is compared with the images are the text features of the adapted text tower.
     Where the image tower is adapted the method trains on pixels, otherwise on cached features. In training, prompts end
     at their EOT and the classes are shared out over the processes; without dropout in the text tower they also share
     the tokens they have in common, which is exact. Where dropout is active they do not: each class then has its own.
@@ -326,7 +326,7 @@ class LoRA(Method):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns (B, C) logits of pictures, or outside of training of features that `encoder` made.
+        """Returns (B, C) logits of images, or outside of training of features that `encoder` made.
 
         Raises:
             DataError: the batch has what the method does not learn from.

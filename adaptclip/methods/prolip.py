@@ -128,7 +128,7 @@ class ProLIP(TunedTowers):
         return base.with_model(model, name=name, digest=digest, image_digest=digest, embed_dim=width + extra)
 
     def _image_features(self, batch: Batch) -> Tensor:
-        """Pictures, or features of `before_projection`, to (B, D); in training the penalty, too."""
+        """Images, or features of `before_projection`, to (B, D); in training the penalty, too."""
         if self.training:
             self._penalty = self._pull * (self.weight - self.start).square().sum()
         if batch.images is not None:

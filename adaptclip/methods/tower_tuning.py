@@ -77,7 +77,7 @@ class TowerTuning(TunedTowers):
     LayerNorm tuning is the first stage of 2SFS (Farina et al. 2025, arXiv:2503.11609), BitFit is Ben Zaken et al. 2022
     (arXiv:2106.10199) in that paper's ablation; by themselves both learn for the 300 steps per shot of both stages.
 
-    The prompts stay the card's own; what is compared with the pictures are the text features of the tuned text tower.
+    The prompts stay the card's own; what is compared with the images are the text features of the tuned text tower.
     Where the image tower is tuned the method trains on pixels, otherwise on cached features. Before training it is the
     zero-shot classifier.
 

@@ -48,7 +48,7 @@ class Snapshot:
         )
 
     def features(self, batch: Batch) -> Tensor:
-        """Returns (B, D) features: those of the batch, which the encoder made, or of its pictures."""
+        """Returns (B, D) features: those of the batch, which the encoder made, or of its images."""
         if batch.images is None:
             return batch_features(batch, self.encoder.embed_dim)
         return self.encoder.encode_image(batch.images)
@@ -125,7 +125,7 @@ def tune_towers(
 class TunedTowers(Method):
     """A CLIP with a few numbers of its towers tuned; a subclass says which, and gives them as `model`.
 
-    The prompts stay the card's own; what is compared with the pictures are the text features of the tuned text tower.
+    The prompts stay the card's own; what is compared with the images are the text features of the tuned text tower.
     Where the image tower is tuned the method trains on pixels, otherwise on cached features. Before training it is the
     zero-shot classifier.
 
@@ -190,7 +190,7 @@ class TunedTowers(Method):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns (B, C) logits of pictures, or outside of training of features that `encoder` made.
+        """Returns (B, C) logits of images, or outside of training of features that `encoder` made.
 
         Raises:
             DataError: the batch has what the method does not learn from.

@@ -109,10 +109,10 @@ class WiseFT(TunedTowers):
         return {"alpha": self.alpha, "templates": list(self.templates)}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns (B, C) logits: in training of pictures by what is being tuned, else at alpha.
+        """Returns (B, C) logits: in training of images by what is being tuned, else at alpha.
 
         Raises:
-            DataError: the batch has no pictures in training.
+            DataError: the batch has no images in training.
         """
         if self.training or torch.is_grad_enabled():
             features, weight, bias = self._image_features(batch), self.head_weight, self.head_bias

@@ -193,8 +193,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A small picture of a judged image.
+class Thumbnail:
+    """A thumbnail of a judged image.
 
     Attributes:
         uri: data: URI; None where the image is not at hand.
@@ -207,10 +207,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures in a row."""
+    """Thumbnails in a row."""
 
     title: str
-    pictures: Sequence[Picture]
+    pictures: Sequence[Thumbnail]
 
 
 Block = Paragraph | Bullets | Rows | Figure | Gallery

@@ -22,9 +22,9 @@ from adaptclip.reports.blocks import (
     Figure,
     Gallery,
     Paragraph,
-    Picture,
     Rows,
     Section,
+    Thumbnail,
     change_scale,
     comparison,
     count,
@@ -384,7 +384,7 @@ def _base_new_rows(found: Mapping[str, Any]) -> Rows:
 def confusion_section(
     report: Mapping[str, Any], pictures: Mapping[str, str] | None, *, matrix: str | None
 ) -> Section | None:
-    """Which classes are taken for which, with pictures of them.
+    """Which classes are taken for which, with images of them.
 
     Args:
         report: the whole report.
@@ -421,7 +421,7 @@ def confusion_section(
 
 def _gallery(confusions: Sequence[Mapping[str, Any]], pictures: Mapping[str, str]) -> Gallery:
     shown = [
-        Picture(
+        Thumbnail(
             pictures.get(example["id"]),
             f"{one_line(c['true'])}, taken for {one_line(c['predicted'])}{_sure(example)} ({one_line(example['id'])})",
         )

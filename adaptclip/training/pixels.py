@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of augmented pictures for methods that adapt the image tower."""
+"""Batches of augmented images for methods that adapt the image tower."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class PixelLoader:
-    """Batches of augmented pictures, divided into steps by `StepPlan`; the next batch is made while one is used.
+    """Batches of augmented images, divided into steps by `StepPlan`; the next batch is made while one is used.
 
     Epoch e shows crop number e of every image, or e mod `views`. A numbered crop is fixed by its number and the
     image's bytes, as in `FeatureCache`: the frozen tower's features of a batch are those the cache holds of that view.

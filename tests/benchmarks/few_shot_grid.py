@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times a grid of few-shot experiments: the bench against the same grid done job by job.
 
-The bench encodes every picture once for all jobs and trains CoOp on cached features with packed prompts. Job by job
-means: every job encodes the pictures it needs by itself (its crops, its validation images, the test images), and CoOp
+The bench encodes every image once for all jobs and trains CoOp on cached features with packed prompts. Job by job
+means: every job encodes the images it needs by itself (its crops, its validation images, the test images), and CoOp
 crops and encodes the images of every step and reads every prompt at its full length, as its published code does. Both
 run here, one after the other, in one process on one thread, on the same data and the same backbone.
 

@@ -122,7 +122,7 @@ def published_step(
     scale: Tensor,
     dtype: torch.dtype | None = None,
 ) -> Step:
-    """Returns the published step: all prompts at 77 tokens, all pictures, loss, gradients. `tokens` (C, 77) are given,
+    """Returns the published step: all prompts at 77 tokens, all images, loss, gradients. `tokens` (C, 77) are given,
     though the published step makes them anew in every step. With `dtype`, the forward pass is under autocast.
     """
     parameters = list(learnt.values())

@@ -62,7 +62,7 @@ def clip(device: torch.device, precision: str = "fp32") -> ClipBackbone:
 
 
 def batch_for(backbone: ClipBackbone, count: int = 6, seed: int = 0) -> Batch:
-    """Random pictures, and their features, on the backbone's device."""
+    """Random images, and their features, on the backbone's device."""
     side = backbone.image_size
     images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
     labels, index = torch.arange(count) % len(NAMES), torch.arange(count)
@@ -302,7 +302,7 @@ def accelerator_for(device: torch.device, **launched: str) -> Iterator[Accelerat
 
 
 class FixedPixels:
-    """A loader of given pictures in the order of `StepPlan`."""
+    """A loader of given images in the order of `StepPlan`."""
 
     def __init__(self, batch: Batch, accelerator: Accelerator) -> None:
         self._batch = batch

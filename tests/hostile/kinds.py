@@ -86,7 +86,7 @@ def _pictures(world: World) -> list[Image.Image]:
 
 
 def read_artifact(world: World, folder: Path) -> Answer:
-    """What a loaded artifact says of three pictures, and of itself."""
+    """What a loaded artifact says of three images, and of itself."""
     model = ac.load(folder, allow_failed_gates=False)
     found = [asdict(p) for p in model.predict(_pictures(world))]
     manifest = {key: model.manifest[key] for key in ("class_names", "prompt_names", "settings", "verdicts", "method")}

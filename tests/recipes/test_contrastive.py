@@ -36,14 +36,14 @@ def cfg(tiny, cache, tmp_path):
 
 @pytest.fixture
 def described(tmp_path) -> str:
-    """A card of 24 plain pictures with two captions each and no classes."""
+    """A card of 24 plain images with two captions each and no classes."""
     shades = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210), "grey": (120, 120, 120)}
     rows = []
     for i, (name, colour) in enumerate(list(shades.items()) * 6):
         picture = Image.effect_noise((40, 36), 60 + i).convert("RGB")
         Image.blend(picture, Image.new("RGB", picture.size, colour), 0.6).save(tmp_path / f"{i}.png")
         part = "train" if i < 12 else "validation" if i < 16 else "test"
-        rows.append({"image": f"{i}.png", "split": part, "captions": [f"a {name} picture", f"number {i}, {name}"]})
+        rows.append({"image": f"{i}.png", "split": part, "captions": [f"a {name} image", f"number {i}, {name}"]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "described.md").write_text(
         "---\nadaptclip:\n  source: {kind: manifest, files: rows.jsonl}\n  splits: {column: split}\n"

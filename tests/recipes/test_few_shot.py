@@ -198,7 +198,7 @@ def test_every_protocol_runs(cfg, protocol, images):
     takes = protocol in ("domain-shift", "cross-dataset")
     cfg = replace(cfg, protocol=protocol, methods=("zero-shot", "coop"), settings=("coop.epochs=2", "coop.views=1"))
     if takes:
-        # The same pictures under another name: a shift of nothing.
+        # The same images under another name: a shift of nothing.
         other = images.parent / "others"
         if not other.exists():
             shutil.copytree(images, other)

@@ -57,7 +57,7 @@ def rows_of(out: Path, attribute: str) -> dict:
 
 def test_the_planted_gap_is_recovered_within_its_interval(planted):
     site = rows_of(planted, "site")
-    # By construction 40 % of the field station's pictures tell no more than the genus: one of five species by luck.
+    # By construction 40 % of the field station's images tell no more than the genus: one of five species by luck.
     museum = site["museum"]["accuracy"]["model"]["value"]
     expected = -EFFECT * (museum - 1 / SPECIES_PER_GENUS)
     found = site["field station"]["against_rest"]
@@ -67,7 +67,7 @@ def test_the_planted_gap_is_recovered_within_its_interval(planted):
     assert found["differs"]
     assert site["gap"]["p_value"] < 0.001
     assert site["gap"]["worst_group"] == "field station"
-    # And from the pictures: those without marks are at chance within the genus, the others as good as the museum's.
+    # And from the images: those without marks are at chance within the genus, the others as good as the museum's.
     marks = rows_of(planted, "marks")
     erased = marks["erased"]["accuracy"]["model"]
     assert erased["low"] < 1 / SPECIES_PER_GENUS < erased["high"]

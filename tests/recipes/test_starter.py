@@ -26,7 +26,7 @@ starter = load_recipe("starter")
 
 
 def write_set(folder, rows: dict[str, list]) -> None:
-    """One Parquet file of small noisy pictures with the columns of `rows`."""
+    """One Parquet file of small noisy images with the columns of `rows`."""
     rng, pictures = np.random.default_rng(len(folder.name)), []
     for _ in next(iter(rows.values())):
         buffer = io.BytesIO()
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
         {"label": labels, "label_name": names, "synonyms": [f"{name}, object {i}" for i, name in enumerate(names)]},
     )
     write_set(root / "tiny_imagenet", {"label": [0] * NUM_PICTURES, "split": parts})
-    captions = [[f"picture {i} seen {n} times" for n in range(2 + i % 2)] for i in range(NUM_PICTURES)]
+    captions = [[f"image {i} seen {n} times" for n in range(2 + i % 2)] for i in range(NUM_PICTURES)]
     write_set(root / "flickr8k", {"captions": captions, "split": parts})
     return root
 
@@ -120,7 +120,7 @@ def test_draws_never_touch_what_is_measured(config):
     backbone = ac.load_backbone("starter")
     found = starter.Corpus(config, backbone, starter.Words(config, backbone))
     assert (len(found.captioned), len(found.pictures), len(found.names)) == (10, 10, NUM_CLASSES)
-    # Pictures 0 to 9 are the training part; every second one has a third caption.
+    # Images 0 to 9 are the training part; every second one has a third caption.
     assert found.owner.tolist() == [i for i in range(10) for _ in range(2 + i % 2)]
     draw, again = found.batch(4), found.batch(4)
     for name, value in vars(draw).items():

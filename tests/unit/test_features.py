@@ -73,7 +73,7 @@ def _augment(spec="noise"):
 
 
 def _dataset(seeds):
-    """One picture per seed; equal seeds are equal pictures."""
+    """One image per seed; equal seeds are equal images."""
     images = []
     for seed in seeds:
         pixels = np.random.default_rng(seed).integers(0, 256, (9, 11, 3)).astype(np.uint8)

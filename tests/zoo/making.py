@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes files as people have them: trees of small pictures, and tables beside them."""
+"""Makes files as people have them: trees of small images, and tables beside them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def picture(seed: int) -> bytes:
 
 
 def put(root: Path, name: str | bytes, content: bytes | None = None, *, seed: int | None = None) -> None:
-    """Writes a file below `root`; by default a picture, another one for each name."""
+    """Writes a file below `root`; by default an image, another one for each name."""
     raw = name.encode() if isinstance(name, str) else name
     path = root / os.fsdecode(raw)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,10 +31,10 @@ def put(root: Path, name: str | bytes, content: bytes | None = None, *, seed: in
 
 
 def tree(root: Path, folders: Mapping[str, int]) -> Path:
-    """Writes so many pictures into each folder; a name that ends in a file's ending is that file, of no picture."""
+    """Writes so many images into each folder; a name that ends in a file's ending is that file, of no image."""
     for folder, number in folders.items():
         if Path(folder).suffix:
-            put(root, folder, b"not a picture")
+            put(root, folder, b"not an image")
         elif not number:
             (root / folder).mkdir(parents=True)
         for i in range(number if not Path(folder).suffix else 0):

@@ -83,14 +83,14 @@ def export_artifact(
     Raises:
         ArtifactError: the artifact cannot be loaded, its method cannot leave this way, or the export differs.
         BackboneError: open_clip could not build the backbone from a folder.
-        ConfigError: an unknown way, no pictures, or a missing package.
+        ConfigError: an unknown way, no images, or a missing package.
         StorageError: the folder exists already, may not be replaced (see `adaptclip.outputs`), or cannot be written.
             Nothing is left half-written.
     """
     if to not in FORMATS:
         raise ConfigError(f"unknown export {to!r}. {did_you_mean(str(to), get_args(Kind))}")
     if pictures is not None and not len(pictures):
-        raise ConfigError("an export is compared with the adapter on pictures, got none; give some, or leave them out")
+        raise ConfigError("an export is compared with the adapter on images, got none; give some, or leave them out")
     read = [*inputs, artifact_folder(artifact)]
     check_folder(Path(out), "export", overwrite=overwrite, inputs=read)
     model = load(artifact, backbone=backbone, pretrained=pretrained, allow_failed_gates=allow_failed_gates)

@@ -27,7 +27,7 @@ BATCHES = (1, 2, 5)
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a classifier says of B pictures.
+    """What a classifier says of B images.
 
     Attributes:
         features: (B, D) float32, unit norm.
@@ -41,7 +41,7 @@ class Outputs:
 
 
 Reader = Callable[[Sequence[Image.Image]], Outputs]
-"""A written export, loaded again by stock libraries: RGB pictures to outputs."""
+"""A written export, loaded again by stock libraries: RGB images to outputs."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"largest difference from the adapter on {self.num_pictures} pictures: probabilities "
+            f"largest difference from the adapter on {self.num_pictures} images: probabilities "
             f"{self.probabilities:.1e}, logits / scale {self.cosines:.1e}, features {self.features:.1e}; same label on "
             f"{self.same_label}"
         )
 
 
 def check_pictures() -> list[Image.Image]:
-    """Returns the pictures that every export is compared on: handwritten digits, and noise of several shapes."""
+    """Returns the images that every export is compared on: handwritten digits, and noise of several shapes."""
     pictures = [decode_image(png, row="digit") for png in digits().images[:12]]
     draw = numpy_generator(0, "pictures for checking exports")
     for width, height in ((64, 64), (300, 200), (200, 300), (97, 33), (512, 512), (225, 224)):
@@ -100,7 +100,7 @@ def compare(
         read: the export.
         pictures: one or more RGB pictures.
         tolerance: largest allowed difference of features, of logits divided as in Difference, and of probabilities.
-        batch_size: pictures per batch after the first few.
+        batch_size: images per batch after the first few.
 
     Raises:
         ArtifactError: a difference is above the tolerance, or is not a number.

@@ -51,7 +51,7 @@ def check_decoding(folder: Path, model: AdaptedModel) -> dict[str, Image.Image]:
     """Compares the decoding of an export with the model's own on every kind of image.
 
     Returns:
-        Kind -> the decoded picture; without a window, those of more than 8 bits are missing, as both refuse them.
+        Kind -> the decoded image; without a window, those of more than 8 bits are missing, as both refuse them.
 
     Raises:
         ArtifactError: a kind is decoded otherwise, or refused by one of the two only.

@@ -90,7 +90,7 @@ def _filter(spec: Mapping[str, Any]) -> str:
 
 
 def preprocess(picture: Image.Image, spec: Mapping[str, Any]) -> np.ndarray:
-    """Turns an RGB picture into (3, H, W) float32 pixels with Pillow and numpy alone, as open_clip's transform does.
+    """Turns an RGB image into (3, H, W) float32 pixels with Pillow and numpy alone, as open_clip's transform does.
 
     Args:
         picture: RGB, any size.
@@ -124,7 +124,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
     onnx: Any = require("onnx")
     side = model.backbone.image_size
     classifier = ImageClassifier(merged_model(model).visual, head_of(model))
-    # Two pictures: what was traced with one could hold on to it.
+    # Two images: what was traced with one could hold on to it.
     sample = torch.zeros(2, 3, side, side)
     dynamic = {name: {0: "batch"} for name in ("pixels", *OUTPUTS)}
     quiet = logging.getLogger("torch.onnx")
@@ -133,7 +133,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation that ONNX does not have
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            # Traces on shapes that are the same for every picture, and the age of the exporter. It takes a second
+            # Traces on shapes that are the same for every image, and the age of the exporter. It takes a second
             # where the newer one takes half a minute, and every tower passes it; the comparison afterwards decides.
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -176,7 +176,7 @@ def require(package: str) -> Any:
 
 
 def read(folder: Path, *, threads: int = 0) -> Reader:
-    """Loads the folder with onnxruntime on the CPU; pictures are made ready with Pillow and numpy.
+    """Loads the folder with onnxruntime on the CPU; images are made ready with Pillow and numpy.
 
     Args:
         folder: what `write` wrote.

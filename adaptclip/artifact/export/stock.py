@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ImageClassifier(nn.Module):
-    """Pictures to features, logits and probabilities, in one graph without any text tower.
+    """Images to features, logits and probabilities, in one graph without any text tower.
 
     Args:
         visual: image tower: (B, 3, H, W) to (B, D).

@@ -168,7 +168,7 @@ def test_every_method_is_either_exported_or_says_why_not():
 
 
 def run_example(folder: Path, picture: Image.Image | bytes) -> dict[str, Any]:
-    """Runs the Python block of an export's README where it stands, on a picture, and returns its names."""
+    """Runs the Python block of an export's README where it stands, on an image, and returns its names."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "adaptclip" not in code
     assert len(code.splitlines()) <= 24
@@ -246,7 +246,7 @@ def test_every_kind_of_image_tower_becomes_a_graph_and_a_classifier(tmp_path, di
     pytest.importorskip("onnxruntime")
     backbone = load_backbone(f"local-dir:{write_checkpoint(tmp_path / kind, kind)}")
     save(tmp_path / "artifact", "zero_shot", backbone, digits)
-    # The batches are of 1, 2 and 3 pictures: none of the sizes is baked in.
+    # The batches are of 1, 2 and 3 images: none of the sizes is baked in.
     for to in ("onnx", "classifier") if kind in ("coca", "resnet", "convnext") else ("onnx",):
         found = export_artifact(tmp_path / "artifact", to, tmp_path / to, pictures=pictures[10:16])
         assert found.num_pictures == 6
@@ -486,7 +486,7 @@ def test_the_command(artifact, tmp_path, pictures, capsys):
         main([*arguments, "--images", str(tmp_path / "images")])
     printed = capsys.readouterr()
     assert stop.value.code == 0, printed.err
-    assert "on 4 pictures: probabilities" in printed.out
+    assert "on 4 images: probabilities" in printed.out
     assert "names no licence" in printed.out
     with pytest.raises(SystemExit) as stop:
         main(["export", str(artifact("coop")), "--to", "open_clip", "--out", str(tmp_path / "other")])

@@ -23,7 +23,7 @@ from adaptclip.errors import BackboneError
 
 
 def _pictures() -> list[Image.Image]:
-    """Smooth pictures with edges, of odd and unequal sides, as photographs have."""
+    """Smooth images with edges, of odd and unequal sides, as photographs have."""
     rng = np.random.default_rng(0)
     small = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((5, 7, 3), (9, 4, 3), (6, 6, 3))]
     sizes = [(101, 67), (33, 90), (64, 64)]
@@ -221,7 +221,7 @@ def test_normalize_is_the_end_of_the_transform(tiny_backbone):
     ],
 )
 def test_normalize_refuses_what_is_not_cropped_rgb(tiny_backbone, picture):
-    with pytest.raises(BackboneError, match="8-bit RGB pictures of 32 x 32"):
+    with pytest.raises(BackboneError, match="8-bit RGB images of 32 x 32"):
         tiny_backbone.normalize(picture)
 
 

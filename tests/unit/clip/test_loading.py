@@ -107,7 +107,7 @@ def test_pictures_that_are_not_square_are_refused(folder, tmp_path):
     config = json.loads((target / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["image_size"] = [32, 64]
     (target / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(BackboneError, match="pictures of 32 x 64 pixels"):
+    with pytest.raises(BackboneError, match="images of 32 x 64 pixels"):
         load_backbone(f"local-dir:{target}")
 
 

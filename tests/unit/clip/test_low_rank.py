@@ -99,7 +99,7 @@ def test_dropout_is_independent_and_as_often_as_asked(dropout):
 
 @pytest.mark.parametrize("share", [0.25, 0.6])
 def test_quick_dropout_is_dropout(share):
-    """On pictures laid out either way: as often as asked, the rest scaled up, the same elements in the gradient."""
+    """On images laid out either way: as often as asked, the rest scaled up, the same elements in the gradient."""
     torch.manual_seed(7)
     dropout = QuickDropout(share)
     wide = torch.rand(4, 6, 50, 50) + 1

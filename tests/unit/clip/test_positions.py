@@ -39,7 +39,7 @@ def test_text_of_another_length(folder, length):
     with pytest.raises(BackboneError, match=f"has 16 text positions and the architecture {length}"):
         load_backbone(f"local-dir:{folder}")
     with pytest.raises(BackboneError, match="has 16 text positions"):
-        load_backbone(f"local-dir:{folder}", image_size=48)  # asks for other pictures, not for other texts
+        load_backbone(f"local-dir:{folder}", image_size=48)  # asks for other images, not for other texts
 
 
 def test_pictures_of_another_size(folder):
@@ -47,9 +47,7 @@ def test_pictures_of_another_size(folder):
     change_config(folder, "vision_cfg", "image_size", 64)
     with pytest.raises(BackboneError, match=r"image positions for 4 x 4 patches .* for 8 x 8.*--image-size"):
         load_backbone(f"local-dir:{folder}")
-    with pytest.warns(
-        UserWarning, match="resized from 4 x 4 to 8 x 8 patches, as pictures of 64 pixels were asked for"
-    ):
+    with pytest.warns(UserWarning, match="resized from 4 x 4 to 8 x 8 patches, as images of 64 pixels were asked for"):
         asked = load_backbone(f"local-dir:{folder}", image_size=64)
     assert asked.image_size == 64
     assert asked.digest != own.digest
@@ -67,7 +65,7 @@ def test_sizes_that_cannot_be():
     for wrong in (-1, 1.5, True, "336"):
         with pytest.raises(BackboneError, match="image_size should be the side"):
             load_backbone(image_size=wrong)  # type: ignore[arg-type]
-    with pytest.raises(BackboneError, match="starter cannot take pictures of 336 pixels, only of 128"):
+    with pytest.raises(BackboneError, match="starter cannot take images of 336 pixels, only of 128"):
         load_backbone(image_size=336)
 
 

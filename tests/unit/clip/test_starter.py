@@ -87,7 +87,7 @@ def test_weights_in_their_places_recognise_imagenet(starter, shared_data):
         features = starter.model.encode_image(torch.stack([starter.transform(picture) for picture in pictures]))
         logits = features @ published["_fc.weight"].T + published["_fc.bias"]
     hits = (logits.argmax(-1) == torch.tensor([rank[wnid] for wnid in table["wnid"].to_pylist()])).float().mean().item()
-    assert hits > 0.35, f"{hits:.1%} of {len(pictures)} pictures recognised; about 54 % are expected"
+    assert hits > 0.35, f"{hits:.1%} of {len(pictures)} images recognised; about 54 % are expected"
 
 
 def test_text_weights_survive_half_precision_and_return_as_float32(starter, untrained, text_weights):

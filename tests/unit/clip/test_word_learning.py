@@ -76,7 +76,7 @@ def test_the_answer_is_how_far_kept_texts_moved_and_a_weight_holds_them():
 
 def test_it_depends_on_the_seed_alone():
     worlds = [World() for _ in range(3)]
-    # More pictures than are drawn at a time, so that draws differ.
+    # More images than are drawn at a time, so that draws differ.
     for world, seed in zip(worlds, (1, 1, 2), strict=True):
         world.learn(images=world.images.repeat(10, 1), labels=world.labels.repeat(10), steps=5, seed=seed)
     first, again, other = (world.embedding.weight for world in worlds)

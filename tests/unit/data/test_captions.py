@@ -50,15 +50,15 @@ def write_parquet(folder, captions, **columns):
 
 PARQUET = "  source: {kind: parquet, files: rows.parquet}\n  splits: {column: split, train: train, test: test%s}\n"
 CAPTIONS_ONLY = PARQUET % ", validation: validation" + "  columns: {captions: words}\n"
-SEVERAL = [[f"picture  {i}", f" a thing, number {i} "] for i in range(12)]
+SEVERAL = [[f"image  {i}", f" a thing, number {i} "] for i in range(12)]
 
 
 def test_captions_without_classes(tmp_path):
     write_parquet(tmp_path, SEVERAL)
     data = open_data(card_of(CAPTIONS_ONLY), data_root=tmp_path)
     assert [len(part) for part in data.parts.values()] == [6, 2, 4]
-    assert words(data.train) == tuple((f"picture {i}", f"a thing, number {i}") for i in range(6))
-    assert words(data.test) == tuple((f"picture {i}", f"a thing, number {i}") for i in range(8, 12))
+    assert words(data.train) == tuple((f"image {i}", f"a thing, number {i}") for i in range(6))
+    assert words(data.test) == tuple((f"image {i}", f"a thing, number {i}") for i in range(8, 12))
     assert data.class_names == ("image",)
     assert not data.has_classes
     with pytest.raises(DataError, match="card mine has captions and no classes"):
@@ -92,7 +92,7 @@ def test_one_row_per_caption_is_joined_by_picture(tmp_path):
     data = open_data(card_of(block), data_root=tmp_path)
     assert words(data.train) == tuple(tuple(f"caption {k} of {i}" for k in range(3)) for i in range(2))
     assert len(data.test) == 2
-    assert "13 rows show 4 pictures" in " ".join(data.skipped)
+    assert "13 rows show 4 images" in " ".join(data.skipped)
     (tmp_path / "table.csv").write_text(text + "\n0.png,leaks,test\n")
     with pytest.raises(SplitError, match="duplicate_pictures"):
         open_data(card_of(block), data_root=tmp_path)

@@ -42,7 +42,7 @@ def test_every_source_kind_parses():
     for source in (
         "{kind: hub, id: a/b, revision: abc}",
         "{kind: parquet, files: {train: 'a-*.parquet', test: [b.parquet, c.parquet]}}",
-        "{kind: image_folder, path: pictures}",
+        "{kind: image_folder, path: images}",
         "{kind: manifest, files: [a.csv, b.jsonl]}",
         "{kind: embedded, name: digits, options: {size: 3}}",
     ):

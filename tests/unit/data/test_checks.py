@@ -59,7 +59,7 @@ def test_the_same_file_in_train_and_test():
         check_data(data)
     (note, conflict) = check_data(replace(data, card=data_of("  allow: [duplicate_pictures]\n").card)).notes
     assert "allowed by the card: duplicate_pictures" in note
-    assert "2 pictures are found under several classes: 'train-0', 'test-1'" in conflict
+    assert "2 images are found under several classes: 'train-0', 'test-1'" in conflict
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -67,9 +67,7 @@ def test_the_same_file_under_two_classes_of_one_part(part):
     twice: dict[str, Any] = {part: part_of(part, [photo(5), photo(6), photo(5)], [0, 1, 1])}
     data = data_of(**twice)
     message = rf"label conflict: 2 of 3 {part} images are the same file as one of another class: "
-    with pytest.raises(
-        DataError, match=message + rf"image {part}-0 \(\w+\), image {part}-2 \(\w+\)\. Keep each picture"
-    ):
+    with pytest.raises(DataError, match=message + rf"image {part}-0 \(\w+\), image {part}-2 \(\w+\)\. Keep each image"):
         check_data(data)
     allowed = replace(data, card=data_of("  allow: [label_conflicts]\n").card)
     assert "label conflict: 2 of 3" in check_data(allowed).notes[0]

@@ -14,12 +14,12 @@ from PIL import Image, ImageEnhance
 from adaptclip.data.fingerprints import (
     DHASH_RADIUS,
     PHASH_RADIUS,
-    Picture,
+    Fingerprint,
     cache_root,
     content_digests,
     file_stamp,
-    picture_of,
-    pictures,
+    fingerprint_of,
+    fingerprints,
     similar_pairs,
 )
 from adaptclip.errors import DataError
@@ -64,14 +64,14 @@ def test_altered_copies_are_found_and_other_pictures_are_not(size):
         ImageEnhance.Brightness(originals[2]).enhance(1.1),
         originals[3].convert("L").convert("RGB"),
     ]
-    found = similar_pairs([picture_of(i) for i in originals], [picture_of(i) for i in copies])
+    found = similar_pairs([fingerprint_of(i) for i in originals], [fingerprint_of(i) for i in copies])
     assert sorted(found) == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
 def test_flat_pictures_match_nothing():
     flat = [Image.new("RGB", (64, 64), c) for c in ("white", "white", "black", (200, 201, 199))]
     faint = Image.fromarray(np.random.default_rng(0).integers(120, 126, (64, 64), dtype=np.uint8))
-    found = [picture_of(image) for image in [*flat, faint, faint]]
+    found = [fingerprint_of(image) for image in [*flat, faint, faint]]
     assert all(picture.flat for picture in found)
     assert list(similar_pairs(found)) == []
 
@@ -82,15 +82,15 @@ def test_flat_pictures_match_nothing():
     st.lists(st.lists(st.integers(0, 63), max_size=8), min_size=1, max_size=8),
 )
 def test_pairs_are_those_of_a_plain_double_loop(words, flips):
-    first = [Picture(p, d, flat) for p, d, flat in words]
+    first = [Fingerprint(p, d, flat) for p, d, flat in words]
     second = []
     for i, bits in enumerate(flips):
         p, d, _ = words[i % len(words)]
         for bit in bits:
             p, d = p ^ (1 << bit), d ^ (1 << (bit // 2))
-        second.append(Picture(p, d))
+        second.append(Fingerprint(p, d))
 
-    def near(a: Picture, b: Picture) -> bool:
+    def near(a: Fingerprint, b: Fingerprint) -> bool:
         close = (a.phash ^ b.phash).bit_count() <= PHASH_RADIUS and (a.dhash ^ b.dhash).bit_count() <= DHASH_RADIUS
         return close and not a.flat and not b.flat
 
@@ -111,11 +111,11 @@ def test_nothing_is_read_or_decoded_twice():
 
     def run():
         contents = content_digests(read, ["a", "b", "c"], store="s")
-        return contents, pictures(read, contents, where=str, window=None, store="s")
+        return contents, fingerprints(read, contents, where=str, window=None, store="s")
 
     first = run()
     assert first[0][0] == first[0][2] != first[0][1]
-    assert len(calls) == 3 + 2  # the third picture is the first
+    assert len(calls) == 3 + 2  # the third image is the first
     calls.clear()
     assert run() == first
     assert calls == []
@@ -168,7 +168,7 @@ def test_problems_name_their_own_row_even_when_kept():
     contents = content_digests(read, ["a", "b", "c"], store="s")
     assert contents[0] == contents[1] != contents[2]
     for _ in range(2):
-        found = pictures(read, contents, where=lambda row: f"row {row}", window=None, store="s")
+        found = fingerprints(read, contents, where=lambda row: f"row {row}", window=None, store="s")
         assert found[1].problem.startswith("row 1: the image is empty")
         assert found[2].problem == "row 2: cannot read gone.png: No such file"
         assert not found[0].comparable

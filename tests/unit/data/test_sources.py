@@ -400,10 +400,10 @@ def test_a_data_root_that_is_no_folder(tmp_path):
 
 @pytest.mark.shared_data
 def test_flowers_have_copies_and_the_split_made_here_keeps_them_together(shared_data):
-    from adaptclip.data.fingerprints import pictures
+    from adaptclip.data.fingerprints import fingerprints
 
     data = open_data(load_card("flowers17"), data_root=shared_data("flowers17"))
     assert [len(part) for part in data.parts.values()] == [680, 136, 544]
     assert set(data.test.class_counts()) == {32}
-    found = pictures(data.train.read, data.train.contents, where=data.train.where, window=None, store=None)
+    found = fingerprints(data.train.read, data.train.contents, where=data.train.where, window=None, store=None)
     assert len(list(similar_pairs(found))) > 10

@@ -26,7 +26,7 @@ def digit_set():
 
 @pytest.fixture
 def specimen_set(monkeypatch: pytest.MonkeyPatch):
-    # Every fiftieth picture is drawn; test_specimens.py looks at the drawing itself.
+    # Every fiftieth image is drawn; test_specimens.py looks at the drawing itself.
     def some(chosen, *, seed):
         return [draw_all([s], seed=seed)[0] if i % 50 == 0 else b"" for i, s in enumerate(chosen)]
 

@@ -85,7 +85,7 @@ def test_every_species_shows_a_mark_and_an_erased_picture_hides_it(label: int, m
     specimen = next(s for s in plan(site_effect=0) if s.label == label and s.site == 1)
     erased = replace(specimen, erased=True)
     shown, hidden = _pixels(draw(specimen)), _pixels(draw(erased))
-    # What is left of the species once its marks are gone: the same picture, whatever the marks were.
+    # What is left of the species once its marks are gone: the same image, whatever the marks were.
     other = replace(SPECIES[label], marks=SPECIES[label - 1 if label % 5 else label + 1].marks)
     patched = (*SPECIES[:label], other, *SPECIES[label + 1 :])
     monkeypatch.setattr("adaptclip.datasets.specimens.SPECIES", patched)
@@ -100,4 +100,4 @@ def test_common_names_are_distinct_words_for_prompts():
     for species in SPECIES:
         assert species.common_name.split()[-1] == species.genus.body
         assert species.name == f"{species.genus.name} {species.epithet}"
-        assert species.marks, "a species told by having no marks would be the answer for every erased picture"
+        assert species.marks, "a species told by having no marks would be the answer for every erased image"

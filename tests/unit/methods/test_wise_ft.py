@@ -32,7 +32,7 @@ def pictures(count: int = 6, seed: int = 0) -> Any:
 
 
 class Loader:
-    """Pictures of a step's own."""
+    """Images of a step's own."""
 
     steps_per_epoch = 2
 
@@ -41,7 +41,7 @@ class Loader:
 
 
 class GivenSupport(ac.Support):
-    """A support set that gives these pictures."""
+    """A support set that gives these images."""
 
     def loader(self, features: Any = None, *, batch_size: int, views: int = 0) -> Any:
         assert (features, batch_size, views) == (None, 512, 0)

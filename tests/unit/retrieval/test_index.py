@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, digits) -> Path:
-    """A folder with 30 pictures in two folders, one of them twice."""
+    """A folder with 30 images in two folders, one of them twice."""
     root = tmp_path_factory.mktemp("pictures")
     for i in range(30):
         path = root / ("a" if i % 2 else "b") / f"{i:02}.png"
@@ -69,7 +69,7 @@ def test_images_are_found_by_words_and_by_images(checkpoint, pictures, tmp_path,
     order = np.argsort(-scores, kind="stable")[:5]
     assert [h["image"] for h in hits] == [str(paths[i]) for i in order]
     np.testing.assert_allclose([h["score"] for h in hits], scores[order], atol=1e-5)
-    # A picture finds itself and its copy before all others.
+    # An image finds itself and its copy before all others.
     assert run("search", out, pictures / "a" / "07.png", "--top-k", "3", "--format", "csv") == 0
     rows = capsys.readouterr().out.splitlines()
     assert {row.split(",")[0] for row in rows[1:3]} == {str(pictures / "a" / f"{n}.png") for n in ("07", "29")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of pictures: the same images and the same crops as the cache of features, in any order of asking."""
+"""Batches of images: the same images and the same crops as the cache of features, in any order of asking."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = 10
 
 @pytest.fixture(scope="module")
 def images() -> ImageDataset:
-    """Ten pictures, two of each of the digits 0 to 4."""
+    """Ten images, two of each of the digits 0 to 4."""
     train = open_data(load_card("digits"), check=False).train
     return train.select([row for label in range(5) for row in np.flatnonzero(train.labels == label)[:2]])
 
@@ -58,7 +58,7 @@ def fake(processes=1, rank=0, accumulate=1) -> Any:
     )
 
 
-def pictures(batch: Batch) -> torch.Tensor:
+def pixels_of(batch: Batch) -> torch.Tensor:
     assert batch.images is not None
     return batch.images
 
@@ -73,8 +73,8 @@ def test_crops_are_those_of_the_feature_cache(loader, images, tiny_backbone, cro
     for micro_step in range(epochs * 2):
         epoch = micro_step // 2
         batch = pixels.batch(micro_step)
-        assert pictures(batch).shape == (4, 3, 32, 32)
-        got = tiny_backbone.encode_image(pictures(batch))
+        assert pixels_of(batch).shape == (4, 3, 32, 32)
+        got = tiny_backbone.encode_image(pixels_of(batch))
         view = epoch % views if views else epoch
         torch.testing.assert_close(got, features.values[view, batch.index], atol=2e-6, rtol=0)
         assert torch.equal(batch.labels, torch.as_tensor(images.labels)[batch.index])
@@ -88,7 +88,7 @@ def test_views_come_again_and_fresh_crops_do_not(loader):
     def crops_of_image_0(views):
         pixels = loader(batch_size=ROWS, views=views)
         batches = [pixels.batch(epoch) for epoch in range(4)]
-        return [pictures(batch)[batch.index == 0] for batch in batches]
+        return [pixels_of(batch)[batch.index == 0] for batch in batches]
 
     repeated, fresh = crops_of_image_0(2), crops_of_image_0(0)
     assert torch.equal(repeated[0], repeated[2])
@@ -114,10 +114,12 @@ def test_the_order_and_its_division_are_the_feature_loaders(
                 batch = pixels.batch(micro_step)
                 assert torch.equal(batch.index, alike.batch(micro_step).index)
                 parts.append(batch)
-        together = {int(i): picture for batch in parts for i, picture in zip(batch.index, pictures(batch), strict=True)}
+        together = {
+            int(i): picture for batch in parts for i, picture in zip(batch.index, pixels_of(batch), strict=True)
+        }
         expected = loader(seed=3).batch(step)
         assert sorted(together) == sorted(expected.index.tolist())
-        for row, picture in zip(expected.index.tolist(), pictures(expected), strict=True):
+        for row, picture in zip(expected.index.tolist(), pixels_of(expected), strict=True):
             assert torch.equal(together[row], picture)
 
 
@@ -127,7 +129,7 @@ def test_any_step_can_be_asked_for_in_any_order(loader):
     jumping = loader(workers=3)  # threads do not change what is drawn
     for micro_step in (4, 5, 0, 3, 3, 1, 2, 5):
         batch = jumping.batch(micro_step)
-        assert torch.equal(pictures(batch), pictures(expected[micro_step]))
+        assert torch.equal(pixels_of(batch), pixels_of(expected[micro_step]))
         assert torch.equal(batch.index, expected[micro_step].index)
 
 
@@ -137,7 +139,7 @@ def test_a_resumed_loop_yields_the_rest(loader):
     rest = list(train_steps(loader(), 5, accelerator, start=3))
     assert [step for step, _ in rest] == [4, 5]
     for (_, resumed), (_, undisturbed) in zip(rest, everything[3:], strict=True):
-        assert torch.equal(pictures(resumed), pictures(undisturbed))
+        assert torch.equal(pixels_of(resumed), pixels_of(undisturbed))
 
 
 def test_drawing_crops_leaves_the_global_generators_alone(loader):
@@ -204,8 +206,8 @@ def test_the_adapter_decides_what_is_loaded(images, tiny_backbone, crop, tmp_pat
         assert isinstance(chosen, PixelLoader)
         first, fourth = (chosen.batch(2 * epoch) for epoch in (0, 3))
         alone = PixelLoader(images, tiny_backbone, augment=crop, batch_size=4, seed=2, accelerator=fake())
-        assert torch.equal(pictures(fourth), pictures(alone.batch(6)))
+        assert torch.equal(pixels_of(fourth), pixels_of(alone.batch(6)))
         shown = {int(i) for i in first.index} & {int(i) for i in fourth.index}
         assert shown
         for row in shown:  # never the same crop twice
-            assert not torch.equal(pictures(first)[first.index == row], pictures(fourth)[fourth.index == row])
+            assert not torch.equal(pixels_of(first)[first.index == row], pixels_of(fourth)[fourth.index == row])

@@ -210,7 +210,7 @@ def test_unchanged_images_go_on_and_split_json_is_not_written_again(tmp_path):
     stamp = (run.path / "split.json").stat().st_mtime_ns
     for image in folder.rglob("*.png"):
         os.utime(image)  # touched, copied back from elsewhere
-    (folder / "one" / "003.png").rename(folder / "one" / "003b.png")  # a picture is known by its bytes
+    (folder / "one" / "003.png").rename(folder / "one" / "003b.png")  # an image is known by its bytes
     assert _start(run.path, resume=True, **_about(folder)).start == 0
     assert (run.path / "split.json").stat().st_mtime_ns == stamp
 
