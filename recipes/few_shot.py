@@ -55,7 +55,16 @@ class Config:
         "all-classes"
     )
     """What is learnt and what is judged."""
-    methods: tuple[str, ...] = ("zero-shot", "ss-text", "logistic", "lp++", "gda", "tip-f", "clap", "coop")
+    methods: tuple[str, ...] = (
+        "zero_shot",
+        "ss_text",
+        "logistic",
+        "lp_plus_plus",
+        "gda",
+        "tip_adapter_f",
+        "clap",
+        "coop",
+    )
     """Names of methods, or ladder: those from cheap to dear, and advice at the end."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Labelled training images per class; 0 means all."""
@@ -75,7 +84,7 @@ class Config:
     """No trial is started later than this in a job; 0 sets no limit."""
     metric: Literal["accuracy", "mean_per_class_accuracy"] = "accuracy"
     """What tables and curves show; the results hold the others too."""
-    baseline: str = "zero-shot"
+    baseline: str = "zero_shot"
     """Method that paired differences are taken to."""
     threads: int = 1
     """Torch threads of every process on a CPU; their number decides the last bits of sums."""

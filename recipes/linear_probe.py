@@ -2,8 +2,8 @@
 """Linear probe: a matrix of class weights on frozen image features, by four published ways to fit it.
 
 Paper     logistic: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
-          arXiv:2103.00020, app. A.3; text-init (ZS-LP) and clap: Silva-Rodríguez et al., "A Closer Look at the Few-Shot
-          Adaptation of Large Vision-Language Models", CVPR 2024, arXiv:2312.12730; lp++: Huang et al., "LP++: A
+          arXiv:2103.00020, app. A.3; text_init (ZS-LP) and clap: Silva-Rodríguez et al., "A Closer Look at the Few-Shot
+          Adaptation of Large Vision-Language Models", CVPR 2024, arXiv:2312.12730; lp_plus_plus: Huang et al., "LP++: A
           Surprisingly Strong Linear Probe for Few-Shot CLIP", CVPR 2024, arXiv:2404.02285.
 Run       accelerate launch recipes/linear_probe.py --card images/ --backbone ViT-B-16 --pretrained openai --head clap
 Smoke     accelerate launch recipes/linear_probe.py  (embedded card and model: no download, CPU, under a minute)
@@ -25,22 +25,22 @@ class Config(ac.RunSettings):
 
     out: Path = Path("runs/linear_probe")
     """Run folder: settings, predictions, report, artifact."""
-    head: Literal["logistic", "text-init", "clap", "lp++"] = "logistic"
+    head: Literal["logistic", "text_init", "clap", "lp_plus_plus"] = "logistic"
     """How the weights are found: logistic regression, descent from the text features, that held near them, or LP++."""
     C: float | None = None
     """Inverse strength of the penalty of logistic; not given, it is chosen on the few-shot validation images."""
     start_norm: float | None = None
-    """Norm at which the weights of text-init and clap start; not given the root of the logit scale (OpenAI's: 10)."""
+    """Norm at which the weights of text_init and clap start; not given the root of the logit scale (OpenAI's: 10)."""
     reading: Literal["code", "paper"] | None = None
     """LP++ as its code has it (the default and the published numbers: alpha, bias, best epoch) or as its paper has."""
     lr: float | None = None
-    """Peak learning rate of text-init and clap; 0.1 in the paper."""
+    """Peak learning rate of text_init and clap; 0.1 in the paper."""
     epochs: int | None = None
-    """Passes over the training images of text-init, clap and lp++; 300 in the papers."""
+    """Passes over the training images of text_init, clap and lp_plus_plus; 300 in the papers."""
     clap_weight: float | None = None
-    """Multiplies the penalties of clap; 1 in the paper, and 0 makes it text-init."""
+    """Multiplies the penalties of clap; 1 in the paper, and 0 makes it text_init."""
     views: int | None = None
-    """Sets of random crops, 0 for the evaluation transform; not given: 20 (text-init, clap), 1 (lp++), 0 (logistic)."""
+    """Sets of random crops, 0 for the evaluation transform; not given 20, for lp_plus_plus 1, for logistic 0."""
     min_scale: float | None = None
     """Smallest random crop as a share of the image's area (0.5); a larger limit of the card wins."""
     templates: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
 
     cache = ac.FeatureCache(cfg.cache)
-    # Logistic without --C chooses by the validation images and lp++ keeps its best epoch; the others do not use them.
+    # Logistic without --C chooses by the validation images, lp_plus_plus keeps its best epoch; the others use none.
     support = ac.Support(
         backbone, few_shots, validation, source=cache, augmentation=card.augmentation, shots=cfg.shots, seed=cfg.seed,
         accelerator=accelerator, mitigation=mitigation,

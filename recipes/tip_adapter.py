@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tip-Adapter, Tip-Adapter-F, GDA and SS-Text+: adapt with the training images' features, in seconds.
 
-Paper     tip, tip-f  Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP", ECCV 2022, arXiv:2207.09519
+Paper     tip_adapter, tip_adapter_f
+                      Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP", ECCV 2022, arXiv:2207.09519
           gda         Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", arXiv:2402.04087
-          ss-text     Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
+          ss_text     Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
 Run       accelerate launch recipes/tip_adapter.py --card my_images/ --backbone ViT-B-16 --pretrained openai
-          (--variant tip, tip-f, gda or ss-text)
+          (--variant tip_adapter, tip_adapter_f, gda or ss_text)
 Smoke     accelerate launch recipes/tip_adapter.py      (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import adaptclip as ac
 from adaptclip.errors import ConfigError, did_you_mean
 
-METHODS = {"tip": "tip_adapter", "tip-f": "tip_adapter", "gda": "gda", "ss-text": "ss_text"}
+METHODS = {"tip_adapter": "tip_adapter", "tip_adapter_f": "tip_adapter", "gda": "gda", "ss_text": "ss_text"}
 """Variant -> the method's name in artifacts."""
 
 
@@ -30,26 +31,26 @@ class Config(ac.RunSettings):
 
     out: Path = Path("runs/tip_adapter")
     """Run folder: settings, metrics, predictions, report, artifact."""
-    variant: Literal["tip", "tip-f", "gda", "ss-text"] = "tip-f"
-    """The method; only tip-f trains, the others are computed."""
+    variant: Literal["tip_adapter", "tip_adapter_f", "gda", "ss_text"] = "tip_adapter_f"
+    """The method; only tip_adapter_f trains, the others are computed."""
     choose: Literal["validation", "fixed"] = "validation"
-    """Where alpha and beta come from: the few-shot validation images (tip-f: before and after training), or below."""
+    """Where alpha and beta come from: the validation images (tip_adapter_f: before and after training), or below."""
     alpha: float | None = None
-    """Weight of the images against the text, for --choose fixed; not given 1, for tip-f 3; not used by ss-text."""
+    """Weight of the images against the text, for --choose fixed; not given 1 (tip_adapter_f: 3); not for ss_text."""
     beta: float | None = None
-    """Sharpness of the similarity, for --choose fixed; not given 5.5, for tip-f 1; only tip and tip-f use it."""
+    """Sharpness of the similarity, for --choose fixed; not given 5.5 (tip_adapter_f: 1); not for gda and ss_text."""
     mode: Literal["plus", "plain"] = "plus"
-    """Of ss-text: plus is SS-Text+, which its paper arrives at, plain is SS-Text."""
+    """Of ss_text: plus is SS-Text+, which its paper arrives at, plain is SS-Text."""
     views: int | None = None
-    """Sets of random crops; 0 is the evaluation transform. Not given: the papers' 10, and 0 for ss-text."""
+    """Sets of random crops; 0 is the evaluation transform. Not given: the papers' 10, and 0 for ss_text."""
     min_scale: float | None = None
     """Smallest crop as a share of the image's area (0.5); a larger smallest crop in the card wins."""
     epochs: int | None = None
-    """Passes of tip-f over the training images; 20 in the paper, which gives EuroSAT 100."""
+    """Passes of tip_adapter_f over the training images; 20 in the paper, which gives EuroSAT 100."""
     lr: float | None = None
-    """Peak learning rate of tip-f's AdamW (eps 1e-4); 1e-3 in the paper."""
+    """Peak learning rate of tip_adapter_f's AdamW (eps 1e-4); 1e-3 in the paper."""
     batch_size: int | None = None
-    """Images of tip-f per process and micro-step; 256 in the paper."""
+    """Images of tip_adapter_f per process and micro-step; 256 in the paper."""
 
 
 def main(cfg: Config) -> int:
@@ -64,14 +65,14 @@ def main(cfg: Config) -> int:
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
-    if cfg.choose == "validation" and cfg.variant != "ss-text" and len(validation) == 0:
+    if cfg.choose == "validation" and cfg.variant != "ss_text" and len(validation) == 0:
         how = "take the paper's with --choose fixed, fewer --shots, or a card with a validation part"
         raise ConfigError(f"card {card.name} leaves no validation images to choose alpha and beta on; {how}")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     adapter = build(cfg, backbone, data.prompt_names, card.templates).to(accelerator.device)
     given = {name: getattr(cfg, name) for name in ("views", "min_scale", "epochs", "lr", "batch_size")}
-    given = given if cfg.variant == "tip-f" else {name: given[name] for name in ("views", "min_scale")}
-    choose = {} if cfg.variant == "ss-text" else {"choose": cfg.choose == "validation"}
+    given = given if cfg.variant == "tip_adapter_f" else {name: given[name] for name in ("views", "min_scale")}
+    choose = {} if cfg.variant == "ss_text" else {"choose": cfg.choose == "validation"}
     schedule = adapter.schedule(cfg.shots, **given, **choose)
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
@@ -132,7 +133,7 @@ def check(cfg: Config) -> None:
     if given and cfg.choose == "validation":
         raise ConfigError(f"{' and '.join(given)} would be overwritten by --choose validation; add --choose fixed")
     ac.refuse_settings(cfg, "keys are learnt in full precision", "mixed_precision")
-    if cfg.variant != "tip-f":
+    if cfg.variant != "tip_adapter_f":
         learns = ("mitigate", "epochs", "lr", "batch_size", "accumulate")
         ac.refuse_settings(cfg, f"{cfg.variant} is computed and not trained", *learns)
 
@@ -141,9 +142,9 @@ def build(cfg: Config, backbone: Any, names: Any, templates: Any) -> Any:
     """Returns the adapter of the variant, before it has seen an image: a zero-shot classifier."""
     if cfg.variant == "gda":
         return ac.GDA(backbone, names, templates=templates, alpha=cfg.alpha)
-    if cfg.variant == "ss-text":
+    if cfg.variant == "ss_text":
         return ac.SSText(backbone, names, templates=templates, mode=cfg.mode)
-    learn = cfg.variant == "tip-f"
+    learn = cfg.variant == "tip_adapter_f"
     return ac.TipAdapter(backbone, names, templates=templates, alpha=cfg.alpha, beta=cfg.beta, learn_keys=learn)
 
 

@@ -141,7 +141,7 @@ def train_a_little(adapter: Any, method: str, backbone: ClipBackbone, num_classe
     if method == "linear_probe" and adapter.kind == "logistic":
         adapter.fit_features(features, c=10.0)
     elif method == "linear_probe":
-        adapter.fit_features(features, **({} if adapter.kind == "lp++" else {"lr": 0.1}), epochs=3)
+        adapter.fit_features(features, **({} if adapter.kind == "lp_plus_plus" else {"lr": 0.1}), epochs=3)
     elif hasattr(adapter, "fit_features"):
         adapter.fit_features(features)
     with torch.no_grad():

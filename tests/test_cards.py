@@ -107,7 +107,7 @@ def test_a_card_has_gates_and_known_issues(card):
 
 
 def test_what_a_card_allows_is_explained(card):
-    words = {"similar_pictures": "near twin", "duplicate_pictures": "copies"}
+    words = {"similar_images": "near twin", "duplicate_images": "copies"}
     for name in card.allow:
         assert words[name] in " ".join(card.known_issues), f"{name} is allowed without a word about it"
 
@@ -174,7 +174,7 @@ def test_digits_open():
     data = open_data(card)
     _check_opened(card, data)
     assert card.augmentation.horizontal_flip is False
-    assert [note for note in data.notes if "similar_pictures" in note], "the allowance is no longer needed"
+    assert [note for note in data.notes if "similar_images" in note], "the allowance is no longer needed"
 
 
 def test_features_open():
@@ -187,7 +187,7 @@ def test_specimens_open():
     card = load_card("specimens")
     data = open_data(card)
     _check_opened(card, data)
-    assert [note for note in data.notes if "similar_pictures" in note], "the allowance is no longer needed"
+    assert [note for note in data.notes if "similar_images" in note], "the allowance is no longer needed"
 
 
 @pytest.mark.shared_data

@@ -21,6 +21,9 @@ from adaptclip.files import digest, read_json
 from adaptclip.gates.verdicts import SEVERITY
 from adaptclip.seals import MOST_JSON_BYTES, check_file, check_seal, own_file, sha256_of
 
+_HEADS = {"text-init": "text_init", "lp++": "lp_plus_plus"}
+"""Heads as version 0.1 called them -> today's names."""
+
 
 def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an artifact's settings with what was fixed, and so not written, when it was made.
@@ -28,7 +31,7 @@ def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any
     A method writes all settings that decide what it is. Where one is missing, the artifact is older than the setting,
     and was made with what the method then did:
 
-    - linear_probe: text-init and clap started at unit norm, and lp++ was the paper's reading, without a bias;
+    - linear_probe: text_init and clap started at unit norm, and lp_plus_plus was the paper's reading, without a bias;
     - ss_text: a weight of the text per class, and no repulsion ("adaptive"), which is neither published mode;
     - two_stage: LoRA in the first stage.
 
@@ -36,11 +39,12 @@ def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any
         method: a key of the registry.
         settings: of the manifest.
     """
-    head = settings.get("head")
+    head = _HEADS.get(settings.get("head"), settings.get("head"))
+    settings = {**settings, "head": head} if head else settings
     fixed: dict[str, Any] = {}
-    if method == "linear_probe" and head in ("text-init", "clap"):
+    if method == "linear_probe" and head in ("text_init", "clap"):
         fixed = {"start_norm": 1.0}
-    elif method == "linear_probe" and head == "lp++":
+    elif method == "linear_probe" and head == "lp_plus_plus":
         fixed = {"reading": "paper"}
     elif method == "ss_text":
         fixed = {"mode": "adaptive"}

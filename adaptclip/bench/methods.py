@@ -53,6 +53,21 @@ def fit_named(
     return Fitted(method, {**info, "settings": {**own, **asdict(plan)}})
 
 
+EARLIER_NAMES = {
+    "tip": "tip_adapter",
+    "tip-f": "tip_adapter_f",
+    "lp++": "lp_plus_plus",
+    "promptsrc": "prompt_src",
+    "taskres": "task_residual",
+}
+"""Names of version 0.1 that are not today's with hyphens -> today's."""
+
+
+def current_name(name: str) -> str:
+    """Returns today's key of a method that may be given by its key of version 0.1 (`tip-f`, `two-stage`)."""
+    return EARLIER_NAMES.get(name, name.replace("-", "_"))
+
+
 def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
     """Returns the methods asked for, cheap before dear; `ladder` stands for those of the ladder.
 
@@ -66,7 +81,8 @@ def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
     known = named()
     able = [name for name, one in known.items() if one.method.takes_new_names or not new_names]
     chosen: list[str] = []
-    for name in names:
+    for given in names:
+        name = current_name(given)
         if name == "ladder":
             chosen += [own for own in able if known[own].variant.ladder]
         elif name not in known:
@@ -93,6 +109,7 @@ def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
     for text in texts:
         left, equals, value = text.partition("=")
         name, dot, setting = left.partition(".")
+        name = current_name(name)
         if not (equals and dot):
             raise ConfigError(f"settings are written METHOD.SETTING=VALUE, for example coop.epochs=50; got {text!r}")
         if name not in settings:
@@ -129,7 +146,7 @@ def not_published(
     """
     found: dict[str, list[str]] = {name: [] for name in methods}
     for text in changes:
-        found[text.partition(".")[0]].append(text.partition(".")[2])
+        found[current_name(text.partition(".")[0])].append(text.partition(".")[2])
     for name in methods:
         found[name] += ["preset smoke"] if preset == "smoke" and named()[name].method.smoke else []
         found[name] += ["settings searched"] if searched and named()[name].variant.search else []

@@ -108,7 +108,7 @@ def _entries(
         shots = sorted({row["shots"] for row in rows})
         for card, value in table["values"].items():
             # Zero-shot is the same at every number of shots.
-            yield card, card, "zero-shot", shots[0], value
+            yield card, card, "zero_shot", shots[0], value
     elif set(groups[table["cards"]]) == cards:
         for method, by_shots in table["values"].items():
             for shots, value in by_shots.items():

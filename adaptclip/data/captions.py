@@ -55,7 +55,7 @@ def caption_values(values: Sequence[Any], *, where: Callable[[int], str]) -> tup
     return tuple(captions)
 
 
-def join_repeated_pictures(images: ImageDataset, splits: Sequence[str]) -> tuple[ImageDataset, list[str]]:
+def join_repeated_images(images: ImageDataset, splits: Sequence[str]) -> tuple[ImageDataset, list[str]]:
     """Joins rows that show the same image, as in tables with one row per caption, so that each image is there once.
 
     Args:

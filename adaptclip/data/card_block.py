@@ -76,8 +76,8 @@ PARTS = ("train", "validation", "test")
 """The parts of a data set, in the order in which they are used."""
 
 ALLOWABLE = (
-    "duplicate_pictures",
-    "similar_pictures",
+    "duplicate_images",
+    "similar_images",
     "shared_clusters",
     "missing_classes",
     "unreadable_images",
@@ -88,6 +88,15 @@ ALLOWABLE = (
 )
 """Names of the checks that a card may allow to fail; see `adaptclip.data.checks`. Those of BY_COLUMN are allowed column
 by column, as "shared_values.age"."""
+
+_EARLIER = {"duplicate_pictures": "duplicate_images", "similar_pictures": "similar_images"}
+
+
+def _current_checks(allow: Any) -> Any:
+    """Checks by the names of version 0.1 are taken for what they are now."""
+    given = allow if isinstance(allow, list | tuple) else None
+    return allow if given is None else [_EARLIER.get(str(name), name) for name in given]
+
 
 BY_COLUMN = ("shared_values", "unused_folds")
 
@@ -414,7 +423,7 @@ class CardBlock(BaseModel):
     sampling: SamplingRule = SamplingRule()
     probes: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
     window: tuple[float, float] | None = None
-    allow: tuple[str, ...] = ()
+    allow: Annotated[tuple[str, ...], BeforeValidator(_current_checks)] = ()
     hard_pairs: tuple[tuple[Name, Name], ...] = ()
     show_images: bool = True
     expect: Expected | None = None

@@ -134,7 +134,7 @@ def division_lines(name: str, division: Mapping[str, str]) -> str:
     return f'`splits: {{column: "{name}", {parts}}}`'
 
 
-LEAKS = ("duplicate_pictures", "similar_pictures", "shared_clusters", "shared_values", "unused_folds")
+LEAKS = ("duplicate_images", "similar_images", "shared_clusters", "shared_values", "unused_folds")
 """Checks whose failing makes results look better than they are."""
 
 
@@ -355,11 +355,11 @@ def _check_similar(data: DomainData, found: Mapping[str, Fingerprint] | None) ->
         copies = {j: row_of[content] for j, content in enumerate(b.contents) if content in row_of}
         if copies:
             are = agree(len(copies), "is", "are")
-            yield _leak(f"{second} images {are} the same file as a {first} image", a, b, copies, "duplicate_pictures")
+            yield _leak(f"{second} images {are} the same file as a {first} image", a, b, copies, "duplicate_images")
         alike = {j: i for i, j in look_alikes(a, b, found=found or {}) if j not in copies}
         if alike:
             look = agree(len(alike), "looks", "look")
-            yield _leak(f"{second} images {look} the same as a {first} image", a, b, alike, "similar_pictures")
+            yield _leak(f"{second} images {look} the same as a {first} image", a, b, alike, "similar_images")
 
 
 def look_alikes(

@@ -97,7 +97,7 @@ def content_digests(read: Callable[[int], bytes], stamps: Sequence[str], *, stor
     """Returns the SHA-256 of each image's encoded bytes; what was hashed before is not read again.
 
     Args:
-        read: row -> encoded bytes. A row that cannot be read gets a digest of its own, which is not kept; `fingerprints`
+        read: row -> encoded bytes. A row that cannot be read gets a digest of its own, not kept; `fingerprints`
             says why.
         stamps: N keys that change with the bytes.
         store: name of the file under `cache_root()` in which they are kept.

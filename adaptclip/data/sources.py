@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from adaptclip.data.captions import caption_values, join_repeated_pictures
+from adaptclip.data.captions import caption_values, join_repeated_images
 from adaptclip.data.card_block import PARTS, Splits, check_declared
 from adaptclip.data.checks import check_data, look_alikes
 from adaptclip.data.columns import (
@@ -222,7 +222,7 @@ def open_data(
         images = images.select(good)
     if images.captions is not None:
         names = _split_names(raw, rule)
-        images, joined = join_repeated_pictures(images, [str(names[row]) for row in images.rows])
+        images, joined = join_repeated_images(images, [str(names[row]) for row in images.rows])
         skipped += joined
     parts = _parts(card, raw, rule, images, found)
     unused = Counter(
@@ -336,7 +336,7 @@ def _parts(
         names = _split_names(raw, rule)
         return named_parts(rule, [str(names[row]) for row in images.rows])
     keys = [images.contents] if images.clusters is None else [images.contents, list(map(plain, images.clusters))]
-    alike = [] if "similar_pictures" in card.allow else look_alikes(images, found=found)
+    alike = [] if "similar_images" in card.allow else look_alikes(images, found=found)
     unit_of_row = units(len(images), keys=keys, pairs=alike)
     largest = int(np.bincount(unit_of_row).max())
     if largest > MAX_UNIT_SHARE * len(images):
@@ -344,6 +344,6 @@ def _parts(
             f"card {card.name}: {largest} of {len(images)} images are tied together as clusters, copies or "
             "look-alikes, so no split can be drawn. Check the cluster column; where all images look alike by "
             "nature, the card can "
-            "say `allow: [similar_pictures]`"
+            "say `allow: [similar_images]`"
         )
     return drawn_parts(rule, images.labels, images.contents, unit_of_row)

@@ -98,8 +98,8 @@ class TipAdapter(Method):
 
     name = "tip_adapter"
     variants = {
-        "tip": Variant(5, {"learn_keys": False}, ladder=True),
-        "tip-f": Variant(
+        "tip_adapter": Variant(5, {"learn_keys": False}, ladder=True),
+        "tip_adapter_f": Variant(
             7, {"learn_keys": True}, ladder=True, search={"lr": (2e-4, 1e-2), "epochs": [20, 50, 100]}
         ),
     }  # fmt: skip

@@ -70,7 +70,7 @@ class ClipAdapter(Method):
     """
 
     name = "clip_adapter"
-    variants = {"clip-adapter": Variant(8.7, search={"lr": (2e-4, 2e-2), "ratio": [0.2, 0.4, 0.6]})}
+    variants = {"clip_adapter": Variant(8.7, search={"lr": (2e-4, 2e-2), "ratio": [0.2, 0.4, 0.6]})}
     schedule_type = ClipAdapterSchedule
     smoke = {"epochs": 50, "views": 5}
     learns_by_steps = True

@@ -166,7 +166,7 @@ class ClipSVD(TunedTowers):
     """
 
     name = "clip_svd"
-    variants = {"clip-svd": Variant(11.9, search={"lr": (1e-4, 2e-2)})}
+    variants = {"clip_svd": Variant(11.9, search={"lr": (1e-4, 2e-2)})}
     schedule_type = ClipSVDSchedule
     smoke = {"steps": 60, "lr": 1e-2}
 

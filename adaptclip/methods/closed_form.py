@@ -304,7 +304,7 @@ class SSText(Method):
     """
 
     name = "ss_text"
-    variants = {"ss-text": Variant(2, ladder=True)}
+    variants = {"ss_text": Variant(2, ladder=True)}
     schedule_type = SSTextSchedule
     text: Tensor
     weights: Tensor

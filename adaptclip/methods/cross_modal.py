@@ -65,7 +65,7 @@ class CrossModal(Method):
     """
 
     name = "cross_modal"
-    variants = {"cross-modal": Variant(9.5, search={"lr": (1e-4, 1e-2), "weight_decay": [0.0, 0.01, 1e-4]})}
+    variants = {"cross_modal": Variant(9.5, search={"lr": (1e-4, 1e-2), "weight_decay": [0.0, 0.01, 1e-4]})}
     schedule_type = CrossModalSchedule
     smoke = {"steps": 400, "batch_size": 32}
     learns_by_steps = True

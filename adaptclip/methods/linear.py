@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from adaptclip.training.support import Loop, Preset, Support
     from adaptclip.types import Batch, Features
 
-HeadKind = Literal["logistic", "text-init", "clap", "lp++"]
+HeadKind = Literal["logistic", "text_init", "clap", "lp_plus_plus"]
 
 _DEFAULTS: dict[str, dict[str, float | None]] = {
     "logistic": {"c": None},
-    "text-init": {"lr": 0.1, "epochs": 300},
+    "text_init": {"lr": 0.1, "epochs": 300},
     "clap": {"lr": 0.1, "epochs": 300, "clap_weight": 1.0},
-    "lp++": {"epochs": 300},
+    "lp_plus_plus": {"epochs": 300},
 }
 """Head -> the settings of learning that it has, and their published values; a C of None is chosen by validation."""
 
@@ -79,26 +79,26 @@ def check_balance_of(head: HeadKind, balance: ImageBalance | None) -> None:
     """Raises ConfigError for a balance that a head cannot take, see `LinearProbe.check_balance`."""
     if balance is None or (balance.weights is None and balance.strata is None):
         return
-    if head == "lp++":
-        raise ConfigError("lp++ takes its start and step sizes from all images alike; balance clap or text-init")
+    if head == "lp_plus_plus":
+        raise ConfigError("lp_plus_plus takes start and step sizes from all images alike; balance clap or text_init")
     if head == "logistic" and balance.weights is None:
         raise ConfigError(
             "logistic sees all images at once and draws none: it takes class-weights and class-balanced. For "
-            "sampling or group DRO take the head text-init or clap."
+            "sampling or group DRO take the head text_init or clap."
         )
 
 
 def check_variant(head: HeadKind, start_norm: float | None, reading: str | None) -> None:
     """Raises ConfigError for a start or a reading that is out of range, or belongs to another head."""
-    if start_norm is not None and (head not in ("text-init", "clap") or not _in_range(start_norm, "above 0")):
+    if start_norm is not None and (head not in ("text_init", "clap") or not _in_range(start_norm, "above 0")):
         raise ConfigError(
-            f"start_norm is a number above 0, where the weights of text-init and clap start; got {start_norm:g} for "
+            f"start_norm is a number above 0, where the weights of text_init and clap start; got {start_norm:g} for "
             f"{head}. Leave it out for the root of the logit scale."
         )
     if reading is not None and reading not in get_args(Reading):
-        raise ConfigError(f"no reading {reading!r} of lp++. {did_you_mean(reading, get_args(Reading))}")
-    if reading is not None and head != "lp++":
-        raise ConfigError(f"the head {head!r} has no reading (got {reading!r}): it belongs to lp++. Leave it out.")
+        raise ConfigError(f"no reading {reading!r} of lp_plus_plus. {did_you_mean(reading, get_args(Reading))}")
+    if reading is not None and head != "lp_plus_plus":
+        raise ConfigError(f"the head {head!r} has no reading (got {reading!r}): that is lp_plus_plus's. Leave it out.")
 
 
 def _in_range(value: float, least: str) -> bool:
@@ -112,10 +112,10 @@ def _flag(name: str) -> str:
 
 
 BATCH_SIZE = 256
-"""Rows per step of text-init and clap (Silva-Rodríguez et al. 2024)."""
+"""Rows per step of text_init and clap (Silva-Rodríguez et al. 2024)."""
 
 
-PUBLISHED_VIEWS = {"logistic": 0, "text-init": 20, "clap": 20, "lp++": 1}
+PUBLISHED_VIEWS = {"logistic": 0, "text_init": 20, "clap": 20, "lp_plus_plus": 1}
 """Sets of random crops that each head's paper uses; 0 is the evaluation transform."""
 
 FIXED_C = 10.0
@@ -130,9 +130,9 @@ class LinearSchedule(Schedule):
         views: sets of crops; 0 is the evaluation transform.
         min_scale: smallest crop as a share of the image's area; a larger limit of the card wins.
         c: inverse strength of `logistic`'s penalty; None chooses it on the validation images.
-        lr: peak learning rate of `text-init` and `clap`.
-        epochs: passes of `text-init`, `clap` and `lp++`.
-        clap_weight: multiplies the penalties of `clap`; 0 makes it `text-init`.
+        lr: peak learning rate of `text_init` and `clap`.
+        epochs: passes of `text_init`, `clap` and `lp_plus_plus`.
+        clap_weight: multiplies the penalties of `clap`; 0 makes it `text_init`.
     """
 
     views: int = 0
@@ -151,11 +151,11 @@ class LinearProbe(Method):
     - `logistic`: logits f · w_c + b_c by logistic regression, the linear probe of CLIP and CoOp (Radford et al. 2021,
       app. A.3; Zhou et al. 2022). CLIP's own probe reads features that are not normalised, for its ViTs from before the
       projection into the shared space; these are normalised and projected, so the best C is larger than published ones.
-    - `text-init`: logits scale · cos(f, w_c) with w_c starting along t_c (ZS-LP of Silva-Rodríguez et al. 2024,
+    - `text_init`: logits scale · cos(f, w_c) with w_c starting along t_c (ZS-LP of Silva-Rodríguez et al. 2024,
       arXiv:2312.12730), at the norm of `start_norm_of`: the published code starts at the text tower's raw output. The
       unit-norm w_c is kept, which is all that the logits see.
     - `clap`: the same, with each w_c held near its start the more, the surer zero-shot CLIP is of class c (same paper).
-    - `lp++`: logits f · (w_c + alpha_c t_c) + b_c (Huang et al. 2024, arXiv:2404.02285), in the reading of the
+    - `lp_plus_plus`: logits f · (w_c + alpha_c t_c) + b_c (Huang et al. 2024, arXiv:2404.02285), in the reading of the
       published code or of the paper, see `fit_lp_plus_plus`.
 
     Before learning, the last three give the zero-shot logits, and `logistic` gives 0 everywhere. Nothing here learns by
@@ -171,9 +171,9 @@ class LinearProbe(Method):
         class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         head: which of the four.
         templates: prompts of the text features; not read by `logistic`.
-        objective: "sigmoid" (text-init and clap) learns a bias for each class beside the weights, see `ClassBias`.
-        start_norm: norm at which the weights of text-init and clap start; None is that of `start_norm_of`.
-        reading: of lp++, "code" (the default, which the published numbers come from) or "paper".
+        objective: "sigmoid" (text_init and clap) learns a bias for each class beside the weights, see `ClassBias`.
+        start_norm: norm at which the weights of text_init and clap start; None is that of `start_norm_of`.
+        reading: of lp_plus_plus, "code" (the default, which the published numbers come from) or "paper".
 
     Raises:
         ConfigError: an unknown head, objective or reading, a setting of another head or out of range, no class names,
@@ -184,8 +184,8 @@ class LinearProbe(Method):
     name = "linear_probe"
     variants = {
         "logistic": Variant(3, {"head": "logistic"}, ladder=True),
-        "lp++": Variant(4, {"head": "lp++"}, ladder=True),
-        "text-init": Variant(8, {"head": "text-init"}, search={"lr": (1e-2, 1.0)}),
+        "lp_plus_plus": Variant(4, {"head": "lp_plus_plus"}, ladder=True),
+        "text_init": Variant(8, {"head": "text_init"}, search={"lr": (1e-2, 1.0)}),
         "clap": Variant(9, {"head": "clap"}, ladder=True, search={"lr": (1e-2, 1.0), "clap_weight": (0.1, 10.0)}),
     }
     schedule_type = LinearSchedule
@@ -207,9 +207,9 @@ class LinearProbe(Method):
             raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(HeadKind))}")
         check_variant(head, start_norm, reading)
         check_objective(objective)
-        if objective == "sigmoid" and head not in ("text-init", "clap"):
+        if objective == "sigmoid" and head not in ("text_init", "clap"):
             raise ConfigError(
-                f"the head {head!r} is fitted to the softmax; the objective sigmoid takes text-init or clap"
+                f"the head {head!r} is fitted to the softmax; the objective sigmoid takes text_init or clap"
             )
         names = self._sit_on(backbone, class_names)
         self.kind: HeadKind = head
@@ -224,11 +224,11 @@ class LinearProbe(Method):
             state["bias"] = torch.zeros(shape[0], device=backbone.device)
         else:
             text = zero_shot_weights(backbone, names, self.templates)
-        if head == "lp++":
+        if head == "lp_plus_plus":
             state["alpha"] = backbone.logit_scale.detach().float().expand(shape[0]).clone()
         elif head != "logistic":
             state["weight"] = text.clone()
-        if head == "lp++" and self.reading == "code":
+        if head == "lp_plus_plus" and self.reading == "code":
             state["bias"] = torch.zeros(shape[0], device=backbone.device)
         if objective == "sigmoid":
             state["bias"] = ClassBias(backbone, shape[0]).start
@@ -241,7 +241,7 @@ class LinearProbe(Method):
         settings: dict[str, Any] = {"head": self.kind, "templates": list(self.templates)}
         if self.objective != "softmax":
             settings["objective"] = self.objective
-        if self.kind == "lp++":
+        if self.kind == "lp_plus_plus":
             return settings | {"reading": self.reading}
         return settings if self.kind == "logistic" else settings | {"start_norm": self.start_norm}
 
@@ -249,7 +249,7 @@ class LinearProbe(Method):
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.backbone.embed_dim)
         weight = self._weight()
-        if self.kind in ("text-init", "clap"):
+        if self.kind in ("text_init", "clap"):
             return scaled_logits(features, weight, self.backbone.logit_scale, self.class_bias())
         with torch.autocast(device_type=features.device.type, enabled=False):
             logits = features.float() @ weight.T
@@ -269,16 +269,16 @@ class LinearProbe(Method):
     ) -> dict[str, Any]:
         """Fits the head. The same features and settings give the same head; with several processes, each fits it.
 
-        `logistic` and `lp++` take several views as that many images; `text-init` and `clap` draw from all mixed.
+        `logistic` and `lp_plus_plus` take views as that many images; `text_init` and `clap` draw from all mixed.
 
         Args:
             features: of the training images, (V, N, D) unit norm.
             validation: of the validation images, (1, N, D); see `reads_validation`.
             c: inverse strength of `logistic`'s penalty; None chooses it on `validation` (`search_exponent`).
-            lr: peak learning rate of `text-init` and `clap`; None is 0.1.
-            epochs: of `text-init`, `clap` and `lp++`; None is 300.
-            clap_weight: multiplies the penalties of `clap`; None is 1, and 0 makes it `text-init`.
-            seed: of the order of images in `text-init` and `clap`.
+            lr: peak learning rate of `text_init` and `clap`; None is 0.1.
+            epochs: of `text_init`, `clap` and `lp_plus_plus`; None is 300.
+            clap_weight: multiplies the penalties of `clap`; None is 1, and 0 makes it `text_init`.
+            seed: of the order of images in `text_init` and `clap`.
             balance: of groups or classes among the N images, see `check_balance`; None for none.
 
         Returns:
@@ -301,7 +301,7 @@ class LinearProbe(Method):
         with torch.no_grad(), torch.autocast(device_type=self.learnt["weight"].device.type, enabled=False):
             if self.kind == "logistic":
                 info = self._fit_logistic(features, validation, settings["c"], balance)
-            elif self.kind == "lp++":
+            elif self.kind == "lp_plus_plus":
                 info = self._fit_lp_plus_plus(features, validation, int(settings["epochs"]))
             else:
                 info = self._fit_from_text(features, settings, seed, balance)
@@ -338,8 +338,8 @@ class LinearProbe(Method):
         return {**info, "mitigation": balance.describe()}
 
     def head(self) -> Head:
-        """Returns the head on image features; text-init and clap compare directions, times the logit scale."""
-        if self.kind in ("text-init", "clap"):
+        """Returns the head on image features; text_init and clap compare directions, times the logit scale."""
+        if self.kind in ("text_init", "clap"):
             return super().head()
         weight = self._weight()
         bias = self.learnt["bias"] if "bias" in self.learnt else torch.zeros(len(weight), device=weight.device)
@@ -361,8 +361,8 @@ class LinearProbe(Method):
         return settings_of_fit(self.kind, {"c": c, "lr": lr, "epochs": epochs, "clap_weight": clap_weight})
 
     def reads_validation(self, c: float | None = None) -> bool:
-        """Whether `fit` has a use for validation images: `logistic` without `c`, and `lp++` as its code has it."""
-        return (self.kind == "logistic" and c is None) or (self.kind == "lp++" and self.reading == "code")
+        """Whether `fit` uses validation images: `logistic` without `c`, and `lp_plus_plus` as its code has it."""
+        return (self.kind == "logistic" and c is None) or (self.kind == "lp_plus_plus" and self.reading == "code")
 
     def check_mitigation(self, mitigation: Mitigation) -> None:
         """See `check_balance`."""
@@ -372,20 +372,20 @@ class LinearProbe(Method):
         """Refuses a balance of groups or classes that the head cannot take.
 
         Raises:
-            ConfigError: `lp++` with any (its start and its step sizes follow from all images alike), or `logistic` with
-                another than fixed weights (it sees all images at once, so that nothing is drawn and no group's turn
-                comes).
+            ConfigError: `lp_plus_plus` with any (its start and its step sizes follow from all images alike), or
+                `logistic` with another than fixed weights (it sees all images at once, so that nothing is drawn and
+                no group's turn comes).
         """
         check_balance_of(self.kind, balance)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns what `fit` learns: the weights, with the biases (logistic), or alpha and biases (lp++)."""
+        """Returns what `fit` learns: the weights, with the biases (logistic), or alpha and biases (lp_plus_plus)."""
         return list(self.learnt.values())
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns the learnt tensors, and the (C, D) text features where logits are made with them (lp++)."""
+        """Returns the learnt tensors, and the (C, D) text features where logits are made with them (lp_plus_plus)."""
         state: dict[str, Tensor] = {name: self.learnt[name].detach() for name in self.learnt}
-        return state | {"text": self.text} if self.kind == "lp++" else state
+        return state | {"text": self.text} if self.kind == "lp_plus_plus" else state
 
     def _load_state(self, state: Mapping[str, Tensor]) -> None:
         own = self.adapter_state()
@@ -404,7 +404,7 @@ class LinearProbe(Method):
     def _weight(self) -> Tensor:
         """(C, D) weights that multiply the features."""
         weight = self.learnt["weight"]
-        return weight + self.learnt["alpha"][:, None] * self.text if self.kind == "lp++" else weight
+        return weight + self.learnt["alpha"][:, None] * self.text if self.kind == "lp_plus_plus" else weight
 
     def _check(self, features: Features, part: str) -> None:
         check_features(features, self.backbone)

@@ -246,8 +246,8 @@ def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str]) -> None:
         listed = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
         warnings.warn(
             f"{len(unseen)} of {len(class_names)} classes {agree(len(unseen), 'has', 'have')} no training image "
-            f"({listed}); a logistic head can never predict them. The heads text-init, clap and lp++ know every class "
-            "by its words.",
+            f"({listed}); a logistic head can never predict them. The heads text_init, clap and lp_plus_plus know "
+            "every class by its words.",
             stacklevel=4,
         )
 

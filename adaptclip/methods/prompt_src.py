@@ -87,7 +87,7 @@ class PromptSRC(DeepPrompts):
     """
 
     name = "prompt_src"
-    variants = {"promptsrc": Variant(15, search={"lr": (3e-4, 3e-2), "depth": [3, 6, 9]})}
+    variants = {"prompt_src": Variant(15, search={"lr": (3e-4, 3e-2), "depth": [3, 6, 9]})}
     schedule_type = PromptSRCSchedule
     smoke = {"epochs": 5, "batch_size": 8}
 

@@ -62,7 +62,7 @@ class TaskResidual(Method):
     """
 
     name = "task_residual"
-    variants = {"taskres": Variant(8.5, search={"lr": (2e-4, 2e-2), "alpha": [0.3, 0.5, 1.0]})}
+    variants = {"task_residual": Variant(8.5, search={"lr": (2e-4, 2e-2), "alpha": [0.3, 0.5, 1.0]})}
     schedule_type = TaskResSchedule
     smoke = {"epochs": 50, "views": 5}
     learns_by_steps = True

@@ -80,7 +80,7 @@ class TwoStage(Method):
 
     name = "two_stage"
     variants = {
-        "two-stage": Variant(13, defaults={"tune": "layernorm"}, search={"lr": (1e-4, 2e-2), "head_lr": (1e-4, 1e-2)})
+        "two_stage": Variant(13, defaults={"tune": "layernorm"}, search={"lr": (1e-4, 2e-2), "head_lr": (1e-4, 1e-2)})
     }
     schedule_type = TwoStageSchedule
     smoke = {"steps": 80, "lr": 1e-2}

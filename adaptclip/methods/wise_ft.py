@@ -69,7 +69,7 @@ class WiseFT(TunedTowers):
     """
 
     name = "wise_ft"
-    variants = {"wise-ft": Variant(16, search={"lr": (1e-6, 1e-4), "alpha": [0.3, 0.5, 0.7, 1.0]})}
+    variants = {"wise_ft": Variant(16, search={"lr": (1e-6, 1e-4), "alpha": [0.3, 0.5, 0.7, 1.0]})}
     schedule_type = WiseFTSchedule
     smoke = {"epochs": 5, "batch_size": 32}
     takes_new_names = False

@@ -32,7 +32,7 @@ class ZeroShotClassifier(Method):
     """
 
     name = "zero_shot"
-    variants = {"zero-shot": Variant(0, ladder=True), "ensemble": Variant(1, ladder=True, ensemble=True)}
+    variants = {"zero_shot": Variant(0, ladder=True), "ensemble": Variant(1, ladder=True, ensemble=True)}
     takes_new_names = True
     is_clip = True
     weights: Tensor

@@ -40,7 +40,7 @@ from adaptclip.files import write_json
 from adaptclip.methods.coop import initial_context
 from adaptclip.training.pixels import PixelLoader
 
-METHODS: tuple[str, ...] = ("zero-shot", "ss-text", "logistic", "lp++", "gda", "tip-f", "clap", "coop")
+METHODS: tuple[str, ...] = ("zero_shot", "ss_text", "logistic", "lp_plus_plus", "gda", "tip_adapter_f", "clap", "coop")
 TARGET = 10.0
 """Ratio of the whole grid below which the benchmark fails."""
 

@@ -4,8 +4,9 @@
     python tests/benchmarks/linear_heads.py [--threads 2] [--repeats 3] [--views 20]
 
 16 images of each of 100 classes, 512 wide, with the structure of CLIP features (cosine about 0.63 between and 0.78
-within classes). The plain fits: torch's SGD with autograd and a batch gathered per step (text-init, clap, lp++), and
-scikit-learn on float64 (logistic, C = 10). Each repeat runs one after the other; shown is the fastest.
+within classes). The plain fits: torch's SGD with autograd and a batch gathered per step (text_init, clap,
+lp_plus_plus), and scikit-learn on float64 (logistic, C = 10). Each repeat runs one after the other;
+shown is the fastest.
 """
 
 from __future__ import annotations
@@ -127,9 +128,9 @@ def main() -> int:
             lambda: fit_logistic(evaluation.numpy(), y, CLASSES, c=10.0),
             lambda: plain_logistic.fit(evaluation.double().numpy(), y),
         ),
-        "text-init": (lambda: ours(None), lambda: plain_from_text(values, labels, text, None)),
+        "text_init": (lambda: ours(None), lambda: plain_from_text(values, labels, text, None)),
         "clap": (lambda: clap(ours), lambda: clap(lambda p: plain_from_text(values, labels, text, p))),
-        "lp++": (
+        "lp_plus_plus": (
             lambda: lp_plus_plus(evaluation, labels, text),
             lambda: plain_lp_plus_plus(evaluation, labels, text),
         ),

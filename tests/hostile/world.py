@@ -66,7 +66,7 @@ adaptclip:
   templates:
     - "a photo of {}."
   augmentation: {scale: [0.5, 1.0], horizontal_flip: false}
-  allow: [similar_pictures]
+  allow: [similar_images]
   gates:
     - {metric: accuracy, at_least: 0.15, min_n: 20}
     - metric: accuracy

@@ -47,7 +47,7 @@ def described(tmp_path) -> str:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "described.md").write_text(
         "---\nadaptclip:\n  source: {kind: manifest, files: rows.jsonl}\n  splits: {column: split}\n"
-        "  columns: {captions: captions}\n  allow: [similar_pictures]\n---\n"
+        "  columns: {captions: captions}\n  allow: [similar_images]\n---\n"
     )
     return str(tmp_path / "described.md")
 

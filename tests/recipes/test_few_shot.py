@@ -24,8 +24,8 @@ from adaptclip.files import read_parquet
 from adaptclip.methods.closed_form import SSText
 from adaptclip.methods.registry import named
 
-METHODS_HERE = ("zero-shot", "ss-text", "gda", "tip-f", "coop")
-SHORT = ("coop.epochs=20", "coop.views=2", "gda.views=2", "tip-f.views=2", "tip-f.epochs=5")
+METHODS_HERE = ("zero_shot", "ss_text", "gda", "tip_adapter_f", "coop")
+SHORT = ("coop.epochs=20", "coop.views=2", "gda.views=2", "tip_adapter_f.views=2", "tip_adapter_f.epochs=5")
 
 recipe = load_recipe("few_shot")
 
@@ -89,14 +89,14 @@ def test_a_users_folder_gives_tables_curves_and_a_page(undisturbed):
     assert len(found) == 30
     assert {row["card"] for row in found} == {"my_images"}
     best = max(row["accuracy"] for row in found if row["shots"] == 4)
-    chance = next(row["accuracy"] for row in found if row["method"] == "zero-shot")
+    chance = next(row["accuracy"] for row in found if row["method"] == "zero_shot")
     assert best > chance + 0.2  # even a random tower tells colours apart
     names = {p.name for p in undisturbed.iterdir()}
     expected = {"index.html", "tables.md", "tables.tex", "costs.md", "results.csv", "results.parquet", "config.yaml"}
     assert {*expected, "curves_my_images.svg", "curves_my_images.png"} <= names
     page = (undisturbed / "tables.md").read_text()
     assert "at most min(shots, 4) images per class" in page
-    assert "used by gda, tip-f" in page
+    assert "used by gda, tip_adapter_f" in page
     assert "Settings other than published: coop.epochs=20" in page
     assert "No published number fits" in page
 
@@ -108,7 +108,7 @@ def test_the_same_command_again_does_nothing_twice_and_more_seeds_add(cfg, undis
     again = replace(cfg, out=undisturbed, cache=undisturbed.parent / "cache")
     assert recipe.main(again) == 0
     assert {p.name: p.stat().st_mtime_ns for p in jobs.glob("*.json")} == before
-    more = replace(again, seeds=(1, 2, 3), methods=("zero-shot", "ss-text"), settings=())
+    more = replace(again, seeds=(1, 2, 3), methods=("zero_shot", "ss_text"), settings=())
     assert recipe.main(more) == 0
     assert len(list(jobs.glob("*.json"))) == 30 + 6
     assert len(rows(undisturbed)) == 18
@@ -157,11 +157,11 @@ def test_a_failed_job_is_listed_and_the_exit_code_tells(cfg, monkeypatch, capsys
         return {}
 
     monkeypatch.setattr(SSText, "_learn", broken)
-    cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
+    cfg = replace(cfg, methods=("zero_shot", "ss_text"), settings=(), shots=(1, 2))
     assert recipe.main(cfg) == 1
     said = capsys.readouterr().out
     assert "6 of 8 jobs" in said
-    assert "failed: my_images, ss-text, 2 shots, seed 1: RuntimeError: out of luck" in said
+    assert "failed: my_images, ss_text, 2 shots, seed 1: RuntimeError: out of luck" in said
     assert "out of luck" in (cfg.out / "index.html").read_text()
     monkeypatch.undo()
     assert recipe.main(cfg) == 0
@@ -173,7 +173,7 @@ def test_ctrl_c_shows_what_is_there_and_the_same_command_goes_on(cfg, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SSText, "_learn", stopped)
-    cfg = replace(cfg, methods=("zero-shot", "ss-text"), settings=(), shots=(1, 2))
+    cfg = replace(cfg, methods=("zero_shot", "ss_text"), settings=(), shots=(1, 2))
     assert recipe.main(cfg) == 130
     assert "4 of 8 jobs" in capsys.readouterr().out
     assert len(rows(cfg.out)) == 4
@@ -183,7 +183,14 @@ def test_ctrl_c_shows_what_is_there_and_the_same_command_goes_on(cfg, monkeypatc
 
 
 def test_the_ladder_ends_with_advice(cfg, capsys):
-    changes = ("coop.epochs=3", "coop.views=1", "lora.steps=3", "lora.lr=1e-2", "clap.epochs=5", "lp++.epochs=5")
+    changes = (
+        "coop.epochs=3",
+        "coop.views=1",
+        "lora.steps=3",
+        "lora.lr=1e-2",
+        "clap.epochs=5",
+        "lp_plus_plus.epochs=5",
+    )
     cfg = replace(cfg, methods=("ladder",), settings=changes, shots=(2,))
     assert recipe.main(cfg) == 0
     said = capsys.readouterr().out
@@ -196,7 +203,7 @@ def test_the_ladder_ends_with_advice(cfg, capsys):
 @pytest.mark.parametrize("protocol", ["base-to-new", "imbalanced", "missing-class", "domain-shift", "cross-dataset"])
 def test_every_protocol_runs(cfg, protocol, images):
     takes = protocol in ("domain-shift", "cross-dataset")
-    cfg = replace(cfg, protocol=protocol, methods=("zero-shot", "coop"), settings=("coop.epochs=2", "coop.views=1"))
+    cfg = replace(cfg, protocol=protocol, methods=("zero_shot", "coop"), settings=("coop.epochs=2", "coop.views=1"))
     if takes:
         # The same images under another name: a shift of nothing.
         other = images.parent / "others"
@@ -223,7 +230,7 @@ def test_every_protocol_runs(cfg, protocol, images):
         ({"protocol": "base-to-news"}, 'Did you mean "base-to-new"'),
         ({"protocol": "base-to-new"}, "new class names"),
         ({"protocol": "domain-shift"}, "--targets"),
-        ({"baseline": "zeroshot"}, 'Did you mean "zero-shot"'),
+        ({"baseline": "zeroshot"}, 'Did you mean "zero_shot"'),
         ({"settings": ("coop.epoch=3",)}, 'Did you mean "epochs"'),
         ({"shots": (1, 1)}, "each once"),
         ({"seeds": ()}, "one value or more"),

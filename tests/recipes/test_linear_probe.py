@@ -21,9 +21,9 @@ from adaptclip.predictions import Predictions
 
 SETTINGS = {
     "logistic": {"C": 5.0},
-    "text-init": {"epochs": 30, "views": 2},
+    "text_init": {"epochs": 30, "views": 2},
     "clap": {"epochs": 30, "views": 2, "clap_weight": 0.5},
-    "lp++": {"epochs": 30},
+    "lp_plus_plus": {"epochs": 30},
 }
 
 recipe = load_recipe("linear_probe")
@@ -49,8 +49,8 @@ def test_every_head_goes_from_card_to_artifact(cfg, head):
     accuracy, chance = ((p.pred == p.labels).mean() for p in (judged, baseline))
     assert accuracy > chance + 0.03  # even a random tower tells some digits apart
     info = training(cfg.out)
-    assert info["trainable_parameters"] == 10 * 48 + {"logistic": 10, "lp++": 20}.get(head, 0)
-    assert info["validation_used_for"] == ("choosing the epoch" if head == "lp++" else "nothing")
+    assert info["trainable_parameters"] == 10 * 48 + {"logistic": 10, "lp_plus_plus": 20}.get(head, 0)
+    assert info["validation_used_for"] == ("choosing the epoch" if head == "lp_plus_plus" else "nothing")
     assert {"seconds", "schedule"} <= set(info)
     asked = {k: v for k, v in SETTINGS[head].items() if k != "views"}
     assert {k: info["chosen"][k] for k in asked} == asked
@@ -88,7 +88,7 @@ def test_the_cards_larger_smallest_crop_wins(cfg, monkeypatch):
 
     monkeypatch.setattr(features, "train_augment", spy)
     for min_scale in (0.5, 0.8):
-        recipe.main(replace(cfg, head="lp++", epochs=1, min_scale=min_scale, overwrite=True))
+        recipe.main(replace(cfg, head="lp_plus_plus", epochs=1, min_scale=min_scale, overwrite=True))
     assert [s["scale"] for s in asked] == [(0.6, 1.0), (0.8, 1.0)]  # the card says 0.6
     assert not any(s["horizontal_flip"] for s in asked)
 
@@ -117,10 +117,10 @@ def test_two_processes_equal_one(cfg, tmp_path):
         ({"head": "logistics"}, 'Did you mean "logistic"'),
         ({"lr": 0.1}, "'logistic' has no setting --lr"),
         ({"head": "clap", "C": 1.0}, "'clap' has no setting --C"),
-        ({"head": "text-init", "clap_weight": 0.0}, "'text-init' has no setting --clap-weight"),
+        ({"head": "text_init", "clap_weight": 0.0}, "'text_init' has no setting --clap-weight"),
         ({"C": -1.0}, "--C must be a number above 0"),
         ({"head": "clap", "epochs": -2}, "epochs must be 1 or more, got -2"),
-        ({"templates": ("a photo.",), "head": "lp++"}, "exactly once"),
+        ({"templates": ("a photo.",), "head": "lp_plus_plus"}, "exactly once"),
         ({"views": -1}, "views"),
         ({"min_scale": 1.5}, "min_scale must be a share of the area, above 0 and up to 1, got 1.5"),
         ({"card": "digit"}, 'Did you mean "digits"'),

@@ -17,10 +17,10 @@ from adaptclip.training.support import chosen_preset
 LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lora": ({"steps": 60, "lr": 1e-2}, {"steps": 8000, "lr": 2e-4}, {"steps": 30}),
     "layernorm": ({"steps": 60, "lr": 1e-2}, {"steps": 4800, "lr": 2e-4}, {"lr": 1e-3}),
-    "two-stage": ({"steps": 80, "lr": 1e-2, "head_lr": 2e-4}, {"steps": 4800, "lr": 2e-4}, {"lr": 3e-3}),
+    "two_stage": ({"steps": 80, "lr": 1e-2, "head_lr": 2e-4}, {"steps": 4800, "lr": 2e-4}, {"lr": 3e-3}),
     "coop": ({"epochs": 50, "views": 5, "batch_size": 32}, {"epochs": 200, "views": None}, {"views": 2}),
     "cocoop": ({"epochs": 10, "views": None, "batch_size": 1}, {"epochs": 10}, {"lr": 1e-3}),
-    "tip-f": ({"epochs": 20, "lr": 1e-3, "views": 10}, {"epochs": 20, "lr": 1e-3}, {"epochs": 100}),
+    "tip_adapter_f": ({"epochs": 20, "lr": 1e-3, "views": 10}, {"epochs": 20, "lr": 1e-3}, {"epochs": 100}),
     "clap": ({"epochs": 300, "lr": 0.1, "views": 20}, {"epochs": 300, "clap_weight": 1.0}, {"clap_weight": 0.0}),
 }
 """Method -> some of its settings by smoke and by its paper at 16 shots, and one setting to change."""

@@ -31,8 +31,8 @@ def cfg(tiny, cache, tmp_path):
 
 
 def as_variant(cfg: Any, variant: str, **changes: Any) -> Any:
-    """The settings of tip-f, without those of its training for a variant that is computed."""
-    trained = {} if variant == "tip-f" else dict.fromkeys(("epochs", "batch_size", "lr"))
+    """The settings of tip_adapter_f, without those of its training for a variant that is computed."""
+    trained = {} if variant == "tip_adapter_f" else dict.fromkeys(("epochs", "batch_size", "lr"))
     return replace(cfg, variant=variant, **trained, **changes)
 
 
@@ -47,10 +47,10 @@ def report_of(run: Path) -> dict:
 @pytest.mark.parametrize(
     ("variant", "method", "chosen", "parameters"),
     [
-        ("tip", "tip_adapter", {"alpha", "beta"}, 0),
-        ("tip-f", "tip_adapter", {"alpha", "beta"}, 20 * 48),
+        ("tip_adapter", "tip_adapter", {"alpha", "beta"}, 0),
+        ("tip_adapter_f", "tip_adapter", {"alpha", "beta"}, 20 * 48),
         ("gda", "gda", {"alpha"}, 0),
-        ("ss-text", "ss_text", set(), 0),
+        ("ss_text", "ss_text", set(), 0),
     ],
 )
 def test_every_variant_ends_in_an_artifact_that_predicts_as_the_run_did(cfg, variant, method, chosen, parameters):
@@ -68,22 +68,22 @@ def test_every_variant_ends_in_an_artifact_that_predicts_as_the_run_did(cfg, var
     assert set(training["chosen"]) == chosen
     assert training["trainable_parameters"] == parameters
     assert training["seconds"] > 0
-    assert ("cosine, 10 epochs" in training["schedule"]) == (variant == "tip-f")
+    assert ("cosine, 10 epochs" in training["schedule"]) == (variant == "tip_adapter_f")
     used = report["split"]["validation_used_for"]
-    assert used == "nothing" if variant == "ss-text" else "on 20 images" in used
+    assert used == "nothing" if variant == "ss_text" else "on 20 images" in used
     assert {name: model.manifest["settings"][name] for name in chosen} == training["chosen"]
-    assert bool((cfg.out / "metrics.jsonl").read_text()) == (variant == "tip-f")
+    assert bool((cfg.out / "metrics.jsonl").read_text()) == (variant == "tip_adapter_f")
 
 
 def test_tip_f_learns_from_the_keys_of_tip_and_is_the_same_every_time(cfg, tmp_path):
     runs = {}
-    for name, variant in (("tip", "tip"), ("once", "tip-f"), ("again", "tip-f")):
+    for name, variant in (("tip_adapter", "tip_adapter"), ("once", "tip_adapter_f"), ("again", "tip_adapter_f")):
         recipe.main(as_variant(cfg, variant, out=tmp_path / name))
         runs[name] = adapter_file(tmp_path / name)
         AcceleratorState._reset_state(reset_partial_state=True)
     assert torch.equal(runs["once"]["keys"], runs["again"]["keys"])
-    assert torch.equal(runs["once"]["key_labels"], runs["tip"]["key_labels"])
-    moved = (runs["once"]["keys"] - runs["tip"]["keys"]).abs().max().item()
+    assert torch.equal(runs["once"]["key_labels"], runs["tip_adapter"]["key_labels"])
+    moved = (runs["once"]["keys"] - runs["tip_adapter"]["keys"]).abs().max().item()
     assert 0.01 < moved < 1  # AdamW moves a weight by about the rate per step, 20 steps here
     losses = [json.loads(line)["loss"] for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
@@ -109,7 +109,7 @@ def test_the_test_split_is_read_after_every_choice(cfg, monkeypatch):
 
 
 def test_fixed_values_use_no_validation(cfg):
-    recipe.main(as_variant(cfg, "tip", choose="fixed", alpha=0.7, beta=3.0, views=0))
+    recipe.main(as_variant(cfg, "tip_adapter", choose="fixed", alpha=0.7, beta=3.0, views=0))
     report = report_of(cfg.out)
     assert report["training"]["chosen"] == {"alpha": 0.7, "beta": 3.0}
     assert report["training"]["views"] == 0
@@ -125,11 +125,11 @@ def test_one_image_per_class_seen_once(cfg):
 
 def test_without_validation_images_the_fixed_values_are_named(cfg, monkeypatch):
     monkeypatch.setattr(ac, "sample_few_shot", partial(ac.sample_few_shot, val_shots=0), raising=False)
-    for variant in ("tip", "tip-f", "gda"):
+    for variant in ("tip_adapter", "tip_adapter_f", "gda"):
         with pytest.raises(ConfigError, match=r"no validation images .* --choose fixed"):
             recipe.main(as_variant(cfg, variant))
     assert not cfg.out.exists()
-    assert recipe.main(as_variant(cfg, "ss-text")) == 0
+    assert recipe.main(as_variant(cfg, "ss_text")) == 0
     assert recipe.main(as_variant(cfg, "gda", choose="fixed", overwrite=True)) == 0
 
 
@@ -164,9 +164,9 @@ def test_stopped_and_resumed_equals_undisturbed(cfg, tmp_path, monkeypatch, stop
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": "tipf"}, 'Did you mean "tip-f"'),
+        ({"variant": "tipf"}, 'Did you mean "tip_adapter_f"'),
         ({"alpha": 2.0, "beta": 1.0}, "--alpha and --beta would be overwritten by --choose validation"),
-        ({"variant": "ss_text"}, 'Did you mean "ss-text"'),
+        ({"variant": "ss_text"}, 'Did you mean "ss_text"'),
         ({"choose": "valid"}, 'Did you mean "validation"'),
         ({"alpha": -1.0, "choose": "fixed"}, "alpha must be a finite number from 0 up, got -1.0"),
         ({"beta": float("nan"), "choose": "fixed"}, "beta must be a finite number from 0 up, got nan"),

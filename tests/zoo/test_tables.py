@@ -528,7 +528,7 @@ def test_a_lesion_of_one_patient_is_no_finding_beside_the_patient(tmp_path):
         open_data(parse_card(f"{head}  columns: {{cluster: lesion_id}}\n---\n", name="t"), data_root=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["shared_values", "similar_pictures.x", "shared_value.x"])
+@pytest.mark.parametrize("name", ["shared_values", "similar_images.x", "shared_value.x"])
 def test_unused_columns_are_allowed_by_name(name):
     with pytest.raises(AdaptclipError, match="allow"):
         parse_card(f"---\nadaptclip:\n  source: {{kind: manifest, files: t.csv}}\n  allow: [{name}]\n---\n", name="t")

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "coop": ("coop", {"n_ctx": 2}),
     "logistic": ("linear_probe", {"head": "logistic"}),
     "clap": ("linear_probe", {"head": "clap"}),
-    "lp++": ("linear_probe", {"head": "lp++"}),
+    "lp_plus_plus": ("linear_probe", {"head": "lp_plus_plus"}),
     "tip_adapter": ("tip_adapter", {"alpha": 2.0, "beta": 3.0, "num_keys": 30}),
     "gda": ("gda", {"alpha": 0.5}),
     "ss_text": ("ss_text", {}),

@@ -80,20 +80,20 @@ def fit(worker: Worker, method: str) -> Any:
 
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "zero-shot": ("zero_shot", {}),
+    "zero_shot": ("zero_shot", {}),
     "logistic": ("linear_probe", {"head": "logistic"}),
-    "lp++": ("linear_probe", {"head": "lp++"}),
-    "text-init": ("linear_probe", {"head": "text-init"}),
+    "lp_plus_plus": ("linear_probe", {"head": "lp_plus_plus"}),
+    "text_init": ("linear_probe", {"head": "text_init"}),
     "clap": ("linear_probe", {"head": "clap"}),
-    "tip": ("tip_adapter", {"variant": "tip"}),
-    "tip-f": ("tip_adapter", {"variant": "tip-f"}),
+    "tip_adapter": ("tip_adapter", {"variant": "tip_adapter"}),
+    "tip_adapter_f": ("tip_adapter", {"variant": "tip_adapter_f"}),
     "gda": ("tip_adapter", {"variant": "gda"}),
-    "ss-text": ("tip_adapter", {"variant": "ss-text"}),
+    "ss_text": ("tip_adapter", {"variant": "ss_text"}),
     "coop": ("coop", {}),
     "kgcoop": ("coop", {"kg_weight": 8.0, "ctx_init": "a photo of a"}),
     "cocoop": ("cocoop", {}),
     "lora": ("lora", {}),
-    "two-stage": ("two_stage", {}),
+    "two_stage": ("two_stage", {}),
 }
 """Method -> its recipe, and what its name stands for there. The others have the recipe of any method."""
 
@@ -126,7 +126,7 @@ def test_recipe_fit_and_bench_give_the_same_at_default_settings(
     fitted = one.build(worker.store.backbone, case.data.prompt_names, card.templates, seed=1)
     fitted.fit(few_shots, validation=validation, preset="smoke", augmentation=card.augmentation)
     np.testing.assert_allclose(fitted.predict_proba(case.data.test), expected.probs, atol=2e-5)
-    assert one.learns == (method != "zero-shot")
+    assert one.learns == (method != "zero_shot")
     if one.learns:
         report = json.loads((tmp_path / "run" / "report.json").read_text())
         schedules = {report["training"]["schedule"], found["schedule"], fitted.info_["schedule"]}
@@ -136,17 +136,17 @@ def test_recipe_fit_and_bench_give_the_same_at_default_settings(
 
 
 def test_ensembles_average_more_prompts(make_worker):
-    worker = make_worker(methods=("zero-shot", "ensemble"))
+    worker = make_worker(methods=("zero_shot", "ensemble"))
     adapter: Any = fit(worker, "ensemble")
     assert len(adapter.templates) == len({*ac.load_card("digits").templates}) + 7
-    assert run(worker, "ensemble")["judged"]["test"]["ece"] != run(worker, "zero-shot")["judged"]["test"]["ece"]
+    assert run(worker, "ensemble")["judged"]["test"]["ece"] != run(worker, "zero_shot")["judged"]["test"]["ece"]
 
 
 def test_new_classes_are_judged_by_their_names(make_worker, data):
     changes = ("coop.epochs=3", "coop.views=1", "lora.steps=2", "lora.lr=1e-2")
-    worker = make_worker(changes, ("zero-shot", "coop", "lora"), protocol="base-to-new")
+    worker = make_worker(changes, ("zero_shot", "coop", "lora"), protocol="base-to-new")
     base, new = base_and_new(data)
-    for method in ("zero-shot", "coop", "lora"):
+    for method in ("zero_shot", "coop", "lora"):
         found = run(worker, method)["judged"]
         assert (found["base"]["n"], found["new"]["n"]) == (len(base.test), len(new.test))
         b, n = found["base"]["accuracy"], found["new"]["accuracy"]
@@ -155,7 +155,7 @@ def test_new_classes_are_judged_by_their_names(make_worker, data):
     backbone = worker.store.backbone
     features = ac.FeatureCache(None).get(backbone, new.test)
     own = ac.predict(ac.ZeroShotClassifier(backbone, new.prompt_names, new.card.templates), features, new.test)
-    assert run(worker, "zero-shot")["judged"]["new"]["accuracy"] == (own.pred == own.labels).mean()
+    assert run(worker, "zero_shot")["judged"]["new"]["accuracy"] == (own.pred == own.labels).mean()
     # CoOp's context is what goes over to the new names.
     adapter: Any = fit(worker, "coop")
     moved: Any = adapter.for_classes(new.prompt_names)
@@ -186,28 +186,28 @@ def test_every_job_of_a_grid_has_a_key_of_its_own_that_knows_what_matters(make_w
 
 
 def test_settings_are_read_and_wrong_ones_refused():
-    settings = read_settings(("coop.epochs=7", "tip-f.lr=0.5"), ("coop", "tip-f"))
+    settings = read_settings(("coop.epochs=7", "tip_adapter_f.lr=0.5"), ("coop", "tip_adapter_f"))
     assert settings["coop"] == {**named()["coop"].settings(), "epochs": 7}
-    assert settings["tip-f"]["lr"] == 0.5
+    assert settings["tip_adapter_f"]["lr"] == 0.5
     for text, message in (
         ("coop.epoch=7", 'Did you mean "epochs"'),
         ("cop.epochs=7", 'is no method. Did you mean "coop"'),
         ("lora.steps=7", "does not run here"),
         ("coop.epochs", "METHOD.SETTING=VALUE"),
         ("coop.epochs=many", "should be int"),
-        ("tip-f.learn_keys=1", "no setting"),
+        ("tip_adapter_f.learn_keys=1", "no setting"),
     ):
         with pytest.raises(ConfigError, match=message):
-            read_settings((text,), ("coop", "tip-f"))
+            read_settings((text,), ("coop", "tip_adapter_f"))
 
 
 def test_methods_are_chosen_cheap_before_dear():
     assert choose_methods(("coop", "gda", "coop"), new_names=False) == ("gda", "coop")
     ladder = choose_methods(("ladder",), new_names=False)
-    assert ladder[:2] == ("zero-shot", "ensemble")
+    assert ladder[:2] == ("zero_shot", "ensemble")
     assert ladder[-2:] == ("coop", "lora")
-    assert "two-stage" in choose_methods(("ladder", "two-stage"), new_names=False)
-    assert choose_methods(("ladder",), new_names=True) == ("zero-shot", "ensemble", "coop", "lora")
+    assert "two_stage" in choose_methods(("ladder", "two_stage"), new_names=False)
+    assert choose_methods(("ladder",), new_names=True) == ("zero_shot", "ensemble", "coop", "lora")
     with pytest.raises(ConfigError, match='Did you mean "kgcoop"'):
         choose_methods(("kg-coop",), new_names=False)
     with pytest.raises(ConfigError, match=r"gda has a weight for each class .* Methods that can: zero-shot"):
@@ -217,7 +217,7 @@ def test_methods_are_chosen_cheap_before_dear():
 
 
 def test_what_is_not_as_published_is_named():
-    names = ("gda", "coop", "lora", "zero-shot")
+    names = ("gda", "coop", "lora", "zero_shot")
     assert not_published(names, ()) == {}
     assert not_published(names, ("coop.views=10", "coop.lr=1e-3", "lora.rank=4")) == {
         "coop": "views=10, lr=1e-3", "lora": "rank=4"

@@ -15,7 +15,7 @@ from adaptclip.bench.runner import Progress, duration, run_jobs, worker_rank
 
 
 def jobs(count=12):
-    methods = ("zero-shot", "gda", "coop")
+    methods = ("zero_shot", "gda", "coop")
     return [Job("card", methods[i % 3], {}, 1 + i // 3, 1, f"key{i:02d}") for i in range(count)]
 
 

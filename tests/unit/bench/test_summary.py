@@ -81,17 +81,17 @@ def test_the_best_is_bold_and_only_what_may_be_as_good_is_marked():
         "coop": {1: 0.80, 2: 0.82, 3: 0.81},
         "gda": {1: 0.79, 2: 0.83, 3: 0.80},  # differs by -1, +1, -1 points
         "clap": {1: 0.70, 2: 0.72, 3: 0.71},  # ten points below, every time
-        "tip": {1: 0.99},  # not all seeds: not compared
+        "tip_adapter": {1: 0.99},  # not all seeds: not compared
     }
     cells = column_cells(column, 3)
     assert {m: (c.best, c.tied, c.full) for m, c in cells.items()} == {
         "coop": (True, False, True),
         "gda": (False, True, True),
         "clap": (False, False, True),
-        "tip": (False, False, False),
+        "tip_adapter": (False, False, False),
     }
     alone = column_cells({m: {1: v[1]} for m, v in column.items()}, 1)
-    assert [m for m, c in alone.items() if c.best] == ["tip"]
+    assert [m for m, c in alone.items() if c.best] == ["tip_adapter"]
     assert not any(c.tied for c in alone.values())
 
 
@@ -125,10 +125,10 @@ def test_the_honest_difference_is_tukeys_on_the_residuals_of_a_two_way_layout():
     error = ((table.ravel() - fitted) ** 2).sum() / (20 - rank)
     expected = stats.studentized_range.ppf(0.95, 4, 12) * np.sqrt(error / 5)
     assert honest_difference(column) == pytest.approx(expected)
-    still = column | {"zero-shot": dict.fromkeys(range(5), 0.6)}
+    still = column | {"zero_shot": dict.fromkeys(range(5), 0.6)}
     wider = stats.studentized_range.ppf(0.95, 5, 12) * np.sqrt(error / 5)
     assert honest_difference(still) == pytest.approx(wider)
-    alone = {names[0]: column[names[0]], "zero-shot": still["zero-shot"]}
+    alone = {names[0]: column[names[0]], "zero_shot": still["zero_shot"]}
     assert honest_difference(alone) == pytest.approx(stats.t.ppf(0.975, 4) * table[0].std(ddof=1) / np.sqrt(5))
 
 
@@ -147,11 +147,11 @@ def test_a_seed_that_collapses_is_named_and_not_averaged():
     scattered = {"coop": {1: 0.80, 2: 0.70, 3: 0.90}, "gda": {1: 0.60, 2: 0.75, 3: 0.88}}
     assert not any(c.collapsed for c in column_cells(scattered, 3).values())
     results = [result(m, s, v) for m, own in column.items() for s, v in own.items()]
-    means = result_tables(tidy_rows(results), metric="accuracy", baseline="zero-shot", num_seeds=3)[0]
+    means = result_tables(tidy_rows(results), metric="accuracy", baseline="zero_shot", num_seeds=3)[0]
     assert dict(means.rows)["coop"] == (Entry("80.0 ‡ (seed 2: 66.0)"),)
     assert "‡: median" in means.note
     assert (
-        "‡" not in result_tables(tidy_rows(results[3:]), metric="accuracy", baseline="zero-shot", num_seeds=3)[0].note
+        "‡" not in result_tables(tidy_rows(results[3:]), metric="accuracy", baseline="zero_shot", num_seeds=3)[0].note
     )
 
 
@@ -164,13 +164,13 @@ def test_the_mean_of_cards_takes_seeds_that_all_cards_have():
 
 
 def test_tables_say_what_is_in_the_rows():
-    results = [result("zero-shot", s, 0.25) for s in (1, 2, 3)]
+    results = [result("zero_shot", s, 0.25) for s in (1, 2, 3)]
     results += [result("gda", s, v) for s, v in ((1, 0.70), (2, 0.72), (3, 0.74))]
-    means, differences = result_tables(tidy_rows(results), metric="accuracy", baseline="zero-shot", num_seeds=3)
+    means, differences = result_tables(tidy_rows(results), metric="accuracy", baseline="zero_shot", num_seeds=3)
     half = 100 * stats.t.ppf(0.975, 2) * 0.02 / 3**0.5
     assert means.columns == ("4 shots",)
     assert dict(means.rows)["gda"] == (Entry(f"72.0 ± {half:.1f}", bold=True),)
-    assert dict(means.rows)["zero-shot"] == (Entry("25.0"),)
+    assert dict(means.rows)["zero_shot"] == (Entry("25.0"),)
     assert dict(differences.rows) == {"gda": (Entry(f"+47.0 ± {half:.1f}", bold=True),)}
     assert "| gda | **72.0 ± " in to_markdown(means)
     assert "200 test images" in means.note
@@ -179,18 +179,18 @@ def test_tables_say_what_is_in_the_rows():
 def test_several_judged_sets_of_one_number_of_shots_stand_side_by_side():
     own = {"base": 0.8, "new": 0.4, "harmonic mean": 0.53}
     rows = tidy_rows([result("coop", 1, 0.8, protocol="base-to-new", judged=own)])
-    (table,) = result_tables(rows, metric="accuracy", baseline="zero-shot", num_seeds=1)
+    (table,) = result_tables(rows, metric="accuracy", baseline="zero_shot", num_seeds=1)
     assert table.columns == ("base", "new", "harmonic mean")
     assert [e.text if e else "" for e in table.rows[0][1]] == ["80.0", "40.0", "53.0"]
     rows += tidy_rows([result("coop", 1, 0.8, protocol="base-to-new", shots=16, judged=own)])
-    tables = result_tables(rows, metric="accuracy", baseline="zero-shot", num_seeds=1)
+    tables = result_tables(rows, metric="accuracy", baseline="zero_shot", num_seeds=1)
     assert [t.columns for t in tables] == [("4 shots", "16 shots")] * 3
 
 
 def test_curves_that_fall_are_found():
     values = {1: (0.5, 0.6, 0.55), 4: (0.7, 0.69, 0.71), 16: (0.6, 0.592, 0.608)}
     results = [result("gda", s, v, shots=k) for k, own in values.items() for s, v in enumerate(own)]
-    results += [result("zero-shot", s, 0.9 - k / 100, shots=k) for k in values for s in range(3)]
+    results += [result("zero_shot", s, 0.9 - k / 100, shots=k) for k in values for s in range(3)]
     looked_at, falls = clear_falls(tidy_rows(results), "accuracy")
     assert looked_at == 2
     # Differences of -10.0, -9.8 and -10.2 points: 4.303 · 0.2 / √3.
@@ -200,18 +200,18 @@ def test_curves_that_fall_are_found():
 
 def test_latex_and_markdown_keep_special_characters():
     table = ResultTable(
-        "50 % of a_b & c", ("1 shot",), (("tip-f", (Entry("1.0 ± 2.0", mark=True),)), ("x", (None,))), "n"
+        "50 % of a_b & c", ("1 shot",), (("tip_adapter_f", (Entry("1.0 ± 2.0", mark=True),)), ("x", (None,))), "n"
     )
     text = to_latex(table)
     assert r"50 \% of a\_b \& c" in text
-    assert r"tip-f & 1.0 $\pm$ 2.0$^\dagger$ \\" in text
-    assert "tip-f | 1.0 ± 2.0 † |" in to_markdown(table)
+    assert r"tip_adapter_f & 1.0 $\pm$ 2.0$^\dagger$ \\" in text
+    assert "tip_adapter_f | 1.0 ± 2.0 † |" in to_markdown(table)
     assert text.count(r"\begin{tabular}{lr}") == text.count(r"\end{tabular}") == 1
 
 
 def all_outputs(folder: Path, results, **changes):
     asked = {
-        "protocol": "all-classes", "backbone": "b <i>", "metric": "accuracy", "baseline": "zero-shot", "num_seeds": 3,
+        "protocol": "all-classes", "backbone": "b <i>", "metric": "accuracy", "baseline": "zero_shot", "num_seeds": 3,
         "num_jobs": len(results) + 1, **changes,
     }  # fmt: skip
     failures = [{"job": "a card & more", "error": "DataError", "message": "<script>"}]
@@ -223,7 +223,7 @@ def grid(cards=("flowers", "grocery")):
     return [
         result(m, s, float(np.clip(base + rng.normal(0, 0.01) + 0.1 * np.log2(k), 0, 1)), card=c, shots=k, seconds=t)
         for c in cards
-        for m, base, t in (("zero-shot", 0.1, 0.1), ("gda", 0.4, 0.5), ("coop", 0.3, 60.0))
+        for m, base, t in (("zero_shot", 0.1, 0.1), ("gda", 0.4, 0.5), ("coop", 0.3, 60.0))
         for k in (1, 4)
         for s in (1, 2, 3)
     ]
@@ -265,7 +265,7 @@ def test_the_page_is_whole_in_itself_and_escapes(tmp_path):
 def test_curves_have_a_line_per_method_and_the_true_bars():
     figures = draw_curves(tidy_rows(grid(("flowers",))), metric="accuracy")
     svg = figures["flowers"]["svg"].decode()
-    for text in ("zero-shot", "gda", "coop", "images per class", "flowers: test"):
+    for text in ("zero_shot", "gda", "coop", "images per class", "flowers: test"):
         assert text in svg
     assert figures["flowers"]["png"].startswith(b"\x89PNG")
 
@@ -306,7 +306,7 @@ def test_a_run_that_does_not_fit_has_no_published_numbers(change):
 
 
 def test_single_sets_are_matched_by_card_and_one_seed_cannot_be_flagged():
-    rows = tidy_rows([result("zero-shot", 1, 0.40, card="eurosat")])
+    rows = tidy_rows([result("zero_shot", 1, 0.40, card="eurosat")])
     for row in rows:
         row["backbone"] = "RN50"
     (one,) = compare(rows)
@@ -344,7 +344,7 @@ def test_published_harmonic_means_are_those_of_their_halves():
 
 
 def rows_of(**values):
-    seconds = {"zero-shot": 0.1, "gda": 0.5, "coop": 60.0, "lora": 600.0}
+    seconds = {"zero_shot": 0.1, "gda": 0.5, "coop": 60.0, "lora": 600.0}
     return tidy_rows(
         [
             result(m.replace("_", "-"), s, v, seconds=seconds[m.replace("_", "-")])
@@ -392,7 +392,7 @@ def test_the_cheapest_may_be_the_best_and_one_seed_says_little():
 
 
 def test_what_puts_a_card_in_doubt_stands_on_the_page_and_in_the_tables(tmp_path):
-    leak = "grocery: 3 of 240 test images look the same as a train image <b> (allowed by the card: similar_pictures)"
+    leak = "grocery: 3 of 240 test images look the same as a train image <b> (allowed by the card: similar_images)"
     all_outputs(tmp_path, grid(), worries=(leak,))
     page, tables = ((tmp_path / name).read_text(encoding="utf-8") for name in ("index.html", "tables.md"))
     assert f"<h2>What to worry about</h2>\n<ul><li>{leak.replace('<', '&lt;').replace('>', '&gt;')}</li></ul>" in page

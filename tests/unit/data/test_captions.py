@@ -94,7 +94,7 @@ def test_one_row_per_caption_is_joined_by_picture(tmp_path):
     assert len(data.test) == 2
     assert "13 rows show 4 images" in " ".join(data.skipped)
     (tmp_path / "table.csv").write_text(text + "\n0.png,leaks,test\n")
-    with pytest.raises(SplitError, match="duplicate_pictures"):
+    with pytest.raises(SplitError, match="duplicate_images"):
         open_data(card_of(block), data_root=tmp_path)
 
 

@@ -66,7 +66,7 @@ def test_every_source_kind_parses():
         (MINIMAL + "  columns: {lable: y}\n", r'columns.lable: unknown key. Did you mean "label"\?'),
         (MINIMAL + "  gates: [{metrc: accuracy}]\n", r'gates.0.metrc: unknown key. Did you mean "metric"\?'),
         (MINIMAL + "  gates: [{metric: acuracy, at_least: 1}]\n", r"gates.0: unknown metric 'acuracy'"),
-        (MINIMAL + "  allow: [similar]\n", r'no check named \'similar\'. Did you mean "similar_pictures"'),
+        (MINIMAL + "  allow: [similar]\n", r'no check named \'similar\'. Did you mean "similar_images"'),
         (MINIMAL + "  class_names: [yes, 7]\n", r"class_names.0: expected text, got True \(bool\); write it in quotes"),
         (MINIMAL + "  templates: [a photo]\n", r"templates need exactly one \{\}"),
         (MINIMAL + "  templates: []\n", r"adaptclip.templates: Tuple should have at least 1"),
@@ -212,3 +212,8 @@ def test_the_allowable_checks_are_those_that_exist():
     )
     for name in ALLOWABLE:
         assert f'"{name}"' in source
+
+
+def test_checks_by_their_names_of_version_0_1_are_still_allowed():
+    card = card_of(MINIMAL + "  allow: [similar_pictures, duplicate_pictures, missing_classes]\n")
+    assert card.allow == ("similar_images", "duplicate_images", "missing_classes")

@@ -55,10 +55,10 @@ def test_sound_data_pass_without_a_word():
 def test_the_same_file_in_train_and_test():
     data = data_of(test=part_of("test", [photo(3), photo(1)], [0, 1]))
     message = r"1 of 2 test images is the same file as a train image: image test-1 = image train-0"
-    with pytest.raises(SplitError, match=rf"{message}.*allow: \[duplicate_pictures\]"):
+    with pytest.raises(SplitError, match=rf"{message}.*allow: \[duplicate_images\]"):
         check_data(data)
-    (note, conflict) = check_data(replace(data, card=data_of("  allow: [duplicate_pictures]\n").card)).notes
-    assert "allowed by the card: duplicate_pictures" in note
+    (note, conflict) = check_data(replace(data, card=data_of("  allow: [duplicate_images]\n").card)).notes
+    assert "allowed by the card: duplicate_images" in note
     assert "2 images are found under several classes: 'train-0', 'test-1'" in conflict
 
 
@@ -82,8 +82,8 @@ def test_the_same_picture_saved_anew():
     data = data_of(test=part_of("test", [photo(3), photo(2, quality=60)], [0, 1]))
     with pytest.raises(SplitError, match=r"1 of 2 test images looks the same as a train image: image test-1 = "):
         check_data(data)
-    (note,) = check_data(replace(data, card=data_of("  allow: [similar_pictures]\n").card)).notes
-    assert "allowed by the card: similar_pictures" in note
+    (note,) = check_data(replace(data, card=data_of("  allow: [similar_images]\n").card)).notes
+    assert "allowed by the card: similar_images" in note
 
 
 def test_validation_is_compared_with_both_others():
@@ -167,7 +167,7 @@ def test_all_leaks_are_reported_at_once():
     train = part_of("train", [photo(1), photo(2)], [0, 1], clusters=("p", "r"))
     with pytest.raises(SplitError) as caught:
         check_data(data_of(train=train, test=test))
-    for name in ("duplicate_pictures", "similar_pictures", "shared_clusters", "missing_classes"):
+    for name in ("duplicate_images", "similar_images", "shared_clusters", "missing_classes"):
         assert f"allow: [{name}]" in str(caught.value)
 
 
@@ -217,7 +217,7 @@ def test_a_level_of_the_taxonomy_is_no_site():
 
 def test_an_allowed_leak_is_a_worry_and_a_missing_class_a_note():
     test = part_of("test", [photo(1)], [0])
-    checked = check_data(data_of("  allow: [duplicate_pictures, missing_classes]\n", test=test))
+    checked = check_data(data_of("  allow: [duplicate_images, missing_classes]\n", test=test))
     (worry,) = checked.worries
     assert worry.startswith("1 of 1 test images is the same file as a train image")
     assert len(checked.notes) == 2

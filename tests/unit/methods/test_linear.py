@@ -34,8 +34,8 @@ from adaptclip.types import Batch, Features
 
 NAMES = ("rose", "lily of the valley", "dog", "handwritten digit")
 TEMPLATES = ("a photo of a {}.", "art of the {}.")
-HEADS = ("logistic", "text-init", "clap", "lp++")
-QUICK = {"logistic": {"c": 1.0}, "text-init": {"epochs": 8}, "clap": {"epochs": 8}, "lp++": {"epochs": 25}}
+HEADS = ("logistic", "text_init", "clap", "lp_plus_plus")
+QUICK = {"logistic": {"c": 1.0}, "text_init": {"epochs": 8}, "clap": {"epochs": 8}, "lp_plus_plus": {"epochs": 25}}
 D = 48
 
 
@@ -167,15 +167,15 @@ def test_one_class_alone_is_refused_by_logistic(backbone):
         fit_logistic(np.eye(3, D, dtype=np.float32), np.zeros(3, dtype=np.int64), 4, c=1.0)
 
 
-# --- text-init and CLAP ---
+# --- text_init and CLAP ---
 
 
 def test_before_the_fit_the_heads_with_words_are_zero_shot(backbone):
     batch = batch_of(make_features())
     expected = ZeroShotClassifier(backbone, NAMES, TEMPLATES)(batch)
-    for head in ("text-init", "clap"):
+    for head in ("text_init", "clap"):
         assert torch.equal(LinearProbe(backbone, NAMES, head=head, templates=TEMPLATES)(batch), expected)
-    lp = LinearProbe(backbone, NAMES, head="lp++", templates=TEMPLATES)(batch)
+    lp = LinearProbe(backbone, NAMES, head="lp_plus_plus", templates=TEMPLATES)(batch)
     torch.testing.assert_close(lp, expected, atol=1e-4, rtol=0)
 
 
@@ -247,16 +247,16 @@ def test_the_start_norm_is_the_root_of_the_logit_scale_unless_given(backbone):
     scale = float(backbone.logit_scale)
     assert LinearProbe(backbone, NAMES, head="clap").start_norm == pytest.approx(scale**0.5)
     assert start_norm_of(100.0) == 10.0  # OpenAI's models: the raw norm that the published code starts at
-    probe = LinearProbe(backbone, NAMES, head="text-init", start_norm=3.0)
+    probe = LinearProbe(backbone, NAMES, head="text_init", start_norm=3.0)
     assert probe.settings["start_norm"] == 3.0
     info = probe.fit_features(make_features(), epochs=2)
     assert info["chosen"]["start_norm"] == 3.0
     assert "from weights of norm 3;" in info["schedule"]
     for head, settings, message in (
-        ("lp++", {"start_norm": 1.0}, "text-init and clap start; got 1 for lp"),
+        ("lp_plus_plus", {"start_norm": 1.0}, "text_init and clap start; got 1 for lp"),
         ("clap", {"start_norm": 0.0}, "a number above 0.*got 0"),
         ("clap", {"reading": "paper"}, "'clap' has no reading"),
-        ("lp++", {"reading": "papers"}, 'Did you mean "paper"'),
+        ("lp_plus_plus", {"reading": "papers"}, 'Did you mean "paper"'),
     ):
         with pytest.raises(ConfigError, match=message):
             LinearProbe(backbone, NAMES, head=head, **settings)  # pyright: ignore[reportArgumentType]
@@ -289,7 +289,7 @@ def test_clap_with_weight_0_is_text_init_and_more_weight_stays_nearer(backbone):
         probe.fit_features(train, epochs=20, seed=3, **settings)
         return probe
 
-    free = fitted("text-init")
+    free = fitted("text_init")
     assert torch.equal(fitted("clap", clap_weight=0.0).learnt["weight"], free.learnt["weight"])
     distance = [
         (fitted("clap", clap_weight=w).learnt["weight"] - free.text).norm().item() for w in (0.0, 1.0, 10.0, 100.0)
@@ -301,11 +301,11 @@ def test_clap_with_weight_0_is_text_init_and_more_weight_stays_nearer(backbone):
 def test_fewer_images_than_a_batch_and_other_seeds(backbone):
     heads = {}
     for seed in (0, 1):
-        probe = LinearProbe(backbone, NAMES, head="text-init")
+        probe = LinearProbe(backbone, NAMES, head="text_init")
         probe.fit_features(make_features((90, 90, 90, 90)), epochs=3, seed=seed)
         heads[seed] = probe.learnt["weight"].clone()
     assert not torch.equal(heads[0], heads[1])  # 360 images: a batch of 256, drawn differently
-    probe = LinearProbe(backbone, NAMES, head="text-init")
+    probe = LinearProbe(backbone, NAMES, head="text_init")
     probe.fit_features(make_features((1, 1, 1, 1)), epochs=50)
     assert (probe(batch_of(make_features((1, 1, 1, 1)))).argmax(1) == torch.arange(4)).all()
 
@@ -429,10 +429,12 @@ def test_what_learns_is_counted(backbone, head):
     probe = LinearProbe(backbone, NAMES, head=head)
     before = {name: tensor.clone() for name, tensor in probe.adapter_state().items()}
     probe.fit_features(make_features(), **QUICK[head])
-    expected = 4 * D + {"logistic": 4, "lp++": 8}.get(head, 0)
+    expected = 4 * D + {"logistic": 4, "lp_plus_plus": 8}.get(head, 0)
     assert sum(p.numel() for p in probe.trainable_parameters()) == expected
     changed = {name for name, tensor in probe.adapter_state().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"logistic": {"weight", "bias"}, "lp++": {"weight", "alpha", "bias"}}.get(head, {"weight"})
+    assert changed == {"logistic": {"weight", "bias"}, "lp_plus_plus": {"weight", "alpha", "bias"}}.get(
+        head, {"weight"}
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -460,7 +462,7 @@ def test_views_of_logistic_and_lp_plus_plus_are_that_many_images(backbone):
     flat = Features(
         train.values.flatten(0, 1)[None], train.labels.repeat(3), tuple(map(str, range(3 * len(train))))
     )  # fmt: skip
-    for head in ("logistic", "lp++"):
+    for head in ("logistic", "lp_plus_plus"):
         one, other = (LinearProbe(backbone, NAMES, head=head) for _ in range(2))
         one.fit_features(train, **QUICK[head])
         other.fit_features(flat, **QUICK[head])
@@ -502,15 +504,15 @@ def test_validation_features_of_another_backbone(backbone):
 @pytest.mark.parametrize(
     ("head", "settings", "message"),
     [
-        ("logistic", {"lr": 0.1}, r"'logistic' has no setting --lr \(got 0.1\): it belongs to text-init and clap"),
-        ("logistic", {"epochs": 3}, "it belongs to text-init and clap and lp"),
-        ("text-init", {"c": 1.0}, "has no setting --C"),
-        ("text-init", {"clap_weight": 1.0}, "has no setting --clap-weight"),
-        ("lp++", {"lr": 0.1}, "has no setting --lr"),
+        ("logistic", {"lr": 0.1}, r"'logistic' has no setting --lr \(got 0.1\): it belongs to text_init and clap"),
+        ("logistic", {"epochs": 3}, "it belongs to text_init and clap and lp"),
+        ("text_init", {"c": 1.0}, "has no setting --C"),
+        ("text_init", {"clap_weight": 1.0}, "has no setting --clap-weight"),
+        ("lp_plus_plus", {"lr": 0.1}, "has no setting --lr"),
         ("logistic", {"c": -1.0}, "--C must be a number above 0, got -1"),
         ("clap", {"clap_weight": -1.0}, "--clap-weight must be a number 0 or more"),
         ("clap", {"lr": float("nan")}, "--lr must be a number above 0"),
-        ("lp++", {"epochs": 0}, "--epochs must be a number 1 or more"),
+        ("lp_plus_plus", {"epochs": 0}, "--epochs must be a number 1 or more"),
     ],
 )
 def test_settings_that_the_head_does_not_have(backbone, head, settings, message):
@@ -529,7 +531,7 @@ def test_a_wrong_head_and_no_names(backbone):
 
 def test_a_fit_that_is_not_finite_is_not_kept(backbone):
     train = make_features()
-    probe = LinearProbe(backbone, NAMES, head="text-init")
+    probe = LinearProbe(backbone, NAMES, head="text_init")
     with pytest.raises(TrainingError, match="not finite"):
         probe.fit_features(train, lr=1e38)
     broken = replace(train, values=torch.full_like(train.values, float("nan")))

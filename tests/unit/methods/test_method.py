@@ -60,7 +60,7 @@ def pictures(count: int = 6) -> tuple[list[Image.Image], list[str]]:
     return images, labels
 
 
-FEATURE_METHODS = ("ss-text", "logistic", "lp++", "tip", "gda", "tip-f", "text-init", "clap")
+FEATURE_METHODS = ("ss_text", "logistic", "lp_plus_plus", "tip_adapter", "gda", "tip_adapter_f", "text_init", "clap")
 
 
 @pytest.mark.parametrize("name", FEATURE_METHODS)
@@ -90,7 +90,7 @@ def test_a_method_on_features_learns_and_answers(name, clip):
     np.testing.assert_allclose(head.logits(unit).softmax(dim=1).detach().numpy(), found, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gda", "text-init", "tip", "ss-text"])
+@pytest.mark.parametrize("name", ["gda", "text_init", "tip_adapter", "ss_text"])
 def test_views_are_all_learnt_from(name, clip):
     x, y = rows(views=4)
     model = named()[name].build(clip, NAMES, ("{}",), seed=1)
@@ -100,7 +100,7 @@ def test_views_are_all_learnt_from(name, clip):
     np.testing.assert_array_equal(model.fit(x[0], y).predict_proba(x), model.predict_proba(x[0]))
 
 
-@pytest.mark.parametrize("name", ["coop", "cocoop", "lora", "two-stage", "layernorm", "gda", "zero-shot"])
+@pytest.mark.parametrize("name", ["coop", "cocoop", "lora", "two_stage", "layernorm", "gda", "zero-shot"])
 def test_a_method_on_images_learns_saves_and_loads(name, tower, tmp_path):
     images, labels = pictures()
     model = named()[name].build(tower, NAMES, ("a photo of a {}.",), seed=1)
@@ -210,7 +210,7 @@ def test_the_conventions_of_scikit_learn():
     scores = cross_val_score(model, x[some], y[some], cv=3)
     assert scores.shape == (3,)
     assert scores.min() > 0.9
-    search = GridSearchCV(ac.LinearProbe(real.clip, head="text-init"), {"epochs": [1, 30], "start_norm": [10.0]}, cv=2)
+    search = GridSearchCV(ac.LinearProbe(real.clip, head="text_init"), {"epochs": [1, 30], "start_norm": [10.0]}, cv=2)
     search.fit(x[some], y[some])
     assert search.best_params_ == {"epochs": 30, "start_norm": 10.0}
     other: Any = clone(ac.TipAdapter(real.clip, alpha=2.0).set_params(views=3))

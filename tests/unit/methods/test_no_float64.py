@@ -36,7 +36,7 @@ FITTED: dict[str, Any] = {
     "gda": lambda b: GDA(b, NAMES),
     "ss_text": lambda b: SSText(b, NAMES),
     "logistic": lambda b: LinearProbe(b, NAMES, head="logistic"),
-    "lp++": lambda b: LinearProbe(b, NAMES, head="lp++"),
+    "lp_plus_plus": lambda b: LinearProbe(b, NAMES, head="lp_plus_plus"),
     "clap": lambda b: LinearProbe(b, NAMES, head="clap"),
 }
 

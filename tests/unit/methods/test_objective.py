@@ -243,21 +243,21 @@ def test_what_is_saved_builds_the_same(method, clip):
 
 def test_a_head_is_fitted_by_its_objective(clip):
     features = some_features(clip, 60)
-    heads = {name: LinearProbe(clip, NAMES, head="text-init", objective=name) for name in ("softmax", "sigmoid")}
+    heads = {name: LinearProbe(clip, NAMES, head="text_init", objective=name) for name in ("softmax", "sigmoid")}
     for head in heads.values():
         head.fit_features(features, epochs=20)
     batch = batch_of(features)
     with torch.no_grad():
         sigmoid = sigmoid_losses(heads["sigmoid"](batch), features.labels).mean()
-        start = LinearProbe(clip, NAMES, head="text-init", objective="sigmoid")
+        start = LinearProbe(clip, NAMES, head="text_init", objective="sigmoid")
         before = sigmoid_losses(start(batch), features.labels).mean()
     assert sigmoid < 0.8 * before
     assert torch.sigmoid(heads["sigmoid"](batch)).mean().item() == pytest.approx(0.2, abs=0.05)
 
 
-@pytest.mark.parametrize("head", ["logistic", "lp++"])
+@pytest.mark.parametrize("head", ["logistic", "lp_plus_plus"])
 def test_a_head_of_the_softmax_says_so_before_it_reads_a_prompt(head):
-    with pytest.raises(ConfigError, match=r"sigmoid takes text-init or clap"):
+    with pytest.raises(ConfigError, match=r"sigmoid takes text_init or clap"):
         LinearProbe(None, NAMES, head=head, objective="sigmoid")  # pyright: ignore[reportArgumentType]
 
 

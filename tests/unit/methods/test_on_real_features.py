@@ -17,7 +17,7 @@ from adaptclip.methods.registry import named
 
 TEMPLATES = ("{}",)
 MODELS = ("openai-vit-b-32", "openai-vit-l-14")
-METHODS = ("logistic", "text-init", "clap", "lp++", "tip", "tip-f", "gda", "ss-text")
+METHODS = ("logistic", "text_init", "clap", "lp_plus_plus", "tip_adapter", "tip_adapter_f", "gda", "ss_text")
 
 
 @cache
@@ -60,10 +60,10 @@ def test_one_shot_is_not_below_zero_shot(real, method):
 
 def test_zs_lp_at_one_shot(real):
     least = 87 if real.text.shape[1] == 512 else 95
-    assert accuracies(real, "text-init", 1).mean() >= least
+    assert accuracies(real, "text_init", 1).mean() >= least
     unit = []
     for seed in (1, 2, 3):
-        probe = LinearProbe(real.clip, NAMES, head="text-init", templates=TEMPLATES, start_norm=1.0)
+        probe = LinearProbe(real.clip, NAMES, head="text_init", templates=TEMPLATES, start_norm=1.0)
         probe.fit_features(real.draw(1, seed)[0], seed=seed)
         unit.append(real.accuracy(probe))
     assert np.mean(unit) < least - 8, "from unit norm the steps are far too large"
@@ -78,7 +78,7 @@ def test_what_moves_by_a_millionth_moves_no_accuracy(real, method):
 
 
 def test_learnt_keys_are_better_than_fixed_ones_at_16_shots(real):
-    tip, learnt = (accuracies(real, method, 16) for method in ("tip", "tip-f"))
+    tip, learnt = (accuracies(real, method, 16) for method in ("tip_adapter", "tip_adapter_f"))
     assert learnt.mean() > tip.mean()
     assert learnt.mean() > 96
 

@@ -44,7 +44,7 @@ def linear(real: Any, name: str) -> Any:
 
 def ss_text(real: Any, name: str) -> Any:
     method, rest = name.split(", ")
-    adapter = SSText(real.clip, NAMES, templates=TEMPLATES, mode="plus" if method == "ss-text+" else "plain")
+    adapter = SSText(real.clip, NAMES, templates=TEMPLATES, mode="plus" if method == "ss_text+" else "plain")
     adapter.fit_features(uneven(real) if rest == "uneven" else real.draw(int(rest.split()[0]), 1)[0])
     return adapter
 
@@ -68,7 +68,14 @@ def tip_f(real: Any, name: str) -> Any:
     return adapter
 
 
-FITS = {"text-init": linear, "clap": linear, "lp++": linear, "ss-text": ss_text, "ss-text+": ss_text, "tip-f": tip_f}
+FITS = {
+    "text_init": linear,
+    "clap": linear,
+    "lp_plus_plus": linear,
+    "ss_text": ss_text,
+    "ss_text+": ss_text,
+    "tip_adapter_f": tip_f,
+}
 
 
 @pytest.mark.parametrize("name", PEERS["expected"])

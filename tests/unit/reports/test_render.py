@@ -132,7 +132,7 @@ def test_nothing_is_called_fair():
 
 
 def test_what_puts_the_data_in_doubt_is_one_line_under_what_to_worry_about():
-    leak = "3 of 240 test images look the same as a train image: a = b (allowed by the card: similar_pictures)"
+    leak = "3 of 240 test images look the same as a train image: a = b (allowed by the card: similar_images)"
     report = full_report(predictions())
     report["data"] = {
         "name": "n", "source": "manifest", "images": {"test": 240}, "known_issues": [], "allowed": [leak],
