@@ -17,6 +17,11 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 __version__ = "0.2.0"
 
 _HOMES = {
+    "Judgement": "gates.judging",
+    "Metric": "metrics",
+    "GateRule": "gate_rules",
+    "Variant": "methods.method",
+    "Schedule": "methods.method",
     "AdaptclipError": "errors",
     "AdaptedModel": "artifact",
     "CaptionLoader": "data.captions",
@@ -78,26 +83,39 @@ __all__ = [
     "AdaptclipError",
     "AdaptedModel",
     "CaptionLoader",
+    "ClipAdapter",
+    "ClipSVD",
     "CoCoOp",
     "CoOp",
     "ContrastiveTuning",
+    "CrossModal",
     "DataSettings",
     "FeatureCache",
     "FeatureClip",
     "FeatureLoader",
     "Features",
+    "GateRule",
+    "Judgement",
     "LinearProbe",
     "LoRA",
+    "MaPLe",
     "Method",
+    "Metric",
     "PixelLoader",
     "Predictions",
+    "ProLIP",
+    "PromptSRC",
     "RunSettings",
     "SSText",
+    "Schedule",
     "Support",
+    "TaskResidual",
     "TipAdapter",
     "TowerTuning",
     "Training",
     "TwoStage",
+    "Variant",
+    "WiseFT",
     "ZeroShotClassifier",
     "__version__",
     "backward_and_step",
@@ -153,8 +171,9 @@ if TYPE_CHECKING:
     from adaptclip.errors import AdaptclipError
     from adaptclip.feature_clip import FeatureClip
     from adaptclip.features import FeatureCache, training_crop
+    from adaptclip.gate_rules import GateRule
     from adaptclip.gates import check_gates
-    from adaptclip.gates.judging import judge
+    from adaptclip.gates.judging import Judgement, judge
     from adaptclip.methods import (
         GDA,
         CoCoOp,
@@ -169,8 +188,18 @@ if TYPE_CHECKING:
         TwoStage,
         ZeroShotClassifier,
     )
+    from adaptclip.methods.clip_adapter import ClipAdapter
+    from adaptclip.methods.clip_svd import ClipSVD
+    from adaptclip.methods.cross_modal import CrossModal
+    from adaptclip.methods.maple import MaPLe
+    from adaptclip.methods.method import Schedule, Variant
     from adaptclip.methods.predicting import predict
+    from adaptclip.methods.prolip import ProLIP
     from adaptclip.methods.prompt_reading import nearest_words, read_prompt
+    from adaptclip.methods.prompt_src import PromptSRC
+    from adaptclip.methods.task_residual import TaskResidual
+    from adaptclip.methods.wise_ft import WiseFT
+    from adaptclip.metrics import Metric
     from adaptclip.predictions import Predictions
     from adaptclip.reports.compare import compare_groups
     from adaptclip.reports.full import build_report, full_report

@@ -155,7 +155,8 @@ class FeatureStore:
         """
         key = (pool.digest, augment.spec if views and augment else "")
         values = self._pools.get(key)
-        if values is None or len(values) < max(views, 1):
+        # Features that somebody else computed have the views that they have.
+        if values is None or (pool.has_pixels and len(values) < max(views, 1)):
             self._pools.pop(key, None)
             values = self._pools[key] = self._read(pool, views, augment)
             self._drop_oldest()
@@ -184,9 +185,9 @@ class FeatureStore:
                 except Timeout:
                     continue
                 parts[number] = features.values
-        width = self.backbone.embed_dim
-        empty = torch.empty(max(views, 1), 0, width)
-        return torch.cat([empty, *(parts[number] for number in sorted(parts))], dim=1)
+        if not parts:
+            return torch.empty(max(views, 1), 0, self.backbone.embed_dim)
+        return torch.cat([parts[number] for number in sorted(parts)], dim=1)
 
     def _drop_oldest(self) -> None:
         while len(self._pools) > 1 and sum(v.nbytes for v in self._pools.values()) > MEMORY_BYTES:

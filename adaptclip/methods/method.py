@@ -105,6 +105,8 @@ class Method(nn.Module):
 
     backbone: Any
     class_names: tuple[str, ...]
+    info_: dict[str, Any]
+    classes_: np.ndarray
     _given: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

@@ -210,7 +210,7 @@ def test_methods_are_chosen_cheap_before_dear():
     assert choose_methods(("ladder",), new_names=True) == ("zero_shot", "ensemble", "coop", "lora")
     with pytest.raises(ConfigError, match='Did you mean "kgcoop"'):
         choose_methods(("kg-coop",), new_names=False)
-    with pytest.raises(ConfigError, match=r"gda has a weight for each class .* Methods that can: zero-shot"):
+    with pytest.raises(ConfigError, match=r"gda has a weight for each class .* Methods that can: zero_shot"):
         choose_methods(("gda",), new_names=True)
     with pytest.raises(ConfigError, match="at least one"):
         choose_methods((), new_names=False)

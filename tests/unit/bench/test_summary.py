@@ -204,7 +204,7 @@ def test_latex_and_markdown_keep_special_characters():
     )
     text = to_latex(table)
     assert r"50 \% of a\_b \& c" in text
-    assert r"tip_adapter_f & 1.0 $\pm$ 2.0$^\dagger$ \\" in text
+    assert r"tip\_adapter\_f & 1.0 $\pm$ 2.0$^\dagger$ \\" in text
     assert "tip_adapter_f | 1.0 ± 2.0 † |" in to_markdown(table)
     assert text.count(r"\begin{tabular}{lr}") == text.count(r"\end{tabular}") == 1
 
@@ -378,7 +378,7 @@ def test_a_second_is_not_worth_points():
     rows = rows_of(zero_shot=(0.5, 0.6, 0.7), gda=(0.61, 0.62, 0.69))  # 0.1 s and 0.5 s
     said, _ = advice(rows, metric="accuracy", num_seeds=3)
     assert "gda is best with 64.0 %" in said
-    assert "None is much cheaper; the next, zero-shot, is behind by" in said
+    assert "None is much cheaper; the next, zero_shot, is behind by" in said
     assert said.endswith("take gda.")
 
 
