@@ -227,6 +227,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from adaptclip.methods import class_homes
-
-    return sorted({*__all__, *class_homes()})
+    return sorted(__all__)

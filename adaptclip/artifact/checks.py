@@ -39,7 +39,8 @@ def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any
         method: a key of the registry.
         settings: of the manifest.
     """
-    head = _HEADS.get(settings.get("head"), settings.get("head"))
+    head = settings.get("head")
+    head = _HEADS.get(str(head), head)
     settings = {**settings, "head": head} if head else settings
     fixed: dict[str, Any] = {}
     if method == "linear_probe" and head in ("text_init", "clap"):

@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 @cache
 def class_homes() -> dict[str, str]:
-    """Returns name -> module of `Method` and all classes of this folder that derive from it, without importing any."""
+    """Returns name -> module of the classes that are modules to train or use, without importing any."""
     found: dict[str, tuple[str, str]] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         for name, base in re.findall(r"^class ([A-Z]\w+)\(([\w.]+)\):", text, flags=re.M):
             found[name] = base, f"{__name__}.{path.stem}"
 
-    def is_method(name: str) -> bool:
-        return name == "Method" or (name in found and is_method(found[name][0]))
+    def is_module(name: str) -> bool:
+        return name in ("Method", "nn.Module") or (name in found and is_module(found[name][0]))
 
-    return {name: home for name, (_, home) in found.items() if is_method(name)}
+    return {name: home for name, (_, home) in found.items() if is_module(name)}
 
 
 def __getattr__(name: str) -> Any:

@@ -249,7 +249,8 @@ def test_wrong_input_is_said_before_anything_runs(cfg, changes, message):
 def test_a_card_of_features_takes_methods_with_views_too(tmp_path):
     cfg = recipe.Config(
         cards=("aerial_features",), methods=("zero_shot", "gda", "tip_adapter_f", "text_init"), shots=(1, 2),
-        seeds=(1,), settings=("tip_adapter_f.epochs=2", "text_init.epochs=2"), cache=tmp_path / "cache", out=tmp_path / "run",
+        seeds=(1,), settings=("tip_adapter_f.epochs=2", "text_init.epochs=2"),
+        cache=tmp_path / "cache", out=tmp_path / "run",
     )  # fmt: skip
     assert recipe.main(cfg) == 0
     rows, _ = read_parquet(tmp_path / "run" / "results.parquet")

@@ -164,9 +164,9 @@ def test_stopped_and_resumed_equals_undisturbed(cfg, tmp_path, monkeypatch, stop
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": "tipf"}, 'Did you mean "tip_adapter_f"'),
+        ({"variant": "tip_adapter_g"}, 'Did you mean "tip_adapter_f"'),
         ({"alpha": 2.0, "beta": 1.0}, "--alpha and --beta would be overwritten by --choose validation"),
-        ({"variant": "ss_text"}, 'Did you mean "ss_text"'),
+        ({"variant": "ss-text"}, 'Did you mean "ss_text"'),
         ({"choose": "valid"}, 'Did you mean "validation"'),
         ({"alpha": -1.0, "choose": "fixed"}, "alpha must be a finite number from 0 up, got -1.0"),
         ({"beta": float("nan"), "choose": "fixed"}, "beta must be a finite number from 0 up, got nan"),

@@ -18,7 +18,7 @@ from torch import nn
 
 import adaptclip as ac
 from adaptclip import progress
-from adaptclip.bench.jobs import Board, Job
+from adaptclip.bench.jobs import JobStore, Job
 from adaptclip.bench.runner import Progress, run_jobs
 from adaptclip.progress import lines_to, progress_bar
 from adaptclip.terminal import is_terminal
@@ -241,7 +241,7 @@ def test_a_job_of_the_bench_says_which_one_it_is(clock, capsys, tmp_path):
         return {"judged": {"test": {"accuracy": 0.5}}, "train_images": 1, "total_s": 31.0, "read_s": 0.0}
 
     for show in (True, False):
-        board = Board(tmp_path / str(show), "one")
+        board = JobStore(tmp_path / str(show), "one")
         run_jobs(jobs, run, board, Progress(jobs, board, metric="accuracy", show=show), wait=True)
         assert capsys.readouterr().err.splitlines() == show * [
             f"[1/2] {jobs[0]}: training: 30/31 steps, 30 s so far, about 1.0 s left",

@@ -345,13 +345,7 @@ def test_published_harmonic_means_are_those_of_their_halves():
 
 def rows_of(**values):
     seconds = {"zero_shot": 0.1, "gda": 0.5, "coop": 60.0, "lora": 600.0}
-    return tidy_rows(
-        [
-            result(m.replace("_", "-"), s, v, seconds=seconds[m.replace("_", "-")])
-            for m, own in values.items()
-            for s, v in enumerate(own)
-        ]
-    )
+    return tidy_rows([result(m, s, v, seconds=seconds[m]) for m, own in values.items() for s, v in enumerate(own)])
 
 
 def test_a_dearer_method_that_is_clearly_better_was_worth_it():
