@@ -250,7 +250,7 @@ def write_output(
 
     Args:
         out: folder.
-        results: of finished jobs, as `Board.result` gives them.
+        results: of finished jobs, as `JobStore.result` gives them.
         failures: of failed jobs.
         settings: what the run was about.
 

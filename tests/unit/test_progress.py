@@ -18,7 +18,7 @@ from torch import nn
 
 import adaptclip as ac
 from adaptclip import progress
-from adaptclip.bench.jobs import JobStore, Job
+from adaptclip.bench.jobs import Job, JobStore
 from adaptclip.bench.runner import Progress, run_jobs
 from adaptclip.progress import lines_to, progress_bar
 from adaptclip.terminal import is_terminal
