@@ -113,7 +113,7 @@ def _require_images(rule: GateRule, data: DomainData) -> None:
             asked = [name for name in dict.fromkeys(names) if (name in rule.positive) == bool(side)]
             if not seen & set(asked):
                 raise GateError(
-                    f"{where} needs test images of {' or '.join(map(repr, asked[:3]))}, and there is none. Add some, "
+                    f"{where} needs test images of {' or '.join(map(repr, asked[:3]))}, but there are none. Add some, "
                     "or take the gate out"
                 )
     elif rule.measure.over_classes:

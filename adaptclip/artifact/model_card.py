@@ -208,7 +208,7 @@ def _limits(card: Card, report: Mapping[str, Any]) -> str:
     shift = report.get("shift") or {}
     if shift.get("worse"):
         names = ", ".join(escape_markdown(name) for name in shift["worse"])
-        issues.append(f"- Less accurate than the unadapted model, beyond chance, for: {names}.")
+        issues.append(f"- Significantly less accurate than the unadapted model for: {names}.")
     return "\n".join(issues)
 
 

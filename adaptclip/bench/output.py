@@ -324,7 +324,7 @@ def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], settings: 
     if looked_at:
         info = "; ".join(falls) or "none"
         facts.append(
-            f"Falls from one number of shots to the next, beyond chance by seeds, of {looked_at} steps: {info}."
+            f"Falls from one number of shots to the next, significant over the seeds, of {looked_at} steps: {info}."
         )
     facts += [f"Settings other than published: {', '.join(settings.changes)}."] if settings.changes else []
     facts += [f"Search for settings: {settings.search}."] if settings.search else []

@@ -232,10 +232,10 @@ def doubts_of_expected(rule: GateRule, predictions: Predictions) -> list[str]:
         wanted = predictions.expected.groups.get(name, ())
         absent = [value for value in wanted if value not in there and value not in rule.exclude]
         if absent:
-            said.append(f"The card expects images of {name} = {_listed(absent)}, and there is none.")
+            said.append(f"The card expects images of {name} = {_listed(absent)}, but there are none.")
     names = _absent_classes(rule, predictions)
     if names:
-        said.append(f"The card expects images of the class {_listed(names)}, and there is none.")
+        said.append(f"The card expects images of the class {_listed(names)}, but there are none.")
     return said
 
 

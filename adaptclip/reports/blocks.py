@@ -107,7 +107,7 @@ def p_words(p_value: float) -> str:
 def _gap_note(test: GapTest, confidence: float, left_out: list[str], min_group: int) -> str:
     noise = f"noise alone gives up to {100 * test.null_quantile:.1f} points in {100 * confidence:g} % of cases"
     far = (
-        f"more than noise explains ({p_words(test.p_value)})"
+        f"more than chance explains ({p_words(test.p_value)})"
         if test.p_value <= 1 - confidence
         else f"noise can explain it ({p_words(test.p_value)})"
     )

@@ -142,7 +142,7 @@ def _log_loss(predictions: Predictions) -> Measurement:
 
 
 def _surplus(predictions: Predictions, rows: np.ndarray | None = None) -> Measurement:
-    """Mean confidence minus accuracy: above 0 the model is surer than it is right."""
+    """Mean confidence minus accuracy: above 0 the model is overconfident."""
     keep = slice(None) if rows is None else rows
     right = predictions.pred[keep] == predictions.labels[keep]
     values = predictions.probs[keep].max(axis=1).astype(np.float64) - right

@@ -141,13 +141,17 @@ def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:
     calibration = report.get("calibration")
     if calibration:
         surplus = calibration["scores"]["surplus"]
-        about = "it is surer than it is right" if surplus["value"] > 0 else "it is right more often than it is sure"
+        about = "it is overconfident" if surplus["value"] > 0 else "it is underconfident"
         if surplus["low"] is not None and surplus["low"] <= 0 <= surplus["high"]:
-            about = "no more than noise explains"
+            about = "no more than chance explains"
         return "Confidence minus accuracy", f"{show_points(surplus)} points", about
     shift = report.get("shift")
     if shift and shift.get("classes"):
-        return "Classes that got worse", f"{len(shift['worse'])} of {shift['tested']}", "than zero-shot, beyond chance"
+        return (
+            "Classes that got worse",
+            f"{len(shift['worse'])} of {shift['tested']}",
+            "significantly less accurate than zero-shot",
+        )
     return "Classes", f"{report['num_classes']:,}", f"{len(report['absent_classes'])} of them without test images"
 
 
@@ -187,7 +191,7 @@ def _class_worries(report: Mapping[str, Any]) -> Iterator[str]:
     if shift and shift.get("worse"):
         lost = {row["class"]: row for row in shift["classes"]}
         named = [f"{one_line(n)} ({show_points(lost[n]['change'])} points)" for n in shift["worse"]]
-        yield f"Found less often than by zero-shot, beyond chance: {_some(named)}"
+        yield f"Significantly less accurate than zero-shot for {_some(named)}"
     domains = (shift or {}).get("domains")
     if domains and (domains["accuracy"]["change"]["high"] or 0) < 0:
         yield f"Accuracy drops on the target domain: {show_points(domains['accuracy']['change'])} points"
@@ -207,7 +211,7 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
             missed, more = one_line(outcome), f"{one_line(attribute)} = {one_line(gap['worst_group'])}"
             yield (
                 f"{missed[:1].upper()}{missed[1:]} is missed more often for {more} than for "
-                f"{one_line(gap['best_group'])}, by {100 * gap['value']:.1f} points, more than noise explains"
+                f"{one_line(gap['best_group'])}, by {100 * gap['value']:.1f} points, more than chance explains"
             )
     losing = _losing(tables, level)
     lost = [
@@ -226,7 +230,7 @@ def _group_worries(report: Mapping[str, Any]) -> Iterator[str]:
     ]
     if differ:
         others = "".join(f"; by {name} too: {words}" for name, words in differ[1:])
-        yield f"Accuracy differs by {differ[0][0]} more than noise explains: {differ[0][1]}{others}"
+        yield f"Accuracy differs by {differ[0][0]} more than chance explains: {differ[0][1]}{others}"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

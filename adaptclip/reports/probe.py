@@ -292,7 +292,7 @@ def probe_section(report: Mapping[str, Any]) -> Section | None:
 
 
 def probe_worries(report: Mapping[str, Any]) -> Iterator[str]:
-    """Kinds of words that some group's images are given more often than noise explains (Holm over all gaps)."""
+    """Kinds of words that some group's images are given more often than chance explains (Holm over all gaps)."""
     probe = report.get("text_probe")
     gaps = list(_gaps(probe)) if probe else []
     for (attribute, kind, gap), p in zip(gaps, holm([gap["p_value"] for _, _, gap in gaps]), strict=True):
@@ -300,7 +300,7 @@ def probe_worries(report: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"Words of the kind {one_line(kind)} are given more often for {one_line(attribute)} = "
                 f"{one_line(gap['best_group'])} than for {one_line(gap['worst_group'])}: "
-                f"{100 * gap['value']:.1f} points, more than noise explains"
+                f"{100 * gap['value']:.1f} points, more than chance explains"
             )
 
 

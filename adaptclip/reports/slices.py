@@ -340,7 +340,7 @@ def _by_class(predictions: Predictions, right: np.ndarray) -> np.ndarray:
 
 
 def slice_worries(report: Mapping[str, Any]) -> Iterator[str]:
-    """Slices that are less accurate beyond what noise explains."""
+    """Slices that are less accurate beyond what chance explains."""
     slices = report.get("slices")
     worse = [entry for entry in slices["tested"] if entry["worse"]] if slices else []
     if worse:
@@ -393,7 +393,7 @@ def _blocks(slices: Mapping[str, Any], confidence: float) -> Iterator[Block]:
         yield Bullets(about)
     worse = sum(entry["worse"] for entry in tested)
     found = (
-        f"Less accurate by more than noise explains: {worse} of {len(tested)}. Where a model does worse is no "
+        f"Less accurate by more than chance explains: {worse} of {len(tested)}. Where a model does worse is no "
         "explanation of why."
         if worse
         else "None is shown to be less accurate, which does not show that there is no such slice."

@@ -85,7 +85,7 @@ def test_an_outcome_of_classes_that_were_taken_away_is_named(digits):
 
 
 MISSING = {
-    "metric: sensitivity, positive: nine, at_least: 0.5": "needs test images of 'nine', and there is none",
+    "metric: sensitivity, positive: nine, at_least: 0.5": "needs test images of 'nine', but there are none",
     "metric: auc, positive: nine, at_least: 0.5": "needs test images of 'nine'",
     "metric: mean_per_class_accuracy, at_least: 0.5": "a mean over all classes, and 1 of 10 have no test image: 'nine'",
     "metric: macro_auc, at_least: 0.5": "a mean over all classes",
@@ -102,7 +102,7 @@ def test_a_class_that_a_gate_needs_and_the_test_part_lacks_is_named(gates, digit
     gates.write_text("gates:\n  - {metric: specificity, positive: nine, at_least: 0.5}\n  - {at_least: 0.5}\n")
     assert len(choose_gates(str(gates), lacking)) == 2
     only_nines = replace(digits, test=digits.test.select(np.flatnonzero(digits.test.labels == 9)))
-    with pytest.raises(GateError, match="needs test images of 'zero' or 'one' or 'two', and there is none"):
+    with pytest.raises(GateError, match="needs test images of 'zero' or 'one' or 'two', but there are none"):
         choose_gates(str(gates), only_nines)
 
 

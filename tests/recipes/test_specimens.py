@@ -80,7 +80,7 @@ def test_the_planted_gap_is_recovered_within_its_interval(planted):
     assert verdicts["accuracy of every site ≥ 0.75"]["group"] == "field station"
     assert verdicts["accuracy of every site ≥ 0.75"]["verdict"] != "pass"
     page = (planted / "report.html").read_text()
-    assert "Accuracy differs by site more than noise explains" in page
+    assert "Accuracy differs by site more than chance explains" in page
     assert "lowest for field station" in page
 
 

@@ -214,7 +214,7 @@ def test_expected_groups_and_classes_that_are_absent_hold_the_gates_that_depend_
 
     by_sex = judge(group="sex", at_least=0.7)
     assert by_sex.verdict == "inconclusive"
-    assert by_sex.reason.startswith("The card expects images of sex = male, and there is none.")
+    assert by_sex.reason.startswith("The card expects images of sex = male, but there are none.")
     assert "class d" in judge(at_least=0.7).reason
     assert judge(at_least=0.7).verdict == "inconclusive"
     # What does not depend on it passes: another side of an outcome.

@@ -176,26 +176,26 @@ def test_expected_classes_matter_to_rules_that_depend_on_them():
     def said(**rule: Any):
         return doubts_of_expected(GateRule(**rule), images)
 
-    assert said(at_least=0.5) == ["The card expects images of the class b, d, and there is none."]
+    assert said(at_least=0.5) == ["The card expects images of the class b, d, but there are none."]
     assert said(at_least=0.5, level="kind") == []
     only_bad = predictions((0, 1, 0, 1), expected=Expected(classes="all"))
     assert doubts_of_expected(GateRule(at_least=0.5, level="kind"), only_bad) == [
-        "The card expects images of the class c, d, and there is none."
+        "The card expects images of the class c, d, but there are none."
     ]
     assert said(**SHE, positive=("a",)) == []
-    assert said(**SHE, positive=("a", "b")) == ["The card expects images of the class b, and there is none."]
+    assert said(**SHE, positive=("a", "b")) == ["The card expects images of the class b, but there are none."]
     assert said(metric="specificity", at_least=0.5, positive=("a", "b")) == [
-        "The card expects images of the class d, and there is none."
+        "The card expects images of the class d, but there are none."
     ]
     assert said(metric="selection_rate", at_least=0.5, positive=("a", "b")) == [
-        "The card expects images of the class b, d, and there is none."
+        "The card expects images of the class b, d, but there are none."
     ]
     assert said(**SHE, positive=("bad",), level="kind") == [
-        "The card expects images of the class b, and there is none."
+        "The card expects images of the class b, but there are none."
     ]
     named = predictions((0, 0, 2, 2), expected=Expected(classes=("c", "b", "z")))
     assert doubts_of_expected(GateRule(at_least=0.5), named) == [
-        "The card expects images of the class b, z, and there is none."
+        "The card expects images of the class b, z, but there are none."
     ]
     assert doubts_of_expected(GateRule(at_least=0.5), predictions((0,))) == []
 
@@ -204,13 +204,13 @@ def test_expected_groups_matter_unless_excluded_and_only_some_are_listed():
     wanted = ("f", "m", *(f"g{i}" for i in range(7)))
     images = predictions(groups={"sex": ("f", "f", "m", "m")}, expected=Expected(groups={"sex": wanted}))
     [many] = doubts_of_expected(GateRule(at_least=0.5, group="sex"), images)
-    assert many == "The card expects images of sex = g0, g1, g2, g3, g4 and 2 more, and there is none."
+    assert many == "The card expects images of sex = g0, g1, g2, g3, g4 and 2 more, but there are none."
     out = {"exclude": wanted[4:], "reason": "r"}
     [few] = doubts_of_expected(GateRule(at_least=0.5, group="sex", **out), images)
-    assert few == "The card expects images of sex = g0, g1, and there is none."
+    assert few == "The card expects images of sex = g0, g1, but there are none."
     five = {"exclude": ("g5", "g6"), "reason": "r"}
     [listed] = doubts_of_expected(GateRule(at_least=0.5, group=("sex", "age"), **five), images)
-    assert listed == "The card expects images of sex = g0, g1, g2, g3, g4, and there is none."
+    assert listed == "The card expects images of sex = g0, g1, g2, g3, g4, but there are none."
     assert doubts_of_expected(GateRule(at_least=0.5), images) == []
 
 

@@ -139,7 +139,7 @@ def test_what_puts_the_data_in_doubt_is_one_line_under_what_to_worry_about():
         "worries": [leak, "another", "a third"], "skipped": [f"left out {i}.png: cannot be decoded" for i in range(12)],
     }  # fmt: skip
     first, second = worries(report, None)[:2]
-    assert first == "Accuracy differs by site more than noise explains: 13.7 points, lowest for y."
+    assert first == "Accuracy differs by site more than chance explains: 13.7 points, lowest for y."
     assert second == f"{leak} (2 more findings of this kind: see Data)."
     markdown = to_markdown(report, None)
     assert markdown.index("worry about") < markdown.index(leak.replace("_", "\\_")) < markdown.index("Overall")
