@@ -7,11 +7,9 @@ import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import markupsafe
 import pyarrow as pa
 from pyarrow import csv
@@ -21,6 +19,7 @@ from adaptclip.bench.summary import ALL_CARDS, Estimate, Row, clear_falls, estim
 from adaptclip.bench.tables import METRIC_NAMES, advice, cost_table, result_tables, to_latex, to_markdown
 from adaptclip.files import read_json, write_bytes, write_parquet, write_text
 from adaptclip.methods.registry import named
+from adaptclip.reports.render import page
 from adaptclip.terminal import safe_cell
 
 
@@ -285,12 +284,12 @@ def write_output(
     parts = ["# Costs", to_markdown(costs)]
     parts += ["## Advice", "\n".join(f"- {sentence}" for sentence in said)] if said else []
     write_text(out / "costs.md", "\n\n".join(parts) + "\n")
-    page = _template().render(
+    whole = page("bench.html").render(
         title=title, facts=facts, worries=settings.worries, failures=failed, advice=said, tables=[*tables, costs],
         comparisons=comparisons,
         figures={name: markupsafe.Markup(_inline(formats["svg"])) for name, formats in figures.items()},
     )  # fmt: skip
-    write_text(out / "index.html", page)
+    write_text(out / "index.html", whole)
     return said
 
 
@@ -337,11 +336,6 @@ def _facts(rows: Sequence[Row], results: Sequence[Mapping[str, Any]], settings: 
 
 def _file_name(card: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in card)
-
-
-def _template() -> jinja2.Template:
-    text = (files("adaptclip.bench") / "page.html.j2").read_text(encoding="utf-8")
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
 
 
 def _inline(svg: bytes) -> str:

@@ -350,7 +350,8 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 @cache
-def _template() -> Template:
+def page(name: str) -> Template:
+    """Returns one of the templates of pages, all of which extend `base.html`: its colours, type and rules of print."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("adaptclip.reports", "templates")
@@ -359,7 +360,7 @@ def _template() -> Template:
     pages.globals |= {"wide": _WIDE, "is_wordy": _is_wordy}
     # A number and its unit stay on one line.
     pages.filters["shown"] = lambda words: one_line(words).replace(" %", "\u00a0%")
-    return pages.get_template("report.html")
+    return pages.get_template(name)
 
 
 def to_html(
@@ -375,7 +376,7 @@ def to_html(
         verdicts: as in `to_markdown`.
         pictures: row id -> data: URI of a thumbnail (`reports.plots`); None leaves pictures out.
     """
-    return _template().render(made=document(report, verdicts, pictures=pictures, plots=True))
+    return page("report.html").render(made=document(report, verdicts, pictures=pictures, plots=True))
 
 
 def _is_wordy(rows: Rows) -> bool:

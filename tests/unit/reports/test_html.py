@@ -161,9 +161,9 @@ def test_worries_are_corrected_for_the_number_of_gaps():
     report = full_report(predictions(("a", "b", "c", "d"), "site"))
     table = report["groups"]["site"]
     report["groups"] = {f"group {i}": {**table, "gap": {**table["gap"], "p_value": 0.03}} for i in range(4)}
-    assert not [worry for worry in worries(report, None) if "more than noise" in worry]
+    assert not [worry for worry in worries(report, None) if "more than chance" in worry]
     report["groups"]["group 2"]["gap"]["p_value"] = 0.01
-    (found,) = [worry for worry in worries(report, None) if "more than noise" in worry]
+    (found,) = [worry for worry in worries(report, None) if "more than chance" in worry]
     assert "Accuracy differs by group 2" in found
 
 
