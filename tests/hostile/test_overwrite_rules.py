@@ -253,7 +253,7 @@ def run_bench(world: World, home: Path, out: Path, *, overwrite: bool, cache: Pa
     cache = cache or home.parent / "cache"
     cfg = recipe.Config(cards=(str(home / "in" / "photos"),), backbone=world.model, out=out, cache=cache)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "take_place", lambda threads: (_ for _ in ()).throw(ReachedError()))
+        patch.setattr(recipe, "worker_rank", lambda threads: (_ for _ in ()).throw(ReachedError()))
         try:
             recipe.main(cfg)
         except ReachedError:
