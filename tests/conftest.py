@@ -19,13 +19,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from slow_tests import read_slow
 
+HERE = Path(__file__).resolve().parent
+SLOW = read_slow()
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Where the real image sets lie when a checkout has them beside it; `ADAPTCLIP_TEST_DATA` overrides it."""
 
 
 def pytest_addoption(parser):
     parser.addoption("--order", metavar="reverse|SEED", help="run the tests backwards, or shuffled by a whole number")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    """Marks what `slow.txt` names, so that `-m "not slow"` is the fast tier."""
+    if f"{item.path.relative_to(HERE).as_posix()}::{item.originalname}" in SLOW:
+        item.add_marker("slow")
 
 
 @pytest.hookimpl(trylast=True)
