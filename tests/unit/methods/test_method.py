@@ -100,7 +100,7 @@ def test_views_are_all_learnt_from(name, clip):
     np.testing.assert_array_equal(model.fit(x[0], y).predict_proba(x), model.predict_proba(x[0]))
 
 
-@pytest.mark.parametrize("name", ["coop", "cocoop", "lora", "two_stage", "layernorm", "gda", "zero-shot"])
+@pytest.mark.parametrize("name", ["coop", "cocoop", "lora", "two_stage", "layernorm", "gda", "zero_shot"])
 def test_a_method_on_images_learns_saves_and_loads(name, tower, tmp_path):
     images, labels = pictures()
     model = named()[name].build(tower, NAMES, ("a photo of a {}.",), seed=1)
@@ -120,14 +120,14 @@ def test_a_method_on_images_learns_saves_and_loads(name, tower, tmp_path):
         model.save(tmp_path / "model")
     loaded = ac.load(tmp_path / "model", backbone=tower)
     np.testing.assert_allclose(loaded.probabilities(images).numpy(), found, atol=1e-5)
-    assert [p.label for p in loaded.predict(paths)] == model.predict(paths).tolist() or name == "zero-shot"
+    assert [p.label for p in loaded.predict(paths)] == model.predict(paths).tolist() or name == "zero_shot"
     assert "no gate was declared" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_other_names_are_answered_where_there_is_a_tower_to_ask(tower):
     images, labels = pictures()
     other = ("fox", "hen")
-    for name in ("coop", "lora", "zero-shot"):
+    for name in ("coop", "lora", "zero_shot"):
         model = named()[name].build(tower, NAMES, ("{}",), seed=1)
         settings: dict[str, Any] = {"coop": {"epochs": 1}, "lora": {"steps": 1}}.get(name, {})
         moved = model.fit(images, labels, **settings).for_classes(other)
