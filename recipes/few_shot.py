@@ -20,7 +20,7 @@ from typing import Literal
 
 import adaptclip as ac
 from adaptclip.bench.jobs import FeatureStore, JobStore, Worker, launch_id, make_grid
-from adaptclip.bench.methods import choose_methods, not_published, read_settings
+from adaptclip.bench.methods import check_backbone, choose_methods, not_published, read_settings
 from adaptclip.bench.output import BenchSettings, write_output
 from adaptclip.bench.protocols import PROTOCOLS, check_names, check_targets
 from adaptclip.bench.runner import Progress, run_jobs, worker_rank
@@ -117,6 +117,7 @@ def main(cfg: Config) -> int:
     data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
     sources = {own.card.name: own for own in data[: len(cfg.cards)]}
     backbone = ac.clip_of(data[0], cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
+    check_backbone(settings, backbone)
     grid = make_grid(
         sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
         shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget, preset=preset,
@@ -124,7 +125,7 @@ def main(cfg: Config) -> int:
     store = JobStore(cfg.out / "jobs", launch)
     worker = Worker(grid, FeatureStore(ac.FeatureCache(cfg.cache), backbone, store.folder / "encoding"), accelerator)
     shown = BenchSettings(
-        protocol=cfg.protocol, backbone=" ".join(filter(None, (cfg.backbone, cfg.pretrained, backbone.digest[:12]))),
+        protocol=cfg.protocol, backbone=" ".join(filter(None, (backbone.name, cfg.pretrained, backbone.digest[:12]))),
         metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
         give_advice="ladder" in cfg.methods, changes=(*cfg.settings, *(["preset=smoke"] if preset == "smoke" else [])),
         not_published=not_published(methods, cfg.settings, preset=preset, searched=budget is not None),

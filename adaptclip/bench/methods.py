@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adaptclip.errors import ConfigError, did_you_mean
+from adaptclip.errors import BackboneError, ConfigError, did_you_mean
 from adaptclip.methods.registry import Named, named
 
 if TYPE_CHECKING:
+    from adaptclip.clip import ClipBackbone
+    from adaptclip.feature_clip import FeatureClip
     from adaptclip.methods.method import Method
     from adaptclip.training.support import Preset, Support
 
@@ -97,6 +99,28 @@ def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
     if not chosen:
         raise ConfigError(f"name at least one method. {did_you_mean('', [*known, 'ladder'])}")
     return tuple(name for name in known if name in chosen)
+
+
+def check_backbone(settings: Mapping[str, Mapping[str, Any]], backbone: ClipBackbone | FeatureClip) -> None:
+    """Builds every method once on the model, so that one that it does not allow is known before any job.
+
+    Args:
+        settings: method -> its settings, of `read_settings`.
+        backbone: what all jobs sit on.
+
+    Raises:
+        ConfigError: it does not allow some of the methods; the message says why, and which are left.
+    """
+    refused: dict[str, str] = {}
+    for name, own in settings.items():
+        try:
+            named()[name].build(backbone, ("one", "other"), ("a photo of a {}.",), 0, **named()[name].split(own)[0])
+        except BackboneError as error:
+            refused[name] = str(error)
+    if refused:
+        left = " ".join(name for name in settings if name not in refused)
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ConfigError(f"{why}. Leave out {', '.join(refused)}" + (f", and take --methods {left}" if left else ""))
 
 
 def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:

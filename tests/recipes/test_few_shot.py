@@ -258,3 +258,11 @@ def test_a_card_of_features_takes_methods_with_views_too(tmp_path):
     assert len(found) == 8
     assert found["zero_shot", 1] == pytest.approx(0.8095, abs=0.01)
     assert min(found.values()) > 0.5
+
+
+def test_a_method_that_the_backbone_does_not_allow_is_refused_before_any_job(tmp_path):
+    cfg = recipe.Config(methods=("gda", "maple", "prolip"), cache=tmp_path / "cache", out=tmp_path / "run")
+    message = r"prolip: .*; maple: .*\. Leave out prolip, maple, and take --methods gda$"
+    with pytest.raises(AdaptclipError, match=message):
+        recipe.main(cfg)
+    assert not (tmp_path / "run" / "jobs").exists()
