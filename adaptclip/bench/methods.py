@@ -111,16 +111,21 @@ def check_backbone(settings: Mapping[str, Mapping[str, Any]], backbone: ClipBack
     Raises:
         ConfigError: it does not allow some of the methods; the message says why, and which are left.
     """
-    refused: dict[str, str] = {}
-    for name, own in settings.items():
-        try:
-            named()[name].build(backbone, ("one", "other"), ("a photo of a {}.",), 0, **named()[name].split(own)[0])
-        except BackboneError as error:
-            refused[name] = str(error)
+    found = {name: _refusal(named()[name], own, backbone) for name, own in settings.items()}
+    refused = {name: reason for name, reason in found.items() if reason}
     if refused:
         left = " ".join(name for name in settings if name not in refused)
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(f"{why}. Leave out {', '.join(refused)}" + (f", and take --methods {left}" if left else ""))
+
+
+def _refusal(one: Named, settings: Mapping[str, Any], backbone: ClipBackbone | FeatureClip) -> str:
+    """Why a model does not allow a method; empty where it does."""
+    try:
+        one.build(backbone, ("one", "other"), ("a photo of a {}.",), 0, **one.split(settings)[0])
+    except BackboneError as error:
+        return str(error)
+    return ""
 
 
 def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
