@@ -117,7 +117,7 @@ def main(cfg: Config) -> int:
     data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
     sources = {own.card.name: own for own in data[: len(cfg.cards)]}
     backbone = ac.clip_of(data[0], cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
-    check_backbone(settings, backbone)
+    check_backbone(settings, backbone, data[0].class_names)
     grid = make_grid(
         sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
         shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget, preset=preset,

@@ -101,17 +101,20 @@ def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
-def check_backbone(settings: Mapping[str, Mapping[str, Any]], backbone: ClipBackbone | FeatureClip) -> None:
+def check_backbone(
+    settings: Mapping[str, Mapping[str, Any]], backbone: ClipBackbone | FeatureClip, class_names: Sequence[str]
+) -> None:
     """Builds every method once on the model, so that one that it does not allow is known before any job.
 
     Args:
         settings: method -> its settings, of `read_settings`.
         backbone: what all jobs sit on.
+        class_names: of a card; two of them are enough.
 
     Raises:
         ConfigError: it does not allow some of the methods; the message says why, and which are left.
     """
-    found = {name: _refusal(named()[name], own, backbone) for name, own in settings.items()}
+    found = {name: _refusal(named()[name], own, backbone, class_names[:2]) for name, own in settings.items()}
     refused = {name: reason for name, reason in found.items() if reason}
     if refused:
         left = " ".join(name for name in settings if name not in refused)
@@ -119,10 +122,12 @@ def check_backbone(settings: Mapping[str, Mapping[str, Any]], backbone: ClipBack
         raise ConfigError(f"{why}. Leave out {', '.join(refused)}" + (f", and take --methods {left}" if left else ""))
 
 
-def _refusal(one: Named, settings: Mapping[str, Any], backbone: ClipBackbone | FeatureClip) -> str:
+def _refusal(
+    one: Named, settings: Mapping[str, Any], backbone: ClipBackbone | FeatureClip, class_names: Sequence[str]
+) -> str:
     """Why a model does not allow a method; empty where it does."""
     try:
-        one.build(backbone, ("one", "other"), ("a photo of a {}.",), 0, **one.split(settings)[0])
+        one.build(backbone, class_names, ("a photo of a {}.",), 0, **one.split(settings)[0])
     except BackboneError as error:
         return str(error)
     return ""
