@@ -40,11 +40,17 @@ def pytest_itemcollected(item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Another order of files, and of the tests in each; the tests of one file stay together, for its fixtures."""
+    """Long files first, or another order of files and of the tests in each; those of one file stay together."""
     order = config.getoption("--order")
-    if order == "reverse":
+    if order is None:
+        seconds: dict[Path, float] = {}
+        for name, own in SLOW.items():
+            path = HERE / name.partition("::")[0]
+            seconds[path] = seconds.get(path, 0.0) + own
+        items.sort(key=lambda item: -seconds.get(item.path, 0.0))
+    elif order == "reverse":
         items.reverse()
-    elif order is not None:
+    else:
         if not order.isdecimal():
             raise pytest.UsageError(f"--order takes 'reverse' or a whole number, got {order!r}")
         drawn = random.Random(int(order))

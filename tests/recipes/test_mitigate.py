@@ -134,7 +134,12 @@ def test_it_runs_changes_what_is_learnt_and_is_accounted_for(name, text, tiny, c
     [
         ("contrastive", "group-dro:stroke_weight", {}, "a contrastive loss has none"),
         ("tip_adapter", "class-weights", {"variant": "gda"}, "gda is computed and not trained"),
-        ("linear_probe", "class-sampling", {"head": "lp_plus_plus", "views": 0}, "lp_plus_plus takes start and step sizes"),
+        (
+            "linear_probe",
+            "class-sampling",
+            {"head": "lp_plus_plus", "views": 0},
+            "takes start and step sizes",
+        ),
         ("linear_probe", "group-dro:stroke_weight", {"head": "logistic"}, "logistic sees all images at once"),
         ("coop", "group-dro:stroke", {}, 'no attribute .stroke.*Did you mean "stroke_weight"'),
         ("lora", "group-drop:stroke_weight", {}, 'Did you mean "group-dro"'),

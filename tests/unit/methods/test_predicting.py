@@ -118,7 +118,7 @@ import sys
 sys.path.insert(0, {here!r})
 import numpy as np
 from accelerate import Accelerator
-from test_predict import Linear, split
+from test_predicting import Linear, split
 from adaptclip.methods.predicting import predict
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2, accelerator.num_processes
