@@ -23,6 +23,7 @@ from slow_tests import read_slow
 
 HERE = Path(__file__).resolve().parent
 SLOW = read_slow()
+WHOLE_TIERS = ("gpu", "hostile", "recipes", "statistics", "zoo", "test_matrix.py", "test_installed.py")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Where the real image sets lie when a checkout has them beside it; `ADAPTCLIP_TEST_DATA` overrides it."""
 
@@ -33,8 +34,9 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_itemcollected(item):
-    """Marks what `slow.txt` names, so that `-m "not slow"` is the fast tier."""
-    if f"{item.path.relative_to(HERE).as_posix()}::{item.originalname}" in SLOW:
+    """Marks what `slow.txt` names and what runs whole programs, so that `-m "not slow"` is the fast tier."""
+    path = item.path.relative_to(HERE)
+    if path.parts[0] in WHOLE_TIERS or f"{path.as_posix()}::{item.originalname}" in SLOW:
         item.add_marker("slow")
 
 

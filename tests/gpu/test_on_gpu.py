@@ -82,7 +82,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "part coop: ZeroDivisionError: out of luck" in text
 
 
-@pytest.mark.parametrize(("ends", "told"), [(None, "ended after 1"), (3, "exit code 3"), (0, "done")])
+@pytest.mark.parametrize(("ends", "info"), [(None, "ended after 1"), (3, "exit code 3"), (0, "done")])
 def test_a_part_that_hangs_or_crashes_keeps_its_rows(ends, info, monkeypatch):
     def run(command, *, timeout, stdout, **_):
         Path(command[2]).write_text('{"what": "check", "check": "a", "passed": true}\n')
