@@ -109,6 +109,8 @@ def tango_bound(gained: float, lost: float, n: float, side: Side, alpha: float) 
     top = change - 1e-9
     if top <= -1 or excess(top) >= 0:
         return float(np.clip(change, -1, 1))
+    if excess(-1.0) <= 0:
+        return -1.0  # nearly all were lost: the root is the end itself, which rounding puts outside
     return float(root_scalar(excess, bracket=(-1.0, top), method="brentq", xtol=1e-10).root)
 
 

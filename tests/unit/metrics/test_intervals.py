@@ -110,6 +110,12 @@ def test_tango_bounds_hold_the_estimate_and_are_antisymmetric(n, u, v, alpha):
     assert tango_bound(lost, gained, n, "low", alpha) == -high
 
 
+def test_tango_of_nearly_nothing_but_losses():
+    gained, lost = 5.960464477539063e-08, (1 - 5.960464477539063e-08) * 0.9999999999999999
+    assert tango_bound(gained, lost, 1, "low", 0.25) == -1.0
+    assert tango_bound(lost, gained, 1, "high", 0.25) == 1.0
+
+
 def test_tango_misses_a_true_loss_about_as_often_as_stated():
     rng = np.random.default_rng(0)
     counts, repeats = np.unique(rng.multinomial(150, [0.05, 0.07, 0.88], 4000)[:, :2], axis=0, return_counts=True)
