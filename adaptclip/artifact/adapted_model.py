@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError, ResourceError
-from adaptclip.feature_clip import as_features
+from adaptclip.feature_clip import FeatureClip, as_features
 from adaptclip.methods.examples import encoded_image
 from adaptclip.progress import progress_bar
 from adaptclip.training.thresholds import Thresholds
@@ -82,6 +82,7 @@ class AdaptedModel:
 
         Rows sum to 1; after the sigmoid objective each probability is of its class by itself.
         """
+        self._require_tower()
         return self._of_pixels(torch.stack([self.backbone.transform(image) for image in images]))
 
     def probabilities_of_features(self, features: Any) -> torch.Tensor:
@@ -148,8 +149,10 @@ class AdaptedModel:
             A prediction, or why there is none, for each image.
 
         Raises:
+            DataError: the model was made from features, and has no image tower.
             ResourceError: memory or open files gave out; what comes before was yielded.
         """
+        self._require_tower()
         waiting: list[tuple[str, torch.Tensor | Unreadable]] = []
         failed: ResourceError | None = None
         for number, image in enumerate(images):
@@ -168,6 +171,13 @@ class AdaptedModel:
         yield from self._answers(waiting)
         if failed is not None:
             raise failed
+
+    def _require_tower(self) -> None:
+        if isinstance(self.backbone, FeatureClip):
+            raise DataError(
+                "this model was made from features that were computed elsewhere, so it has no image tower and takes no "
+                "images: give features of the same model to `probabilities_of_features`, (N, D) numbers"
+            )
 
     def _pixels(self, image: Path | str | bytes | Image.Image, name: str) -> torch.Tensor:
         """(3, H, W): an image as the tower takes it."""

@@ -87,9 +87,9 @@ def _of_two(positive: str) -> list[str]:
 
 def _of_many(classes: Mapping[str, int]) -> list[str]:
     lines = [
-        "- {metric: accuracy, no_worse_than: zero_shot}",
+        "- {metric: accuracy, no_worse_than: zero_shot, margin: 0.02}",
         "# The mean over the classes counts a rare class like a frequent one; accuracy follows the frequent ones.",
-        "- {metric: mean_per_class_accuracy, no_worse_than: zero_shot}",
+        "- {metric: mean_per_class_accuracy, no_worse_than: zero_shot, margin: 0.02}",
         "# Fill in what the use asks for, then uncomment:",
         "# - {metric: accuracy, at_least: 0.8}",
         "# - {metric: mean_per_class_accuracy, at_least: 0.7}",
