@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from adaptclip.data.transforms import decode_image
-from adaptclip.errors import DataError, ResourceError
+from adaptclip.errors import BackboneError, DataError, ResourceError
 from adaptclip.feature_clip import FeatureClip, as_features
 from adaptclip.methods.examples import encoded_image
 from adaptclip.progress import progress_bar
@@ -149,7 +149,7 @@ class AdaptedModel:
             A prediction, or why there is none, for each image.
 
         Raises:
-            DataError: the model was made from features, and has no image tower.
+            BackboneError: the model was made from features, and has no image tower.
             ResourceError: memory or open files gave out; what comes before was yielded.
         """
         self._require_tower()
@@ -174,7 +174,7 @@ class AdaptedModel:
 
     def _require_tower(self) -> None:
         if isinstance(self.backbone, FeatureClip):
-            raise DataError(
+            raise BackboneError(
                 "this model was made from features that were computed elsewhere, so it has no image tower and takes no "
                 "images: give features of the same model to `probabilities_of_features`, (N, D) numbers"
             )
