@@ -19,10 +19,8 @@ import safetensors
 from adaptclip.errors import ArtifactError, StorageError
 from adaptclip.files import digest, read_json
 from adaptclip.gates.verdicts import SEVERITY
+from adaptclip.methods.registry import current_name
 from adaptclip.seals import MOST_JSON_BYTES, check_file, check_seal, own_file, sha256_of
-
-_HEADS = {"text-init": "text_init", "lp++": "lp_plus_plus"}
-"""Heads as version 0.1 called them -> today's names."""
 
 
 def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,8 +37,7 @@ def complete_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any
         method: a key of the registry.
         settings: of the manifest.
     """
-    head = settings.get("head")
-    head = _HEADS.get(str(head), head)
+    head = settings.get("head") and current_name(str(settings["head"]))
     settings = {**settings, "head": head} if head else settings
     fixed: dict[str, Any] = {}
     if method == "linear_probe" and head in ("text_init", "clap"):

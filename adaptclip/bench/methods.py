@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptclip.errors import BackboneError, ConfigError, did_you_mean
-from adaptclip.methods.registry import Named, named
+from adaptclip.methods.registry import Named, current_name, named
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -53,21 +53,6 @@ def fit_named(
     plan = method.schedule(support.shots, images_per_class=support.images_per_class, preset=preset, **planned)
     info = method.learn(support, plan)
     return Fitted(method, {**info, "settings": {**own, **asdict(plan)}})
-
-
-EARLIER_NAMES = {
-    "tip": "tip_adapter",
-    "tip-f": "tip_adapter_f",
-    "lp++": "lp_plus_plus",
-    "promptsrc": "prompt_src",
-    "taskres": "task_residual",
-}
-"""Names of version 0.1 that are not today's with hyphens -> today's."""
-
-
-def current_name(name: str) -> str:
-    """Returns today's key of a method that may be given by its key of version 0.1 (`tip-f`, `two-stage`)."""
-    return EARLIER_NAMES.get(name, name.replace("-", "_"))
 
 
 def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:

@@ -145,6 +145,21 @@ class Named:
         return self.method(backbone, class_names, **{**usual, **self.variant.defaults, **own, **self.variant.settings})
 
 
+EARLIER_NAMES = {
+    "tip": "tip_adapter",
+    "tip-f": "tip_adapter_f",
+    "lp++": "lp_plus_plus",
+    "promptsrc": "prompt_src",
+    "taskres": "task_residual",
+}
+"""Names of version 0.1 that are not today's with hyphens -> today's."""
+
+
+def current_name(name: str) -> str:
+    """Returns today's name of a method or head that may be given by its name of version 0.1 (`tip-f`, `two-stage`)."""
+    return EARLIER_NAMES.get(name, name.replace("-", "_"))
+
+
 @cache
 def named() -> Mapping[str, Named]:
     """Returns name -> method of all variants, cheap before dear."""

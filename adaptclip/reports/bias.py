@@ -36,7 +36,6 @@ from adaptclip.reports.blocks import (
     show_rate,
     text,
 )
-from adaptclip.reports.blocks import number as number
 from adaptclip.reports.measuring import difference, group_rows, group_values, listed, measure, sampling_of, sign_test
 from adaptclip.reports.outcomes import group_outcome, one_vs_rest
 

@@ -28,7 +28,7 @@ import numpy as np
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.intervals import Side
-from adaptclip.reports.bias import number
+from adaptclip.reports.blocks import number
 from adaptclip.reports.measuring import align, group_rows, listed, measure
 from adaptclip.reports.render import escape_markdown
 

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-HEAVY = ("accelerate", "albumentations", "datasets", "open_clip", "peft", "sklearn", "timm", "torch", "torchvision")
+HEAVY = (
+    "accelerate", "albumentations", "datasets", "open_clip", "peft", "sklearn", "timm", "torch", "torchvision",
+    "transformers",
+)  # fmt: skip
 SCRIPT = """
 import sys
 from adaptclip.cli import main
