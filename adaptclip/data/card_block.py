@@ -12,7 +12,15 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from adaptclip.errors import did_you_mean
 from adaptclip.gate_rules import Expected, GateRule, Outcome
@@ -128,40 +136,77 @@ class HubSource(BaseModel):
     revision: str | None = None
 
 
-class ParquetSource(BaseModel):
+class Join(BaseModel):
+    """A second table whose columns are joined to the images by a key, such as a taxonomy or a list of patients.
+
+    Attributes:
+        file: the table, relative to the data root.
+        by: the column of the key, or the source's own column -> this table's; classes of an image folder are `label`.
+        sheet: of an Excel file that has several.
+    """
+
+    model_config = _STRICT
+    file: str
+    by: Name | Annotated[dict[Name, Name], Field(min_length=1, max_length=1)]
+    sheet: Name | None = None
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The source's own column, and the one of this table."""
+        return (self.by, self.by) if isinstance(self.by, str) else next(iter(self.by.items()))
+
+
+class _Joining(BaseModel):
+    """What tables may be joined to.
+
+    Attributes:
+        join: tables that are joined.
+    """
+
+    model_config = _STRICT
+    join: tuple[Join, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Keys that came later leave the digests of cards without them as they were.
+        return {key: value for key, value in serialise(self).items() if value or key not in ("join", "sheet", "levels")}
+
+
+class ParquetSource(_Joining):
     """Parquet (or Arrow) files with the encoded images in a column.
 
     Attributes:
         files: a glob, a list of globs, or split name -> glob(s); relative to the data root.
     """
 
-    model_config = _STRICT
     kind: Literal["parquet"]
     files: str | tuple[str, ...] | dict[Name, str | tuple[str, ...]]
 
 
-class ImageFolderSource(BaseModel):
+class ImageFolderSource(_Joining):
     """A folder of class folders, or of split folders that hold class folders.
 
     Attributes:
         path: the folder, relative to the data root.
+        levels: names of the taxonomy levels that the folders above the class folders are, coarse to fine.
     """
 
-    model_config = _STRICT
     kind: Literal["image_folder"]
     path: str
+    levels: tuple[Name, ...] = ()
 
 
-class ManifestSource(BaseModel):
-    """CSV, TSV or JSONL tables with a column of image paths, relative to the folder of their own table.
+class ManifestSource(_Joining):
+    """Tables (CSV, TSV, JSONL, Excel, Parquet) with a column of image paths, relative to the folder of their own table.
 
     Attributes:
         files: a glob, a list of globs, or split name -> glob(s); relative to the data root.
+        sheet: of an Excel file that has several.
     """
 
-    model_config = _STRICT
     kind: Literal["manifest"]
     files: str | tuple[str, ...] | dict[Name, str | tuple[str, ...]]
+    sheet: Name | None = None
 
 
 class EmbeddedSource(BaseModel):
@@ -472,7 +517,8 @@ class CardBlock(BaseModel):
                 raise ValueError(
                     f"groups.{name} names a group that columns.groups lacks: {name!r}. {did_you_mean(name, known)}"
                 )
+        folders = self.source.levels if isinstance(self.source, ImageFolderSource) else ()
         check_declared(
-            self.gates, self.outcomes, self.intersections, groups=known, levels=self.columns.levels.keys(),
+            self.gates, self.outcomes, self.intersections, groups=known, levels=[*self.columns.levels, *folders],
             class_names=self.class_names, expect=self.expect,
         )  # fmt: skip

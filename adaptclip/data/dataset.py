@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from adaptclip.data.links import store_of, why_absent
 from adaptclip.data.transforms import decode_image, read_file
 from adaptclip.errors import DataError, ResourceError, shown
 from adaptclip.files import digest
@@ -35,12 +37,23 @@ def inside(folder: Path, name: str) -> Path:
     """Returns the path of the file `name` relative to `folder`.
 
     Raises:
-        DataError: it leaves the folder, be it by an absolute path, by `..` or by a link.
+        DataError: it leaves the folder, be it by an absolute path, by `..` or by a link, other than into a store that
+            `adaptclip.data.links` knows.
     """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    root = folder.resolve()
+    path = (root / name).resolve()
+    if path.is_relative_to(root):
+        return path
+    written = Path(os.path.normpath(root / name))
+    if not written.is_relative_to(root):
         raise DataError(f"the image path {name!r} leaves {folder}; a table may only name files below its own folder")
-    return path
+    if store_of(path, root) is None:
+        raise DataError(
+            f"the image path {name!r} leaves {folder} by a link to {shown(path)}; a table may only name files below "
+            "its own folder, and links into a store of the hub, DVC or git-annex beside the data. Copy what it points "
+            "to (`cp -rL`), or put the table into a folder that holds both"
+        )
+    return written
 
 
 class ImageStore(Protocol):
@@ -79,7 +92,11 @@ class FileStore:
 
     def read(self, row: int) -> bytes:
         """Returns the file's bytes; raises DataError when there is no such file."""
-        return read_file(self.paths[row])
+        try:
+            return read_file(self.paths[row])
+        except DataError as error:
+            absent = why_absent(self.paths[row])
+            raise DataError(f"{error}; {absent}" if absent else str(error)) from error
 
     def where(self, row: int) -> str:
         """Returns the path, as it can be printed."""

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,8 @@ _NOT_KEPT = "!"
 """Begins what is computed again next time. No failure is ever kept: a permission, a decoder that was not installed or a
 hiccup of a network is no property of the bytes, and nothing tells these from damage for certain."""
 _BLOCK = 256
-_CHUNK = 4_000_000
-"""Pairs compared at a time; as 64-bit words they take 32 MB."""
+_CHUNK = 1_000_000
+"""Pairs compared at a time; with what is computed of them they take 60 MB."""
 
 
 @dataclass(frozen=True)
@@ -230,16 +231,40 @@ def similar_pairs(
     """
     rows_a, phash_a, dhash_a = _columns(first)
     rows_b, phash_b, dhash_b = (rows_a, phash_a, dhash_a) if second is None else _columns(second)
-    step = max(1, _CHUNK // max(1, len(rows_b)))
-    for start in progress_bar(range(0, len(rows_a), step), desc="comparing images", leave=False):
-        part = slice(start, start + step)
-        near = np.bitwise_count(phash_a[part, None] ^ phash_b[None]) <= PHASH_RADIUS
-        i, j = np.nonzero(near)
-        i += start
+    found = [np.zeros((2, 0), dtype=np.int64)]
+    for i, j in _equal_in_a_part(dhash_a, dhash_b, parts=DHASH_RADIUS + 1):
         keep = np.bitwise_count(dhash_a[i] ^ dhash_b[j]) <= DHASH_RADIUS
+        i, j = i[keep], j[keep]
+        keep = np.bitwise_count(phash_a[i] ^ phash_b[j]) <= PHASH_RADIUS
         if second is None:
             keep &= i < j
-        yield from zip(rows_a[i[keep]].tolist(), rows_b[j[keep]].tolist(), strict=True)
+        found.append(np.stack([rows_a[i[keep]], rows_b[j[keep]]]))
+    # A pair that is equal in two parts was found twice.
+    yield from map(tuple, np.unique(np.concatenate(found, axis=1), axis=1).T.tolist())
+
+
+def _equal_in_a_part(a: np.ndarray, b: np.ndarray, *, parts: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields positions of words that are equal in one of so many parts of their bits, some of them repeatedly.
+
+    Words that differ in fewer bits than there are parts have a part without a difference. That leaves few of all pairs
+    to be compared: time grows with the number of images rather than with its square, unless most look alike.
+    """
+    edges = [64 * part // parts for part in range(parts + 1)]
+    for low, high in progress_bar(list(pairwise(edges)), desc="comparing images", leave=False):
+        shift, mask = np.uint64(low), np.uint64(2 ** (high - low) - 1)
+        key_a, key_b = (a >> shift) & mask, (b >> shift) & mask
+        order = np.argsort(key_b, kind="stable")
+        start = np.searchsorted(key_b[order], key_a, side="left")
+        counts = np.searchsorted(key_b[order], key_a, side="right") - start
+        block = 0
+        while block < len(a):
+            ends = np.cumsum(counts[block:])
+            size = max(1, int(np.searchsorted(ends, _CHUNK, side="right")))
+            rows = slice(block, block + size)
+            i = np.repeat(np.arange(len(a))[rows], counts[rows])
+            nth = np.arange(len(i)) - np.repeat(ends[:size] - counts[rows], counts[rows])
+            yield i, order[np.repeat(start[rows], counts[rows]) + nth]
+            block += size
 
 
 def _columns(found: Sequence[Fingerprint]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptclip.data.links import DANGLING, dangling_kind
 from adaptclip.errors import DataError, shown
 from adaptclip.words import is_junk
 
@@ -29,6 +30,8 @@ _NEEDS = {
     ".mp4": "videos are not read: save frames as images",
     ".zip": "archives are not read: unpack them",
     ".tar": "archives are not read: unpack them",
+    ".dvc": "pointers of DVC: `dvc pull` fetches what they stand for",
+    **DANGLING,
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw"), "raw photographs are not read: develop them"),
     **dict.fromkeys((".psd", ".eps", ".pdf", ".svg", ".jxl"), "not read: convert to PNG"),
 }
@@ -118,7 +121,7 @@ def _passed_over_as(path: Path) -> str | None:
     if is_junk(path.name):
         return _junk_kind(path.name)
     if not path.is_file():
-        return "link to nothing" if path.is_symlink() else "no ordinary file"
+        return dangling_kind(path) if path.is_symlink() else "no ordinary file"
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return None

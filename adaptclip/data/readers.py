@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarrow import parquet
@@ -24,14 +23,17 @@ from adaptclip.data.card_block import (
     FeaturesSource,
     HubSource,
     ImageFolderSource,
+    Join,
     ManifestSource,
     ParquetSource,
     Splits,
     normalise_text,
 )
-from adaptclip.data.dataset import ArrowStore, FileStore, ImageStore, MemoryStore, inside
+from adaptclip.data.dataset import ArrowStore, FileStore, ImageStore, MemoryStore
 from adaptclip.data.fingerprints import cache_root, content_digest, file_stamp
-from adaptclip.data.image_files import IMAGE_SUFFIXES, list_images, passed_over_in_words
+from adaptclip.data.image_files import list_images, passed_over_in_words
+from adaptclip.data.image_places import ImagePlaces
+from adaptclip.data.joins import join_tables, joined_columns
 from adaptclip.data.layouts import read_layout
 from adaptclip.data.tables import columns_by_name, open_table
 from adaptclip.datasets.embedded import EMBEDDED
@@ -62,6 +64,7 @@ class RawRows:
         class_levels: taxonomy levels that the source gives per class.
         passed_over: sentences about what lies at the source and was not taken.
         unused: column that the card does not name -> N cells, where these are texts, numbers or dates.
+        notes: sentences about how what is there was understood.
     """
 
     store: ImageStore
@@ -75,6 +78,7 @@ class RawRows:
     class_levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
     unused: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.stamps)
@@ -95,26 +99,46 @@ def card_places(card: Card, data_root: Path | None) -> tuple[list[Path], list[Pa
         Files and folders that are read, and folders that hold more than those, such as the data root.
     """
     own = [card.path] if card.path else []
+    joins = [base_folder(card, data_root) / join.file for join in joins_of(card)]
     match card.source:
         case ImageFolderSource(path=path):
-            return [*own, base_folder(card, data_root) / path], [base_folder(card, data_root)]
+            return [*own, base_folder(card, data_root) / path, *joins], [base_folder(card, data_root)]
         case FeaturesSource(file=file, table=table):
             read = [path for name in (file, table) if name for path in find_files(card, name, data_root)[None]]
             return [*own, *read], [base_folder(card, data_root)]
         case ManifestSource(files=files) | ParquetSource(files=files):
             tables = [table for found in find_files(card, files, data_root).values() for table in found]
-            return [*own, *tables], [base_folder(card, data_root)]
+            return [*own, *tables, *joins], [base_folder(card, data_root)]
         case _:
             return own, [data_root] if data_root else []
 
 
-def wanted_columns(card: Card) -> list[str]:
+def named_columns(card: Card) -> list[str]:
     """Returns the columns that the card names, without that of the image."""
     columns = card.columns
     split = card.splits.column if card.splits else None
     named = [columns.label, columns.captions, columns.id, columns.cluster, split]
     named += [*columns.groups.values(), *columns.levels.values()]
     return list(dict.fromkeys(name for name in named if name))
+
+
+def wanted_columns(card: Card, data_root: Path | None = None) -> list[str]:
+    """Returns those of `named_columns` that the images' own table must have, with the keys of joins."""
+    joins = joins_of(card)
+    joined = joined_columns(joins, base_folder(card, data_root)) if joins else set()
+    keys = [join.keys[0] for join in joins]
+    return list(dict.fromkeys(name for name in [*named_columns(card), *keys] if name not in joined))
+
+
+def joins_of(card: Card) -> tuple[Join, ...]:
+    """Returns what the card joins; () for sources that nothing is joined to."""
+    return getattr(card.source, "join", ())
+
+
+def joined(card: Card, raw: RawRows, data_root: Path | None) -> RawRows:
+    """Returns the rows with the columns of the tables that the card joins."""
+    joins = joins_of(card)
+    return join_tables(raw, joins, named_columns(card), base_folder(card, data_root)) if joins else raw
 
 
 def check_columns(wanted: Sequence[str], found: Sequence[str], where: str) -> None:
@@ -152,21 +176,22 @@ def find_files(card: Card, files: Any, data_root: Path | None) -> dict[str | Non
 
 
 def read_manifest(card: Card, data_root: Path | None) -> RawRows:
-    """Reads CSV, TSV or JSONL tables of image paths; see `RawRows`.
+    """Reads tables of image paths (CSV, TSV, JSONL, Excel, Parquet); see `RawRows`.
 
     Raises:
         DataError: a table is missing or damaged, or a path in it leaves the table's folder.
     """
     assert isinstance(card.source, ManifestSource)
-    wanted, image = wanted_columns(card), card.columns.image
+    wanted, image = wanted_columns(card, data_root), card.columns.image
     columns: dict[str, list[Any]] = {}
     paths: list[Path] = []
     splits: list[str] = []
     passed_over: list[str] = []
+    notes: list[str] = []
     found = find_files(card, card.source.files, data_root)
     for split, files in found.items():
         for file in files:
-            table, places = open_table(file), ImagePlaces(file)
+            table, places = open_table(file, card.source.sheet), ImagePlaces(file)
             passed_over += table.passed_over
             for line, row in table.rows:
                 check_columns([image, *wanted], list(row), f"{shown(file)}, line {line},")
@@ -176,6 +201,7 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
                     column.append(cell)
                 paths.append(places.path(row[image], column=image, line=line))
                 splits.append(split or "")
+            notes += places.notes()
     for column in columns.values():
         column += [None] * (len(paths) - len(column))
     values: dict[str, Any] = {name: columns.get(name, []) for name in wanted}
@@ -188,65 +214,8 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
         splits=None if None in found else splits,
         unused={name: cells for name, cells in columns.items() if name not in (image, *wanted)},
         passed_over=tuple(passed_over),
+        notes=tuple(notes),
     )
-
-
-class ImagePlaces:
-    """Finds the images that a table names, relative to the table's own folder.
-
-    Args:
-        table: the table's file.
-    """
-
-    def __init__(self, table: Path) -> None:
-        self._table = table
-        self._without_ending: dict[Path, dict[str, list[Path]]] = {}
-
-    def path(self, name: Any, *, column: str, line: int) -> Path:
-        """Returns the path of an image.
-
-        Backslashes separate folders where there is no file of that very name, and an ending may be left out where a
-        single image fits.
-
-        Raises:
-            DataError: the cell holds no path, or one that cannot be one below the table's folder.
-        """
-        where = f"{shown(self._table)}, line {line}: the column {column!r}"
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where} should hold a path, got {name!r}")
-        name = name.strip()
-        if "\0" in name:
-            raise DataError(f"{where} holds a NUL character: {name!r}; the table is damaged")
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-            raise DataError(f"{where} holds a web address, {name!r}; download the images and name their files")
-        if PureWindowsPath(name).drive or name.startswith("\\"):
-            last = PureWindowsPath(name).name
-            there = f"; {last} is there, so that the last part of each path would do" * (self._folder / last).is_file()
-            raise DataError(
-                f"{where} holds paths of a Windows machine, {name!r}. Paths are relative to the table's own folder, "
-                f"{shown(self._folder)}: put the images there, or in folders below it, and take "
-                f"{name.removesuffix(last)!r} away from each path{there}"
-            )
-        if "\\" in name and not (self._folder / name).exists():
-            name = name.replace("\\", "/")
-        path = inside(self._folder, name)
-        return path if path.suffix or path.exists() else self._with_ending(path, where)
-
-    @property
-    def _folder(self) -> Path:
-        return self._table.parent
-
-    def _with_ending(self, path: Path, where: str) -> Path:
-        if path.parent not in self._without_ending:
-            known = self._without_ending[path.parent] = {}
-            for file in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
-                if file.suffix.lower() in IMAGE_SUFFIXES:
-                    known.setdefault(file.stem, []).append(file)
-        fitting = self._without_ending[path.parent].get(path.name, [])
-        if len(fitting) > 1:
-            names = ", ".join(shown(file.name) for file in fitting)
-            raise DataError(f"{where} holds {path.name!r} without an ending, and several images fit: {names}")
-        return fitting[0] if fitting else path
 
 
 def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
@@ -269,17 +238,18 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         labels += [name] * len(files)
         splits += [split] * len(files)
     passed = passed_over_in_words(listings)
-    columns = Columns(image="image", label="label")
-    if card.columns != columns:
+    wanted = set(wanted_columns(card, data_root)) - {"label"}
+    if wanted or (card.columns.image, card.columns.label) != ("image", "label"):
         raise DataError(
-            f"card {card.name}: an image folder has no columns but its folders' names; leave `columns:` out, or "
-            "list the images in a table and use `source: {kind: manifest, ...}`"
+            f"card {card.name}: an image folder has no columns but its folders' names; leave `columns:` out, join a "
+            "table with `source: {join: [{file: ..., by: {label: ...}}]}`, or list the images in a table and use "
+            "`source: {kind: manifest, ...}`"
         )
     return RawRows(
         store=FileStore(tuple(paths)),
         stamps=[file_stamp(path) for path in paths],
         values={"label": labels},
-        columns=columns,
+        columns=card.columns,
         origin=str(folder.resolve()),
         class_names=tuple(sorted({name for _, name, _ in layout.classes})),
         splits=None if layout.rule.fractions else splits,
@@ -412,7 +382,7 @@ def _loading(what: str) -> Iterator[None]:
 def _from_datasets(card: Card, parts: list[tuple[str | None, Dataset]], root: Path | None) -> RawRows:
     from datasets import ClassLabel, Image, concatenate_datasets
 
-    wanted, image, label = wanted_columns(card), card.columns.image, card.columns.label
+    wanted, image, label = wanted_columns(card, root), card.columns.image, card.columns.label
     values: dict[str, list[Any]] = {name: [] for name in wanted}
     others = set.intersection(*(_plain_columns(part) for _, part in parts)) - {image, *wanted}
     unused: dict[str, list[Any]] = {name: [] for name in sorted(others)}

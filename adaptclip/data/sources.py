@@ -34,6 +34,7 @@ from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.fingerprints import Fingerprint, content_digests, fingerprints
 from adaptclip.data.readers import (
     RawRows,
+    joined,
     read_embedded,
     read_hub,
     read_image_folder,
@@ -171,6 +172,12 @@ READERS: dict[str, Callable[[Card, Path | None], RawRows]] = {
 }
 """Kind of source -> its reader."""
 
+
+def read_rows(card: Card, data_root: Path | None) -> RawRows:
+    """Reads what is at the card's source, with the columns of tables that are joined to it."""
+    return joined(card, READERS[card.source.kind](card, data_root), data_root)
+
+
 MAX_UNIT_SHARE = 0.5
 """Largest share of all images that may hang together as copies or look-alikes when a split is drawn."""
 
@@ -198,7 +205,7 @@ def open_data(
         DataError: files, columns, labels or images are missing or not usable.
         SplitError: the parts leak, lack classes or cannot be made.
     """
-    raw = READERS[card.source.kind](card, Path(data_root) if data_root is not None else None)
+    raw = read_rows(card, Path(data_root) if data_root is not None else None)
     if not len(raw):
         passed = f" Passed over: {'; '.join(raw.passed_over)}." if raw.passed_over else ""
         raise DataError(
@@ -246,7 +253,7 @@ def open_data(
     checked = check_data(data, found=found, unused=raw.unused)
     label = raw.columns.label
     merged = merged_labels(raw.values[label], raw.store.where) if label is not None else ()
-    return replace(data, notes=(*merged, *checked.notes), worries=(*merged, *checked.worries))
+    return replace(data, notes=(*merged, *checked.notes, *raw.notes), worries=(*merged, *checked.worries))
 
 
 def _check_card(card: Card, images: ImageDataset) -> None:
@@ -302,7 +309,7 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         contents=contents,
         clusters=_clusters(values[columns.cluster], contents) if columns.cluster else None,
         groups=groups,
-        levels=levels or raw.class_levels,
+        levels={**raw.class_levels, **levels},
         window=card.window,
         captions=caption_values(values[columns.captions], where=raw.store.where) if columns.captions else None,
         fixed_classes=card.sampling.classes == "fixed",

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as people have them: CSV, TSV and JSONL, from spreadsheets of any country, pandas or R."""
+"""Tables as people have them: CSV, TSV, JSONL, Excel and Parquet, from spreadsheets of any country, pandas or R."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptclip.data.card_block import normalise_text
 from adaptclip.errors import DataError, StorageError, shown
 from adaptclip.files import dialect_of, encoding_of, not_utf_8, parse_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Row = tuple[int, dict[str, Any]]
 """Line number, and column -> cell."""
@@ -33,20 +37,29 @@ class Table:
     passed_over: tuple[str, ...] = ()
 
 
-def open_table(path: Path) -> Table:
-    """Opens a table by its ending.
+def open_table(path: Path, sheet: str | None = None) -> Table:
+    """Opens a table by its ending (TABLE_SUFFIXES).
 
     A byte order mark of UTF-8 or UTF-16 is understood, and so are commas, semicolons, tabs and bars, Excel's `sep=;`
     line, quoted line breaks, and blank lines. Columns without a name, such as the index that pandas writes, are left
-    out.
+    out. Cells of Excel are text as a spreadsheet shows it; of Parquet, bytes are left out and dates are text.
+
+    Args:
+        path: of the table.
+        sheet: of an Excel file; None takes the only one that is not empty.
 
     Raises:
-        DataError: another ending or encoding, two columns of one name, or (while rows are read) a damaged row.
+        DataError: another ending or encoding, two columns of one name, a package that is not installed, or (while rows
+            are read) a damaged row.
     """
-    kinds = {".csv": _open_csv, ".tsv": _open_csv, ".jsonl": _open_jsonl, ".ndjson": _open_jsonl}
-    if path.suffix.lower() not in kinds:
-        raise DataError(f"{shown(path)}: a manifest must end in {', '.join(kinds)}")
-    rows = _worded(path, lambda: kinds[path.suffix.lower()](path))
+    suffix = path.suffix.lower()
+    if suffix not in _KINDS:
+        old = suffix in (".xls", ".xlsb", ".xlsm", ".ods", ".numbers")
+        how = ". Save it as .xlsx or as CSV UTF-8" if old else ""
+        raise DataError(f"{shown(path)}: a manifest must end in {', '.join(_KINDS)}{how}")
+    if sheet is not None and suffix != ".xlsx":
+        raise DataError(f"{shown(path)} has no sheets, and the sheet {sheet!r} is asked for; leave `sheet` out")
+    rows = _worded(path, lambda: _KINDS[suffix](path, sheet))
     head = next(rows)
     assert isinstance(head, Table)
     return Table(head.columns, rows, head.passed_over)  # pyright: ignore[reportArgumentType]
@@ -62,36 +75,46 @@ def _worded(path: Path, read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         raise DataError(f"cannot read {shown(path)}: {error}") from error
 
 
-def _open_csv(path: Path) -> Iterator[Any]:
+def _open_csv(path: Path, _: str | None) -> Iterator[Any]:
     dialect = dialect_of(path)
     with path.open(encoding=dialect.encoding, newline="") as file:
-        for _ in range(before := dialect.before):
+        for _line in range(before := dialect.before):
             file.readline()
         reader = csv.reader(file, delimiter=dialect.delimiter, strict=True)
-        names = [normalise_text(name) for name in next(reader, [])]
-        columns = _unique(names, str(path))
-        unnamed = [str(i + 1) for i, name in enumerate(names) if not name]
-        yield Table(
-            columns,
-            iter(()),
-            (f"column {', '.join(unnamed)} of {shown(path.name)} has no name and is not used",) if unnamed else (),
-        )
-        for cells in reader:
-            if not any(map(str.strip, cells)):
-                continue
-            while len(cells) > len(names) and not cells[-1].strip():
-                cells.pop()
-            if len(cells) != len(names):
-                raise DataError(
-                    f"{shown(path)}, line {reader.line_num + before}: {'more' if len(cells) > len(names) else 'fewer'} "
-                    f"cells than the {len(names)} columns of the first line; text with the separator in it needs quotes"
-                )
-            row = {name: cell for name, cell in zip(names, cells, strict=True) if name}
-            _refuse_nul(row, f"{shown(path)}, line {reader.line_num + before}")
-            yield reader.line_num + before, row
+        yield from _of_cells(path, ((reader.line_num + before, cells) for cells in reader))
 
 
-def _open_jsonl(path: Path) -> Iterator[Any]:
+def _open_excel(path: Path, sheet: str | None) -> Iterator[Any]:
+    from adaptclip.data.excel import open_sheet
+
+    with open_sheet(path, sheet) as found:
+        yield from _of_cells(path, found.rows, found.notes)
+
+
+def _of_cells(path: Path, lines: Iterator[tuple[int, Sequence[Any]]], notes: Sequence[str] = ()) -> Iterator[Any]:
+    """Yields the table of lines of cells, the first of which are the names of the columns, and then its rows."""
+    names = [normalise_text(name or "") for name in next(lines, (0, []))[1]]
+    columns = _unique(names, str(path))
+    unnamed = [str(i + 1) for i, name in enumerate(names) if not name]
+    has_no_name = f"column {', '.join(unnamed)} of {shown(path.name)} has no name and is not used"
+    yield Table(columns, iter(()), (*notes, *([has_no_name] if unnamed else [])))
+    for line, given in lines:
+        cells = list(given)
+        if not any(cell is not None and cell.strip() for cell in cells):
+            continue
+        while len(cells) > len(names) and not (cells[-1] or "").strip():
+            cells.pop()
+        if len(cells) != len(names):
+            raise DataError(
+                f"{shown(path)}, line {line}: {'more' if len(cells) > len(names) else 'fewer'} cells than the "
+                f"{len(names)} columns of the first line; text with the separator in it needs quotes"
+            )
+        row = {name: cell for name, cell in zip(names, cells, strict=True) if name}
+        _refuse_nul(row, f"{shown(path)}, line {line}")
+        yield line, row
+
+
+def _open_jsonl(path: Path, _: str | None) -> Iterator[Any]:
     seen = False
     with path.open(encoding=encoding_of(path), newline="") as file:
         for line, text in enumerate(file, start=1):
@@ -112,6 +135,57 @@ def _open_jsonl(path: Path) -> Iterator[Any]:
             yield line, dict(zip([normalise_text(name) for name in row], row.values(), strict=True))
     if not seen:
         yield Table((), iter(()))
+
+
+def _open_parquet(path: Path, _: str | None) -> Iterator[Any]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            own = columns_by_name(schema.names, shown(path))
+            kept = {
+                name: spelt
+                for name, spelt in own.items()
+                if not is_encoded(schema.field(spelt).type) and not re.fullmatch(r"__index_level_\d+__|", name)
+            }
+            yield Table(tuple(kept), iter(()))
+            line = 1
+            for batch in file.iter_batches(batch_size=1024, columns=list(kept.values())):
+                columns = {
+                    name: (column.cast(pa.string()) if pa.types.is_temporal(column.type) else column).to_pylist()
+                    for name, column in ((name, batch.column(spelt)) for name, spelt in kept.items())
+                }
+                for cells in zip(*columns.values(), strict=True):
+                    line += 1
+                    row = dict(zip(columns, cells, strict=True))
+                    _refuse_nul(row, f"{shown(path)}, row {line - 1}")
+                    yield line, row
+    except pa.ArrowException as error:
+        raise DataError(f"cannot read {shown(path)}: {error}") from error
+
+
+def is_encoded(kind: pa.DataType) -> bool:
+    """Whether a column of Arrow holds files, such as encoded images: bytes, or bytes beside a path."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(is_encoded(kind.field(i).type) for i in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+_KINDS: dict[str, Callable[[Path, str | None], Iterator[Any]]] = {
+    ".csv": _open_csv,
+    ".tsv": _open_csv,
+    ".jsonl": _open_jsonl,
+    ".ndjson": _open_jsonl,
+    ".xlsx": _open_excel,
+    ".parquet": _open_parquet,
+}
+
+TABLE_SUFFIXES = tuple(_KINDS)
+"""Endings of files that are taken for a table."""
 
 
 def _refuse_nul(row: Mapping[str, Any], where: str) -> None:

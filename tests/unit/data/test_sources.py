@@ -258,7 +258,7 @@ def test_manifest_mistakes(tmp_path, text, message):
 
 def test_manifests_of_other_kinds(tmp_path):
     with pytest.raises(DataError, match=r"a manifest must end in .csv, .tsv, .jsonl, .ndjson"):
-        open_data(manifest(tmp_path, CSV, "list.xlsx"), data_root=tmp_path)
+        open_data(manifest(tmp_path, CSV, "list.xls"), data_root=tmp_path)
     with pytest.raises(DataError, match=r"list.jsonl, line 1: it is not valid JSON"):
         open_data(manifest(tmp_path, CSV, "list.jsonl"), data_root=tmp_path)
     card = manifest(tmp_path, CSV)
