@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small CLIPs of four blocks, and prompts in the blocks of open_clip's own towers, written out block by block."""
+"""Small CLIPs of four blocks, and prompts in the blocks of open_clip's and SigLIP's towers, written out by block."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def text_features(backbone: ClipBackbone, texts: Sequence[str], prompts: Sequenc
     return F.normalize(x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ model.text_projection, dim=-1)
 
 
+def padded_text_features(backbone: ClipBackbone, texts: Sequence[str], prompts: Sequence[Tensor]) -> Tensor:
+    """The same by SigLIP's tower: no start token, every token sees all others, and the last position is pooled."""
+    text, tokens = backbone.model.text, backbone.tokenize(texts)
+
+    def replaced(x: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([own.expand(len(x), -1, -1), x[:, len(own) :]], dim=1)
+
+    x = replaced(text.token_embedding(tokens), prompts[0]) + text.positional_embedding
+    for i, block in enumerate(text.transformer.resblocks):
+        x = block(replaced(x, prompts[i]) if 0 < i < len(prompts) else x)
+    return F.normalize(text.text_projection(text.ln_final(x)[:, -1]), dim=-1)
+
+
 def image_features(backbone: ClipBackbone, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """(B, D) unit-norm features, the prompts of the first blocks behind the patches."""
     visual = backbone.model.visual
@@ -51,3 +64,13 @@ def image_features(backbone: ClipBackbone, images: Tensor, prompts: Sequence[Ten
             x = torch.cat([x[:, : -len(prompts[i])], prompts[i].expand(len(x), -1, -1)], dim=1)
         x = block(x)
     return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+
+
+def map_image_features(backbone: ClipBackbone, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """The same by SigLIP's tower of timm, which has no class token and pools an attention over the patches."""
+    trunk = backbone.model.visual.trunk
+    patches = trunk.patch_embed(images) + trunk.pos_embed
+    for i, block in enumerate(trunk.blocks):
+        own = prompts[i].expand(len(patches), -1, -1)
+        patches, _ = block(torch.cat([patches, own], dim=1)).split([patches.shape[1], own.shape[1]], dim=1)
+    return F.normalize(trunk.attn_pool(trunk.norm(patches)), dim=-1)

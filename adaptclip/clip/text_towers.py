@@ -245,12 +245,20 @@ class PaddedTextTower:
         own = F.pad(embeddings[:, :fits], (0, 0, 0, self._num_positions - fits))
         is_own = torch.arange(self._num_positions, device=eot.device) <= eot[:, None]
         x = add_positions(self._parts, torch.where(is_own[..., None], own, rest), 0, self._num_positions)
-        x = self._parts.transformer(x, attn_mask=self._parts.attn_mask)
+        x = self._through_blocks(x)
         if self._pool_type in ("first", "last"):
             pooled = x[:, 0 if self._pool_type == "first" else -1]
         else:
             pooled = x[torch.arange(len(x), device=x.device), eot]
         return project_text(self._parts, pooled)
+
+    @property
+    def _blocks(self) -> Sequence[Any]:
+        return self._parts.transformer.resblocks
+
+    def _through_blocks(self, x: Tensor) -> Tensor:
+        """Takes (C, L, T) tokens through all blocks."""
+        return self._parts.transformer(x, attn_mask=self._parts.attn_mask)
 
     def activation_bytes(self, tokens: int, attended: int) -> int:
         """Estimate of what the backward pass keeps of `tokens` tokens (`text_parts.block_bytes`)."""

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 from open_clip import CLIP, CustomTextCLIP
 from torch import Tensor, cat, nn
 
-from adaptclip.clip.attention import encode_visual, pools_class_token, share_weights
+from adaptclip.clip.attention import share_weights
+from adaptclip.clip.image_blocks import Parts, encode_in_parts, vit_parts
 from adaptclip.clip.text import CausalTextTower, make_text_tower, shares_prefix
+from adaptclip.clip.text_towers import PaddedTextTower
 from adaptclip.errors import BackboneError, ConfigError, DataError
 from adaptclip.methods.base import check_state
 from adaptclip.methods.class_encoder import ClassEncoder
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from adaptclip.types import Batch
 
 
-class DeepPromptTower(CausalTextTower):
+class CausalDeepPrompts(CausalTextTower):
     """A causal text tower whose later blocks have prompts of their own in the places behind the start token.
 
     Args:
@@ -45,11 +48,33 @@ class DeepPromptTower(CausalTextTower):
         return cat([x[:first], own, x[first + len(own) :]])
 
 
+class PaddedDeepPrompts(PaddedTextTower):
+    """The same of a tower that reads its whole context (SigLIP, CLIPA, MobileCLIP), where there may be no start token.
+
+    Args:
+        tower: the tower; its weights are looked up, not copied.
+        prompts: returns (n, T) embeddings for each block from the second on, as far as there are any.
+    """
+
+    def __init__(self, tower: PaddedTextTower, prompts: Callable[[], Sequence[Tensor]]) -> None:
+        vars(self).update(vars(tower))
+        self._prompts = prompts
+
+    def _through_blocks(self, x: Tensor) -> Tensor:
+        first, later = len(self.start_ids), [None, *self._prompts()]
+        for block, own in zip_longest(self._blocks, later[: len(self._blocks)]):
+            if own is not None:
+                own = own.to(x.dtype).expand(x.shape[0], -1, -1)
+                x = cat([x[:, :first], own, x[:, first + own.shape[1] :]], dim=1)
+            x = block(x, attn_mask=self._parts.attn_mask)
+        return x
+
+
 class PromptedImageTower(nn.Module):
     """An image tower with fixed prompts in its blocks, called as the tower itself.
 
     Args:
-        visual: open_clip's ViT, see `pools_class_token`.
+        visual: a ViT, see `vit_parts`.
         prompts: (J, n, T) embeddings of the first J blocks.
     """
 
@@ -65,7 +90,7 @@ class PromptedImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, D) features, not normalised."""
-        return encode_visual(self.tower, images, self.prompts.unbind())
+        return encode_in_parts(image_parts(self.tower), images, self.prompts.unbind())
 
 
 def with_image_prompts(model: nn.Module, prompts: Tensor) -> Any:
@@ -75,26 +100,35 @@ def with_image_prompts(model: nn.Module, prompts: Tensor) -> Any:
     return copied
 
 
-def promptable_tower(backbone: ClipBackbone) -> CausalTextTower:
+def image_parts(visual: nn.Module) -> Parts:
+    """Returns the parts of an image tower that was found to be a ViT (`check_towers`)."""
+    parts = vit_parts(visual)
+    assert parts is not None
+    return parts
+
+
+def check_towers(backbone: ClipBackbone) -> CausalTextTower | PaddedTextTower:
     """Returns the text tower of a model both of whose towers can carry prompts in their blocks.
 
     Raises:
         BackboneError: a tower cannot; the message says which and what works.
     """
     model = backbone.model
-    if type(model) not in (CLIP, CustomTextCLIP) or not pools_class_token(model.visual):
-        raise _unfit(backbone, "image", type(model.visual).__name__)
+    if type(model) not in (CLIP, CustomTextCLIP):
+        raise _unfit(backbone, "image", type(model).__name__)
+    if vit_parts(model.visual) is None:
+        raise _unfit(backbone, "image", type(getattr(model.visual, "trunk", model.visual)).__name__)
     tower = make_text_tower(model, backbone.tokenizer)
-    if not shares_prefix(tower):
-        raise _unfit(backbone, "text", type(tower).__name__)
-    return tower
+    if isinstance(tower, PaddedTextTower) or shares_prefix(tower):
+        return tower
+    raise _unfit(backbone, "text", type(tower).__name__)
 
 
 def _unfit(backbone: ClipBackbone, tower: str, kind: str) -> BackboneError:
     return BackboneError(
-        "prompts in the blocks need open_clip's own ViT that pools its class token, and a causal text tower; "
-        f"the {tower} tower of {backbone.name} is another ({kind}). CoOp learns prompts before the text tower of any "
-        "model, LoRA adapts the blocks of all."
+        "prompts in the blocks need a ViT of open_clip, or timm's VisionTransformer (SigLIP), and open_clip's own text "
+        f"transformer; the {tower} tower of {backbone.name} is another ({kind}). CoOp learns prompts before the text "
+        "tower of any model, LoRA adapts the blocks of all."
     )
 
 
@@ -115,9 +149,10 @@ class PromptedClasses:
     """
 
     def __init__(self, backbone: ClipBackbone, class_names: Sequence[str], words: str, prompts: Any) -> None:
-        tower = promptable_tower(backbone)
+        tower = check_towers(backbone)
         self._prompts = prompts
-        self._tower = DeepPromptTower(tower, lambda: self._prompts()[1:])
+        kind: Any = PaddedDeepPrompts if isinstance(tower, PaddedTextTower) else CausalDeepPrompts
+        self._tower: CausalTextTower | PaddedTextTower = kind(tower, lambda: self._prompts()[1:])
         (self._word_ids,) = tower.word_ids([words])
         suffixes, _ = suffix_ids(tower, class_names, len(self._word_ids))
         self._encoder = ClassEncoder(self._tower, suffixes, prefix_length=len(tower.start_ids) + len(self._word_ids))
@@ -142,7 +177,9 @@ class DeepPrompts(TunedTowers):
     """A frozen CLIP with M text and N image prompts in each of its first J blocks; a subclass says what they are.
 
     The tokens of a block are its own prompts beside what the block before made of words and patches; what it made of
-    its prompts is dropped. Image prompts stand behind the patches and have no position.
+    its prompts is dropped. Image prompts stand behind the patches, have no position and are not pooled: where a tower
+    pools the mean of its patches or an attention over them (SigLIP), the published codes, whose towers pool a class
+    token, say nothing, and prompts are no part of the image.
     """
 
     is_clip = False
@@ -166,9 +203,8 @@ class DeepPrompts(TunedTowers):
         words = words.replace("_", " ").strip()
         classes: Any = PromptedClasses(backbone, names, words, self.text_prompts)
         self.ctx_init, self.n_ctx, self.depth, self.seed = words, n_ctx, depth, seed
-        tower = promptable_tower(backbone)
-        blocks = len(backbone.model.visual.transformer.resblocks), len(tower._blocks)
-        self._blocks = min(depth, *blocks)
+        tower, image = check_towers(backbone), image_parts(backbone.model.visual)
+        self._blocks = min(depth, len(image.blocks), len(tower._blocks))
         self._take_towers(backbone, names, (), "both", backbone.model, prompts=classes)
         with torch.no_grad():
             context = classes.embeddings(backbone.device)[len(tower.start_ids) :][:n_ctx].float().clone()
@@ -200,7 +236,7 @@ class DeepPrompts(TunedTowers):
     def _image_features(self, batch: Batch) -> Tensor:
         if batch.images is None:
             raise DataError(f"{type(self).__name__} learns from pixels, but the batch has none; take PixelLoader")
-        features = encode_visual(self.backbone.model.visual, batch.images, self.image_prompts())
+        features = encode_in_parts(image_parts(self.backbone.model.visual), batch.images, self.image_prompts())
         return nn.functional.normalize(features.float(), dim=-1)
 
     def trainable_parameters(self) -> list[nn.Parameter]:

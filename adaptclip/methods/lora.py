@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.clip.attention import encode_image, fuse_attention, share_weights, split_attention
+from adaptclip.clip.attention import fuse_attention, share_weights, split_attention
+from adaptclip.clip.image_blocks import encode_image
 from adaptclip.clip.lora_targets import Towers, find_targets
 from adaptclip.clip.low_rank import QuickDropout
 from adaptclip.errors import BackboneError, ConfigError, DataError

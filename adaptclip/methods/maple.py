@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.methods.deep_prompts import DeepPrompts, drawn
+from adaptclip.methods.deep_prompts import DeepPrompts, drawn, image_parts
 from adaptclip.methods.method import Schedule, Variant
 from adaptclip.seeding import derive_seed
 
@@ -52,7 +52,8 @@ class MaPLe(DeepPrompts):
     tower of fewer than J blocks has prompts in all of them.
 
     Args:
-        backbone: frozen CLIP in fp32, not changed; both towers as CLIP's own ViTs have them.
+        backbone: frozen CLIP in fp32, not changed; its image tower a ViT of open_clip or timm, its text
+            tower open_clip's own transformer.
         class_names: C names in the order of the label ids.
         n_ctx: M.
         depth: J.
@@ -86,7 +87,7 @@ class MaPLe(DeepPrompts):
         self.deep = nn.Parameter(drawn((self._blocks - 1, n_ctx, width), seed, "maple prompts", device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "maple layers"))
-            layers = [nn.Linear(width, backbone.model.visual.class_embedding.shape[-1]) for _ in range(2)]
+            layers = [nn.Linear(width, image_parts(backbone.model.visual).width) for _ in range(2)]
         layers = [layers[0], *[layers[1]] * (self._blocks - 1)]
         self.weight = nn.Parameter(torch.stack([layer.weight.detach() for layer in layers]).to(device))
         self.bias = nn.Parameter(torch.stack([layer.bias.detach() for layer in layers]).to(device))

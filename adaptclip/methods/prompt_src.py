@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.clip.attention import encode_image
+from adaptclip.clip.image_blocks import encode_image
 from adaptclip.errors import ConfigError
 from adaptclip.methods.base import check_state, scaled_logits
-from adaptclip.methods.deep_prompts import DeepPrompts, drawn
+from adaptclip.methods.deep_prompts import DeepPrompts, drawn, image_parts
 from adaptclip.methods.method import Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
 
@@ -73,7 +73,8 @@ class PromptSRC(DeepPrompts):
     has prompts in all of them. A run that was killed goes on with its average.
 
     Args:
-        backbone: frozen CLIP in fp32, not changed; both towers as CLIP's own ViTs have them.
+        backbone: frozen CLIP in fp32, not changed; its image tower a ViT of open_clip or timm, its text
+            tower open_clip's own transformer.
         class_names: C names in the order of the label ids.
         n_ctx: M.
         depth: J.
@@ -106,7 +107,7 @@ class PromptSRC(DeepPrompts):
         context = self._take_prompts(backbone, class_names, ctx_init, n_ctx, depth, seed)
         self.teacher_templates = tuple(teacher_templates)
         device, width = context.device, context.shape[1]
-        image_width = backbone.model.visual.class_embedding.shape[-1]
+        image_width = image_parts(backbone.model.visual).width
         self.context = nn.Parameter(context)
         self.deep = nn.Parameter(drawn((self._blocks - 1, n_ctx, width), seed, "promptsrc text", device))
         self.image = nn.Parameter(drawn((self._blocks, n_ctx, image_width), seed, "promptsrc image", device))

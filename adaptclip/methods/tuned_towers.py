@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.clip.attention import encode_image
+from adaptclip.clip.image_blocks import encode_image
 from adaptclip.errors import ConfigError, DataError
 from adaptclip.methods.base import batch_features, scaled_logits
 from adaptclip.methods.class_encoder import ClassPrompts

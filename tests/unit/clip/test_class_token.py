@@ -11,9 +11,9 @@ from tiny_clip import make_tiny_backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.clip import attention as class_token
+from adaptclip.clip import image_blocks as class_token
 from adaptclip.clip import load_backbone
-from adaptclip.clip.attention import encode_image, pools_class_token
+from adaptclip.clip.image_blocks import encode_image, pools_class_token
 from adaptclip.methods.lora import inject_lora, lora_layers, lora_parameters
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,13 @@ import json
 
 import pytest
 import torch
-from deep_prompt_towers import four_blocks, image_features, text_features
+from deep_prompt_towers import (
+    four_blocks,
+    image_features,
+    map_image_features,
+    padded_text_features,
+    text_features,
+)
 from tiny_clip import make_tiny_backbone
 from tiny_kinds import make_kind
 from torch.nn import functional as F
@@ -15,6 +21,7 @@ from torch.nn import functional as F
 import adaptclip as ac
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError
 from adaptclip.methods.maple import MaPLe
+from adaptclip.prompts import zero_shot_weights
 from adaptclip.types import Batch
 
 NAMES = ("red fox", "blue_whale", "daisy chain")
@@ -52,6 +59,31 @@ def test_the_forward_pass_and_its_gradients_are_the_published_ones(backbone, dep
     logits = adapter(batch)
     own = torch.autograd.grad(F.cross_entropy(logits, batch.labels), learnt)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for one, other in zip(own, theirs, strict=True):
+        assert float(other.abs().sum()) > 0
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ViT-B-16-SigLIP", "ViT-B-16-SigLIP2-256"])
+def test_the_towers_of_siglip(kind):
+    siglip = make_kind(kind)
+    words = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
+    # Untouched, the prompts of the first block are the words themselves.
+    torch.testing.assert_close(
+        MaPLe(siglip, NAMES, depth=1).text_features(), zero_shot_weights(siglip, words, ["{}"]), atol=1e-6, rtol=0
+    )
+    adapter = MaPLe(siglip, NAMES).train()
+    batch, learnt = pictures(), adapter.trainable_parameters()
+    prompts = [adapter.context, *adapter.deep]
+    assert len(prompts) == len(siglip.model.visual.trunk.blocks) == 2
+    joined = [p @ adapter.weight[j].T + adapter.bias[j] for j, p in enumerate(prompts)]
+    text = padded_text_features(siglip, words, prompts)
+    images = map_image_features(siglip, batch.images, joined)  # pyright: ignore[reportArgumentType]
+    expected = float(siglip.logit_scale) * images @ text.T
+    theirs = torch.autograd.grad(F.cross_entropy(expected, batch.labels), learnt)
+    logits = adapter(batch)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    own = torch.autograd.grad(F.cross_entropy(logits, batch.labels), learnt)
     for one, other in zip(own, theirs, strict=True):
         assert float(other.abs().sum()) > 0
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
@@ -100,8 +132,15 @@ def test_reloaded_fixed_and_live_are_the_same_and_the_backbone_stays(backbone):
 
 
 def test_what_does_not_go(backbone):
-    for kind, tower in (("RN50", "image"), ("roberta-ViT-B-32", "text"), ("coca_ViT-B-32", "image")):
-        with pytest.raises(BackboneError, match=f"prompts in the blocks need .* the {tower} tower of"):
+    for kind, tower in (
+        ("RN50", "image tower of .* (ModifiedResNet)"),
+        ("convnext_base", "image tower of .* (ConvNeXt)"),
+        ("EVA02-B-16", "image tower of .* (Eva)"),
+        ("coca_ViT-B-32", "image tower of .* (CoCa)"),
+        ("roberta-ViT-B-32", "text tower of .* (HuggingFaceTextTower)"),
+    ):
+        named = tower.replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(BackboneError, match=f"prompts in the blocks need .* the {named}"):
             MaPLe(make_kind(kind), NAMES)
     with pytest.raises(BackboneError, match="towers"):
         MaPLe(ac.FeatureClip(torch.eye(3)), NAMES)  # pyright: ignore[reportArgumentType]
