@@ -153,12 +153,14 @@ class Outcome(BaseModel):
         values = " or ".join(self.positive)
         return f"{self.level} = {values}" if self.level else values
 
-    def check(self, class_names: Sequence[str], levels: Mapping[str, Sequence[str]]) -> None:
+    def check(self, class_names: Sequence[str], levels: Mapping[str, Sequence[str]], *, several: bool = False) -> None:
         """Refuses what is not among the classes or levels, and an outcome that every class has.
 
         Args:
             class_names: C names.
             levels: taxonomy level -> C coarse names.
+            several: whether an image may show several classes, or none: then every class may be positive, which asks
+                whether it shows any.
 
         Raises:
             DataError: it does not fit; the message holds the nearest name.
@@ -170,7 +172,7 @@ class Outcome(BaseModel):
         for value in self.positive:
             if value not in values:
                 raise DataError(f"outcome {self.name!r}: nothing is {value!r}. {did_you_mean(value, values)}")
-        if set(values) <= set(self.positive):
+        if set(values) <= set(self.positive) and not several:
             raise DataError(f"outcome {self.name!r}: every class is positive, so there is nothing to tell apart")
 
 
@@ -328,6 +330,10 @@ class GateRule(BaseModel):
             )
         if self.threshold is not None and not (measure.of_outcome and measure.decides):
             raise ValueError("threshold decides between positive and negative; it belongs to rates of an outcome")
+        if measure.of_labels and self.positive is not None:
+            raise ValueError(
+                f"{measure.name} is of all classes at once; of one class use sensitivity, specificity or auc"
+            )
         if measure.least_classes > 2 and self.positive is not None:
             raise ValueError(f"of two sides, {measure.words} says nothing; use sensitivity")
 

@@ -9,6 +9,10 @@ Columns, by name:
     top_1 … top_k   the most probable classes in order, with their probabilities in top_1_prob … top_k_prob if known; or
     pred            the predicted class alone
     sigmoid_NAME    probability of the class NAME by itself, for every class, beside any of these; rows have any sum
+    positive_NAME   whether the image shows the class NAME, for every class, where images may show several, or none:
+                    1, 0, or empty (or -1) where nobody knows. Then sigmoid_NAME is all that is needed beside it: label,
+                    pred and top_k are not read, and prob_NAME may be left out
+    threshold_NAME  probability from which the class NAME is named, beside positive_NAME; the same in all rows
     group:NAME      value of the group attribute NAME; an empty cell is the group "unknown". Without the prefix, every
                     column that is none of the others is a group attribute too, but for those that name persons or
                     other units of resampling ("patient_id"): such a one is named `cluster` or `group:patient_id`
@@ -42,6 +46,9 @@ _PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d{0,15})(\.\d+)?")
 _TEXT_FILES = (".csv", ".tsv")
 SIGMOID = "sigmoid_"
 POSITIVE = "positive_"
+THRESHOLD = "threshold_"
+_ANSWERS = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0, "-1": -1, "": -1}
+"""What a cell of positive_NAME may hold where it is text."""
 MAX_GROUP_VALUES = 200
 """A column with more values than this and without the prefix `group:` is taken for something else than a group."""
 
@@ -70,22 +77,22 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     if not own:
         _refuse_two_spellings(table, path)
     names = _class_names(table, metadata["class_names"] if own else classes, path)
-    labels = _class_ids(table["label"], names, "label", path, numbered=own)
-    answers = _answers(table, names, path, numbered=own)
-    fields: dict[str, Any] = {"labels": labels, "class_names": names, **answers}
+    fields: dict[str, Any] = {"class_names": names}
+    if single := _of(table, SIGMOID):
+        fields["sigmoid"] = _numbers(table, _ordered(single, names, path, numbered=own, prefix=SIGMOID), path)
+    if _of(table, POSITIVE):
+        fields |= _several(table, names, fields["sigmoid"], path, numbered=own)
+    else:
+        fields["labels"] = _class_ids(table["label"], names, "label", path, numbered=own)
+        fields |= _answers(table, names, path, numbered=own)
     fields["ids"] = _filled(table, "id", path) or tuple(map(str, range(table.num_rows)))
     fields["clusters"] = _filled(table, "cluster", path)
-    if single := [n for n in table.column_names if n.startswith(SIGMOID)]:
-        fields["sigmoid"] = _numbers(table, _ordered(single, names, path, numbered=own, prefix=SIGMOID), path)
-    if marks := [n for n in table.column_names if n.startswith(POSITIVE)]:
-        ordered = _ordered(marks, names, path, numbered=own, prefix=POSITIVE)
-        fields["positive"] = _yes_or_no(table, ordered, path)
     if metadata.get("thresholds") is not None:
         fields["thresholds"] = np.array(metadata["thresholds"], np.float64)
     fields["groups"], fields["notes"] = _groups(table, path)
     fields["notes"] = (*fields["notes"], *fields.pop("answer_notes"))
     levels = {name: tuple(values) for name, values in metadata.get("levels", {}).items()}
-    fields["levels"] = levels or _levels(table, labels, names, path)
+    fields["levels"] = levels or _levels(table, fields["labels"], names, path)
     fields |= {name: metadata[name] for name in ("ranked", "confident", "fixed_classes") if name in metadata}
     fields["notes"] = (*metadata.get("notes", ()), *fields["notes"])
     fields |= {"expected": metadata.get("expected"), "made_by": metadata.get("made_by", {})}
@@ -173,6 +180,9 @@ def _check_columns(table: pa.Table, path: Path) -> None:
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise DataError(f"{path} has two columns named {', '.join(map(repr, twice))}; each needs its own name")
+    if _of(table, POSITIVE):
+        _check_several(table, path)
+        return
     if "label" not in names:
         raise DataError(f"{path} is no predictions file: it has no column 'label'. {did_you_mean('label', names)}")
     if not ("pred" in names or "top_1" in names or any(n.startswith("prob_") for n in names)):
@@ -188,7 +198,8 @@ def _class_names(table: pa.Table, classes: Sequence[str] | None, path: Path) -> 
         if len(set(classes)) < len(classes):
             raise DataError("the list of classes names a class twice; each needs its own name")
         return tuple(classes)
-    named = [n.removeprefix("prob_") for n in table.column_names if n.startswith("prob_")]
+    named = [n.removeprefix(POSITIVE) for n in _of(table, POSITIVE)]
+    named = named or [n.removeprefix("prob_") for n in table.column_names if n.startswith("prob_")]
     if named:
         numbered = all(name.isdecimal() for name in named)
         return tuple(sorted(named, key=int)) if numbered else tuple(named)
@@ -266,16 +277,79 @@ def _no_number(column: pa.ChunkedArray) -> str:
     return f"values of type {column.type}"
 
 
-def _yes_or_no(table: pa.Table, columns: Sequence[str], path: Path) -> np.ndarray:
-    """(N, C) bool of columns that hold 0 and 1, or true and false."""
-    values = (
-        _numbers(table, columns, path)
-        if not pa.types.is_boolean(table[columns[0]].type)
-        else np.stack([table[name].to_numpy(zero_copy_only=False) for name in columns], axis=1)
-    )
-    if not np.isin(values, (0, 1)).all():
-        raise DataError(f"{path}: {columns[0]} and its like say whether an image shows a class: 0 or 1")
-    return values.astype(bool)
+def _of(table: pa.Table, prefix: str) -> list[str]:
+    return [name for name in table.column_names if name.startswith(prefix)]
+
+
+def _check_several(table: pa.Table, path: Path) -> None:
+    """Images that may show several classes are judged by the probabilities of single ones, and have no one value."""
+    if not _of(table, SIGMOID):
+        given = [name.removeprefix("prob_") for name in _of(table, "prob_")]
+        mends = "".join(f"; rename prob_{n} … to {SIGMOID}{n} … if each is a probability by itself" for n in given[:1])
+        raise DataError(
+            f"{path} says which classes an image shows ({_of(table, POSITIVE)[0]} …) and needs the probability of each "
+            f"by itself beside it ({SIGMOID}CLASS){mends}"
+        )
+    if levels := _of(table, "level:"):
+        raise DataError(
+            f"{path}: column {levels[0]!r} is a value of the one class of a row, and here rows may show several; leave "
+            "it out"
+        )
+
+
+def _several(
+    table: pa.Table, names: Sequence[str], sigmoid: np.ndarray, path: Path, *, numbered: bool
+) -> dict[str, Any]:
+    """Fields of images that may show several classes; without prob_CLASS their share of the sigmoid stands for it."""
+    columns = _ordered(_of(table, POSITIVE), names, path, numbered=numbered, prefix=POSITIVE)
+    cells = np.stack([_yes_or_no(table, name, path) for name in columns], axis=1)
+    fields: dict[str, Any] = {"positive": cells == 1, "labels": (cells == 1).argmax(axis=1), "answer_notes": ()}
+    fields["known"] = None if (cells >= 0).all() else cells >= 0
+    if given := _of(table, "prob_"):
+        fields["probs"] = _numbers(table, _ordered(given, names, path, numbered=numbered), path)
+    else:
+        fields["probs"] = shares(sigmoid)
+    if least := _of(table, THRESHOLD):
+        values = _numbers(table, _ordered(least, names, path, numbered=numbered, prefix=THRESHOLD), path)
+        for name, column in zip(names, values.T, strict=True):
+            if (column != column[0]).any():
+                raise DataError(f"{path}: column {THRESHOLD}{name} holds several numbers; a class has one threshold")
+        fields["thresholds"] = values[0].astype(np.float64)
+    return fields
+
+
+def shares(sigmoid: np.ndarray) -> np.ndarray:
+    """(N, C) float32 shares of the classes in the sum of their own probabilities (N, C); even ones where that is 0."""
+    total = sigmoid.sum(axis=1, keepdims=True, dtype=np.float64)
+    even = np.full(sigmoid.shape, 1 / sigmoid.shape[1])
+    return np.divide(sigmoid, total, out=even, where=total > 0).astype(np.float32)
+
+
+def _yes_or_no(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """(N,) int8 of a column that says whether an image shows a class: 1, 0, or -1 where that is not known."""
+    column = table[name]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        found = [(value or "").strip().lower() for value in column.to_pylist()]
+        bad = next((row for row, value in enumerate(found, start=1) if value not in _ANSWERS), None)
+        if bad is None:
+            return np.array([_ANSWERS[value] for value in found], np.int8)
+        values, first = None, repr(found[bad - 1]) + f" in row {bad}"
+    elif not any(is_kind(column.type) for is_kind in _FLAG_TYPES):
+        values, first = None, f"values of type {column.type}"
+    else:
+        numbers = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
+        values = np.nan_to_num(numbers.cast(pa.float64()).to_numpy(zero_copy_only=False), nan=-1)
+        odd = np.flatnonzero(~np.isin(values, (0, 1, -1)))
+        first = f"{values[odd[0]]:g} in row {odd[0] + 1}" if len(odd) else ""
+    if values is None or first:
+        raise DataError(
+            f"{path}: column {name!r} says whether an image shows a class: 1, 0, or nothing (or -1) where that is not "
+            f"known; got {first}"
+        )
+    return values.astype(np.int8)
+
+
+_FLAG_TYPES = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
 
 
 def _is_number(text: str) -> bool:
@@ -313,7 +387,8 @@ def _ordered(
     absent = [name for name in by_name if name not in columns]
     extra = [c for c in columns if c.removeprefix(prefix) not in names]
     raise DataError(
-        f"{path}: {len(columns)} probability columns do not fit the {len(names)} classes"
+        f"{path}: {len(columns)} {'probability' if prefix == 'prob_' else prefix + '…'} columns do not fit the "
+        f"{len(names)} classes"
         + (f"; missing {', '.join(absent[:5])}" if absent else "")
         + (f"; unknown {', '.join(extra[:5])}. {did_you_mean(extra[0].removeprefix(prefix), names)}" if extra else "")
     )
@@ -379,8 +454,9 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
     """Group attributes, and notes on the columns that were not taken for one."""
     groups: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
+    own = ("prob_", SIGMOID, POSITIVE, "level:", *((THRESHOLD,) if _of(table, POSITIVE) else ()))
     for column in table.column_names:
-        used = column in ("id", "label", "pred", "cluster") or column.startswith(("prob_", SIGMOID, POSITIVE, "level:"))
+        used = column in ("id", "label", "pred", "cluster") or column.startswith(own)
         if used or _RANKED.fullmatch(column):
             continue
         name = column.removeprefix("group:")

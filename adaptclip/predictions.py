@@ -22,7 +22,7 @@ class Predictions:
 
     Attributes:
         ids: N row ids, all different.
-        labels: (N,) int64 true class ids.
+        labels: (N,) int64 true class ids; of several, the first class that the image shows (0 where it shows none).
         probs: (N, C) float32 class probabilities, each row summing to 1.
         class_names: C names.
         groups: attribute name -> N values as text; a missing value is "unknown".
@@ -36,7 +36,9 @@ class Predictions:
         sigmoid: (N, C) float32 probability of each class by itself, 0 to 1, rows of any sum; None where the model was
             not made to answer yes or no for each class.
         positive: (N, C) bool, the classes of each image where it may have several, or none; None where each has the one
-            of `labels` (which then is one of them, or any where it has none).
+            of `labels`. False where it is not known.
+        known: (N, C) bool, False where nobody knows whether the image shows the class; only beside `positive`. None
+            where all is known.
         thresholds: (C,) probability from which a class is named by itself, chosen on other images; None for 0.5.
         fixed_classes: whether the study fixed how many images there are of each class (card: sampling); otherwise their
             mix is random, like the images.
@@ -62,6 +64,7 @@ class Predictions:
     notes: tuple[str, ...] = ()
     sigmoid: np.ndarray | None = None
     positive: np.ndarray | None = None
+    known: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     fixed_classes: bool = False
     strata: np.ndarray | None = None
@@ -114,9 +117,13 @@ class Predictions:
     def _check_marks(self) -> None:
         """Sets of classes and thresholds belong to probabilities of single classes, and have their shape."""
         n, c = self.probs.shape
-        if self.positive is not None and (self.positive.shape != (n, c) or self.positive.dtype != bool):
+        for marks in (self.positive, self.known):
+            if marks is not None and (marks.shape != (n, c) or marks.dtype != bool):
+                raise DataError(f"sets of classes should be ({n}, {c}) yes or no, got {marks.shape} of another kind")
+        if self.known is not None and (self.positive is None or (self.positive & ~self.known).any()):
             raise DataError(
-                f"sets of classes should be ({n}, {c}) yes or no, got {self.positive.shape} of another kind"
+                "what is known of an image belongs to sets of classes, and an image shows no class of which that is "
+                "not known"
             )
         if (self.positive is not None or self.thresholds is not None) and self.sigmoid is None:
             raise DataError(
@@ -142,7 +149,7 @@ class Predictions:
     def _check_declared(self) -> None:
         """Outcomes and intersections speak of levels, classes and groups that there are."""
         for outcome in self.outcomes:
-            outcome.check(self.class_names, self.levels)
+            outcome.check(self.class_names, self.levels, several=self.several)
         for crossed in self.intersections:
             for name in crossed:
                 if name not in self.groups:
@@ -154,6 +161,18 @@ class Predictions:
         return len(self.ids)
 
     @property
+    def several(self) -> bool:
+        """Whether an image may show several classes, or none of them."""
+        return self.positive is not None
+
+    @property
+    def shown_counts(self) -> np.ndarray:
+        """(C,) images of each class; of several, those that show it."""
+        if self.positive is not None:
+            return self.positive.sum(axis=0)
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    @property
     def pred(self) -> np.ndarray:
         """(N,) int64 class decided for: the most probable one, of which the lowest id wins a tie."""
         return self.probs.argmax(axis=1) if self.decided is None else self.decided
@@ -161,18 +180,24 @@ class Predictions:
     def save(self, path: Path | str) -> None:
         """Writes one Parquet file: id, label, pred, prob_<class id>, group:<name>, cluster; names in the metadata.
 
-        Where there are probabilities of single classes they are columns sigmoid_<class id>, and sets of classes are
-        columns positive_<class id>.
+        Where there are probabilities of single classes they are columns sigmoid_<class id>. Images that may show
+        several classes have columns positive_<class id>, empty where that is not known, in the place of label and pred.
 
         Raises:
             StorageError: the file cannot be written.
         """
-        columns: dict[str, object] = {"id": list(self.ids), "label": self.labels, "pred": self.pred}
+        import pyarrow as pa
+
+        columns: dict[str, object] = {"id": list(self.ids)}
+        columns |= {} if self.several else {"label": self.labels, "pred": self.pred}
         columns |= {f"prob_{c}": self.probs[:, c] for c in range(len(self.class_names))}
         if self.sigmoid is not None:
             columns |= {f"sigmoid_{c}": self.sigmoid[:, c] for c in range(len(self.class_names))}
         if self.positive is not None:
-            columns |= {f"positive_{c}": self.positive[:, c] for c in range(len(self.class_names))}
+            unknown = np.zeros_like(self.positive) if self.known is None else ~self.known
+            columns |= {
+                f"positive_{c}": pa.array(self.positive[:, c], mask=unknown[:, c]) for c in range(len(self.class_names))
+            }
         columns |= {f"group:{name}": list(values) for name, values in self.groups.items()}
         if self.clusters is not None:
             columns["cluster"] = list(self.clusters)
@@ -189,8 +214,6 @@ class Predictions:
             "expected": self.expected and self.expected.model_dump(mode="json"),
             "made_by": self.made_by,
         }
-        import pyarrow as pa
-
         write_parquet(Path(path), pa.table(columns), metadata)
 
     @classmethod

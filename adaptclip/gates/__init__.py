@@ -57,6 +57,7 @@ from adaptclip.gates.verdicts import (
 from adaptclip.gates.wording import excluded_words, family_reason, reason_of
 from adaptclip.metrics.gaps import gap_test
 from adaptclip.progress import progress_bar
+from adaptclip.reports.any_of import rule_words
 from adaptclip.reports.measuring import Question, align, ask, group_rows, judged
 
 if TYPE_CHECKING:
@@ -136,9 +137,10 @@ def _judge_rule(
     outcome = rule.outcome_among(predictions.outcomes)
     question = ask(rule.metric, predictions, baseline if needs_base else None, rule.level, outcome)
     verdict = _judge_question(rule, question, predictions, draws, seed)
-    if outcome is None or outcome.rule == ARGMAX or not rule.measure.decides:
+    decided = outcome is not None and (outcome.rule != ARGMAX or predictions.several) and rule.measure.decides
+    if outcome is None or not decided:
         return verdict
-    return replace(verdict, reason=f"{verdict.reason} Decision rule: {outcome.rule_words}.")
+    return replace(verdict, reason=f"{verdict.reason} Decision rule: {rule_words(predictions, outcome)}.")
 
 
 def _judge_question(rule: GateRule, question: Question, predictions: Predictions, draws: int, seed: int) -> Verdict:
@@ -171,9 +173,9 @@ def _noise(question: Question, by_group: dict[str, np.ndarray], draws: int, seed
     """The gap of equal groups of these sizes that noise alone stays within in 95 % of cases; of means over images."""
     if question.metric.values is None:
         return None
-    everything = np.concatenate(list(by_group.values()))
-    code = np.repeat(np.arange(len(by_group)), list(map(len, by_group.values())))
-    images = judged(question.predictions, everything)
+    parts = [found for rows in by_group.values() if (found := question.own(rows)) is not None]
+    code = np.repeat(np.arange(len(parts)), list(map(len, parts)))
+    images = judged(question.predictions, np.concatenate(parts))
     counted = (
         np.arange(len(images)) if question.metric.selects is None else question.metric.selects(images).nonzero()[0]
     )

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import chdtr, lambertw
 
 from adaptclip.gate_rules import ZERO_SHOT, GateRule
-from adaptclip.reports.measuring import ask, encode, group_rows, judged
+from adaptclip.reports.measuring import ask, encode, group_rows
 
 if TYPE_CHECKING:
     from adaptclip.gates.verdicts import Verdict
@@ -73,19 +73,37 @@ def repeated_rows(predictions: Predictions) -> Repeated | None:
     if n < 2 * _FEWEST:
         return None
     unit = np.arange(n) if predictions.clusters is None else encode(predictions.clusters)[1]
-    answers = _codes(predictions.labels, predictions.probs)
+    answers = _codes(*_rows(predictions))
     return _several_times(predictions, answers, unit) or _copies(predictions, answers, unit)
+
+
+def _rows(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) what each image shows, as a number, and (N, C) the probabilities that answer it."""
+    if predictions.positive is None or predictions.sigmoid is None:
+        return predictions.labels, predictions.probs
+    shown = predictions.positive if predictions.known is None else predictions.positive + 2 * ~predictions.known
+    return np.unique(shown, axis=0, return_inverse=True)[1].ravel(), predictions.sigmoid
 
 
 def same_predictions(first: Predictions, second: Predictions) -> bool:
     """Whether two predictions are the same rows with the same answers, up to the rounding of a text file."""
-    if first.class_names != second.class_names or len(first) != len(second):
+    if first.class_names != second.class_names or len(first) != len(second) or first.several != second.several:
         return False
     position = {row: i for i, row in enumerate(second.ids)}
     order = np.fromiter((position.get(row, -1) for row in first.ids), np.int64, len(first))
     if (order < 0).any() or (first.labels != second.labels[order]).any():
         return False
-    return bool(np.abs(first.probs - second.probs[order]).max(initial=0) < 1e-6)
+    if first.several and not _same_sets(first, second, order):
+        return False
+    ours, theirs = _rows(first)[1], _rows(second)[1]
+    return bool(np.abs(ours - theirs[order]).max(initial=0) < 1e-6)
+
+
+def _same_sets(first: Predictions, second: Predictions, order: np.ndarray) -> bool:
+    assert first.positive is not None
+    assert second.positive is not None
+    known = [np.ones_like(p.positive) if p.known is None else p.known for p in (first, second)]
+    return bool((first.positive == second.positive[order]).all() and (known[0] == known[1][order]).all())
 
 
 def _codes(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -101,7 +119,7 @@ def _codes(labels: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _several_times(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> Repeated | None:
     n = len(predictions)
-    stratum = predictions.labels.astype(np.int64)
+    stratum = _rows(predictions)[0].astype(np.int64)
     for values in predictions.groups.values():
         names, code = encode(values)
         stratum = np.unique(stratum * len(names) + code, return_inverse=True)[1]
@@ -130,13 +148,13 @@ def _chance(answers: np.ndarray, stratum: np.ndarray, length: int) -> float:
 def _copies(predictions: Predictions, answers: np.ndarray, unit: np.ndarray) -> Repeated | None:
     if not predictions.confident or predictions.ranked is not None:
         return None  # their numbers are made from an order
-    distinct = int(answers.max()) + 1
+    distinct, (shown, given) = int(answers.max()) + 1, _rows(predictions)
     if distinct < 3 * len(predictions.class_names):
         return None
     # One row of each answer and unit, and none whose probabilities are equal because numbers end.
     kept = np.unique(answers.astype(np.int64) * (int(unit.max()) + 1) + unit, return_index=True)[1]
-    kept = kept[predictions.probs[kept].max(axis=1) < _SURE]
-    labels, probs, unit = predictions.labels[kept], predictions.probs[kept], unit[kept]
+    kept = kept[(np.abs(given[kept] - 0.5) < _SURE - 0.5).any(axis=1)]
+    labels, probs, unit = shown[kept], given[kept], unit[kept]
     first, times = np.unique(answers[kept], return_index=True, return_counts=True)[1:]
     n, copies = len(predictions), int((times - 1).sum())
     if copies < max(_FEWEST, _SHARE * n):
@@ -243,7 +261,7 @@ def _absent_classes(rule: GateRule, predictions: Predictions) -> list[str]:
     """Expected classes without an image on which the rule depends."""
     assert predictions.expected is not None
     names = predictions.class_names
-    seen = np.bincount(predictions.labels, minlength=len(names)) > 0
+    seen = predictions.shown_counts > 0
     wanted = predictions.expected.of_classes(names)
     absent = [c for c, name in enumerate(names) if name in wanted and not seen[c]]
     values = names if rule.level is None else predictions.levels[rule.level]
@@ -302,13 +320,17 @@ def asks_little(rule: GateRule, predictions: Predictions) -> bool:
     """
     if rule.no_worse_than is not None or rule.gap_at_most is not None:
         return False
-    frequencies = np.bincount(predictions.labels, minlength=len(predictions.class_names)) / len(predictions)
-    constant = np.broadcast_to(frequencies.astype(np.float32), predictions.probs.shape)
-    unskilled = replace(predictions, probs=np.ascontiguousarray(constant), sigmoid=None, ranked=None, confident=True)
+    known = len(predictions) if predictions.known is None else np.maximum(predictions.known.sum(axis=0), 1)
+    frequencies = (predictions.shown_counts / known).astype(np.float32)
+    constant = np.ascontiguousarray(np.broadcast_to(frequencies, predictions.probs.shape))
+    unskilled = (
+        replace(predictions, sigmoid=constant) if predictions.several
+        else replace(predictions, probs=constant, sigmoid=None, ranked=None, confident=True)
+    )  # fmt: skip
     question = ask(rule.metric, unskilled, None, rule.level, rule.outcome_among(predictions.outcomes))
     groups = {"": None} if rule.attribute is None else group_rows(predictions, rule.attribute)
     for rows in (rows for group, rows in groups.items() if group not in rule.exclude):
-        value = rule.measure.value(judged(question.predictions, rows))
+        value = rule.measure.value(question.images(rows))
         if value is None or (rule.at_least is not None and value < rule.at_least):
             return False
         if rule.at_most is not None and value > rule.at_most:

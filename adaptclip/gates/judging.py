@@ -16,6 +16,7 @@ from adaptclip.errors import DataError, GateError, did_you_mean
 from adaptclip.feature_clip import in_order
 from adaptclip.gate_rules import ZERO_SHOT, GateRule, Outcome
 from adaptclip.gates import Verdict, check_gates, load_gates
+from adaptclip.gates.label_sets import chosen_thresholds, given_probabilities, label_sets, shows_several
 from adaptclip.gates.loading import parse_rule
 from adaptclip.gates.verdicts import exit_code, overall_verdict
 from adaptclip.metrics import Metric
@@ -69,6 +70,7 @@ def judge(
     probabilities: Any,
     *,
     class_names: Sequence[str] | None = None,
+    thresholds: Any = None,
     groups: Any = None,
     clusters: Sequence[Any] | None = None,
     zero_shot: Any = None,
@@ -81,16 +83,20 @@ def judge(
     """Judges a model's probabilities on labelled images that it has not seen, as the end of every recipe does.
 
     Args:
-        y_true: (N,) labels, a sequence, array, tensor or column: class names, or class ids from 0.
+        y_true: (N,) labels, a sequence, array, tensor or column: class names, or class ids from 0. Where an image may
+            show several classes, or none: (N, C) 1 and 0, with NaN or -1 where nobody knows, or N lists of class names.
         probabilities: (N, C) class probabilities, each row summing to 1; an array or tensor with columns in the order
-            of `class_names`, or a DataFrame whose columns are the class names.
+            of `class_names`, or a DataFrame whose columns are the class names. Where an image may show several classes,
+            the probability of each by itself, and rows have any sum.
         class_names: C names in the order of the columns, or for a DataFrame in the order of the ids; its columns are
             put in that order. Needed where labels are names and `probabilities` has none; ids without names are called
             "class 0", "class 1" …
+        thresholds: where an image may show several classes, the probability from which each is named, chosen on other
+            images: (C,) numbers, a mapping of names to numbers, or one number for all; None for 0.5.
         groups: attribute -> N values (a mapping or a DataFrame), such as {"sex": [...]}; missing values are "unknown".
         clusters: N patients, sites or the like, the unit that was sampled; None where each image is its own.
-        zero_shot: (N, C) probabilities of the model without adaptation on the same images, for changes and for gates of
-            `no_worse_than: zero_shot`.
+        zero_shot: (N, C) probabilities, of the same kind, of the model without adaptation on the same images, for
+            changes and for gates of `no_worse_than: zero_shot`.
         gates: rules (`{"metric": "accuracy", "at_least": 0.8}`), or a YAML file of them.
         outcomes: two-sided questions (`{"positive": ["melanoma"]}`), as in a card.
         metrics: of your own, `Metric.of(name, function)`.
@@ -103,20 +109,31 @@ def judge(
         GateError: a gate is not valid or does not fit.
     """
     asked = None if class_names is None else in_order(class_names, "class_names")
-    probs, names = _probabilities(probabilities, "probabilities", asked)
+    several = shows_several(y_true)
+    probs, names = _probabilities(probabilities, "probabilities", asked, least=1 if several else 2)
     _check_rows(y_true=y_true, probabilities=probabilities, groups=groups, clusters=clusters, zero_shot=zero_shot)
-    labels, names = _labels(y_true, names, probs.shape)
+    truth: dict[str, Any]
+    if several:
+        truth, names = label_sets(y_true, names, probs.shape)
+    else:
+        labels, names = _labels(y_true, names, probs.shape)
+        truth = {"labels": labels}
+    labels = truth["labels"]
     rows = tuple(map(str, range(len(labels)))) if ids is None else tuple(map(str, ids))
     info: dict[str, Any] = {
-        "ids": rows, "labels": labels, "class_names": names, "groups": _groups(groups, len(labels)),
+        "ids": rows, **truth, "class_names": names, "groups": _groups(groups, len(labels)),
         "clusters": None if clusters is None else _clusters(clusters),
         "outcomes": tuple(map(_outcome, outcomes)), "fixed_classes": fixed_classes,
     }  # fmt: skip
-    predictions = Predictions(probs=probs, **info)
+    least = chosen_thresholds(thresholds, names, several=several)
+    predictions = Predictions(**given_probabilities(probs, several=several), thresholds=least, **info)
     baseline = None
     if zero_shot is not None:
-        before, _ = _probabilities(zero_shot, "zero_shot", names)
-        baseline = Predictions(probs=before, **info, made_by={"method": ZERO_SHOT})
+        before, _ = _probabilities(zero_shot, "zero_shot", names, least=1 if several else 2)
+        made_by = {"method": ZERO_SHOT}
+        baseline = Predictions(
+            **given_probabilities(before, several=several), thresholds=least, **info, made_by=made_by
+        )
     if isinstance(gates, Mapping):
         raise GateError(
             "gates should be a list of rules, or a YAML file; put brackets around a single one: gates=[...]"
@@ -189,7 +206,9 @@ def _check_rows(**given: Any) -> None:
             )
 
 
-def _probabilities(values: Any, what: str, names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def _probabilities(
+    values: Any, what: str, names: tuple[str, ...] | None, *, least: int = 2
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """(N, C) float32 with columns in the order of `names`, and the names; the columns' own where none are given."""
     columns = getattr(values, "columns", None)
     if columns is not None:
@@ -210,7 +229,7 @@ def _probabilities(values: Any, what: str, names: tuple[str, ...] | None) -> tup
         array = np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} should be (N, C) numbers, got {type(values).__name__}: {error}") from error
-    if array.ndim != 2 or array.shape[1] < 2:
+    if array.ndim != 2 or array.shape[1] < least:
         one = "; give a column for each of the two classes, 1 - p and p" if array.ndim == 1 else ""
         raise DataError(f"{what} should be (N, C) numbers with two classes or more, got {array.shape}{one}")
     return array, names

@@ -13,7 +13,7 @@ from adaptclip.errors import AdaptclipError, DataError, GateError, did_you_mean
 from adaptclip.files import read_yaml
 from adaptclip.gate_rules import ZERO_SHOT, GateRule
 from adaptclip.predictions import Predictions
-from adaptclip.reports.measuring import group_values
+from adaptclip.reports.measuring import NO_LEVELS, group_values
 from adaptclip.seals import run_file
 
 EXAMPLE = "gates: [{metric: accuracy, at_least: 0.8}]"
@@ -77,6 +77,11 @@ class Described(Protocol):
         """Taxonomy level name -> C coarse names."""
         ...
 
+    @property
+    def several(self) -> bool:
+        """Whether an image may show several classes, or none of them."""
+        ...
+
     def __len__(self) -> int:
         """Number of images N."""
         ...
@@ -116,11 +121,16 @@ def _check_rule(rule: GateRule, images: Described) -> None:
         num_sides = len(set(images.levels[rule.level]))
     if rule.outcome is not None:
         try:
-            rule.outcome.check(images.class_names, images.levels)
+            rule.outcome.check(images.class_names, images.levels, several=getattr(images, "several", False))
         except DataError as error:
             raise GateError(f"{where}: {error}") from error
     if num_sides < rule.measure.least_classes:
         raise GateError(f"{where}: {rule.measure.words} says nothing about {num_sides} classes; use accuracy")
+    if getattr(images, "several", False) and rule.positive is None:
+        if not rule.measure.of_labels:
+            raise GateError(f"{where}: {rule.measure.of_one_class}")
+        if rule.level is not None:
+            raise GateError(f"{where}: {NO_LEVELS}")
     if rule.attribute is not None and rule.exclude:
         _check_excluded(rule, group_values(images, rule.attribute)[0], where)
 

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from adaptclip.errors import StorageError
 from adaptclip.files import check_plain, digest, parse_json, read_text
 from adaptclip.outputs import LEDGER
@@ -29,8 +31,15 @@ if TYPE_CHECKING:
 def images_digest(predictions: Predictions) -> str:
     """Returns the digest of the judged images: their ids with the names of their true classes, in any order."""
     names = predictions.class_names
-    pairs = sorted(zip(predictions.ids, (names[c] for c in predictions.labels.tolist()), strict=True))
-    return digest(part for pair in pairs for part in pair)
+    if predictions.positive is None:
+        pairs = sorted(zip(predictions.ids, (names[c] for c in predictions.labels.tolist()), strict=True))
+        return digest(part for pair in pairs for part in pair)
+    known = np.ones_like(predictions.positive) if predictions.known is None else predictions.known
+    shown = np.where(known, predictions.positive, 2).astype(np.int8)[
+        :, sorted(range(len(names)), key=names.__getitem__)
+    ]
+    rows = sorted(zip(predictions.ids, (row.tobytes().hex() for row in shown), strict=True))
+    return digest(["several labels", *sorted(names), *(part for row in rows for part in row)])
 
 
 def gates_digest(rules: Sequence[GateRule]) -> str:

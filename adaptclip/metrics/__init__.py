@@ -8,10 +8,10 @@ influence), and passed wherever a metric's name is: `GateRule(metric=mine, at_le
 from __future__ import annotations
 
 from adaptclip.errors import DataError, did_you_mean
-from adaptclip.metrics.calibration import BRIER, ECE
+from adaptclip.metrics.calibration import BRIER, ECE, OUTCOME_BRIER, OUTCOME_ECE
 from adaptclip.metrics.metric import Metric as Metric
 from adaptclip.metrics.outcome_metrics import NET_BENEFIT, NPV, PPV
-from adaptclip.metrics.ranking import AUC, MACRO_AUC
+from adaptclip.metrics.ranking import AUC, AVERAGE_PRECISION, MACRO_AUC
 from adaptclip.metrics.rates import ACCURACY, MACRO_F1, MEAN_PER_CLASS, OUTCOME_RATES, TOP5
 from adaptclip.metrics.several_labels import SEVERAL_LABELS
 from adaptclip.metrics.worst_decile import WORST_DECILE
@@ -29,6 +29,9 @@ METRICS: dict[str, Metric] = {
         WORST_DECILE,
         *OUTCOME_RATES,
         AUC,
+        AVERAGE_PRECISION,
+        OUTCOME_BRIER,
+        OUTCOME_ECE,
         *SEVERAL_LABELS,
         PPV,
         NPV,
@@ -37,8 +40,13 @@ METRICS: dict[str, Metric] = {
 }
 """Name -> metric, of all that come with the package."""
 
-GENERAL_METRICS = tuple(name for name, metric in METRICS.items() if metric.is_general and not metric.of_outcome)
+GENERAL_METRICS = tuple(
+    name for name, metric in METRICS.items() if metric.is_general and not (metric.of_outcome or metric.of_labels)
+)
 """Metrics of any classifier that every report shows."""
+
+LABELS_METRICS = tuple(name for name, metric in METRICS.items() if metric.of_labels)
+"""Those of images that may have several classes, or none, in their place."""
 
 GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_groups and not metric.of_outcome)
 """Those that are shown of every group."""

@@ -6,7 +6,8 @@ The calibration error is no smooth function of sums, so its interval comes from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
@@ -128,13 +129,28 @@ def ece_parts(judged: Judged, bins: int = ECE_BINS) -> tuple[np.ndarray, np.ndar
     return judged.right - judged.top, confidence_bins(judged.top, bins)
 
 
-def ece(judged: Judged, bins: int = ECE_BINS) -> Estimate:
+def outcome_parts(judged: Judged, bins: int = ECE_BINS) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a two-sided outcome: whether an image is positive minus the probability that it is."""
+    given = judged.probs[:, 1].astype(np.float64)
+    return (judged.labels == 1) - given, confidence_bins(given, bins)
+
+
+Parts = Callable[[Judged], tuple[np.ndarray, np.ndarray]]
+
+
+def ece(judged: Judged, bins: int = ECE_BINS, parts: Parts = ece_parts) -> Estimate:
     """Expected calibration error of the most probable class, 0 to 1, with equal-width bins.
 
     Mean over the images of |accuracy - mean confidence| of the image's bin (Guo et al. 2017, eq. 3). The influence
     takes the sign of every bin as given; the interval comes from `_compare_ece`.
+
+    Args:
+        judged: the images.
+        bins: number of equal-width bins.
+        parts: what is compared in the bins; `outcome_parts` compares the probability of a positive image with its
+            share.
     """
-    surplus, cell = ece_parts(judged, bins)
+    surplus, cell = parts(judged)
     sums = np.bincount(cell, surplus, minlength=bins) / len(judged)
     signed = surplus * np.sign(sums)[cell]
     value = float(np.abs(sums).sum())
@@ -168,33 +184,34 @@ def _not_all_probabilities(judged: Judged) -> str:
     return ""
 
 
-def _thin_bins(judged: Judged) -> str:
-    bins = len(np.unique(confidence_bins(judged.top)))
+def _thin_bins(judged: Judged, parts: Parts) -> str:
+    bins = len(np.unique(parts(judged)[1]))
     if len(judged) >= MIN_IMAGES_PER_BIN * bins:
         return ""
     return f"{len(judged)} images for {bins} confidence bins; {MIN_IMAGES_PER_BIN} per bin are needed"
 
 
-def _uniform_units(both: list[Judged]) -> int:
+def _uniform_units(both: list[Judged], parts: Parts) -> int:
     """Units where all answers of a model are right, or all wrong, so that resamples know no others; else 0."""
-    uniform = any(one.right.all() or not one.right.any() for one in both)
+    hits = [one.right if parts is ece_parts else one.labels == 1 for one in both]
+    uniform = any(one.all() or not one.any() for one in hits)
     return both[0].sampling.num_units if uniform else 0
 
 
-def _compare_ece(judged: Judged, baseline: Judged | None, drawing: Drawing) -> Comparison:
+def _compare_ece(judged: Judged, baseline: Judged | None, drawing: Drawing, *, parts: Parts = ece_parts) -> Comparison:
     """The calibration error by the thresholded bootstrap, alone and paired."""
     both = [judged] if baseline is None else [judged, baseline]
     sampling, n = judged.sampling, len(judged)
-    thin = [_thin_bins(one) if drawing.full_bins else "" for one in both]
+    thin = [_thin_bins(one, parts) if drawing.full_bins else "" for one in both]
     few = too_few(sampling)
     if not few and len(sampling.strata) - len(np.unique(sampling.strata)) < 1:
         few = few_clusters(sampling.num_units)
-    cut = [ece_parts(one) for one in both]
-    values = [ece(one).value for one in both]
-    parts: list[CalibrationParts] = []
+    cut = [parts(one) for one in both]
+    values = [ece(one, parts=parts).value for one in both]
+    found: list[CalibrationParts] = []
     if not few and not all(thin):
         drawn = bootstrap_sums([(*part, ECE_BINS) for part in cut], sampling, draws=drawing.draws, seed=drawing.seed)
-        parts = [
+        found = [
             CalibrationParts(np.bincount(cell, surplus, minlength=ECE_BINS) / n, one)
             for (surplus, cell), one in zip(cut, drawn, strict=True)
         ]
@@ -204,22 +221,35 @@ def _compare_ece(judged: Judged, baseline: Judged | None, drawing: Drawing) -> C
             return Measurement(None, n, note=reason)
         if few:
             return Measurement(value, n, note=few)
-        return Measurement(value, n, CalibrationSpread(*chosen, uniform_units=_uniform_units(of)))
+        return Measurement(value, n, CalibrationSpread(*chosen, uniform_units=_uniform_units(of, parts)))
 
-    single = [one(values[i], thin[i], *parts[i : i + 1], of=[both[i]]) for i in range(len(both))]
+    single = [one(values[i], thin[i], *found[i : i + 1], of=[both[i]]) for i in range(len(both))]
     if baseline is None:
         return Comparison(single[0])
     reason = thin[0] or thin[1]
-    return Comparison(single[0], single[1], one(values[0] - values[1], reason, *parts, of=both))
+    return Comparison(single[0], single[1], one(values[0] - values[1], reason, *found, of=both))
 
 
 ECE = Metric(
     "ece", "calibration error (ECE)", "ECE", ece, better="lower", undefined=_no_probabilities,
-    measure_with=_compare_ece, is_general=True, in_groups=True, hub="ece",
+    measure_with=_compare_ece, is_general=True, in_groups=True, hub="ece", instead="outcome_ece, of one class",
 )  # fmt: skip
 
 BRIER = Metric(
     "brier", "Brier score", "Brier", lambda judged: mean(brier_values(judged.probs, judged.labels)), better="lower",
     scale=(0.0, 2.0), per_cent=False, undefined=_not_all_probabilities, is_general=True, in_groups=True,
-    hub="brier",
+    hub="brier", instead="outcome_brier, of one class",
+)  # fmt: skip
+
+OUTCOME_BRIER = Metric(
+    "outcome_brier", "Brier score of yes or no", "Brier",
+    lambda judged: mean((judged.probs[:, 1].astype(np.float64) - (judged.labels == 1)) ** 2), better="lower",
+    per_cent=False, of_outcome=True, undefined=_not_all_probabilities,
+    meaning="mean squared distance of the probability from 0 or 1, half of what `brier` counts over both sides",
+)  # fmt: skip
+
+OUTCOME_ECE = Metric(
+    "outcome_ece", "calibration error of yes or no (ECE)", "ECE", partial(ece, parts=outcome_parts), better="lower",
+    of_outcome=True, undefined=_not_all_probabilities, measure_with=partial(_compare_ece, parts=outcome_parts),
+    meaning="how far the probability of the positive side is from the share of positive images, mean over the images",
 )  # fmt: skip

@@ -93,24 +93,42 @@ class Marks:
         probs: (N, C) probability of each class by itself, 0 to 1.
         positive: (N, C) bool, whether the image shows the class; a row may hold several, or none.
         named: (N, C) bool, whether the probability reaches the class's threshold.
+        known: (N, C) bool, whether it is known if the image shows the class; `positive` is False where it is not. None
+            where all is known.
+        several: whether the images may show several classes, or none, even where each of these shows one.
     """
 
     probs: np.ndarray
     positive: np.ndarray
     named: np.ndarray
+    known: np.ndarray | None = None
+    several: bool = False
 
     def take(self, rows: np.ndarray | slice) -> Marks:
         """The images at `rows`."""
-        return Marks(self.probs[rows], self.positive[rows], self.named[rows])
+        known = None if self.known is None else self.known[rows]
+        return Marks(self.probs[rows], self.positive[rows], self.named[rows], known, self.several)
 
     def of_class(self, c: int) -> Marks:
         """Class c alone."""
-        return Marks(self.probs[:, c : c + 1], self.positive[:, c : c + 1], self.named[:, c : c + 1])
+        own = slice(c, c + 1)
+        known = None if self.known is None else self.known[:, own]
+        return Marks(self.probs[:, own], self.positive[:, own], self.named[:, own], known, self.several)
+
+    @cached_property
+    def certain(self) -> np.ndarray:
+        """(N, C) bool `known`, True where that is None."""
+        return np.ones_like(self.positive) if self.known is None else self.known
+
+    @cached_property
+    def absent(self) -> np.ndarray:
+        """(N, C) bool, whether it is known that the image does not show the class."""
+        return self.certain & ~self.positive
 
     @property
     def single(self) -> bool:
         """Whether every image shows exactly one class."""
-        return bool((self.positive.sum(axis=1) == 1).all())
+        return not self.several and bool((self.positive.sum(axis=1) == 1).all())
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Metric:
         of_outcome: it is of a two-sided outcome, and judges images whose classes are 0 (negative) and 1 (positive).
         least_classes: fewer classes than this leave it nothing to say.
         of_labels: it is of images that may have several classes, or none, and judges yes or no for each class.
+        instead: of such images, the metric that comes nearest to this one, where this is of images with one class.
         sides: sides of an outcome, 1 positive and 0 negative, of which it needs images.
         over_classes: it is a mean over all classes, and needs images of each.
         decides: it is about decisions, so that an outcome's threshold matters to it.
@@ -98,6 +99,7 @@ class Metric:
     of_outcome: bool = False
     least_classes: int = 1
     of_labels: bool = False
+    instead: str = ""
     sides: tuple[int, ...] = ()
     over_classes: bool = False
     decides: bool = False
@@ -166,8 +168,14 @@ class Metric:
         if len(chosen) == 0:
             return "no images"
         if not self.of_labels and chosen.marks is not None and not chosen.marks.single:
-            return "some images have several classes, or none, and this is a number of images with one"
+            return self.of_one_class
         return (chosen.undecided if self.decides else "") or self.undefined(chosen)
+
+    @property
+    def of_one_class(self) -> str:
+        """Why a metric that is not `of_labels` says nothing of images with several classes, and what would."""
+        nearest = f"the nearest that is: {self.instead}" if self.instead else "ask it of one class (positive: CLASS)"
+        return f"images may have several classes here, or none, and {self.words} is of images with one; {nearest}"
 
     def chosen(self, judged: Judged) -> Judged:
         """The images that the number is about."""

@@ -91,17 +91,20 @@ def top_k(k: int) -> Metric:
         f"top{k}_accuracy", f"top-{k} accuracy", f"top-{k} accuracy",
         lambda judged: share(topk_correct(judged.probs, judged.labels, k)),
         undefined=partial(_top_k_undefined, k), least_classes=k + 1, is_general=True, hub="accuracy",
+        instead="labels_macro_average_precision",
     )  # fmt: skip
 
 
 ACCURACY = Metric(
     "accuracy", "accuracy", "accuracy", lambda judged: share(judged.right), decides=True,
     values=lambda judged: judged.right.astype(np.float64), is_general=True, in_groups=True, hub="accuracy",
+    instead="subset_accuracy",
 )  # fmt: skip
 
 MEAN_PER_CLASS = Metric(
     "mean_per_class_accuracy", "mean accuracy per class", "mean per class", mean_of_classes, decides=True,
     over_classes=True, support=classes_support, is_general=True, in_groups=True, hub="accuracy",
+    instead="labels_macro_sensitivity",
 )  # fmt: skip
 
 TOP5 = top_k(5)
@@ -176,7 +179,15 @@ def macro_f1(judged: Judged) -> Estimate:
 
 
 MACRO_F1 = Metric(
-    "macro_f1", "macro-F1", "macro-F1", macro_f1, over_classes=True, decides=True, support=classes_support, hub="f1"
+    "macro_f1",
+    "macro-F1",
+    "macro-F1",
+    macro_f1,
+    over_classes=True,
+    decides=True,
+    support=classes_support,
+    hub="f1",
+    instead="labels_macro_f1",
 )
 
 

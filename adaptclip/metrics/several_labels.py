@@ -4,6 +4,9 @@
 Rates of one class are plain shares of images. Means over the classes (macro), over all pairs of image and class (micro)
 and over the images (example-based) are means of ratios of sums, with the interval of their linearised variance.
 Definitions are scikit-learn's; see Zhang & Zhou 2014, section 2.2, for the example-based ones.
+
+Where it is not known whether an image shows a class, that pair of image and class counts nowhere: rates, areas and
+precisions of a class are those of the images of which it is known, and an image is judged by its known classes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 from adaptclip.metrics.estimates import Estimate, Measurement, mean, mean_of, measured, share
 from adaptclip.metrics.judged import Judged, Marks, Sampling
 from adaptclip.metrics.metric import MIN_IMAGES, MIN_OUTCOMES, Metric, Support
+from adaptclip.metrics.ranking import average_precision as ranked_precision
 from adaptclip.metrics.ranking import mean_auc
 
 RATES = ("sensitivity", "specificity", "precision", "f1")
@@ -32,7 +36,7 @@ def class_rates(marks: Marks, sampling: Sampling, c: int) -> dict[str, Measureme
         sampling: how they were drawn.
         c: id of the class.
     """
-    positive, named = marks.positive[:, c], marks.named[:, c]
+    positive, absent, named = marks.positive[:, c], marks.absent[:, c], marks.named[:, c]
 
     def part(hits: np.ndarray, of: np.ndarray) -> Measurement:
         return mean_of(hits[of], sampling.take(np.flatnonzero(of)))
@@ -40,10 +44,10 @@ def class_rates(marks: Marks, sampling: Sampling, c: int) -> dict[str, Measureme
     own = marks.of_class(c)
     return {
         "auc": measure(mean_area(own), sampling, "needs images of the class and others"),
-        "average_precision": average_precision(own),
+        "average_precision": measure(mean_precision(own), sampling, "no images of the class"),
         "sensitivity": part(named, positive),
-        "specificity": part(~named, ~positive),
-        "precision": part(positive, named),
+        "specificity": part(~named, absent),
+        "precision": part(positive, named & (positive | absent)),
         "f1": measure(mean_of_classes(own, "f1"), sampling),
     }
 
@@ -59,26 +63,25 @@ def measure(
 
 def mean_area(marks: Marks) -> Estimate | None:
     """Mean area under the ROC curve of the classes that have images with and without them; None without one."""
-    found = mean_auc(marks.probs, marks.positive)
+    found = mean_auc(marks.probs, marks.positive, marks.absent)
     if found is None:
         return None
-    counts = marks.positive.sum(axis=0)
-    usable = (counts > 0) & (counts < len(marks.positive))
+    usable = marks.positive.any(axis=0) & marks.absent.any(axis=0)
     return _estimate(found.value, found.influence, marks.positive[:, usable], least=found.least)
 
 
-def average_precision(marks: Marks) -> Measurement:
-    """Mean precision over the ranks of the positive images (step-wise area, not interpolated), mean of the classes.
-
-    It has no interval: its error is not a mean over images.
-    """
-    from sklearn.metrics import average_precision_score
-
+def mean_precision(marks: Marks) -> Estimate | None:
+    """Average precision (`ranking.average_precision`), mean of the classes that have images; None without one."""
     chosen = np.flatnonzero(marks.positive.any(axis=0))
     if not len(chosen):
-        return Measurement(None, len(marks.positive), note="no images of the class")
-    values = [average_precision_score(marks.positive[:, k], marks.probs[:, k]) for k in chosen]
-    return Measurement(float(np.mean(values)), len(marks.positive), note="no interval is computed for it")
+        return None
+    total, influence = 0.0, np.zeros(len(marks.probs))
+    for c in chosen:
+        rows = np.flatnonzero(marks.certain[:, c])
+        found = ranked_precision(marks.probs[rows, c], marks.positive[rows, c])
+        total += found.value
+        influence[rows] += found.influence
+    return _estimate(total / len(chosen), influence / len(chosen), marks.positive[:, chosen])
 
 
 def mean_of_classes(marks: Marks, rate: str) -> Estimate | None:
@@ -87,7 +90,7 @@ def mean_of_classes(marks: Marks, rate: str) -> Estimate | None:
     Sensitivity and F1 are of classes that have images here, specificity of those that not all images are of, precision
     of those that were named at least once.
     """
-    part, whole = _sums(marks.positive, marks.named, rate)
+    part, whole = _sums(marks, rate)
     defined = whole.sum(axis=0) > 0
     if rate == "f1":
         defined &= marks.positive.any(axis=0)
@@ -96,36 +99,42 @@ def mean_of_classes(marks: Marks, rate: str) -> Estimate | None:
 
 def pooled(marks: Marks, rate: str) -> Estimate | None:
     """One of RATES over all pairs of image and class alike (micro)."""
-    part, whole = _sums(marks.positive, marks.named, rate)
+    part, whole = _sums(marks, rate)
     return _mean_ratio(part.sum(axis=1, keepdims=True), whole.sum(axis=1, keepdims=True))
 
 
 def exact(marks: Marks) -> Estimate:
-    """Share of the images whose classes were named exactly (subset accuracy)."""
-    return share((marks.named == marks.positive).all(axis=1))
+    """Share of the images of which every known class is answered rightly (subset accuracy)."""
+    return share(((marks.named == marks.positive) | ~marks.certain).all(axis=1))
 
 
 def wrong_answers(marks: Marks) -> Estimate:
-    """Share of wrong answers among all pairs of image and class (Hamming loss)."""
-    return mean((marks.named != marks.positive).mean(axis=1))
+    """Share of wrong answers among all known pairs of image and class (Hamming loss)."""
+    wrong, known = (part.sum(axis=1) for part in ((marks.named != marks.positive) & marks.certain, marks.certain))
+    value = float(wrong.sum() / known.sum())
+    return Estimate(value, (wrong - value * known) / known.sum(), known / known.sum())
 
 
 def overlap(marks: Marks, *, f1: bool) -> Estimate:
-    """Mean over the images of the F1 or Jaccard index of its classes and those named; 1 where both are none."""
+    """Mean over the images of the F1 or Jaccard index of its classes and those named; 1 where both are none.
+
+    Of an image both are taken among its known classes.
+    """
     both = (marks.positive & marks.named).sum(axis=1).astype(np.float64)
-    whole = (marks.positive.sum(axis=1) + marks.named.sum(axis=1)).astype(np.float64)
+    whole = (marks.positive.sum(axis=1) + (marks.named & marks.certain).sum(axis=1)).astype(np.float64)
     part, whole = (2 * both, whole) if f1 else (both, whole - both)
     return mean(np.divide(part, whole, out=np.ones_like(part), where=whole > 0))
 
 
-def _sums(positive: np.ndarray, named: np.ndarray, rate: str) -> tuple[np.ndarray, np.ndarray]:
+def _sums(marks: Marks, rate: str) -> tuple[np.ndarray, np.ndarray]:
     """(N, C) numbers of which the sums over the images, divided, are the rate of each class."""
+    positive, named = marks.positive, marks.named & marks.certain
     right = positive & named
     if rate == "f1":
         return 2 * right.astype(np.int64), positive.astype(np.int64) + named
     sums: dict[str, tuple[np.ndarray, np.ndarray]] = {
         "sensitivity": (right, positive),
-        "specificity": (~positive & ~named, ~positive),
+        "specificity": (marks.absent & ~named, marks.absent),
         "precision": (right, named),
     }
     return sums[rate]
@@ -153,8 +162,7 @@ def _support(judged: Judged) -> tuple[Support, ...]:
     marks = judged.marks
     if marks is None:
         return (Support(0),)
-    counts = marks.positive.sum(axis=0)
-    rarest = int(np.minimum(counts, len(judged) - counts).min())
+    rarest = int(np.minimum(marks.positive.sum(axis=0), marks.absent.sum(axis=0)).min())
     return (
         Support(len(judged), "images", MIN_IMAGES),
         Support(rarest, "images on the smaller side of the rarest class", MIN_OUTCOMES),
@@ -167,7 +175,11 @@ def _metric(
     find: Callable[[Marks], Estimate | None],
     *,
     over_classes: bool = False,
+    of_images: bool = False,
     better: str = "higher",
+    per_cent: bool = True,
+    short: str = "",
+    meaning: str = "",
 ) -> Metric:
     def estimate(judged: Judged) -> Estimate:
         assert judged.marks is not None
@@ -178,19 +190,33 @@ def _metric(
     def undefined(judged: Judged) -> str:
         if judged.marks is None:
             return NO_MARKS
+        if not judged.marks.certain.any():
+            return "of no image it is known which classes it shows"
         return "no class for which it is defined" if find(judged.marks) is None else ""
 
+    def told(judged: Judged) -> np.ndarray:
+        """Images of which something is known."""
+        return np.ones(len(judged), bool) if judged.marks is None else np.any(judged.marks.certain, axis=1)
+
     return Metric(
-        name, words, words, estimate, better=better, of_labels=True, decides=True, undefined=undefined,  # type: ignore[arg-type]
+        name, words, short or words, estimate, better=better, of_labels=True, decides=True, undefined=undefined,  # type: ignore[arg-type]
         support=_support if over_classes else lambda judged: (Support(len(judged)),),
+        selects=told if of_images else None, per_cent=per_cent, is_general=True, meaning=meaning,
     )  # fmt: skip
 
 
+_RATE_WORDS = dict(zip(RATES, ("sensitivity", "specificity", "precision", "F1"), strict=True))
+
 SEVERAL_LABELS = (
-    _metric("subset_accuracy", "share of images with exactly their classes", exact),
-    _metric("hamming_loss", "share of wrong answers (Hamming loss)", wrong_answers, better="lower"),
-    _metric("example_f1", "F1, mean of the images", partial(overlap, f1=True)),
-    _metric("example_jaccard", "Jaccard index, mean of the images", partial(overlap, f1=False)),
+    _metric(
+        "labels_macro_auc", "AUC, mean of the classes by themselves", mean_area, over_classes=True, per_cent=False,
+        short="AUC",
+    ),
+    _metric(
+        "labels_macro_average_precision", "average precision, mean of the classes (mAP)", mean_precision,
+        over_classes=True, per_cent=False, short="mAP",
+        meaning="of a frequent class it is higher by nature: an answer without skill has the class's share of images",
+    ),
     *(
         _metric(
             f"labels_macro_{rate}",
@@ -198,12 +224,15 @@ SEVERAL_LABELS = (
             partial(mean_of_classes, rate=rate),
             over_classes=True,
         )
-        for rate, words in zip(RATES, ("sensitivity", "specificity", "precision", "F1"), strict=True)
+        for rate, words in _RATE_WORDS.items()
     ),
     *(
         _metric(f"labels_micro_{rate}", f"{words}, of all answers", partial(pooled, rate=rate))
-        for rate, words in zip(RATES, ("sensitivity", "specificity", "precision", "F1"), strict=True)
+        for rate, words in _RATE_WORDS.items()
     ),
-    _metric("labels_macro_auc", "AUC, mean of the classes by themselves", mean_area, over_classes=True),
-)
+    _metric("subset_accuracy", "share of images with exactly their classes", exact, of_images=True),
+    _metric("example_f1", "F1, mean of the images", partial(overlap, f1=True), of_images=True),
+    _metric("example_jaccard", "Jaccard index, mean of the images", partial(overlap, f1=False), of_images=True),
+    _metric("hamming_loss", "share of wrong answers (Hamming loss)", wrong_answers, of_images=True, better="lower"),
+)  # fmt: skip
 """Metrics of images that may have several classes, or none."""

@@ -173,4 +173,5 @@ def _compare(judged: Judged, baseline: Judged | None, drawing: Drawing) -> Compa
 WORST_DECILE = Metric(
     "worst_decile", "mean accuracy of the worst tenth of the classes", "worst tenth", _estimate, decides=True,
     over_classes=True, least_classes=2, undefined=_undefined, support=classes_support, measure_with=_compare,
+    instead="labels_macro_sensitivity",
 )  # fmt: skip

@@ -4,6 +4,8 @@
 A coarser question is a taxonomy level or a two-sided outcome such as malignant or not. Probabilities of the classes
 that belong together are summed. The metrics of an outcome are metrics like any other, of predictions with two classes
 (0 negative, 1 positive), of which each looks at the side that it is about.
+
+Where images may show several classes, every number of one class is that of an outcome: `two_sided`.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from adaptclip.gate_rules import ARGMAX, BETWEEN, Outcome
 from adaptclip.metrics import GENERAL_METRICS, OUTCOME_METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import Comparison, Measurement
 from adaptclip.metrics.intervals import DifferenceSpread, RateSpread
-from adaptclip.metrics.judged import Judged, Marks, Sampling
+from adaptclip.metrics.judged import Judged, Sampling
 from adaptclip.metrics.metric import Drawing, Support
+from adaptclip.reports.any_of import among, any_of, marks_of, rows_asked
 
 if TYPE_CHECKING:
     from adaptclip.predictions import Predictions
@@ -61,13 +64,26 @@ def align(predictions: Predictions, baseline: Predictions) -> Predictions:
             f"baseline, which has {len(baseline)}{example}. Predict both models on the same split."
         )
     order = np.array([position[row] for row in predictions.ids], dtype=np.int64)
-    different = int((baseline.labels[order] != predictions.labels).sum())
+    different = int((_shown(baseline)[order] != _shown(predictions)).any(axis=1).sum())
     if different:
         raise DataError(f"{different} images have another label in the baseline; predict both models on the same data")
+    if predictions.several and baseline.sigmoid is None:
+        raise DataError(
+            "the baseline has no probabilities of the single classes (sigmoid_CLASS), which images that may show "
+            "several classes are judged by"
+        )
     return replace(
         predictions, probs=baseline.probs[order], ranked=baseline.ranked, confident=baseline.confident,
         sigmoid=None if baseline.sigmoid is None else baseline.sigmoid[order], thresholds=baseline.thresholds,
     )  # fmt: skip
+
+
+def _shown(predictions: Predictions) -> np.ndarray:
+    """(N, 1 or C) what the images show: their class, or for each class 1, 0, or -1 where it is not known."""
+    if predictions.positive is None:
+        return predictions.labels[:, None]
+    shown = predictions.positive.astype(np.int8)
+    return shown if predictions.known is None else np.where(predictions.known, shown, np.int8(-1))
 
 
 def group_values(predictions: Grouped, attribute: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -129,22 +145,10 @@ def sampling_of(predictions: Predictions, rows: np.ndarray | None = None) -> Sam
     whole = Sampling(
         np.arange(len(predictions)) if clusters is None else clusters,
         (predictions.labels if predictions.strata is None else predictions.strata)
-        if predictions.fixed_classes
+        if predictions.fixed_classes and not predictions.several  # a mix of sets of classes is met by chance
         else None,
     )
     return whole if rows is None else whole.take(rows)
-
-
-def marks_of(predictions: Predictions) -> Marks | None:
-    """Yes or no for each class, where the model answers so."""
-    probs = predictions.sigmoid
-    if probs is None:
-        return None
-    positive = predictions.positive
-    if positive is None:
-        positive = predictions.labels[:, None] == np.arange(len(predictions.class_names))
-    least = predictions.thresholds
-    return Marks(probs, positive, probs >= (0.5 if least is None else least))
 
 
 def judged(predictions: Predictions, rows: np.ndarray | None = None) -> Judged:
@@ -248,6 +252,11 @@ def harmonic(first: Measurement, second: Measurement) -> Measurement:
     return Measurement(value, n, RateSpread(value, size, float(n), min(degrees) if degrees else None))
 
 
+NO_LEVELS = (
+    "images may show several classes, or none, so that they have no single value of a taxonomy level; ask for "
+    "one value (level: LEVEL, positive: VALUE)"
+)
+
 _SIDES = {"sensitivity": 1, "specificity": 0}
 """What a threshold can be chosen to keep -> the side it is a rate of."""
 
@@ -256,8 +265,10 @@ def coarsen(predictions: Predictions, level: str) -> Predictions:
     """Returns the predictions at a taxonomy level: the classes are its values, with the sum of their probabilities.
 
     Raises:
-        DataError: there is no such level.
+        DataError: there is no such level, or images may show several classes.
     """
+    if predictions.several:
+        raise DataError(NO_LEVELS)
     if level not in predictions.levels:
         has = did_you_mean(level, predictions.levels) if predictions.levels else "They have no taxonomy levels at all."
         raise DataError(f"these predictions have no taxonomy level {level!r}. {has}")
@@ -272,12 +283,19 @@ def two_sided(predictions: Predictions, outcome: Outcome) -> Predictions:
     probability. The probabilities stay what they are. Where the rule's threshold has not been chosen yet, metrics of
     decisions say so instead of giving a number (`Outcome.undecided`).
 
+    Where images may show several classes the answer is that on any of the outcome's classes: positive where one is
+    shown, with the largest of their probabilities. Without a rule of its own an outcome is decided by the thresholds of
+    its classes: positive where one is named. There is a row for every image of which the truth is known (`rows_asked`):
+    one of the classes is shown, or it is known of all of them that they are not.
+
     Raises:
         DataError: the outcome does not fit the classes or levels.
     """
-    checked = replace(predictions, outcomes=(outcome,))
-    values = predictions.class_names if outcome.level is None else checked.levels[outcome.level]
+    outcome.check(predictions.class_names, predictions.levels, several=predictions.several)
+    values = predictions.class_names if outcome.level is None else predictions.levels[outcome.level]
     index = np.isin(np.asarray(values, dtype=str), outcome.positive).astype(np.int64)
+    if predictions.several:
+        return any_of(predictions, outcome, np.flatnonzero(index))
     merged = _merge(predictions, (f"not {outcome.name}", outcome.name), index)
     side = index[predictions.pred]
     if outcome.threshold is not None:
@@ -331,29 +349,39 @@ class Question:
         metric: the metric.
         predictions: the judged model.
         baseline: the reference, or None.
+        asked: positions of these images among those that the question was asked of, where they are not all of them.
     """
 
     metric: Metric
     predictions: Predictions
     baseline: Predictions | None
+    asked: np.ndarray | None = None
 
     def measure(
         self, rows: np.ndarray | None = None, *, full_bins: bool = False, draws: int = 2000, seed: int = 0
     ) -> Comparison:
-        """Measures it on `rows` (positions; None is all)."""
+        """Measures it on `rows` (positions among all images; None is all)."""
         found = measure(
-            self.predictions, self.baseline, metrics=(self.metric,), rows=rows, full_bins=full_bins, draws=draws,
-            seed=seed,
+            self.predictions, self.baseline, metrics=(self.metric,), rows=self.own(rows), full_bins=full_bins,
+            draws=draws, seed=seed,
         )  # fmt: skip
         return found[self.metric.name]
 
     def supports(self, rows: np.ndarray | None = None) -> tuple[Support, ...]:
         """What the metric rests on."""
-        return self.metric.supports(judged(self.predictions, rows))
+        return self.metric.supports(self.images(rows))
 
     def units(self, rows: np.ndarray | None = None) -> int:
         """Number of units (clusters, or independent images) among the images that the metric is about."""
-        return self.metric.chosen(judged(self.predictions, rows)).sampling.num_units
+        return self.metric.chosen(self.images(rows)).sampling.num_units
+
+    def images(self, rows: np.ndarray | None = None) -> Judged:
+        """What the metric sees of `rows` (positions among all images; None is all)."""
+        return judged(self.predictions, self.own(rows))
+
+    def own(self, rows: np.ndarray | None) -> np.ndarray | None:
+        """Positions among the question's images of `rows`, which are positions among all."""
+        return None if rows is None else among(self.asked, rows)
 
 
 def ask(
@@ -375,12 +403,13 @@ def ask(
     Raises:
         DataError: the level or the outcome does not fit the predictions.
     """
-    both = [p for p in (predictions, baseline) if p is not None]
+    both, asked = [p for p in (predictions, baseline) if p is not None], None
     if outcome is not None:
+        asked = rows_asked(predictions, outcome)
         both = [two_sided(p, outcome) for p in both]
     elif level is not None:
         both = [coarsen(p, level) for p in both]
-    return Question(find_metric(metric), both[0], both[1] if len(both) > 1 else None)
+    return Question(find_metric(metric), both[0], both[1] if len(both) > 1 else None, asked)
 
 
 def measure_outcome(
@@ -409,7 +438,9 @@ def measure_outcome(
     """
     both = [None if p is None else two_sided(p, outcome) for p in (predictions, baseline)]
     assert both[0] is not None
-    return [measure(both[0], both[1], metrics=metrics, rows=rows, draws=draws, seed=seed) for rows in groups]
+    asked = rows_asked(predictions, outcome)
+    parts = [None if rows is None else among(asked, rows) for rows in groups]
+    return [measure(both[0], both[1], metrics=metrics, rows=rows, draws=draws, seed=seed) for rows in parts]
 
 
 def threshold_for(metric: str, at_least: float, validation: Predictions, outcome: Outcome) -> float:

@@ -12,10 +12,10 @@ from adaptclip.metrics import METRICS
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.several_labels import (
     RATES,
-    average_precision,
     class_rates,
     mean_area,
     mean_of_classes,
+    mean_precision,
     measure,
     pooled,
 )
@@ -89,7 +89,7 @@ def multi_label_report(
         info = {"class": name, "num_positive": int(positive[:, c].sum()), "threshold": float(thresholds.values[c])}
         measured = class_rates(marks, sampling, c)
         per_class.append(info | {key: number(value, confidence) for key, value in measured.items()})
-    macro = {"auc": measure(mean_area(marks), sampling), "average_precision": average_precision(marks)}
+    macro = {"auc": measure(mean_area(marks), sampling), "average_precision": measure(mean_precision(marks), sampling)}
     macro |= {name: measure(mean_of_classes(marks, name), sampling) for name in RATES}
     whole = {name: metric.compare(judged).model for name, metric in _WHOLE.items()}
     return {
@@ -127,7 +127,7 @@ def multi_label_section(report: Mapping[str, Any]) -> Section | None:
     words = (
         "Sensitivity: share of the images of a class that it is named for; specificity: share of the others that it is "
         "not named for; precision: share of right ones among those named. Macro is the mean over the classes, micro "
-        "counts all pairs of image and class alike. Average precision has no interval."
+        "counts all pairs of image and class alike."
     )
     return Section("Several labels at once", "multi-label", [*blocks, Paragraph(words, "muted")])
 

@@ -49,8 +49,8 @@ class Thresholds:
         rule: in words, as in `--objective sigmoid:RULE`.
         values: (C,) float64, 0 to 1; a class is named where its probability is at least this.
         num_images: validation images.
-        positives: (C,) int64, those of each class among them.
-        fallbacks: classes left at FALLBACK, because no validation image is one, or every one is.
+        positives: (C,) int64, images of each class among them (those known to show it).
+        fallbacks: classes left at FALLBACK, because no validation image is known to show it, or none not to.
     """
 
     rule: str
@@ -88,25 +88,40 @@ def choose_thresholds(validation: Predictions | None, class_names: Sequence[str]
     Raises:
         DataError: the predictions lack the probabilities of the single classes, or are of other classes.
     """
-    num_classes = len(class_names)
+    num_classes, shown, absent = len(class_names), None, None
     if validation is None or len(validation) == 0:
         positives, images = np.zeros(num_classes, np.int64), 0
     elif validation.sigmoid is None or validation.class_names != tuple(class_names):
         raise DataError("thresholds are chosen on the sigmoid probabilities of these classes, which are not there")
     else:
-        positives, images = np.bincount(validation.labels, minlength=num_classes), len(validation)
+        shown, absent = _sides(validation)
+        positives, images = shown.sum(axis=0), len(validation)
     if rule.kind == "fixed":
         return Thresholds(str(rule), np.full(num_classes, rule.value), images, positives)
     values = np.full(num_classes, FALLBACK)
-    usable = (positives > 0) & (positives < images)
-    if validation is not None and validation.sigmoid is not None and usable.any():
-        member = validation.labels[:, None] == np.flatnonzero(usable)
-        values[usable] = best_thresholds(validation.sigmoid[:, usable], member, rule)
+    usable = np.zeros(num_classes, bool)
+    if shown is not None and absent is not None and validation is not None and validation.sigmoid is not None:
+        usable = np.any(shown, axis=0) & np.any(absent, axis=0)
+        if usable.any():
+            known = shown[:, usable] | absent[:, usable]
+            values[usable] = best_thresholds(validation.sigmoid[:, usable], shown[:, usable], rule, known)
     left = tuple(name for name, fits in zip(class_names, usable, strict=True) if not fits)
     return Thresholds(str(rule), values, images, positives, left)
 
 
-def best_thresholds(probs: np.ndarray, positive: np.ndarray, rule: ThresholdRule) -> np.ndarray:
+def _sides(validation: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """(N, C) bool, which classes the images are known to show, and which not to."""
+    if validation.positive is None:
+        shown = validation.labels[:, None] == np.arange(len(validation.class_names))
+        return shown, ~shown
+    return validation.positive, ~validation.positive if validation.known is None else (
+        validation.known & ~validation.positive
+    )
+
+
+def best_thresholds(
+    probs: np.ndarray, positive: np.ndarray, rule: ThresholdRule, known: np.ndarray | None = None
+) -> np.ndarray:
     """Best threshold of each class: half way between the lowest probability that is named and the next below it.
 
     "f1" takes the highest F1, and of equal ones the highest threshold; "sensitivity" the highest threshold at which the
@@ -117,10 +132,15 @@ def best_thresholds(probs: np.ndarray, positive: np.ndarray, rule: ThresholdRule
         probs: (N, C) probabilities, 0 to 1.
         positive: (N, C) bool; every class has one that is and one that is not.
         rule: "f1" or "sensitivity".
+        known: (N, C) bool, False where it is not known whether the image is one: it counts nowhere for that class. None
+            where all is known.
 
     Returns:
         (C,) float64.
     """
+    if known is not None and not known.all():
+        columns = [(probs[own, c], positive[own, c]) for c, own in enumerate(known.T)]
+        return np.array([best_thresholds(p[:, None], shown[:, None], rule)[0] for p, shown in columns])
     order = np.argsort(-probs, axis=0, kind="stable")
     falling = np.take_along_axis(probs, order, axis=0).astype(np.float64)
     hits = np.cumsum(np.take_along_axis(positive, order, axis=0), axis=0)

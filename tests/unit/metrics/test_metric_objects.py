@@ -67,7 +67,10 @@ def test_what_reports_show():
 def test_facts_of_the_metrics():
     """Which way is better, on which scale, of how many classes, and of which sides."""
     assert {n for n, m in METRICS.items() if m.better == "neither"} == {"selection_rate"}
-    assert {n for n, m in METRICS.items() if not m.per_cent} == {"brier", "macro_auc", "auc", "net_benefit"}
+    assert {n for n, m in METRICS.items() if not m.per_cent} == {
+        "brier", "macro_auc", "auc", "net_benefit", "average_precision", "outcome_brier", "labels_macro_auc",
+        "labels_macro_average_precision",
+    }  # fmt: skip
     scales = {n: m.scale for n, m in METRICS.items() if m.scale != (0.0, 1.0)}
     assert scales == {"brier": (0.0, 2.0), "net_benefit": (-1.0, 1.0)}
     assert {n: m.least_classes for n, m in METRICS.items() if m.least_classes > 1} == {
@@ -79,16 +82,21 @@ def test_facts_of_the_metrics():
     of_outcome = {n: m.sides for n, m in METRICS.items() if m.of_outcome}
     assert of_outcome == {
         "sensitivity": (1,), "tpr": (1,), "fnr": (1,), "specificity": (0,), "fpr": (0,), "selection_rate": (),
-        "auc": (1, 0), "ppv": (1, 0), "npv": (1, 0), "net_benefit": (1, 0),
+        "auc": (1, 0), "ppv": (1, 0), "npv": (1, 0), "net_benefit": (1, 0), "average_precision": (1, 0),
+        "outcome_brier": (), "outcome_ece": (),
     }  # fmt: skip
     undecided = {n for n, m in METRICS.items() if not m.decides}
-    assert undecided == {"top5_accuracy", "ece", "brier", "macro_auc", "auc"}
+    of_outcomes = {"auc", "average_precision", "outcome_brier", "outcome_ece"}
+    assert undecided == {"top5_accuracy", "ece", "brier", "macro_auc", *of_outcomes}
     hubs = {n: m.hub for n, m in METRICS.items() if m.hub}
     assert hubs == {
         "accuracy": "accuracy", "mean_per_class_accuracy": "accuracy", "top5_accuracy": "accuracy", "ece": "ece",
         "brier": "brier", "macro_f1": "f1",
     }  # fmt: skip
-    assert {n for n, m in METRICS.items() if m.meaning} == {"ppv", "npv", "net_benefit"}
+    assert {n for n, m in METRICS.items() if m.meaning} == {
+        "ppv", "npv", "net_benefit", "average_precision", "outcome_brier", "outcome_ece",
+        "labels_macro_average_precision",
+    }  # fmt: skip
     assert METRICS["brier"].info() == {
         "words": "Brier score", "short": "Brier", "per_cent": False, "better": "lower", "scale": [0.0, 2.0],
         "meaning": "", "hub": "brier",

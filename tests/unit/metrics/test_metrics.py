@@ -52,7 +52,7 @@ def test_every_metric_has_words_and_its_own_name():
         assert metric.better in ("higher", "lower", "neither")
         assert set(metric.info()) == {"words", "short", "per_cent", "better", "scale", "meaning", "hub"}
     assert {name for name, metric in METRICS.items() if metric.lower_is_better} == {
-        "ece", "brier", "fpr", "fnr", "hamming_loss",
+        "ece", "brier", "fpr", "fnr", "hamming_loss", "outcome_brier", "outcome_ece",
     }  # fmt: skip
 
 

@@ -22,10 +22,10 @@ from adaptclip.metrics.judged import Judged, Marks, Sampling
 from adaptclip.metrics.metric import Support
 from adaptclip.metrics.several_labels import (
     NO_MARKS,
-    average_precision,
     class_rates,
     mean_area,
     mean_of_classes,
+    mean_precision,
     measure,
     pooled,
 )
@@ -123,8 +123,7 @@ def test_what_no_class_defines_has_no_number():
         assert mean_of_classes(nothing, rate) is None
         assert pooled(nothing, rate) is None
     assert mean_area(nothing) is None
-    silent = average_precision(nothing)
-    assert (silent.value, silent.n, silent.note) == (None, 3, "no images of the class")
+    assert mean_precision(nothing) is None
     without = measure(None, Sampling.of(3))
     assert (without.value, without.n, without.note) == (None, 3, "no class for which it is defined")
     judged = Judged(np.zeros(3, int), np.full((3, 2), 0.5), Sampling.of(3), marks=nothing)
@@ -191,7 +190,7 @@ def test_rates_of_one_class_are_shares_of_its_images():
     assert rates["f1"].value == pytest.approx(2 * (positive & named).sum() / (positive.sum() + named.sum()))
     assert rates["auc"].value == pytest.approx(roc_auc_score(positive, found.probs[:, 2]))
     assert rates["average_precision"].value == pytest.approx(average_precision_score(positive, found.probs[:, 2]))
-    assert rates["average_precision"].n == N
+    assert rates["average_precision"].n == positive.sum()
     found.positive[:, 2] = False
     empty = class_rates(found, sampling, 2)
     assert empty["auc"].note == "needs images of the class and others"
@@ -202,7 +201,9 @@ def test_average_precision_is_the_mean_of_the_classes_that_have_images():
     found = marks()
     found.positive[:, 1] = False
     expected_ = np.mean([average_precision_score(found.positive[:, c], found.probs[:, c]) for c in (0, 2, 3)])
-    assert average_precision(found).value == pytest.approx(expected_)
+    estimate = mean_precision(found)
+    assert estimate is not None
+    assert estimate.value == pytest.approx(expected_)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -219,7 +220,10 @@ def test_a_mean_over_classes_rests_on_the_smaller_side_of_the_rarest(flip):
 def test_several_labels_are_refused_by_metrics_of_images_with_one():
     found = marks()
     note = METRICS["accuracy"].compare(images(found)).model.note
-    assert note == "some images have several classes, or none, and this is a number of images with one"
+    assert note == (
+        "images may have several classes here, or none, and accuracy is of images with one; the nearest that is: "
+        "subset_accuracy"
+    )
     one = Marks(found.probs, np.eye(C, dtype=bool)[np.arange(N) % C], found.named)
     assert METRICS["accuracy"].compare(images(one)).model.value is not None
     assert one.single
