@@ -46,6 +46,7 @@ def embed(
         allow_failed_gates: use a model although one of its gates failed.
         overwrite: replace an earlier index in that folder.
     """
+    from adaptclip.clip.checkpoints import split_choice
     from adaptclip.clip.loading import local_folders
     from adaptclip.data.card import load_card
     from adaptclip.data.image_files import find_images
@@ -57,7 +58,7 @@ def embed(
     is_card = not Path(images).exists() or Path(images).suffix.lower() == ".md"
     card = load_card(images) if is_card else None
     read, roots = card_places(card, data_root) if card else ([Path(images)], [])
-    read += [*local_folders(backbone), *(Path(given) for given in (model, pretrained) if given)]
+    read += [*local_folders(backbone), *(split_choice(given)[0] for given in (model, pretrained) if given)]
     check_folder(out, "index", overwrite=overwrite, inputs=[*read, cache], roots=roots)
     check_cache(cache, read, roots)
     read.append(cache)

@@ -270,9 +270,10 @@ def load_backbone(
     """Loads a pretrained CLIP by any of open_clip's spellings; a model without its weights is an error.
 
     Args:
-        name: an architecture (`ViT-B-16`), `hf-hub:ORG/NAME`, `local-dir:FOLDER`, or `starter`, which comes with
-            the package.
-        pretrained: a tag of the architecture (`openai`) or a checkpoint file; None for the other spellings.
+        name: an architecture (`ViT-B-16`), `hf-hub:ORG/NAME`, `local-dir:FOLDER` (of open_clip, or a CLIP or SigLIP of
+            transformers), or `starter`, which comes with the package.
+        pretrained: a tag of the architecture (`openai`) or a checkpoint file (`weights.pt#ema` where it holds several
+            models); None for the other spellings.
         device: where the weights go.
         precision: fp32, bf16 or fp16: dtype of the weights, as open_clip casts them.
         quick_gelu: activation of a checkpoint file, which does not state it; None takes the architecture's. Tags
@@ -349,9 +350,15 @@ def wrap_clip(model: nn.Module, tokenizer: Any, transform: Any = None, *, name: 
         raise BackboneError("this model is wrapped already; use it as it is")
     lacking = [name for name in ("encode_image", "encode_text", "visual") if not hasattr(model, name)]
     if lacking or not callable(tokenizer) or not hasattr(tokenizer, "context_length"):
+        theirs = ""
+        if hasattr(model, "vision_model"):
+            theirs = (
+                ". A model of transformers goes by a folder: save_pretrained of the model, its tokenizer and its image "
+                "processor, then load_clip('local-dir:FOLDER')"
+            )
         raise BackboneError(
             f"wrap_clip takes an open_clip model and its tokenizer (`open_clip.get_tokenizer`), got "
-            f"{type(model).__name__} and {type(tokenizer).__name__}"
+            f"{type(model).__name__} and {type(tokenizer).__name__}{theirs}"
         )
     return ClipBackbone(model, tokenizer, name=name, transform=transform)
 

@@ -18,6 +18,7 @@ from typing import Any
 import timm
 from open_clip.hf_configs import arch_dict
 
+from adaptclip.clip.checkpoints import weight_files
 from adaptclip.errors import BackboneError, StorageError, did_you_mean
 from adaptclip.files import read_json
 from adaptclip.seals import check_entries
@@ -225,14 +226,15 @@ def check_archive(weights: Path) -> None:
     Raises:
         BackboneError: it is compressed to a small part of its size.
     """
-    if weights.suffix == ".safetensors" or not zipfile.is_zipfile(weights):
-        return
-    with zipfile.ZipFile(weights) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > 2 * weights.stat().st_size + 2**20:
-        raise BackboneError(
-            f"{weights} unpacks to {unpacked:,} bytes from {weights.stat().st_size:,}; torch does not compress"
-        )
+    for file in weight_files(weights):
+        if file.suffix == ".safetensors" or not zipfile.is_zipfile(file):
+            continue
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > 2 * file.stat().st_size + 2**20:
+            raise BackboneError(
+                f"{file} unpacks to {unpacked:,} bytes from {file.stat().st_size:,}; torch does not compress"
+            )
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -274,7 +276,7 @@ def _blocks(config: Mapping[str, Any], *, width: int) -> float:
 
 
 def _check_fill(parameters: int, weights: Path, where: str) -> None:
-    held = weights.stat().st_size
+    held = sum(file.stat().st_size for file in weight_files(weights))
     if parameters > max(held, ALWAYS_ALLOWED):
         raise BackboneError(
             f"{where} describes at least {parameters:,} parameters, but {weights.name} has {held:,} bytes: "

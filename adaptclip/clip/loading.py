@@ -1,136 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns every open_clip spelling of a model into that model with its weights, or into one clear error.
 
-open_clip resizes position embeddings without a word where a checkpoint has more or fewer than its model, and the
-features become others: with text weights of 248 positions under an architecture of 77, the cosine to the true features
-is 0.71. They are compared here.
+open_clip builds the model; the tensors that it gets are those of `read_weights`, which knows more ways to keep them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import pickle
+import json
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from adaptclip.clip.checkpoints import CHECKPOINT_SUFFIXES, INDEX_SUFFIX, read_weights, split_choice
+from adaptclip.clip.fitting import check_parts, check_positions, explain, first_line
+from adaptclip.clip.transformers_models import (
+    is_transformers_folder,
+    open_clip_names,
+    read_model_config,
+    read_transform,
+)
 from adaptclip.errors import BackboneError, StorageError, did_you_mean
-from adaptclip.seals import CHECK_FILE, check_bundle
-
-# How torch words that a pickle names a function or class beyond those that make tensors.
-_CODE = ("Unsupported global", "Unsupported class", "reduce for unrecognized function")
-
-# An empty pickle ends in StopIteration, the head of a torch archive in OSError.
-_UNREADABLE = (SafetensorError, OSError, EOFError, StopIteration)
-
-
-def explain(error: Exception, what: str) -> str:
-    """Words what went wrong while weights were loaded, and what to do about it."""
-    text = str(error)
-    if "TorchScript" in text:
-        return (
-            f"{what} is a TorchScript program, not a file of weights, and programs are not run. Load it with "
-            "torch.jit.load where you trust it, and save its state_dict() as safetensors."
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own text is not repeated: it advises to load the file again without the protection.
-        code = next((line.strip() for line in text.splitlines() if any(word in line for word in _CODE)), "")
-        code = code.removeprefix("WeightsUnpickler error: ").partition(" was not an allowed")[0]
-        found = f"a pickle that would run code ({code})" if code else "damaged, or a pickle of more than weights"
-        return f"{what} is {found}; it was refused and nothing in it was run. Copy it again, or ask for safetensors."
-    # open_clip asserts the widths of position embeddings before it compares the rest.
-    if "Error(s) in loading state_dict" in text or isinstance(error, AssertionError):
-        lines = [line.strip() for line in text.splitlines() if line.strip() and "loading state_dict" not in line]
-        shown = "; ".join(line if len(line) < 200 else line[:200] + " …" for line in lines[:3])
-        return (
-            f"{what} does not fit the architecture ({len(lines)} complaints; first: {shown}). Name the architecture "
-            "it was trained with; an adapter alone is not a backbone."
-        )
-    if isinstance(error, _UNREADABLE) or "PytorchStreamReader" in text or "EOF" in text:
-        return f"{what} is damaged, unreadable or not a checkpoint ({first_line(error)}). Copy or download it again."
-    return f"{what} cannot be loaded: {first_line(error)}"
-
-
-def first_line(error: Exception) -> str:
-    """Returns the kind of an error and the first line of its text, cut to 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no details'}"
-
-
-_TEXT = ("positional_embedding", "text.positional_embedding", "text_encoder.positional_embedding.pos_embed.pos_embed")
-_IMAGE = "visual.positional_embedding"
-
-
-def check_positions(model: Any, weights: Path, *, what: str, image_size: int) -> None:
-    """Refuses a model whose position embeddings are not the checkpoint's own.
-
-    Args:
-        model: as open_clip built it.
-        weights: the checkpoint that it was built from.
-        what: the checkpoint, for messages.
-        image_size: the side of the images that was asked for by name, which allows the image tower's to be resized
-            and says so; 0 where nobody asked.
-
-    Raises:
-        BackboneError: there are more or fewer of them in the checkpoint.
-    """
-    shapes = _shapes(weights)
-    text = getattr(model, "positional_embedding", getattr(getattr(model, "text", None), "positional_embedding", None))
-    held = next((shapes[name] for name in _TEXT if name in shapes), None)
-    if isinstance(text, nn.Parameter) and held is not None and held[-2] != text.shape[0]:
-        raise BackboneError(
-            f"{what} has {held[-2]} text positions and the architecture {text.shape[0]}; open_clip would resize them, "
-            "and the features would be others. Name the architecture it was trained with, or put it into a local-dir: "
-            f"folder whose open_clip_config.json has the right context_length ({held[-2]} where no class token counts)."
-        )
-    image, held = getattr(model.visual, "positional_embedding", None), shapes.get(_IMAGE)
-    if not isinstance(image, nn.Parameter) or held is None or held[0] == image.shape[0]:
-        return
-    if len(set(getattr(model.visual, "image_size", ()))) > 1:
-        return  # not square: refused elsewhere, whatever its positions
-    old, new = (f"{math.isqrt(count - 1)} x {math.isqrt(count - 1)}" for count in (held[0], image.shape[0]))
-    if not image_size:
-        raise BackboneError(
-            f"{what} has image positions for {old} patches and the architecture for {new}; open_clip would resize "
-            "them, and the features would be others. Name the architecture it was trained with, or ask for images of "
-            "that size by name: --image-size (image_size=)."
-        )
-    warnings.warn(
-        f"the image positions of {what} were resized from {old} to {new} patches, as images of {image_size} pixels "
-        "were asked for; the features are not those that the weights were trained for",
-        stacklevel=4,
-    )
-
-
-def _shapes(weights: Path) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors; its numbers are not read."""
-    from safetensors import safe_open
-
-    if weights.suffix == ".safetensors":
-        with safe_open(weights, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    elif weights.suffix in (".npz", ".npy"):  # of big_vision; open_clip reads those in its own way
-        found = {}
-    else:
-        state = torch.load(weights, map_location="meta", weights_only=True)
-        state = state.get("state_dict", state)
-        found = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {name.removeprefix("module."): shape for name, shape in found.items()}
-
+from adaptclip.seals import CHECK_FILE, check_bundle, check_entries
 
 LOCAL_PREFIX, HUB_PREFIX, STARTER = "local-dir:", "hf-hub:", "starter"
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Allowed precisions of the frozen weights; features leave the towers as float32 in all of them."""
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 """What a checkpoint file does not say about its own evaluation transform; the size comes from the image tower."""
@@ -160,7 +63,11 @@ class Source:
         preprocess: entries of the evaluation transform that the spelling does not give.
         text_cfg: the text side of the configuration where it must differ from what the spelling says.
         needs_hub: open_clip may ask the hub (or its cache) while it builds the model.
-        weights: the checkpoint, whoever names it.
+        weights: the checkpoint, whoever names it, or the index of its shards.
+        choice: which model of the checkpoint is meant, where it holds several.
+        model_cfg: the architecture where `spelling` is a folder that has it in the words of another library.
+        image_gelu: "tanh" or "none" where GELU of the image tower is to be computed otherwise than timm's tower of
+            its name does; open_clip has no entry for it.
     """
 
     spelling: str
@@ -171,6 +78,9 @@ class Source:
     text_cfg: Mapping[str, Any] | None = None
     needs_hub: bool = False
     weights: Path | None = None
+    choice: str = ""
+    model_cfg: Mapping[str, Any] | None = None
+    image_gelu: str = ""
 
 
 def find_source(
@@ -229,44 +139,114 @@ def create(source: Source, *, device: str | torch.device, precision: str, image_
     Raises:
         BackboneError: the weights are damaged, of another architecture, or hold code; or the tokenizer is missing.
     """
-    import open_clip
     from open_clip.hf_model import HFTextEncoder
 
     from adaptclip.hub import cache_if_unreachable, require_hub
 
     with cache_if_unreachable() if source.needs_hub else contextlib.nullcontext():
+        tokenizer = _tokenizer(source)
+        state: dict[str, Tensor] | None = None
         try:
-            tokenizer = open_clip.get_tokenizer(source.spelling)
-        except Exception as error:
-            if source.needs_hub:
-                require_hub(f"The tokenizer of {source.what}")
-            raise BackboneError(f"the tokenizer of {source.what} cannot be loaded: {first_line(error)}") from error
-        text: dict[str, Any] = {} if source.text_cfg is None else {"text_cfg": dict(source.text_cfg)}
-        try:
-            model = open_clip.create_model(
-                source.spelling,
-                pretrained=str(source.checkpoint) if source.checkpoint else None,
-                device=device,
-                precision=precision,
-                force_quick_gelu=source.quick_gelu,
-                force_preprocess_cfg=dict(source.preprocess),
-                require_pretrained=True,
-                weights_only=True,
-                force_image_size=_other_size(source, image_size),
-                **text,
-            )
-            if source.weights is not None:
-                check_positions(model, source.weights, what=source.what, image_size=image_size)
+            if source.weights is not None and source.weights.suffix not in _OF_BIG_VISION:
+                state = read_weights(source.weights, what=source.what, choice=source.choice)
+                state = open_clip_names(state)
+                check_parts(state, _config_of(source), what=source.what)
+            model = _build(source, state, device=device, precision=precision, image_size=image_size)
         except BackboneError:
             raise
         except Exception as error:
             # transformers reports what it cannot get from the hub as an OSError without a number.
             if source.needs_hub and isinstance(error, OSError) and error.errno is None:
                 require_hub(f"The text tower of {source.what}")
-            raise BackboneError(explain(error, source.what)) from error
+            raise BackboneError(explain(error, source.what, state)) from error
+    if state is not None:
+        check_positions(model, state, what=source.what, image_size=image_size)
+    for module in model.visual.modules() if source.image_gelu else ():
+        if isinstance(module, nn.GELU):
+            module.approximate = source.image_gelu
     if precision != "fp32" and isinstance(getattr(model, "text", None), HFTextEncoder):
         raise BackboneError(f"{source.what} has a Hugging Face text tower, which open_clip runs in fp32 only")
     return model, tokenizer
+
+
+_OF_BIG_VISION = (".npz", ".npy")
+"""Files of Google's own format, which open_clip reads and converts by itself."""
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _tokenizer(source: Source) -> Any:
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer
+
+    from adaptclip.hub import require_hub
+
+    try:
+        if source.model_cfg is None:
+            return open_clip.get_tokenizer(source.spelling)
+        folder = source.spelling.removeprefix(LOCAL_PREFIX)
+        return HFTokenizer(folder, context_length=source.model_cfg["text_cfg"]["context_length"])
+    except Exception as error:
+        if source.needs_hub:
+            require_hub(f"The tokenizer of {source.what}")
+        raise BackboneError(f"the tokenizer of {source.what} cannot be loaded: {first_line(error)}") from error
+
+
+def _build(
+    source: Source, state: Mapping[str, Tensor] | None, *, device: str | torch.device, precision: str, image_size: int
+) -> Any:
+    """The model of a source, built by open_clip and filled with these tensors (None: those that open_clip reads)."""
+    import open_clip
+
+    text: dict[str, Any] = {} if source.text_cfg is None else {"text_cfg": dict(source.text_cfg)}
+    with contextlib.ExitStack() as stack:
+        spelling, checkpoint = source.spelling, str(source.checkpoint) if source.checkpoint else None
+        if source.model_cfg is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            config = {"model_cfg": dict(source.model_cfg), "preprocess_cfg": dict(source.preprocess)}
+            (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+            spelling = f"{LOCAL_PREFIX}{folder}"
+        if state is not None:
+            stack.enter_context(_reads(state))
+        return open_clip.create_model(
+            spelling,
+            pretrained=checkpoint,
+            device=device,
+            precision=precision,
+            force_quick_gelu=source.quick_gelu,
+            force_preprocess_cfg=dict(source.preprocess),
+            require_pretrained=True,
+            weights_only=True,
+            force_image_size=_other_size(source, image_size),
+            **text,
+        )
+
+
+@contextlib.contextmanager
+def _reads(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block, open_clip finds these tensors in the one checkpoint that this thread's model is made of."""
+    from open_clip import factory
+
+    mine, find, read = threading.get_ident(), factory._find_checkpoint_in_dir, factory.load_state_dict
+    taken = []
+
+    def given(checkpoint_path: str, *arguments: Any, **settings: Any) -> Any:
+        if threading.get_ident() != mine:
+            return read(checkpoint_path, *arguments, **settings)
+        taken.append(checkpoint_path)
+        return dict(state)
+
+    def named(folder: Path) -> str | None:
+        return find(folder) if threading.get_ident() != mine else "read already"
+
+    with _ONE_AT_A_TIME:
+        factory.load_state_dict, factory._find_checkpoint_in_dir = given, named
+        try:
+            yield
+        finally:
+            factory.load_state_dict, factory._find_checkpoint_in_dir = read, find
+    if len(taken) != 1:
+        raise BackboneError("this open_clip reads checkpoints in another way than its versions that adaptclip knows")
 
 
 def local_folders(*names: str | None) -> list[Path]:
@@ -277,10 +257,35 @@ def local_folders(*names: str | None) -> list[Path]:
 
 def _other_size(source: Source, image_size: int) -> int | None:
     """The size that was asked for where it is not the architecture's own."""
+    config = _config_of(source) if image_size else None
+    return None if config is None or config["vision_cfg"].get("image_size", 224) == image_size else image_size
+
+
+def _config_of(source: Source) -> Mapping[str, Any]:
     import open_clip
 
-    config = open_clip.get_model_config(source.spelling) if image_size else None
-    return None if config is None or config["vision_cfg"].get("image_size", 224) == image_size else image_size
+    return source.model_cfg or open_clip.get_model_config(source.spelling) or {}
+
+
+def architecture_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the model_cfg of a model by its spelling, and what else of open_clip_config.json it needs.
+
+    Raises:
+        Exception: a file, the hub or its cache, each with errors of its own.
+    """
+    import open_clip
+
+    if name.startswith(LOCAL_PREFIX):
+        folder = Path(name.removeprefix(LOCAL_PREFIX)).expanduser()
+        if is_transformers_folder(folder):
+            model_cfg, image_gelu = read_model_config(folder)
+            return model_cfg, {"image_gelu": image_gelu} if image_gelu else {}
+        from adaptclip.clip.config_checks import read_config
+
+        config = read_config(folder / "open_clip_config.json")
+        return config["model_cfg"], {key: config[key] for key in ("image_gelu",) if config.get(key)}
+    found = open_clip.get_model_config(name if name.startswith(HUB_PREFIX) else _clean(name))
+    return found or {}, {}
 
 
 def _clean(name: str) -> str:
@@ -337,13 +342,14 @@ def _file_source(architecture: str, file: str, quick_gelu: bool | None, preproce
 
     from adaptclip.clip.config_checks import check_archive
 
-    path = Path(file).expanduser()
+    path, choice = split_choice(file)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not path.is_file():
         near = did_you_mean(file, tags, limit=100)
         raise BackboneError(f"{file!r} is neither a file nor a tag of {architecture}. {near}")
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise BackboneError(f"{path} is not a checkpoint by its name; allowed: {', '.join(CHECKPOINT_SUFFIXES)}")
+    if path.suffix not in CHECKPOINT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
+        allowed = ", ".join([*CHECKPOINT_SUFFIXES, INDEX_SUFFIX])
+        raise BackboneError(f"{path} is not a checkpoint by its name; allowed: {allowed}")
     check_archive(path)
     unknown = [key for key in preprocess or {} if key not in PREPROCESS_KEYS]
     if unknown:
@@ -363,6 +369,7 @@ def _file_source(architecture: str, file: str, quick_gelu: bool | None, preproce
         what=f"The checkpoint {path} for {architecture}",
         checkpoint=path,
         weights=path,
+        choice=choice,
         quick_gelu=bool(quick_gelu),
         preprocess=_agreed_preprocess(architecture, settings) if preprocess is None else preprocess,
         needs_hub=_asks_hub(config),
@@ -394,7 +401,13 @@ def _hub_source(name: str) -> Source:
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise BackboneError(f"{name!r} should be {HUB_PREFIX}ORGANISATION/NAME")
     what = f"The model {name}"
-    config = _fetch(f"{what} (its open_clip_config.json)", lambda: open_clip.get_model_config(name))
+    try:
+        config = _fetch(f"{what} (its open_clip_config.json)", lambda: open_clip.get_model_config(name))
+    except BackboneError as error:
+        raise BackboneError(
+            f"{error} A repository of transformers (CLIPModel, SiglipModel) is read from a folder: "
+            f"`hf download {repository} --local-dir FOLDER`, then `--backbone {LOCAL_PREFIX}FOLDER`."
+        ) from error
     weights = Path(_fetch(f"{what} (its weights)", lambda: download_pretrained_from_hf(repository)))
     check_config(config, where=name, weights=weights)
     check_archive(weights)
@@ -413,11 +426,13 @@ def _local_source(name: str) -> Source:
 
     folder = Path(name.removeprefix(LOCAL_PREFIX)).expanduser()
     file = folder / "open_clip_config.json"
+    if is_transformers_folder(folder):
+        return _transformers_source(folder)
     if not file.is_file():
         reason = "has no open_clip_config.json" if folder.is_dir() else "is not a folder"
         raise BackboneError(
             f"{folder} {reason}. A {LOCAL_PREFIX} folder holds open_clip_config.json with model_cfg and "
-            f"preprocess_cfg, and the weights as {_KNOWN_WEIGHTS[0]}."
+            f"preprocess_cfg, and the weights as {_KNOWN_WEIGHTS[0]}; or it is one of transformers, with config.json."
         )
     try:
         check_bundle(folder)
@@ -451,6 +466,37 @@ def _local_source(name: str) -> Source:
         weights=weights,
         # The tokenizer of a folder is always the folder's own.
         needs_hub=text_cfg is None and bool(model_cfg["text_cfg"].get("hf_model_name")),
+        image_gelu=_image_gelu(config.get("image_gelu", ""), file),
+    )
+
+
+def _image_gelu(stated: Any, file: Path) -> str:
+    if stated not in ("", "tanh", "none"):
+        raise BackboneError(f"{file}: image_gelu should be tanh or none, got {stated!r:.80}")
+    return stated
+
+
+def _transformers_source(folder: Path) -> Source:
+    from adaptclip.clip.config_checks import check_archive, check_config, check_preprocess, check_tokenizer
+
+    try:
+        check_entries(folder)
+    except StorageError as error:
+        raise BackboneError(str(error)) from error
+    model_cfg, image_gelu = read_model_config(folder)
+    weights = _find_weights(folder)
+    check_config(model_cfg, where=str(folder / "config.json"), weights=weights)
+    preprocess = read_transform(folder, model_cfg)
+    check_preprocess(preprocess, where=str(folder))
+    check_tokenizer(folder)
+    check_archive(weights)
+    return Source(
+        spelling=f"{LOCAL_PREFIX}{folder}",
+        what=f"The checkpoint {weights}",
+        preprocess=preprocess,
+        weights=weights,
+        model_cfg=model_cfg,
+        image_gelu=image_gelu,
     )
 
 
@@ -459,6 +505,10 @@ def _find_weights(folder: Path) -> Path:
     for known in _KNOWN_WEIGHTS:
         if (folder / known).is_file():
             return folder / known
+    indices = sorted(path for path in folder.iterdir() if path.name.endswith(INDEX_SUFFIX))
+    if indices:
+        # Both kinds of one model are downloaded together often: the one without pickles first.
+        return next((path for path in indices if ".safetensors." in path.name), indices[0])
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
     if not found:
         raise BackboneError(f"{folder} holds no weights; save them there as {_KNOWN_WEIGHTS[0]}")

@@ -14,7 +14,7 @@ from open_clip.transformer import QuickGELU
 
 from adaptclip import __version__
 from adaptclip.clip import ClipBackbone
-from adaptclip.clip.loading import HUB_PREFIX, LOCAL_PREFIX, STARTER, local_folders
+from adaptclip.clip.loading import STARTER, architecture_of, local_folders
 from adaptclip.clip.starter import FOLDER
 from adaptclip.errors import BackboneError
 from adaptclip.files import read_json, write_json, write_tensors, write_text
@@ -36,18 +36,19 @@ def open_clip_config(backbone: ClipBackbone) -> dict[str, Any]:
 
     Returns:
         `model_cfg` (architecture, with the activation the weights were loaded with) and `preprocess_cfg` (evaluation
-        transform). A Hugging Face text tower keeps its name.
+        transform). A Hugging Face text tower keeps its name. `image_gelu` stands beside them where a SigLIP of
+        transformers has an activation for which open_clip has no entry; open_clip itself passes it over.
 
     Raises:
         BackboneError: the architecture's configuration cannot be had, or open_clip could not load its tokenizer again.
     """
+    more: dict[str, Any] = {}
     name, remedy = backbone.name, "Name the model by its architecture, hf-hub:ORG/NAME or local-dir:FOLDER."
     if name == STARTER:
         model_cfg = read_json(FOLDER / CONFIG_FILE)["model_cfg"]
     else:
-        prefixed = name.startswith((LOCAL_PREFIX, HUB_PREFIX))
         try:
-            model_cfg = open_clip.get_model_config(name if prefixed else name.replace("/", "-"))
+            model_cfg, more = architecture_of(name)
         except Exception as error:  # a file, the hub or its cache, each with errors of its own
             raise BackboneError(f"the configuration of {name} cannot be read ({error}). {remedy}") from error
     if not isinstance(model_cfg, dict) or "embed_dim" not in model_cfg:
@@ -65,7 +66,8 @@ def open_clip_config(backbone: ClipBackbone) -> dict[str, Any]:
         model_cfg["quick_gelu"] = True  # weights do not show it, and the architecture's name may not say it
     keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
     preprocess = open_clip.get_model_preprocess_cfg(backbone.model)
-    return {"model_cfg": model_cfg, "preprocess_cfg": {key: preprocess[key] for key in keys if key in preprocess}}
+    known = {key: preprocess[key] for key in keys if key in preprocess}
+    return {"model_cfg": model_cfg, "preprocess_cfg": known, **more}
 
 
 def save_open_clip(

@@ -18,7 +18,8 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from adaptclip.clip.loading import LOCAL_PREFIX, explain
+from adaptclip.clip.fitting import explain
+from adaptclip.clip.loading import LOCAL_PREFIX
 from adaptclip.errors import BackboneError, StorageError
 from adaptclip.files import read_json, read_tensors, write_tensors
 from adaptclip.seeding import derive_seed

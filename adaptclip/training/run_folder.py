@@ -89,12 +89,13 @@ def places_read(config: Mapping[str, Any], data: DomainData | None) -> tuple[lis
         config: the run's settings; of use are `backbone`, `pretrained`, `zero_shot_card` and `data_root`.
         data: the images.
     """
+    from adaptclip.clip.checkpoints import split_choice
     from adaptclip.clip.loading import local_folders  # open_clip, which no method on features needs
 
     root = Path(config["data_root"]) if config.get("data_root") else None
     read = local_folders(config.get("backbone"))
-    if config.get("pretrained") and Path(config["pretrained"]).is_file():
-        read.append(Path(config["pretrained"]))
+    if config.get("pretrained") and split_choice(config["pretrained"])[0].is_file():
+        read.append(split_choice(config["pretrained"])[0])
     roots = [root] if root is not None else []
     cards = [data.card] if data is not None else []
     cards += [load_card(config["zero_shot_card"])] if config.get("zero_shot_card") else []

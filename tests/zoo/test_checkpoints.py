@@ -63,6 +63,11 @@ SAME: dict[str, Callable[[Path], object]] = {
     "a file of another name": replaced("my_weights.safetensors", dict),
     "a training checkpoint": replaced("epoch_30.pth", lambda t: {"epoch": 30, "state_dict": t, "optimizer": {}}),
     "a checkpoint of several GPUs": replaced("epoch_1.pth", lambda t: {f"module.{k}": v for k, v in t.items()}),
+    "a compiled model": replaced("epoch_1.pt.pth", lambda t: {"model": {f"_orig_mod.{k}": v for k, v in t.items()}}),
+    "a checkpoint of Lightning": replaced(
+        "last.pth", lambda t: {"state_dict": {f"clip_model.{k}": v for k, v in t.items()}}
+    ),
+    "an average alone": replaced("ema.pth", lambda t: {"ema": {f"module.{k}": v for k, v in t.items()}, "step": 9}),
     "more files beside it": lambda folder: (folder / "README.md").write_text("words") and None,
     "optimizer state beside it": lambda folder: torch.save({"step": 1}, folder / "optimizer.pt"),
     "a hidden file beside it": lambda folder: (folder / "._open_clip_model.safetensors").write_bytes(b"x") and None,
@@ -74,6 +79,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no configuration": (lambda f: (f / "open_clip_config.json").unlink(), "has no open_clip_config.json"),
     "configuration of another library": (
         lambda f: (f / "open_clip_config.json").write_text('{"model_type": "clip"}'), "needs a model_cfg",
+    ),
+    "a folder of transformers that is no CLIP": (
+        lambda f: (f / "open_clip_config.json").rename(f / "config.json").write_text('{"model_type": "bert"}'),
+        "of the kind 'bert'",
     ),
     "configuration that is no JSON": (
         lambda f: (f / "open_clip_config.json").write_text("model:"), "cannot|not JSON|JSON",
@@ -90,7 +99,18 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "several files that could be the weights",
     ),
     "image tower alone": (
-        replaced(WEIGHTS, lambda t: {k: v for k, v in t.items() if k.startswith("visual.")}), "Missing|missing|lack",
+        replaced(WEIGHTS, lambda t: {k: v for k, v in t.items() if k.startswith("visual.")}),
+        "image tower alone: the text tower is missing",
+    ),
+    "the weights and their average": (
+        replaced("both.pth", lambda t: {"model": t, "ema": dict(t)}), "holds 2 models: model, ema",
+    ),
+    "adapters that are not merged": (
+        replaced("lora.pth", lambda t: {**t, "visual.proj.lora_A.weight": torch.zeros(2)}), "not merged",
+    ),
+    "shards of which one is missing": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+        and (f / WEIGHTS).unlink(), "shards of .* no such file",
     ),
     "one tensor of another size": (
         replaced(WEIGHTS, lambda t: {**t, "text_projection": t["text_projection"][:, :-1].contiguous()}), "size|shape",
