@@ -161,6 +161,18 @@ def is_place(name: str) -> bool:
     return _names(words_of(name), rf"(?:{_PLACES}){_SUFFIX}")
 
 
+_MEASURES = _words(
+    "age alter edad eta idade leeftijd weight gewicht poids peso height groesse grosse taille altura bmi temp "
+    "temperature temperatur year years jahr jahre annee ano month days hours score grade dose distance depth length "
+    "width diameter area volume elevation altitude latitude longitude lat lon"
+)
+
+
+def is_measure(name: str) -> bool:
+    """Whether a column's name says that it holds a measured or counted number, such as "Alter" or "age_years"."""
+    return bool(set(words_of(name)) & _MEASURES) and identity_rank(name) is None
+
+
 def _names(words: list[str], pattern: str) -> bool:
     """Whether some word fits the pattern and the others add nothing to it."""
     fits = [bool(re.fullmatch(pattern, word)) for word in words]

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from adaptclip.terminal import say
+from adaptclip.terminal import is_terminal, say
 
 
 def list_names() -> int:
@@ -61,17 +63,58 @@ def check(
     return 0
 
 
-def new(folder: Path, /, *, out: Path = Path("card.md"), classes: Literal["auto", "folders"] = "auto") -> int:
+def new(
+    folder: Path,
+    /,
+    *,
+    out: Path = Path("card.md"),
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cluster_column: str | None = None,
+    group: tuple[str, ...] = (),
+    shared: tuple[str, ...] = (),
+    join: tuple[str, ...] = (),
+    sheet: str | None = None,
+    classes: Literal["auto", "folders", "nested"] = "auto",
+    level: tuple[str, ...] = (),
+) -> int:
     """Write a data card for a folder of images or a table of image paths, to be filled in.
 
     Args:
-        folder: class folders, train/test folders of class folders, a folder with a CSV, TSV or JSONL table, or the
-            table itself.
+        folder: class folders, train/test folders of class folders, nested folders, a folder with a table (CSV, TSV,
+            JSONL, Excel, Parquet), that table, or a folder of Parquet files.
         out: the card to write; an existing file is never overwritten.
-        classes: "folders" takes the folders for classes even where they look like splits or hold only folders.
+        image_column: column of the images' paths, where its name does not say so.
+        label_column: column of the classes.
+        cluster_column: column of who or what must never be in two parts, such as patients.
+        group: columns by whose values results are reported; numbers are put into bins.
+        shared: columns whose values may be in several parts although they look like patients.
+        join: second tables: FILE, FILE:COLUMN or FILE:COLUMN=ITS_COLUMN for the key.
+        sheet: of an Excel file that has several.
+        classes: "folders" takes the folders for classes even where they look like splits or hold only folders, "nested"
+            the innermost folders, with those above as levels of a taxonomy.
+        level: names of the folders above the innermost, coarse to fine.
     """
+    from adaptclip.data.asking import Given
     from adaptclip.data.scaffold import new_card
 
-    path = new_card(folder, out, classes=classes, say=lambda sentence: say(f"  {sentence}"))
+    given = Given(image_column, label_column, cluster_column, group, level, shared, join, sheet, classes)
+    ask = _ask if is_terminal(sys.stdin) and is_terminal(sys.stdout) else None
+    path = new_card(folder, out, given=given, ask=ask, say=lambda sentence: say(f"  {sentence}"))
     say(f"wrote {path}. Fill in what it asks for, then: adaptclip card check {path}")
     return 0
+
+
+def _ask(question: str, answers: Sequence[str]) -> str | None:
+    """Asks on the terminal; None for an empty answer."""
+    say(f"{question}.")
+    for number, answer in enumerate(answers, 1):
+        say(f"  {number}  {answer}")
+    while True:
+        sys.stdout.write(f"1 to {len(answers)}, or Enter to stop: ")
+        sys.stdout.flush()
+        text = sys.stdin.readline().strip()
+        if not text:
+            return None
+        if text in answers or (text.isdecimal() and 1 <= int(text) <= len(answers)):
+            return text if text in answers else answers[int(text) - 1]

@@ -114,12 +114,17 @@ def folds(name: str, cells: Sequence[Any]) -> list[str]:
     return values if called_so and numbered and 2 <= len(values) <= _MOST_FOLDS else []
 
 
-def folds_in_words(name: str, values: Sequence[str]) -> tuple[str, str]:
-    """Returns what is wrong where a column of folds is not followed, and how a card follows it."""
+def fold_parts(values: Sequence[str]) -> dict[str, list[str]]:
+    """Returns part -> folds: the first for the test, the second for validation where there are three or more."""
     test, *rest = values
     validation, train = (rest[:1], rest[1:]) if len(rest) > 1 else ([], rest)
     parts = {"train": train, "validation": validation, "test": [test]}
-    info = ", ".join(f"{part}: {json.dumps(names, ensure_ascii=False)}" for part, names in parts.items() if names)
+    return {part: own for part, own in parts.items() if own}
+
+
+def folds_in_words(name: str, values: Sequence[str]) -> tuple[str, str]:
+    """Returns what is wrong where a column of folds is not followed, and how a card follows it."""
+    info = ", ".join(f"{part}: {json.dumps(own, ensure_ascii=False)}" for part, own in fold_parts(values).items())
     return (
         f"the column {name!r} seems to number {len(values)} folds ({', '.join(values)}), and the card does not follow "
         "it: what was kept together in one fold can be in two parts",

@@ -5,7 +5,8 @@ Which unnamed columns tell who or what images are of, and must not be in two par
 its name ("PatientID", "subject", "case no") is always looked at. Of the others those are like clusters whose values
 repeat and are too many for groups: more than FEW_VALUES different ones, and a tenth of the rows or more with a value
 that others have too. Left aside are columns that each class has one value of, sizes and places within an image,
-sentences, and measured numbers (20 rows or more for each different number, such as ages in years).
+sentences, and measured numbers (one with a fraction among them, or 20 rows or more for each different number, such as
+ages in years).
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def resolve_labels(
     """
     refuse_unclear_labels(values, card_names or source_names or (), where)
     _refuse_bad_cells(values, where)
+    if source_names is None:
+        values = label_texts(values, card_names or ())
     if _are_numbers_as_names(values, card_names):
         values = [as_text(value) for value in values]
     if all(isinstance(value, str) for value in values):
@@ -96,6 +99,22 @@ def resolve_labels(
     if card_names is None or source_names is None or card_names == source_names:
         return ids, own
     return _to_card_order(ids, source_names, card_names), card_names
+
+
+def label_texts(values: Sequence[Any], names: Sequence[str] = ()) -> list[Any]:
+    """Returns labels as they are meant: true and false are names, and "1.0" in all rows is what pandas makes of 1.
+
+    Args:
+        values: N cells.
+        names: of the card; labels that are among them stay as they are.
+    """
+    given = [value for value in values if not is_missing(value)]
+    if given and all(isinstance(value, bool | np.bool_) for value in given) and (not names or "True" in names):
+        return [None if is_missing(value) else str(value) for value in values]
+    whole = all(isinstance(value, str) and re.fullmatch(r"-?\d+[.,]0+", value.strip()) for value in given)
+    if whole and not {as_text(value) for value in given} & set(names):
+        return [value if is_missing(value) else re.split("[.,]", value.strip())[0] for value in values]
+    return list(values)
 
 
 def _refuse_bad_cells(values: Sequence[Any], where: Callable[[int], str]) -> None:
@@ -342,7 +361,9 @@ def is_like_a_cluster(name: str, cells: Sequence[Any], labels: Sequence[Any]) ->
         return False
     if set(words_of(name)) & _SIZES or sum(len(value.split()) for value in counts) > 4 * len(counts):
         return False
-    if len(values) >= _ROWS_OF_A_NUMBER * len(counts) and all(as_number(value) is not None for value in counts):
+    numbers = [as_number(value) for value in counts]
+    often = len(values) >= _ROWS_OF_A_NUMBER * len(counts)
+    if None not in numbers and (often or any(x is not None and x % 1 for x in numbers)):
         return False
     return sum(count for count in counts.values() if count > 1) >= _REPEATED * len(values)
 

@@ -8,9 +8,10 @@ doubt, and otherwise refused with the lines to write into a card.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptclip.data.card_block import PARTS, Splits, normalise_text
@@ -32,26 +33,33 @@ class Layout:
         classes: (split name, class name, folder of its images), class names in Unicode form NFC; the split's name is ""
             where one is drawn.
         unused: sentences about what was left aside.
+        levels: class name -> names of the folders above its own, coarse to fine, where classes are nested.
     """
 
     folder: Path
     rule: Splits
     classes: tuple[tuple[str, str, Path], ...]
     unused: tuple[str, ...] = ()
+    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def read_layout(folder: Path, rule: Splits | None = None, class_names: Sequence[str] | None = None) -> Layout:
+def read_layout(
+    folder: Path, rule: Splits | None = None, class_names: Sequence[str] | None = None, depth: int = 0
+) -> Layout:
     """Finds out which folders are splits and which are classes.
 
     Args:
         folder: to look into.
         rule: what the card says of the splits; None finds out.
         class_names: classes that the card names; folders with these names are classes whatever they look like.
+        depth: how many folders there are above those of the classes, as levels of a taxonomy.
 
     Raises:
         CardError: that cannot be told, or the folders contradict each other; the message says what to write.
         DataError: there are no class folders, or a name cannot be used.
     """
+    if depth:
+        return _nested(folder, rule, depth)
     asked = frozenset(class_names or ())
     if rule is not None and rule.fractions is None:
         base = folder if any((folder / name).is_dir() for name in rule.names.values()) else _unwrapped(folder)
@@ -70,6 +78,88 @@ def read_layout(folder: Path, rule: Splits | None = None, class_names: Sequence[
     rule = rule or Splits(fractions=dict(MADE_UP_FRACTIONS))  # pyright: ignore[reportArgumentType]
     classes = tuple(("", name, path) for name, path in _class_folders(base, asked).items())
     return Layout(base, rule, classes, tuple(_loose(base)))
+
+
+def _nested(folder: Path, rule: Splits | None, depth: int) -> Layout:
+    """The layout of nested folders: the innermost are the classes, those above are levels."""
+    folder = _unwrapped(folder)
+    starts, made = {"": folder}, Splits(fractions=dict(MADE_UP_FRACTIONS))  # pyright: ignore[reportArgumentType]
+    if rule is not None and rule.fractions is None:
+        starts = {name: folder / name for name in rule.names.values() if (folder / name).is_dir()}
+    elif found := _split_folders(folder, _folders(folder), frozenset()):
+        starts = {name: folder / name for name in found.values()}
+        made = Splits(**found)  # pyright: ignore[reportArgumentType]
+    drawn = rule is not None and rule.fractions is not None
+    classes: list[tuple[str, str, Path]] = []
+    levels: dict[str, tuple[str, ...]] = {}
+    unused: list[str] = []
+    for split, start in starts.items():
+        for path in _innermost(start, depth, unused):
+            name, above = normalise_text(path.name), tuple(map(normalise_text, path.relative_to(start).parts[:-1]))
+            if levels.setdefault(name, above) != above:
+                raise DataError(
+                    f"{shown(folder)} has the class {shown(name)!r} both in {shown('/'.join(levels[name]))} and in "
+                    f"{shown('/'.join(above))}; rename one, as a class has one place in a taxonomy"
+                )
+            classes.append(("" if drawn else split, name, path))
+    if not classes:
+        raise DataError(f"{shown(folder)} has no folders below {depth} {agree(depth, 'level', 'levels')} of folders")
+    return Layout(folder, rule or made, tuple(classes), tuple(unused), levels)
+
+
+def _innermost(start: Path, depth: int, unused: list[str]) -> list[Path]:
+    """Returns the folders `depth` folders below those of `start`; appends what lies beside them to `unused`."""
+    unused += _loose(start)
+    below = _folders(start)
+    for path in below:
+        if not is_text(path.name):
+            raise DataError(f"the folder {shown(path)} has a name that is not UTF-8 text; rename it")
+    return below if depth == 0 else [path for one in below for path in _innermost(one, depth - 1, unused)]
+
+
+_FAMILY = re.compile(r"\w+(idae|aceae)")
+
+
+def nested_levels(folder: Path, *, asked: bool) -> tuple[str, ...]:
+    """Returns names of the levels that nested folders are: () where the classes are not nested.
+
+    Without being asked, folders are levels only where all names at one depth are those of biological families (-idae,
+    -aceae), so that there is no doubt.
+
+    Args:
+        folder: of the outermost folders; split folders are looked into.
+        asked: whether somebody said that the folders are nested.
+
+    Raises:
+        CardError: images lie at several depths, where nested folders are asked for.
+    """
+    base = _unwrapped(folder)
+    top = _folders(base)
+    parts = [path for path in top if split_part(path.name)[0] and _holds_only_folders(path)]
+    starts = parts if parts and len(parts) == len(top) else [base]
+    above: dict[int, set[str]] = {}
+    depths: dict[int, Path] = {}
+    for start in starts:
+        for image in list_images(start).images:
+            names = image.relative_to(start).parts[:-1]
+            depths.setdefault(len(names), image)
+            for i, name in enumerate(names[:-1]):
+                above.setdefault(i, set()).add(name)
+    depth = max(depths, default=0)
+    family = [i for i, names in above.items() if all(map(_FAMILY.fullmatch, names))]
+    if not asked and not (family and len(depths) == 1):
+        return ()
+    if depth < 2 or len(depths) > 1:
+        found = ", ".join(f"{shown(path.relative_to(base).as_posix())}" for path in depths.values())
+        raise CardError(
+            f"{shown(folder)}: nested class folders all have as many folders above them, one or more; found {found}"
+        )
+    known = (
+        {family[0] + i: name for i, name in ((-2, "class"), (-1, "order"), (0, "family"), (1, "genus"))}
+        if family
+        else {}
+    )
+    return tuple(known.get(i, f"level {i + 1}") for i in range(depth - 1))
 
 
 def is_text(name: str) -> bool:
@@ -283,7 +373,8 @@ def _refuse_doubtful(folder: Path, found: dict[str, Path]) -> None:
         f"{shown(folder)}: {_some(names)} {why}, so they are not taken for classes without being asked. "
         "If they are splits, say which in a card: `splits: {train: FOLDER, test: FOLDER}`. If they are the classes, "
         f"name them there: `class_names: [{listed}]` (`adaptclip card new FOLDER --classes folders` writes such a "
-        "card). If they are neither, list the images in a table"
+        "card). If they are levels above the classes, as of a taxonomy, `adaptclip card new FOLDER --classes nested` "
+        "takes the innermost for the classes. If they are neither, list the images in a table"
     )
 
 

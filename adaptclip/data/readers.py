@@ -229,7 +229,7 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
     folder = base_folder(card, data_root) / card.source.path
     if not folder.is_dir():
         raise DataError(f"card {card.name}: {folder} is not a folder. Point `--data-root` at the folder that holds it")
-    layout = read_layout(folder, card.splits, card.class_names)
+    layout = read_layout(folder, card.splits, card.class_names, len(card.source.levels))
     paths, labels, splits, listings = [], [], [], []
     for split, name, class_folder in layout.classes:
         listings.append(list_images(class_folder))
@@ -238,7 +238,8 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         labels += [name] * len(files)
         splits += [split] * len(files)
     passed = passed_over_in_words(listings)
-    wanted = set(wanted_columns(card, data_root)) - {"label"}
+    above = {name: [layout.levels[label][i] for label in labels] for i, name in enumerate(card.source.levels)}
+    wanted = set(wanted_columns(card, data_root)) - {"label", *above}
     if wanted or (card.columns.image, card.columns.label) != ("image", "label"):
         raise DataError(
             f"card {card.name}: an image folder has no columns but its folders' names; leave `columns:` out, join a "
@@ -248,8 +249,8 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
     return RawRows(
         store=FileStore(tuple(paths)),
         stamps=[file_stamp(path) for path in paths],
-        values={"label": labels},
-        columns=card.columns,
+        values={"label": labels, **above},
+        columns=card.columns.model_copy(update={"levels": {**{name: name for name in above}, **card.columns.levels}}),
         origin=str(folder.resolve()),
         class_names=tuple(sorted({name for _, name, _ in layout.classes})),
         splits=None if layout.rule.fractions else splits,

@@ -4,29 +4,41 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from adaptclip.data.asking import Ask, Given, Unclear, answered
 from adaptclip.data.card import Card, parse_card
-from adaptclip.data.card_block import PARTS, Splits
-from adaptclip.data.checks import division, folds, folds_in_words
-from adaptclip.data.columns import as_text, merged_labels, refuse_unclear_labels
+from adaptclip.data.card_block import PARTS, Splits, normalise_text
+from adaptclip.data.checks import division, fold_parts, folds
+from adaptclip.data.columns import as_text, merged_labels
 from adaptclip.data.drafted_gates import Units, drafted_gates, drafted_outcome
 from adaptclip.data.image_files import list_images
-from adaptclip.data.layouts import MADE_UP_FRACTIONS, read_layout, require_text
-from adaptclip.data.readers import read_image_folder, read_manifest
-from adaptclip.data.table_roles import column_roles, describing_classes, propose_columns
-from adaptclip.errors import CardError, shown
+from adaptclip.data.label_forms import Labels, understood_labels
+from adaptclip.data.layouts import MADE_UP_FRACTIONS, nested_levels, read_layout, require_text
+from adaptclip.data.readers import RawRows
+from adaptclip.data.sources import read_rows
+from adaptclip.data.table_files import (
+    encoded_column,
+    join_of,
+    likely_join,
+    own_columns,
+    sheet_of,
+    sorted_tables,
+    too_many,
+)
+from adaptclip.data.table_roles import column_roles, describing_classes, level_lines, propose_columns
+from adaptclip.data.tables import TABLE_SUFFIXES, open_table
+from adaptclip.data.transforms import decode_image
+from adaptclip.errors import CardError, DataError, shown
 from adaptclip.files import write_text
 from adaptclip.outputs import check_file
-from adaptclip.words import is_junk, split_part
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
-"""Endings of files that are taken for a manifest; a folder with one of them is read through it."""
+from adaptclip.words import is_junk
 
 MAX_LISTED = 30
 """Classes that are listed by name where the understood ones are printed."""
@@ -64,34 +76,39 @@ class _Findings:
     source: list[str]
     splits: list[str]
     columns: list[str]
-    labels: Sequence[Any]
-    class_names: Sequence[str] | None = None
+    labels: Labels
     bins: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     units: Units = field(default_factory=Units)
+    allow: list[str] = field(default_factory=list)
 
 
 def new_card(
     folder: Path,
     out: Path,
     *,
-    classes: Literal["auto", "folders"] = "auto",
+    given: Given = Given(),  # noqa: B008 - frozen
+    ask: Ask | None = None,
     say: Callable[[str], object] = lambda sentence: None,
 ) -> Path:
     """Writes a commented card for a folder or a table, with what can be found out filled in.
 
-    A folder with a CSV, TSV or JSONL table at its top is read through the table; any other by its class folders.
+    A folder with a table at its top is read through the table; any other by its class folders.
 
     Args:
-        folder: class folders, split folders of class folders, images with a table of their paths, or that table.
+        folder: class folders, split folders of class folders, nested folders, images with a table of their paths, that
+            table, or Parquet files.
         out: the card to write; its paths are made relative to its own folder.
-        classes: "folders" takes the folders for classes whatever they look like; "auto" asks where there is a doubt.
-        say: gets each sentence about what was understood and what was left aside.
+        given: what cannot be guessed. With `classes` "folders" the folders at the top are the classes whatever they
+            look like, with "nested" the innermost ones.
+        ask: asks a person about what is unclear; None raises an error that says all of it.
+        say: gets each sentence about what was understood and what was left aside, before the card is written.
 
     Returns:
         `out`.
 
     Raises:
+        Unclear: something is unclear that a flag can say; the message has the command line to type.
         CardError: the folder is missing or holds no images, its table lacks a column of images or labels, or `out`
             exists.
         DataError: the table or a path in it cannot be used.
@@ -100,11 +117,13 @@ def new_card(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     is_table = folder.is_file() and folder.suffix.lower() in TABLE_SUFFIXES
     if not is_table and not folder.is_dir():
+        if folder.is_file():
+            open_table(folder)  # says what its ending is not
         raise CardError(
             f"{shown(folder)} is neither a folder nor a table of image paths ({', '.join(TABLE_SUFFIXES)}); give the "
             "folder that holds the images, or the table of their paths"
         )
-    if is_table and classes == "folders":
+    if is_table and (given.classes != "auto" or given.level):
         raise CardError(f"{shown(folder)} is a table, which has no folders for classes; give the folder of the images")
     if out.suffix != ".md":
         raise CardError(f"a card is a Markdown file: {out} should end in .md")
@@ -114,20 +133,33 @@ def new_card(
         raise CardError(f"{out} exists already and may hold your work; choose another name, or remove it yourself")
     for path in (folder, out):
         require_text(path)
-    given, folder = (folder, folder.resolve().parent) if is_table else (None, folder)
-    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
-    base = out.resolve().parent
-    aside = {} if given else describing_classes(folder, tables)
-    tables = [given] if given else tables
-    tables = [table for table in tables if table not in aside]
-    by_table = bool(tables) and classes == "auto"
-    found = _of_tables(folder, tables, base) if by_table else _of_folder(folder, base, asked=classes == "folders")
-    text = _card_text(given.stem if given else folder.resolve().name, found)
+    while True:
+        try:
+            found = _looked_at(folder, out.resolve().parent, given, is_table=is_table)
+            break
+        except Unclear as unclear:
+            worded = unclear.with_command(given, folder, out)
+            if ask is None:
+                raise worded from unclear
+            given = answered(given, worded, ask)
+    text = _card_text(folder.stem if is_table else folder.resolve().name, found)
     parse_card(text, name=out.stem, path=out)  # a card that adaptclip itself refuses must never be written
-    write_text(out, text)
-    for sentence in (understood(Counter(as_text(label) for label in found.labels)), *found.notes, *aside.values()):
+    for sentence in (understood(Counter(found.labels.values)), *found.notes):
         say(sentence)
+    write_text(out, text)
     return out
+
+
+def _looked_at(folder: Path, base: Path, given: Given, *, is_table: bool) -> _Findings:
+    if is_table:
+        return of_tables(folder.resolve().parent, [folder], base, given)
+    tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
+    nested = given.level or given.classes != "auto"
+    describing = describing_classes(folder, tables) if not nested else {}
+    lists = [table for table in tables if table not in describing]
+    if lists and not nested:
+        return of_tables(folder, lists, base, given)
+    return of_folder(folder, base, given, describing)
 
 
 def understood(counts: Mapping[str, int]) -> str:
@@ -143,11 +175,19 @@ def _relative(path: Path, base: Path) -> str:
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _of_folder(folder: Path, base: Path, *, asked: bool) -> _Findings:
+def of_folder(folder: Path, base: Path, given: Given, describing: Mapping[Path, str]) -> _Findings:
+    """Looks at class folders.
+
+    Args:
+        folder: of the class folders.
+        base: folder of the card.
+        given: what the flags say.
+        describing: tables beside the folders -> their column of class names.
+    """
     listing = list_images(folder)
     if not listing.images:
         passed = f" (passed over: {listing.words()})" if listing.passed_over else ""
@@ -156,20 +196,109 @@ def _of_folder(folder: Path, base: Path, *, asked: bool) -> _Findings:
             f"folder with the class's name, or add a table ({', '.join(TABLE_SUFFIXES)}) with a column of paths and "
             "one of classes"
         )
+    asked = given.classes == "folders"
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_junk(p.name)) if asked else None
-    layout = read_layout(folder, Splits(fractions=dict(MADE_UP_FRACTIONS)) if asked else None, names)  # pyright: ignore[reportArgumentType]
+    levels = given.level or nested_levels(folder, asked=given.classes == "nested")
+    layout = read_layout(folder, Splits(fractions=dict(MADE_UP_FRACTIONS)) if asked else None, names, len(levels))  # pyright: ignore[reportArgumentType]
     splits, source = layout.rule, {"kind": "image_folder", "path": str(layout.folder.resolve())}
+    source |= {"levels": list(levels)} if levels else {}
+    joins = [_join(path, ("label", name), base) for path, name in describing.items()]
+    joins += _joins({"label": [name for _, name, _ in layout.classes]}, given, base)
+    source |= {"join": joins} if joins else {}
     block = {"source": source, "splits": splits.model_dump(exclude_none=True), "class_names": names}
-    rows = read_image_folder(_provisional(block), None)
-    lines = [f"{part}: {_quoted(name)}" for part, name in splits.names.items()]
+    rows = read_rows(_provisional(block), base)
+    labels = rows.values["label"]
+    counts = Counter(labels)
+    lines = [f"class_names: [{', '.join(map(_quoted, names))}]"] if names else []
+    notes = [*rows.passed_over, *rows.notes, *_division_words(splits, rows.splits), *_opened(rows)]
+    columns, proposed = [], None
+    if joins:
+        proposed = propose_columns({"image": "image", "label": "label"}, labels, rows.unused, None, given)
+        columns = [*proposed.columns[:2], *level_lines(rows.unused, labels, proposed.columns[2:])]
+        notes = [*map(_joined_words, joins), *proposed.notes, *notes]
+    if levels:
+        notes.insert(0, f"the folders above the classes are levels: {', '.join(levels)}")
+    parts = [f"{part}: {_quoted(name)}" for part, name in splits.names.items()]
     return _Findings(
-        source=["kind: image_folder", f"path: {_quoted(_relative(layout.folder, base))}"],
-        splits=_drawn_lines(splits.fractions) if splits.fractions else lines,
-        columns=[],
-        labels=rows.values["label"],
-        class_names=names,
-        notes=list(rows.passed_over),
+        source=["kind: image_folder", f"path: {_quoted(_relative(layout.folder, base))}", *_more_lines(source)],
+        splits=_drawn_lines(splits.fractions) if splits.fractions else parts,
+        columns=columns,
+        labels=Labels(labels, lines, [], dict(counts)),
+        bins=proposed.bins if proposed else [],
+        notes=notes,
+        units=proposed.units if proposed else Units(),
+        allow=proposed.allow if proposed else [],
     )
+
+
+def _join(path: Path, key: tuple[str, str], base: Path) -> dict[str, Any]:
+    own, other = key
+    return {"file": _relative(path, base), "by": own if own == other else {own: other}}
+
+
+def _joins(own: Mapping[str, Sequence[Any]], given: Given, base: Path) -> list[dict[str, Any]]:
+    """What --join asks for."""
+    return [_join(*join_of(text, own), base) for text in given.join]
+
+
+def _found_joins(
+    folder: Path, tables: Sequence[Path], others: Sequence[Path], own: Mapping[str, Sequence[Any]], base: Path
+) -> list[dict[str, Any]]:
+    """Tables that lie beside the one of the images, each with the key by which it is joined."""
+    found = []
+    for path in others:
+        key = likely_join(path, own)
+        if key is None:
+            raise too_many(folder, tables)
+        found.append(_join(path, key, base))
+    return found
+
+
+def _joined_words(join: Mapping[str, Any]) -> str:
+    own, other = (join["by"],) * 2 if isinstance(join["by"], str) else next(iter(join["by"].items()))
+    by = f"{own!r}" if own == other else f"{own!r} = its {other!r}"
+    return f"{shown(Path(join['file']).name)} is joined to the images by {by}"
+
+
+def _more_lines(source: Mapping[str, Any]) -> list[str]:
+    """Lines of the source's keys that not every card has."""
+    lines = [f"{key}: {_quoted(source[key])}" for key in ("sheet", "levels") if source.get(key)]
+    if source.get("join"):
+        lines += ["join:", *(f"  - {_quoted(join)}" for join in source["join"])]
+    return lines
+
+
+def _opened(rows: RawRows) -> list[str]:
+    """Opens three images, and returns sentences about those that cannot be read.
+
+    Raises:
+        DataError: none can be read, for another reason than a window that the card is to say.
+    """
+    chosen = sorted({0, len(rows) // 2, len(rows) - 1})
+    problems = [problem for row in chosen if (problem := _problem(rows, row))]
+    if len(problems) == len(chosen) and "window" not in problems[0]:
+        raise DataError(f"the first, middle and last image cannot be read: {'; '.join(problems)}")
+    if problems:
+        return [f"{len(problems)} of {len(chosen)} images that were opened cannot be read: {problems[0]}"]
+    return [f"{len(chosen)} images were opened and can be read"]
+
+
+def _problem(rows: RawRows, row: int) -> str:
+    """Why an image cannot be read; "" where it can."""
+    where = rows.store.where(row)
+    try:
+        decode_image(rows.store.read(row), row=where)
+    except DataError as error:
+        return str(error) if str(error).startswith(where) else f"{where}: {error}"
+    return ""
+
+
+def _division_words(splits: Splits, names: Sequence[str] | None) -> list[str]:
+    """Words how the images are divided."""
+    if splits.fractions is not None:
+        return ["a split is drawn: " + ", ".join(f"{part} {share:.0%}" for part, share in splits.fractions.items())]
+    counts = Counter(names or ())
+    return ["parts: " + ", ".join(f"{part} {counts[name]:,}" for name, part in splits.parts.items() if counts[name])]
 
 
 def _provisional(block: Mapping[str, Any]) -> Card:
@@ -185,107 +314,131 @@ def _drawn_lines(shares: Mapping[Any, float]) -> list[str]:
     ]
 
 
-def _of_tables(folder: Path, tables: list[Path], base: Path) -> _Findings:
-    by_part = {part: [t for t in tables if split_part(t.stem)[0] == part] for part in PARTS}
-    named = {part: found[0] for part, found in by_part.items() if len(found) == 1}
-    if not {"train", "test"} <= set(named):
-        named = {}
-    if len(tables) > 1 and len(named) < len(tables):
-        listed = ", ".join(shown(table.name) for table in tables[:5])
-        raise CardError(
-            f"{shown(folder)} holds {len(tables)} tables ({listed}); keep one, or name them after their parts (train, "
-            "validation, test)"
-        )
+def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Findings:
+    """Looks at the table of the images, or at a table of each part, and at those that can be joined to it."""
     for table in tables:
         require_text(table)
-    roles = column_roles(tables[0])
-    # A card's `files` are patterns, so brackets and stars in a name must not act as such.
-    by_name = {part: glob.escape(_relative(table, base)) for part, table in named.items()}
-    files = by_name or glob.escape(_relative(tables[0], base))
+    named, listing, others = sorted_tables(folder, tables)
+    first = listing[0]
+    sheet = sheet_of(first, given.sheet)
+    encoded = encoded_column(first, normalise_text(given.image_column))
+    own = own_columns(first, sheet)
+    joins = _joins(own, given, base) + _found_joins(folder, tables, others, own, base)
+    added = [name for join in joins for name in open_table(base / join["file"]).columns]
+    roles = column_roles(first, replace(given, sheet=sheet), added, encoded)
+    files = {part: _pattern(paths, base) for part, paths in named.items()} or _pattern(listing, base)
+    source: dict[str, Any] = {"kind": "manifest" if encoded is None else "parquet", "files": files}
+    source |= {"sheet": sheet} if sheet else {}
+    source |= {"join": joins} if joins else {}
     columns = {"image": roles["image"], "label": roles["label"]}
-    rows = read_manifest(_provisional({"source": {"kind": "manifest", "files": files}, "columns": columns}), base)
-    labels = rows.values[roles["label"]]
-    refuse_unclear_labels(labels, (), rows.store.where)
-    roles, notes, parts = _division(roles, rows.unused)
-    of_rows = rows.splits if named else _part_names(roles, parts, rows.unused)
-    proposed = propose_columns(roles, labels, rows.unused, of_rows)
-    listed = "{" + ", ".join(f"{part}: {_quoted(name)}" for part, name in by_name.items()) + "}"
+    rows = read_rows(_provisional({"source": source, "columns": columns}), base)
+    labels = understood_labels(roles["label"], rows.values[roles["label"]], rows.class_names, rows.store.where)
+    keys = {name: cells for name, cells in rows.values.items() if name != roles["label"]}
+    cells = {**keys, **rows.unused}
+    roles, notes, splits = _division(roles, cells)
+    of_rows = rows.splits if named else _part_names(splits, cells)
+    proposed = propose_columns(roles, labels.values, cells, of_rows, given)
+    names = {part: part for part in named} or {part: part for part in PARTS}
+    rule = Splits(**(splits or ({"fractions": dict(MADE_UP_FRACTIONS)} if not named else names)))
     return _Findings(
-        source=["kind: manifest", f"files: {listed if by_name else _quoted(str(files))}"],
-        splits=[f"{part}: {part}" for part in named] or _table_splits(roles, parts, rows.unused),
+        source=[f"kind: {source['kind']}", f"files: {_quoted(files)}", *_more_lines(source)],
+        splits=[f"{part}: {part}" for part in named] or _table_splits(splits, of_rows),
         columns=proposed.columns,
         bins=proposed.bins,
         labels=labels,
         notes=[
             *rows.passed_over,
-            *merged_labels(labels, rows.store.where),
+            *rows.notes,
+            *merged_labels(rows.values[roles["label"]], rows.store.where),
+            *labels.notes,
             *([] if named else notes),
+            *map(_joined_words, joins),
             *proposed.notes,
+            *_division_words(rule if not splits else Splits(), of_rows),
+            *_opened(rows),
         ],
         units=proposed.units,
+        allow=proposed.allow,
     )
+
+
+def _pattern(paths: Sequence[Path], base: Path) -> str | list[str]:
+    """What `files` of a card says: patterns, so that brackets and stars in a name must not act as such."""
+    patterns = [glob.escape(_relative(path, base)) for path in paths]
+    folder, names = paths[0].parent, [path.name for path in paths]
+    if len(paths) > 2 and {path.parent for path in paths} == {folder}:
+        pattern = glob.escape(_shared_start(names)) + "*" + paths[0].suffix
+        if sorted(folder.glob(pattern)) == sorted(paths):
+            return f"{glob.escape(_relative(folder, base))}/{pattern}"
+    return patterns[0] if len(patterns) == 1 else patterns
+
+
+def _shared_start(names: Sequence[str]) -> str:
+    """The characters that all names begin with."""
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same)
 
 
 def _division(
     roles: Mapping[str, str], values: Mapping[str, Sequence[Any]]
-) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """Returns the roles with the column that divides the images, sentences about it, and its part -> value."""
+) -> tuple[dict[str, str], list[str], dict[str, Any]]:
+    """Returns the roles with the column that divides the images, sentences about it, and the card's `splits`."""
     own = [roles["split"]] if "split" in roles else []
     free = [name for name in values if name not in roles.values()]
     found = {name: parts for name in [*own, *free] if (parts := division(name, values[name]))}
     rest = {role: name for role, name in roles.items() if role != "split"}
-    if not found:
-        numbered = {name: of_folds for name in [*own, *free] if (of_folds := folds(name, values[name]))}
-        unclear = [
-            f"the column {name!r} may divide the images and is not used, as none of its values is called train and "
-            "test; name them under `splits:` if it does" for name in own if name not in numbered
-        ]  # fmt: skip
-        return rest, [*unclear, *(". ".join(folds_in_words(*of_folds)) for of_folds in numbered.items())], {}
-    name = next(iter(found))
-    said = ", ".join(f"{part} is {shown(value)}" for part, value in found[name].items())
-    notes = [f"the column {name!r} divides the images, and the card follows it: {said}"] * (name not in own)
-    notes += [f"the column {other!r} divides the images too, and is not used" for other in list(found)[1:]]
-    return {**rest, "split": name}, notes, found[name]
+    if found:
+        name = next(iter(found))
+        said = ", ".join(f"{part} is {shown(value)}" for part, value in found[name].items())
+        notes = [f"the column {name!r} divides the images, and the card follows it: {said}"] * (name not in own)
+        notes += [f"the column {other!r} divides the images too, and is not used" for other in list(found)[1:]]
+        return {**rest, "split": name}, notes, {"column": name, **found[name]}
+    numbered = {name: of_folds for name in [*own, *free] if (of_folds := folds(name, values[name]))}
+    if numbered:
+        name, of_folds = next(iter(numbered.items()))
+        parts = fold_parts(of_folds)
+        said = ", ".join(f"{part} is {', '.join(names)}" for part, names in parts.items())
+        return (
+            {**rest, "split": name},
+            [f"the column {name!r} numbers {len(of_folds)} folds, and the card follows it: {said}"],
+            {"column": name, **parts},
+        )
+    unclear = [
+        f"the column {name!r} may divide the images and is not used, as none of its values is called train and "
+        "test; name them under `splits:` if it does" for name in own
+    ]  # fmt: skip
+    return rest, unclear, {}
 
 
-def _part_names(
-    roles: Mapping[str, str], parts: Mapping[str, str], values: Mapping[str, Sequence[Any]]
-) -> list[str] | None:
-    part_of = {value: part for part, value in parts.items()}
-    return [part_of.get(as_text(cell), "") for cell in values[roles["split"]]] if parts else None
+def _part_names(splits: Mapping[str, Any], values: Mapping[str, Sequence[Any]]) -> list[str] | None:
+    if not splits:
+        return None
+    part_of = {}
+    for part in PARTS:
+        own = splits.get(part, ())
+        part_of |= dict.fromkeys([own] if isinstance(own, str) else own, part)
+    return [part_of.get(as_text(cell), "") for cell in values[splits["column"]]]
 
 
-def _table_splits(roles: Mapping[str, str], parts: Mapping[str, str], values: Mapping[str, Sequence[Any]]) -> list[str]:
-    if not parts:
+def _table_splits(splits: Mapping[str, Any], of_rows: Sequence[str] | None) -> list[str]:
+    if not splits:
         return _drawn_lines(MADE_UP_FRACTIONS)
-    found = Counter(as_text(cell) for cell in values[roles["split"]])
-    lines = [f"column: {_quoted(roles['split'])}"]
-    return lines + [f"{part}: {_quoted(value)}  # {found[value]} images" for part, value in parts.items()]
+    counts = Counter(of_rows)
+    lines = [f"column: {_quoted(splits['column'])}"]
+    return lines + [f"{part}: {_quoted(splits[part])}  # {counts[part]} images" for part in PARTS if part in splits]
 
 
 def _card_text(name: str, found: _Findings) -> str:
-    counts = Counter(as_text(label) for label in found.labels)
+    counts = Counter(found.labels.values)
     smallest = min(counts, key=lambda label: counts[label])
     classes = sorted(counts)
     indent = "\n    ".join
     aliases = "\n".join(f"  #   {_quoted(label)}: {_quoted(_words(label))}" for label in classes[:20])
     more = "" if len(classes) <= 20 else f"\n  #   # and {len(classes) - 20} more"
     columns = f"  columns:\n    {indent(found.columns)}\n" if found.columns else ""
-    names = f"  class_names: [{', '.join(map(_quoted, found.class_names))}]\n" if found.class_names else ""
-    named = dict(counts)
-    if found.columns and all(label.isdecimal() for label in classes):
-        named = {f"class {i}": counts.get(str(i), 0) for i in range(max(map(int, classes)) + 1)}
-        numbers = ", ".join(map(_quoted, named))
-        names = (
-            "  # The labels are numbers: put the words that CLIP shall read here, in the order of the numbers.\n"
-            f"  class_names: [{numbers}]\n"
-        )
-        if min(map(int, classes)) > 0:
-            named = dict(counts)
-            names = (
-                "  # The labels are numbers that do not count from 0, and so names; words go under `aliases`.\n"
-                f"  class_names: [{', '.join(map(_quoted, classes))}]\n"
-            )
+    names = "".join(f"  {line}\n" for line in found.labels.lines)
+    named = found.labels.named
+    allow = f"  allow: {_quoted(found.allow)}\n" if found.allow else ""
     bins = "".join(f"  {line}\n" for line in found.bins)
     outcome = "".join(f"  {line}\n" for line in drafted_outcome(named))
     return f"""---
@@ -299,7 +452,7 @@ adaptclip:
     {indent(found.source)}
   splits:
     {indent(found.splits)}
-{columns}{bins}{names}  # Words for the prompt, where a class's name is a code, Latin or an abbreviation:
+{columns}{bins}{names}{allow}  # Words for the prompt, where a class's name is a code, Latin or an abbreviation:
   # aliases:
 {aliases}{more}
   # Say what the images are; for example "a photo of a {{}}, a type of flower.", or "an x-ray image of {{}}."
@@ -315,7 +468,7 @@ adaptclip:
 ---
 # {name}
 
-{len(found.labels):,} images of {len(counts)} classes; the smallest class, {smallest}, has {counts[smallest]}.
+{len(found.labels.values):,} images of {len(counts)} classes; the smallest class, {smallest}, has {counts[smallest]}.
 
 {_SECTIONS}"""
 

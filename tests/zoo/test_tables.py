@@ -131,10 +131,8 @@ READ: dict[str, tuple[str, bytes | str, dict[str, str]]] = {
         "t.csv",
         lines("image,label,fold", "{i}.png,{c},{n}").replace("0.png,crack,1", "0.png,crack,0"),
         {
-            "said": "the column 'fold' seems to number 3 folds (0, 1, 2), and the card does not follow it: what was "
-            "kept together in one fold can be in two parts. Say which values are for training and which for the test, "
-            'for example `splits: {column: "fold", train: ["2"], validation: ["1"], test: ["0"]}`',
-            "text": "fractions:",
+            "said": "the column 'fold' numbers 3 folds, and the card follows it: train is 2, validation is 1, test is",
+            "text": 'column: "fold"\n    train: ["2"]  # 4 images\n    validation: ["1"]  # 3 images\n    test: ["0"]',
         },
     ),
     "few sites are groups": ("t.csv", lines("image,label,site", "{i}.png,{c},S{n}"), {"cluster": "None"}),
@@ -321,14 +319,17 @@ def test_blanks_in_a_column_name_of_parquet_are_no_matter(tmp_path):
     assert (data.class_names, len(data.train), len(data.test)) == (("a", "b"), 6, 2)
 
 
-def test_a_taxonomy_beside_class_folders_is_not_the_list_of_images(tmp_path, capsys):
-    tree(tmp_path / "set", {"red kite": 4, "black kite": 4})
-    table = "species,genus,family\nred kite,Milvus,Accipitridae\nblack kite,Milvus,Accipitridae\n"
+def test_a_taxonomy_beside_class_folders_is_joined_to_them(tmp_path, capsys):
+    tree(tmp_path / "set", {"red kite": 5, "black kite": 5, "rook": 5})
+    table = "species,genus,family\nred kite,Milvus,Accipitridae\nblack kite,Milvus,Accipitridae\nrook,Corvus,Corvidae\n"
     put(tmp_path / "set", "taxonomy.csv", table.encode())
     assert run(["card", "new", str(tmp_path / "set"), "--out", str(tmp_path / "card.md")]) == 0
     out = capsys.readouterr().out
-    assert "black kite 4, red kite 4" in out
-    assert "taxonomy.csv is not used: it describes the classes, whose folders stand in its column 'species'" in out
+    assert "black kite 5, red kite 5, rook 5" in out
+    assert "taxonomy.csv is joined to the images by 'label' = its 'species'" in out
+    card = load_card(tmp_path / "card.md")
+    assert card.columns.levels == {"genus": "genus"}, "family says the same, and is proposed beside it"
+    assert open_data(card).test.levels == {"genus": ("Milvus", "Milvus", "Corvus")}
 
 
 @pytest.mark.parametrize("ids", [("1", "2"), (1, 2)])
@@ -558,8 +559,8 @@ DIVIDED: dict[str, tuple[str, str, str, str]] = {
         "the column 'is_test' divides the images, and the card follows it: train is 0, test is 1",
     ),
     "folds": (
-        "image,label,fold", "{i}.png,{c},{f}", "fractions: {train",
-        "the column 'fold' seems to number 2 folds (0, 1), and the card does not follow it",
+        "image,label,fold", "{i}.png,{c},{f}", 'train: ["1"]  # 4 images\n    test: ["0"]  # 4 images',
+        "the column 'fold' numbers 2 folds, and the card follows it: train is 1, test is 0",
     ),
 }  # fmt: skip
 

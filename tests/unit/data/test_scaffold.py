@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adaptclip.data.asking import Given
 from adaptclip.data.card import load_card
 from adaptclip.data.card_block import ManifestSource
 from adaptclip.data.scaffold import new_card
@@ -167,10 +168,12 @@ def test_a_table_itself_is_taken_as_a_folder_with_it_is(tmp_path, inside):
 def test_a_table_has_no_folders_for_classes(tmp_path):
     _table(tmp_path, _rows())
     with pytest.raises(CardError, match="is a table, which has no folders for classes"):
-        new_card(tmp_path / "table.csv", tmp_path / "card.md", classes="folders")
-    (tmp_path / "table.xlsx").touch()
+        new_card(tmp_path / "table.csv", tmp_path / "card.md", given=Given(classes="folders"))
+    (tmp_path / "table.docx").touch()
+    with pytest.raises(DataError, match=r"a manifest must end in \.csv, \.tsv, \.jsonl"):
+        new_card(tmp_path / "table.docx", tmp_path / "card.md")
     with pytest.raises(CardError, match=r"neither a folder nor a table of image paths \(\.csv, \.tsv, \.jsonl"):
-        new_card(tmp_path / "table.xlsx", tmp_path / "card.md")
+        new_card(tmp_path / "nowhere.csv", tmp_path / "card.md")
 
 
 def test_an_existing_card_is_never_overwritten(tmp_path):
