@@ -207,10 +207,11 @@ def of_folder(folder: Path, base: Path, given: Given, describing: Mapping[Path, 
     source |= {"join": joins} if joins else {}
     block = {"source": source, "splits": splits.model_dump(exclude_none=True), "class_names": names}
     rows = read_rows(_provisional(block), base)
-    labels = rows.values["label"]
+    labels = list(rows.values["label"])
     counts = Counter(labels)
+    of_rows = None if splits.fractions or rows.splits is None else [splits.parts.get(name, "") for name in rows.splits]
     lines = [f"class_names: [{', '.join(map(_quoted, names))}]"] if names else []
-    notes = [*rows.passed_over, *rows.notes, *_division_words(splits, rows.splits), *_opened(rows)]
+    notes = [*rows.passed_over, *rows.notes, _division_words(of_rows), *_opened(rows)]
     columns, proposed = [], None
     if joins:
         proposed = propose_columns({"image": "image", "label": "label"}, labels, rows.unused, None, given)
@@ -293,12 +294,12 @@ def _problem(rows: RawRows, row: int) -> str:
     return ""
 
 
-def _division_words(splits: Splits, names: Sequence[str] | None) -> list[str]:
-    """Words how the images are divided."""
-    if splits.fractions is not None:
-        return ["a split is drawn: " + ", ".join(f"{part} {share:.0%}" for part, share in splits.fractions.items())]
-    counts = Counter(names or ())
-    return ["parts: " + ", ".join(f"{part} {counts[name]:,}" for name, part in splits.parts.items() if counts[name])]
+def _division_words(parts: Sequence[str] | None) -> str:
+    """Words how the images are divided: N names of parts, "" for none; None for a split that is drawn."""
+    if parts is None:
+        return "a split is drawn: " + ", ".join(f"{part} {share:.0%}" for part, share in MADE_UP_FRACTIONS.items())
+    counts = Counter(parts)
+    return "parts: " + ", ".join(f"{part} {counts[part]:,}" for part in PARTS if counts[part])
 
 
 def _provisional(block: Mapping[str, Any]) -> Card:
@@ -338,8 +339,6 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
     roles, notes, splits = _division(roles, cells)
     of_rows = rows.splits if named else _part_names(splits, cells)
     proposed = propose_columns(roles, labels.values, cells, of_rows, given)
-    names = {part: part for part in named} or {part: part for part in PARTS}
-    rule = Splits(**(splits or ({"fractions": dict(MADE_UP_FRACTIONS)} if not named else names)))
     return _Findings(
         source=[f"kind: {source['kind']}", f"files: {_quoted(files)}", *_more_lines(source)],
         splits=[f"{part}: {part}" for part in named] or _table_splits(splits, of_rows),
@@ -354,7 +353,7 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
             *([] if named else notes),
             *map(_joined_words, joins),
             *proposed.notes,
-            *_division_words(rule if not splits else Splits(), of_rows),
+            _division_words(of_rows),
             *_opened(rows),
         ],
         units=proposed.units,
