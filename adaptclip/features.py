@@ -194,6 +194,7 @@ def _key(backbone: ClipBackbone, dataset: ImageDataset, view: _View | None) -> d
         "weights": backbone.image_digest, "transform": backbone.transform_spec, "window": dataset.window,
         "decoding": DECODING,
     }  # fmt: skip
+    key |= {"frames": dataset.frames} if dataset.frames else {}
     return key if view is None else key | {"view": view.number, "augment": view.augment.spec}
 
 

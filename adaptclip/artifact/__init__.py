@@ -107,6 +107,7 @@ def save_artifact(
             **_describe(folder, method, adapter, backbone, data.class_names, thresholds),
             "prompt_names": list(data.prompt_names),
             "window": card.window,
+            "frames": card.frames,
             "card": {"name": card.name, "digest": card.digest},
             "split": split and {"shots": split.shots, "seed": split.seed, "rule": split.rule, "digest": split.digest},
             "metrics": report["overall"],

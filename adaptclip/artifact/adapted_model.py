@@ -181,8 +181,8 @@ class AdaptedModel:
 
     def _pixels(self, image: Path | str | bytes | Image.Image, name: str) -> torch.Tensor:
         """(3, H, W): an image as the tower takes it."""
-        window = self.manifest.get("window")
-        return self.backbone.transform(_as_rgb(image, name, tuple(window) if window else None))
+        window, frames = self.manifest.get("window"), self.manifest.get("frames")
+        return self.backbone.transform(_as_rgb(image, name, tuple(window) if window else None, frames))
 
     def _answers(self, waiting: Sequence[tuple[str, torch.Tensor | Unreadable]]) -> Iterator[Prediction | Unreadable]:
         pixels = [found for _, found in waiting if isinstance(found, torch.Tensor)]
@@ -201,8 +201,10 @@ class AdaptedModel:
         return Prediction(source, label, float(row[order[0]]), ranked, labels)
 
 
-def _as_rgb(image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None) -> Image.Image:
+def _as_rgb(
+    image: Path | str | bytes | Image.Image, name: str, window: tuple[float, float] | None, frames: str | None
+) -> Image.Image:
     if isinstance(image, Image.Image):
         # An image in memory takes the same way as a file, so that serving and training cannot differ.
         image = encoded_image(image)
-    return decode_image(image if isinstance(image, bytes) else Path(image), row=name, window=window)
+    return decode_image(image if isinstance(image, bytes) else Path(image), row=name, window=window, frames=frames)

@@ -153,6 +153,8 @@ def check_kinds(folder: Path, manifest: Any) -> None:
         raise ArtifactError(f"{folder}/manifest.json: card should have a name")
     if window is not None and not (isinstance(window, list) and len(window) == 2 and all(map(_is_number, window))):
         raise ArtifactError(f"{folder}/manifest.json: window should be two numbers or null, got {window!r:.80}")
+    if (frames := manifest.get("frames")) not in (None, "first", "middle", "all"):
+        raise ArtifactError(f"{folder}/manifest.json: frames should be first, middle, all or null, got {frames!r:.80}")
 
 
 def _is_number(value: Any) -> bool:

@@ -124,7 +124,8 @@ def search(
         encoder = load_encoder(model, backbone, pretrained, device=device, allow_failed_gates=allow_failed_gates)[0]
     if is_image:
         window = opened.manifest.get("window")
-        vector, cut = encode_picture(encoder, Path(query), window=tuple(window) if window else None), 0
+        window, frames = tuple(window) if window else None, opened.manifest.get("frames")
+        vector, cut = encode_picture(encoder, Path(query), window=window, frames=frames), 0
     else:
         vector, cut = encode_texts(encoder, [query])
     if cut:

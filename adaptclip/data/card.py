@@ -14,7 +14,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from adaptclip.data.card_block import SOURCE_KINDS, Augmentation, CardBlock, Columns, GroupBins, Splits
+from adaptclip.data.card_block import (
+    SOURCE_KINDS,
+    Augmentation,
+    CardBlock,
+    Columns,
+    GroupBins,
+    Splits,
+)
+from adaptclip.data.file_rules import DicomRule, VideoRule
 from adaptclip.data.layouts import read_layout, require_text
 from adaptclip.errors import CardError, StorageError, did_you_mean, shown
 from adaptclip.files import digest, parse_yaml, read_text
@@ -145,6 +153,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "splits": Splits,
     "columns": Columns,
     "augmentation": Augmentation,
+    "video": VideoRule,
+    "dicom": DicomRule,
     "groups": GroupBins,
     "gates": GateRule,
     "outcomes": Outcome,

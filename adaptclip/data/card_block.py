@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from adaptclip.data.file_rules import DicomRule, VideoRule
 from adaptclip.errors import did_you_mean
 from adaptclip.gate_rules import Expected, GateRule, Outcome
 
@@ -445,7 +446,12 @@ class CardBlock(BaseModel):
             positive, and by which rule an image is called that.
         sampling: how the images came about.
         probes: kind -> words that are no class; the text probe counts how often images are given one of them.
-        window: (black, white) values by which 16-bit and float images are scaled; None refuses them.
+        window: (black, white) values by which 16-bit and float images are scaled; None refuses them, and takes DICOM's
+            own.
+        frames: which frame of an animation, a stack or a multi-frame file is the image; "all" makes an image of each,
+            with the file as their cluster; None refuses them.
+        video: which frames of video files are images; None leaves videos out.
+        dicom: what of the header of DICOM files is used.
         allow: checks that may fail, by name (ALLOWABLE).
         hard_pairs: pairs of classes that are known to be hard to tell apart; reports judge each pair by itself.
         show_images: whether reports may hold thumbnails of test images.
@@ -468,6 +474,9 @@ class CardBlock(BaseModel):
     sampling: SamplingRule = SamplingRule()
     probes: dict[Name, Annotated[tuple[Name, ...], Field(min_length=1)]] = Field(default_factory=dict)
     window: tuple[float, float] | None = None
+    frames: Literal["first", "middle", "all"] | None = None
+    video: VideoRule | None = None
+    dicom: DicomRule = DicomRule()
     allow: Annotated[tuple[str, ...], BeforeValidator(_current_checks)] = ()
     hard_pairs: tuple[tuple[Name, Name], ...] = ()
     show_images: bool = True
@@ -507,11 +516,20 @@ class CardBlock(BaseModel):
         self._check_groups()
         return self
 
+    @property
+    def frame(self) -> Literal["first", "middle"] | None:
+        """Which frame is decoded of what has several; none where each is an image."""
+        return None if self.frames == "all" else self.frames
+
     def _check_groups(self) -> None:
         # The groups and levels of an embedded set are known only once it is made; `open_data` looks then.
         if isinstance(self.source, EmbeddedSource):
             return
-        known = self.columns.groups
+        if self.dicom.cluster and self.columns.cluster:
+            raise ValueError("both columns.cluster and dicom.cluster say what belongs together; keep one")
+        if twice := set(self.dicom.groups) & set(self.columns.groups):
+            raise ValueError(f"columns.groups and dicom.groups both have {sorted(twice)[0]!r}; rename one")
+        known = {**self.columns.groups, **self.dicom.groups}
         for name in self.groups:
             if name not in known:
                 raise ValueError(

@@ -384,7 +384,9 @@ def look_alikes(
 
 
 def _fingerprints_of(images: ImageDataset) -> list[Fingerprint]:
-    return fingerprints(images.read, images.contents, where=images.where, window=images.window, store=None)
+    return fingerprints(
+        images.read, images.contents, where=images.where, window=images.window, frames=images.frames, store=None
+    )
 
 
 def _leak(what: str, a: ImageDataset, b: ImageDataset, pairs: dict[int, int], check: str) -> Problem:

@@ -176,6 +176,7 @@ class ImageDataset:
         groups: attribute -> N values as text; UNKNOWN where missing.
         levels: taxonomy level -> C coarse names, one per class; coarse to fine.
         window: (black, white) values for images of more than 8 bits, see `decode_image`.
+        frames: which frame of an animation or a stack, likewise.
         captions: N tuples of one or more captions, or None where the card has no such column.
         fixed_classes: whether the study fixed how many images there are of each class (card: sampling).
     """
@@ -190,6 +191,7 @@ class ImageDataset:
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     window: tuple[float, float] | None = None
+    frames: str | None = None
     captions: tuple[tuple[str, ...], ...] | None = None
     fixed_classes: bool = False
 
@@ -218,7 +220,7 @@ class ImageDataset:
             data = self.read(index)
         except (DataError, ResourceError) as error:
             raise type(error)(f"{where}: {error}") from error
-        return decode_image(data, row=where, window=self.window)
+        return decode_image(data, row=where, window=self.window, frames=self.frames)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
         """Returns the images at `indices` (0 to N - 1), in that order; class names and levels stay whole."""
@@ -247,7 +249,13 @@ class ImageDataset:
     def digest(self) -> str:
         """SHA-256 over classes, ids, labels, contents, clusters, groups, levels and captions, in their order."""
         parts: list[Sequence[str]] = [self.class_names, self.ids, list(map(str, self.labels)), self.contents]
-        parts.append([str(self.window), *("none" if self.clusters is None else self.clusters)])
+        parts.append(
+            [
+                str(self.window),
+                *([self.frames] if self.frames else []),
+                *("none" if self.clusters is None else self.clusters),
+            ]
+        )
         parts += [[name, *values] for columns in (self.groups, self.levels) for name, values in columns.items()]
         parts += self.captions or ()
         return digest(*(digest(part) for part in parts))

@@ -44,7 +44,7 @@ hashes of a flat image describe its noise, and two different ones would seem equ
 
 _HASH_VERSION = f"phash+dhash 1, decoding {DECODING}"
 _NAMELESS = "the image"
-_NOT_KEPT = "!"
+NOT_KEPT = "!"
 """Begins what is computed again next time. No failure is ever kept: a permission, a decoder that was not installed or a
 hiccup of a network is no property of the bytes, and nothing tells these from damage for certain."""
 _BLOCK = 256
@@ -108,10 +108,10 @@ def content_digests(read: Callable[[int], bytes], stamps: Sequence[str], *, stor
         try:
             return content_digest(read(row))
         except DataError:
-            return _NOT_KEPT + digest("unreadable", stamps[row])
+            return NOT_KEPT + digest("unreadable", stamps[row])
 
-    found = _remembered(compute, stamps, store=f"bytes-{store}", title="reading images")
-    return tuple(value.removeprefix(_NOT_KEPT) for value in found)
+    found = remembered(compute, stamps, store=f"bytes-{store}", title="reading images")
+    return tuple(value.removeprefix(NOT_KEPT) for value in found)
 
 
 def fingerprints(
@@ -120,6 +120,7 @@ def fingerprints(
     *,
     where: Callable[[int], str],
     window: tuple[float, float] | None,
+    frames: str | None = None,
     store: str | None,
 ) -> list[Fingerprint]:
     """Decodes every image once and returns what was found; what was decoded before is not decoded again.
@@ -131,17 +132,19 @@ def fingerprints(
         contents: N content digests, the keys under which the results are kept.
         where: row -> what to call it in a problem.
         window: see `decode_image`.
+        frames: likewise.
         store: name of the file under `cache_root()`; None keeps nothing.
     """
 
     def compute(row: int) -> str:
         try:
-            return _pack(fingerprint_of(decode_image(read(row), row=_NAMELESS, window=window)))
+            return _pack(fingerprint_of(decode_image(read(row), row=_NAMELESS, window=window, frames=frames)))
         except DataError as error:
-            return _NOT_KEPT + str(error).removeprefix(f"{_NAMELESS}: ")
+            return NOT_KEPT + str(error).removeprefix(f"{_NAMELESS}: ")
 
-    keys = [f"{content}|{window}|{_HASH_VERSION}" for content in contents]
-    found = _remembered(compute, keys, store=f"pictures-{store}" if store else None, title="checking images")
+    how = f"{window}|{frames}" if frames else str(window)
+    keys = [f"{content}|{how}|{_HASH_VERSION}" for content in contents]
+    found = remembered(compute, keys, store=f"pictures-{store}" if store else None, title="checking images")
     return [_unpack(text, where(row)) for row, text in enumerate(found)]
 
 
@@ -165,13 +168,20 @@ def _pack(one: Fingerprint) -> str:
 
 
 def _unpack(text: str, name: str) -> Fingerprint:
-    if text.startswith(_NOT_KEPT):
+    if text.startswith(NOT_KEPT):
         return Fingerprint(problem=f"{name}: {text[1:]}")
     return Fingerprint(int(text[:16], 16), int(text[16:32], 16), text[32] == "1")
 
 
-def _remembered(compute: Callable[[int], str], keys: Sequence[str], *, store: str | None, title: str) -> list[str]:
-    """Returns one text per key, from the store or computed (in threads, as decoding leaves Python's lock)."""
+def remembered(compute: Callable[[int], str], keys: Sequence[str], *, store: str | None, title: str) -> list[str]:
+    """Returns one text per key, from the store or computed (in threads, as decoding leaves Python's lock).
+
+    Args:
+        compute: row -> its text; one that begins with NOT_KEPT is computed again next time.
+        keys: N keys, all different where the texts may be.
+        store: name of the file under `cache_root()`; None keeps nothing.
+        title: what the progress bar says.
+    """
     path = cache_root() / "fingerprints" / f"{store}.parquet" if store else None
     known = _load(path) if path else {}
     missing = {key: row for row, key in enumerate(keys) if key not in known}
@@ -187,7 +197,7 @@ def _remembered(compute: Callable[[int], str], keys: Sequence[str], *, store: st
     finally:
         if path and fresh:
             wanted = set(keys)
-            good = {key: value for key, value in (known | fresh).items() if not value.startswith(_NOT_KEPT)}
+            good = {key: value for key, value in (known | fresh).items() if not value.startswith(NOT_KEPT)}
             _save(path, {key: value for key, value in good.items() if key in wanted})
     result = known | fresh
     return [result[key] for key in keys]
@@ -201,7 +211,7 @@ def _load(path: Path) -> dict[str, str]:
         keys, values = table["key"].to_pylist(), table["value"].to_pylist()
         if info.get("digest") != digest(keys, values):
             raise ValueError(f"{path} does not hold what was written")
-        return {key: value for key, value in zip(keys, values, strict=True) if not value.startswith(_NOT_KEPT)}
+        return {key: value for key, value in zip(keys, values, strict=True) if not value.startswith(NOT_KEPT)}
     except (StorageError, KeyError, ValueError, TypeError, AttributeError) as error:
         _log.warning("the cached image digests are damaged and are computed again: %s", error)
         return {}

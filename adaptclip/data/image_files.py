@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptclip.data.links import DANGLING, dangling_kind
+from adaptclip.data.read_image import kind_of
+from adaptclip.data.video import VIDEO_SUFFIXES
 from adaptclip.errors import DataError, shown
 from adaptclip.words import is_junk
 
 IMAGE_SUFFIXES = frozenset((
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif", ".ppm"),
-    *(".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".heic", ".heif"),
+    *(".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".heic", ".heif", ".hif", ".dcm", ".dicom", ".dic"),
 ))  # fmt: skip
 """Endings (lower case) of what counts as an image in a folder; those that cannot be read are reported."""
 
 _NEEDS = {
-    ".dcm": "DICOM is not read: convert to PNG or TIFF of 16 bits first",
-    ".dicom": "DICOM is not read: convert to PNG or TIFF of 16 bits first",
     ".nii": "volumes are not read: save slices as images",
     ".svs": "slides are not read: cut tiles first",
     ".ndpi": "slides are not read: cut tiles first",
-    ".mp4": "videos are not read: save frames as images",
     ".zip": "archives are not read: unpack them",
     ".tar": "archives are not read: unpack them",
     ".dvc": "pointers of DVC: `dvc pull` fetches what they stand for",
     **DANGLING,
+    **dict.fromkeys(VIDEO_SUFFIXES, "videos: say in the card which frames are images, `video: {every_seconds: 1}`"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw"), "raw photographs are not read: develop them"),
     **dict.fromkeys((".psd", ".eps", ".pdf", ".svg", ".jxl"), "not read: convert to PNG"),
 }
@@ -58,7 +58,7 @@ class Listing:
 
 
 def passed_over_in_words(listings: Sequence[Listing]) -> str:
-    """Returns what several listings passed over: `.dcm x 12 (DICOM is not read: ...), no ending x 3 (...)`."""
+    """Returns what several listings passed over: `.nii x 12 (volumes are not read: ...), no ending x 3 (...)`."""
     files: defaultdict[str, list[Path]] = defaultdict(list)
     for listing in listings:
         for kind, paths in listing.passed_over.items():
@@ -71,12 +71,16 @@ def passed_over_in_words(listings: Sequence[Listing]) -> str:
     return ", ".join(info)
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, *, videos: bool = False) -> Listing:
     """Lists the images below a folder, and what is passed over; nothing else decides what a folder's images are.
 
     Files are taken by their ending, and those without one by their first bytes. Hidden files and folders (`._x.png`,
     `.ipynb_checkpoints`), `__MACOSX`, what viewers leave behind (`Thumbs.db`), links to folders and other kinds of
     file are passed over and counted.
+
+    Args:
+        folder: to look into.
+        videos: whether clips are taken as well, as what holds images.
 
     Raises:
         DataError: a folder cannot be looked into.
@@ -99,6 +103,8 @@ def list_images(folder: Path) -> Listing:
         for name in names:
             path = here / name
             kind = _passed_over_as(path)
+            if videos and kind in VIDEO_SUFFIXES:
+                kind = None
             if kind is None:
                 taken.append(path)
             else:
@@ -128,12 +134,11 @@ def _passed_over_as(path: Path) -> str | None:
     # Names such as 1.2.840.10008.1 are those of DICOM files, which go without an ending.
     if suffix and not re.fullmatch(r"\.\d*", suffix):
         return suffix
-    kind = kind_by_bytes(path)
-    return None if kind == "image" else kind
+    return None if kind_by_bytes(path) == "image" else "no ending"
 
 
 def kind_by_bytes(path: Path) -> str:
-    """Returns what a file without an ending is by its first bytes: "image", ".dcm", or "no ending".
+    """Returns what a file without an ending is by its first bytes: "image", or "no ending".
 
     A file that cannot be opened counts as an image: reading it then says why.
     """
@@ -142,17 +147,7 @@ def kind_by_bytes(path: Path) -> str:
             start = file.read(132)
     except OSError:
         return "image"
-    if start[128:132] == b"DICM":
-        return ".dcm"
-    known = (
-        start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
-        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
-        or (start[:2] == b"BM" and int.from_bytes(start[2:6], "little") == path.stat().st_size)
-        or re.match(rb"P[1-6][\s#]", start) is not None
-        or start.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
-        or (start[4:8] == b"ftyp" and start[8:12] in {b"avif", b"avis", b"heic", b"heix", b"mif1"})
-    )
-    return "image" if known else "no ending"
+    return "image" if kind_of(start) else "no ending"
 
 
 def find_images(paths: Sequence[Path]) -> tuple[list[Path], str]:

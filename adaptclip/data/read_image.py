@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an encoded image to upright 8-bit RGB, with Pillow and numpy (and OpenCV for colour of more than 8 bits).
 
-This file needs nothing else, not even the package it lies in: an export carries a copy, so that whoever uses it
-decodes as the model was trained.
+This file and its sisters (read_values, read_dicom, read_tiff) need nothing else, not even the package they lie in: an
+export carries a copy, so that whoever uses it decodes as the model was trained. What reads DICOM, HEIC and rare layouts
+of TIFF comes with extras.
 """
 
 from __future__ import annotations
@@ -10,77 +11,196 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin
+
+from adaptclip.data.read_dicom import dicom_frames, dicom_image
+from adaptclip.data.read_tiff import tiff_frames, tiff_image
+from adaptclip.data.read_values import (
+    MAX_FRAMES,
+    MAX_PIXELS,
+    TOO_LARGE,
+    DamagedImage,
+    ImageProblem,
+    check_size,
+    frame_number,
+    needs,
+    upright,
+    windowed,
+)
 
 WINDOW: tuple[float, float] | None = None
 """(black, white) values of images of more than 8 bits; an export writes those of its model here."""
 
+FRAMES: str | int | None = None
+"""Which frame of an animation or a stack is read; an export writes what its model learnt from here."""
+
 DECODING = 2
 """Raised when some bytes give other pixels than before, as then what is kept of them must be computed again."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "JXL", "HEIF")
 """What may be decoded. PIL reads more, but some of it starts other programs (EPS) or holds no photographs."""
 
-MAX_PIXELS = 100_000_000
-"""Largest width x height; as RGB it takes 300 MB. A small file can claim far more."""
 
-MAX_ASPECT = 100
-"""Largest ratio of the sides: resizing by the shorter side would blow a thinner strip up beyond all memory."""
-
-
-class ImageProblem(ValueError):  # noqa: N818 - it is as often the lack of a window as an error
-    """These bytes are no image that can be used; reading them again will not help."""
-
-
-class DamagedImage(ImageProblem):
-    """The image is cut off or damaged."""
-
-
-def read_image(data: bytes | str | Path, window: tuple[float, float] | None = WINDOW) -> Image.Image:
+def read_image(
+    data: bytes | str | Path, window: tuple[float, float] | None = WINDOW, frames: str | int | None = FRAMES
+) -> Image.Image:
     """Decodes one image to 8-bit RGB, upright, at its own size.
 
-    The EXIF rotation is applied. Palette, CMYK, LAB and grey images become RGB here, before any resizing; transparent
-    pixels are laid over white. The file is asked for its depth, as a decoder may hide it: values of more than 8 bits
-    and floats, grey or colour, are scaled by `window` as they are stored. (AVIF's 10 and 12 bits are shades of a
-    display from black to white and become 8 bits by themselves.)
+    What the file is, its first bytes say and never its name. The EXIF rotation is applied. Palette, CMYK, LAB and grey
+    images become RGB here, before any resizing; transparent pixels are laid over white. The file is asked for its
+    depth, as a decoder may hide it: values of more than 8 bits and floats, grey or colour, are scaled by `window` as
+    they are stored, and those of DICOM after their rescaling, by the file's own window where `window` is None. (10 and
+    12 bits of AVIF and HEIC are shades of a display from black to white and become 8 bits by themselves.)
 
     Args:
         data: the encoded image, or the file that holds it.
         window: (black, white) values for images of more than 8 bits; None refuses them.
+        frames: which frame of an animation, a stack or a multi-frame file is read: "first", "middle" (number N // 2 of
+            N, counted from 0) or a number; None refuses what has several. Of a pyramid, the largest level that is not
+            too large is read.
 
     Returns:
         A loaded PIL image in mode RGB.
 
     Raises:
-        ImageProblem: the image is empty, truncated, animated, too large, of an unknown kind, or has more than 8 bits
-            and no window.
+        ImageProblem: the image is empty, truncated, too large, of an unknown kind, has more than 8 bits and no window,
+            or several frames and nothing says which to take.
         OSError, MemoryError, ImportError: the file cannot be read, memory is short, or a decoder is not installed.
     """
     content = data if isinstance(data, bytes) else Path(data).read_bytes()
+    kind = kind_of(content[:132])
+    return _guarded(content, kind, lambda: _READ.get(kind, _by_pillow)(content, kind, window, frames))
+
+
+def count_frames(content: bytes) -> int:
+    """Returns how many frames `read_image` can choose from; 1 for a plain image.
+
+    Raises:
+        ImageProblem, MemoryError, ImportError: see `read_image`.
+    """
+    kind = kind_of(content[:132])
+    return _guarded(content, kind, lambda: _COUNT.get(kind, _pillow_frames)(content, kind))
+
+
+_READABLE = (
+    "Readable are JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000, AVIF and TGA, and with extras DICOM and HEIC: "
+    "convert it to one of them."
+)
+
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+SIGNATURES: dict[str, Callable[[bytes], object]] = {
+    "JPEG": lambda b: b.startswith(b"\xff\xd8\xff"),
+    "PNG": lambda b: b.startswith(b"\x89PNG\r\n\x1a\n"),
+    "GIF": lambda b: b.startswith((b"GIF87a", b"GIF89a")),
+    "TIFF": lambda b: b[:4] in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"},
+    "WebP": lambda b: b[:4] == b"RIFF" and b[8:12] == b"WEBP",
+    "PPM": lambda b: re.match(rb"P[1-6][\s#]", b),
+    "JPEG 2000": lambda b: b.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")),
+    "AVIF": lambda b: b[4:8] == b"ftyp" and b[8:12] in {b"avif", b"avis"},
+    "HEIC": lambda b: b[4:8] == b"ftyp" and b[8:12] in _HEIF_BRANDS,
+    "JPEG XL": lambda b: b.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")),
+    # Before 1993, and from some devices still, without the 128 bytes and "DICM".
+    "DICOM": lambda b: b[128:132] == b"DICM" or re.match(rb"[\x02\x08]\0[\0-\x20]\0(UL|UI|CS|OB|SH|DA)", b),
+    "BMP": lambda b: b[:2] == b"BM" and b[6:10] == bytes(4),
+}
+"""Kind of image -> whether its first 132 bytes look like that."""
+
+
+def kind_of(start: bytes) -> str:
+    """Returns the kind of image that a file is by its first bytes (132 are enough); "" for none of SIGNATURES."""
+    return next((kind for kind, fits in SIGNATURES.items() if fits(start)), "")
+
+
+def _by_pillow(content: bytes, kind: str, window: tuple[float, float] | None, frames: str | int | None) -> Image.Image:
+    image = _opened(content, kind)
+    _to_frame(image, frames)
+    check_size(*image.size)
+    bits = _depth(image, content)
+    image.load()
+    orientation = image.getexif().get(0x0112, 1)
+    return upright(_to_rgb(image, content, bits, window), orientation)
+
+
+def _pillow_frames(content: bytes, kind: str) -> int:
+    image = _opened(content, kind)
+    # MPO is an ordinary camera JPEG with a second view or preview behind it; its first frame is the photograph.
+    return 1 if image.format == "MPO" else len(_pages(image))
+
+
+def _opened(content: bytes, kind: str) -> Image.Image:
+    """Reads the header of what Pillow decodes."""
+    if kind == "HEIC":
+        _add_heif()
+    if kind != "TIFF":
+        return Image.open(io.BytesIO(content), formats=_formats())
+    try:  # not by Image.open, which refuses a pyramid for the size of its largest level
+        return TiffImagePlugin.TiffImageFile(io.BytesIO(content))
+    except SyntaxError as error:
+        raise Image.UnidentifiedImageError(str(error)) from error
+
+
+def _tiff(content: bytes, kind: str, window: tuple[float, float] | None, frames: str | int | None) -> Image.Image:
+    """Reads by Pillow, and by tifffile the layouts of samples and the levels that Pillow does not."""
+    try:
+        return _by_pillow(content, kind, window, frames)
+    except (Image.UnidentifiedImageError, _OtherLayout):
+        return tiff_image(content, window, frames)
+
+
+def _count_tiff(content: bytes, kind: str) -> int:
+    try:
+        return _pillow_frames(content, kind)
+    except Image.UnidentifiedImageError:
+        return tiff_frames(content)
+
+
+_READ: dict[str, Callable[[bytes, str, tuple[float, float] | None, str | int | None], Image.Image]] = {
+    "DICOM": lambda content, kind, window, frames: dicom_image(content, window, frames),
+    "TIFF": _tiff,
+}
+_COUNT: dict[str, Callable[[bytes, str], int]] = {
+    "DICOM": lambda content, kind: dicom_frames(content),
+    "TIFF": _count_tiff,
+}
+"""What reads a kind of image, and what counts its frames; Pillow all others."""
+
+
+class _OtherLayout(ImageProblem):
+    """Pillow does not read it; tifffile may."""
+
+
+@cache
+def _add_heif() -> None:
+    try:
+        import pi_heif
+    except ImportError as error:
+        raise ImportError(needs("pi_heif", "heic", "HEIC")) from error
+    pi_heif.register_heif_opener()
+    _formats.cache_clear()
+
+
+def _guarded(content: bytes, kind: str, read: Callable[[], Any]) -> Any:
+    """Calls `read`, and words what the decoders raise."""
     if not content:
         raise ImageProblem("the image is empty (0 bytes); it was probably cut off while copying, so fetch it again")
     try:
         with warnings.catch_warnings():
-            # PIL's own guards against huge images only warn below twice its limit; `_check_size` decides here.
+            # PIL's own guards against huge images only warn below twice its limit; `check_size` decides here.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=_formats())
-            _check_size(image)
-            _check_still(image)
-            bits = _depth(image, content)
-            image.load()
-            orientation = image.getexif().get(0x0112, 1)
-            return _upright(_to_rgb(image, content, bits, window), orientation)
+            return read()
     except (ImageProblem, MemoryError, ImportError):
         raise
     except Image.DecompressionBombError as error:
-        raise ImageProblem(f"{error} At most {MAX_PIXELS:,} pixels are decoded; {_TOO_LARGE}") from error
+        raise ImageProblem(f"{error} At most {MAX_PIXELS:,} pixels are decoded; {TOO_LARGE}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageProblem(f"not an image of a known kind ({_describe(content)}). {_READABLE}") from error
+        raise ImageProblem(f"not an image of a known kind ({_describe(content, kind)}). {_READABLE}") from error
     except Exception as error:  # decoders of damaged files raise whatever the damage leads to
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from error
@@ -93,45 +213,55 @@ def read_image(data: bytes | str | Path, window: tuple[float, float] | None = WI
         ) from error
 
 
-_TOO_LARGE = "cut the image into tiles, or scale it down"
-_READABLE = "Readable are JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000, AVIF and TGA: convert it to one of them."
-
-
 @cache
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageProblem(f"{width} x {height} pixels are more than {MAX_PIXELS:,}; {_TOO_LARGE}")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageProblem(f"{width} x {height} pixels; a side may be at most {MAX_ASPECT} times the other: crop it")
+def _to_frame(image: Image.Image, frames: str | int | None) -> None:
+    """Goes to the frame that `frames` means, and of a pyramid to the largest level that is not too large."""
+    if image.format == "MPO":
+        return
+    pages = _pages(image)
+    levels = pages[frame_number(len(pages), frames, str(image.format))]
+    for number in levels:
+        image.seek(number)
+        if image.width * image.height <= MAX_PIXELS:
+            return
+    image.seek(levels[0])
+    if image.format == "TIFF" and 330 in image.tag_v2:  # pyright: ignore[reportAttributeAccessIssue]
+        raise _OtherLayout(f"{image.width} x {image.height} pixels, with smaller levels beside them")
 
 
-def _check_still(image: Image.Image) -> None:
-    # MPO is an ordinary camera JPEG with a second view or preview behind it; its first frame is the photograph.
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":
-        raise ImageProblem(
-            f"an animation or stack of {frames} frames ({image.format}), and a row needs one image; "
-            "save the frames you want as single images"
-        )
+def _pages(image: Image.Image) -> list[list[int]]:
+    """The pages of a file, each as the numbers of its frames: itself, and what of a TIFF are its smaller copies."""
+    count = getattr(image, "n_frames", 1)
+    if image.format != "TIFF" or count > MAX_FRAMES:
+        return [[number] for number in range(count)]
+    pages: list[list[int]] = []
+    for number in range(count):
+        image.seek(number)
+        kind = image.tag_v2.get(254, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        if kind & 1 and pages:
+            pages[-1].append(number)
+        elif not kind & 4 or not pages:  # else: a mask of the page before
+            pages.append([number])
+    image.seek(0)
+    return pages
 
 
-def _describe(content: bytes) -> str:
+def _describe(content: bytes, kind: str) -> str:
     if content.startswith(b"version https://git-lfs") or b"/annex/objects/" in content[:200]:
         return "a Git LFS or git-annex pointer, not the image: `git lfs pull` or `git annex get` fetches it"
-    if content[4:8] == b"ftyp" and content[8:11] in {b"hei", b"hev", b"mif"}:
-        return "a HEIC photograph"
-    if content[4:8] == b"ftyp" and content[8:11] == b"avi":
-        return "an AVIF image, which the Pillow installed here cannot read"
-    if content[:4] in {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}:
-        return "a TIFF whose layout of samples is not read, such as 32-bit colour"
-    if content[128:132] == b"DICM":
-        return "a DICOM file"
+    words = {
+        "HEIC": "a HEIC photograph that is damaged or of a coding that is not read",
+        "AVIF": "an AVIF image, which the Pillow installed here cannot read",
+        "JPEG XL": "a JPEG XL image, which the Pillow installed here cannot read",
+        "TIFF": "a TIFF whose layout of samples is not read, such as 32-bit colour",
+    }
+    if kind in words:
+        return words[kind]
     if content.lstrip()[:1] == b"<":
         return "text such as HTML or SVG"
     return f"{len(content):,} bytes that start with {content[:8]!r}"
@@ -158,14 +288,6 @@ def _white_of_ppm(content: bytes) -> int:
     return int(found[3]) if found else 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation == 1:
-        return image
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    return ImageOps.exif_transpose(image)
-
-
 def _to_rgb(image: Image.Image, content: bytes, bits: int, window: tuple[float, float] | None) -> Image.Image:
     if bits > 8 or image.mode == "F" or image.mode.startswith("I"):
         image = _scaled(image, content, bits, window)
@@ -186,32 +308,14 @@ def _scaled(image: Image.Image, content: bytes, bits: int, window: tuple[float, 
     """Makes 8 bits (L, RGB or RGBA) of more by the window; the image is loaded."""
     grey = image.mode == "F" or image.mode.startswith("I")
     values, alpha = _grey_values(image, content, bits) if grey else _colour_values(image, content, bits)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ImageProblem(f"{int((~np.isfinite(values)).sum())} pixels are not finite numbers; replace them")
-    if window is None:
-        low, high = float(values.min()), float(values.max())
-        kind = f"{'float' if image.mode == 'F' else f'{bits}-bit'} {'grey' if grey else 'colour'}"
-        raise ImageProblem(
-            f"{kind} values from {low:g} to {high:g}, and nothing says which are black and white. "
-            f"State it in the card for all images, for example `window: [{low:g}, {high:g}]`."
-        )
-    black, white = window
-    scaled = _by_window(values, black, white)
+    kind = f"{'float' if image.mode == 'F' else f'{bits}-bit'} {'grey' if grey else 'colour'}"
+    scaled = windowed(values, window, kind)
     if grey and image.format == "TIFF" and image.tag_v2.get(262) == 0:  # pyright: ignore[reportAttributeAccessIssue]
         scaled = 255 - scaled  # the file says that small values are bright
     if alpha is not None:
         colour = scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, axis=2)
         scaled = np.concatenate([colour, alpha[..., None]], axis=2)
     return Image.fromarray(scaled)
-
-
-def _by_window(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    def scale(numbers: np.ndarray) -> np.ndarray:
-        return (np.clip((numbers.astype(np.float64) - black) / (white - black), 0, 1) * 255).round().astype(np.uint8)
-
-    if values.dtype == np.uint16:  # by a table: eight bytes for each value of a large image would be too much
-        return scale(np.arange(65536))[values]
-    return np.concatenate([scale(part) for part in np.array_split(values, max(1, values.size // 4_000_000))])
 
 
 def _grey_values(image: Image.Image, content: bytes, bits: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -230,6 +334,9 @@ def _colour_values(image: Image.Image, content: bytes, bits: int) -> tuple[np.nd
     """The (H, W, 3) values as they are stored, which Pillow cannot hold, and (H, W) uint8 opacity or None."""
     if image.mode not in {"RGB", "RGBA"}:
         raise ImageProblem(f"{bits}-bit {image.mode} is not read; convert it to RGB, or to 8 bits")
+    planes = image.format == "TIFF" and image.tag_v2.get(284) == 2  # pyright: ignore[reportAttributeAccessIssue]
+    if planes or (image.format == "TIFF" and image.tell()):
+        raise _OtherLayout("OpenCV reads neither planes nor later pages")
     import cv2
 
     quiet = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -238,7 +345,8 @@ def _colour_values(image: Image.Image, content: bytes, bits: int) -> tuple[np.nd
     finally:
         cv2.utils.logging.setLogLevel(quiet)
     if read is None or read.dtype != np.uint16 or read.ndim != 3 or read.shape[:2] != (image.height, image.width):
-        raise ImageProblem(f"{bits}-bit colour that is not read; convert it to 16-bit PNG, or to 8 bits")
+        problem = _OtherLayout if image.format == "TIFF" else ImageProblem
+        raise problem(f"{bits}-bit colour that is not read; convert it to 16-bit PNG, or to 8 bits")
     values, alpha = read[..., 2::-1], None
     extra = image.tag_v2.get(338, (2,))[0] if image.format == "TIFF" else 2  # pyright: ignore[reportAttributeAccessIssue]
     if (read.shape[2] == 4 and image.mode == "RGBA") or "transparency" in image.info:

@@ -232,7 +232,7 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
     layout = read_layout(folder, card.splits, card.class_names, len(card.source.levels))
     paths, labels, splits, listings = [], [], [], []
     for split, name, class_folder in layout.classes:
-        listings.append(list_images(class_folder))
+        listings.append(list_images(class_folder, videos=card.video is not None))
         files = listings[-1].images
         paths += files
         labels += [name] * len(files)

@@ -32,6 +32,7 @@ from adaptclip.data.columns import (
 from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
 from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.fingerprints import Fingerprint, content_digests, fingerprints
+from adaptclip.data.frames import spread
 from adaptclip.data.readers import (
     RawRows,
     joined,
@@ -174,8 +175,8 @@ READERS: dict[str, Callable[[Card, Path | None], RawRows]] = {
 
 
 def read_rows(card: Card, data_root: Path | None) -> RawRows:
-    """Reads what is at the card's source, with the columns of tables that are joined to it."""
-    return joined(card, READERS[card.source.kind](card, data_root), data_root)
+    """Reads what is at the card's source, a row for each image in a file, with the columns of tables joined to it."""
+    return spread(joined(card, READERS[card.source.kind](card, data_root), data_root), card)
 
 
 MAX_UNIT_SHARE = 0.5
@@ -223,7 +224,9 @@ def open_data(
         if isinstance(raw.store, FeatureRows):
             seen = [Fingerprint(flat=True)] * len(raw)  # equal features have equal digests; nothing can be seen
         else:
-            seen = fingerprints(raw.store.read, contents, where=raw.store.where, window=card.window, store=kept)
+            seen = fingerprints(
+                raw.store.read, contents, where=raw.store.where, window=card.window, frames=card.frame, store=kept
+            )
         found = dict(zip(contents, seen, strict=True))
         good, skipped = _usable(card, seen, skip=skip, demand=check)
         images = images.select(good)
@@ -311,6 +314,7 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         groups=groups,
         levels={**raw.class_levels, **levels},
         window=card.window,
+        frames=card.frame,
         captions=caption_values(values[columns.captions], where=raw.store.where) if columns.captions else None,
         fixed_classes=card.sampling.classes == "fixed",
     )

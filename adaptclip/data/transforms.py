@@ -23,6 +23,8 @@ from adaptclip.errors import ConfigError, DataError, ResourceError, shown
 if TYPE_CHECKING:
     from PIL import Image
 
+_T = TypeVar("_T")
+
 _OF_THE_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
 }  # fmt: skip
@@ -49,24 +51,37 @@ def read_file(path: Path) -> bytes:
         raise kind(f"cannot read {shown(path)}: {str(error) or 'it does not fit into memory'}") from error
 
 
-def decode_image(data: bytes | Path, *, row: str, window: tuple[float, float] | None = None) -> Image.Image:
+def decode_image(
+    data: bytes | Path, *, row: str, window: tuple[float, float] | None = None, frames: str | int | None = None
+) -> Image.Image:
     """Decodes one image to 8-bit RGB, upright, at its own size: `read_image`, with errors that name the row.
 
     Args:
         data: the encoded image, or the file that holds it.
         row: what to call the image in an error.
         window: (black, white) values for images of more than 8 bits; None refuses them.
+        frames: which frame of an animation or a stack; None refuses what has several.
 
     Returns:
         A loaded PIL image in mode RGB.
 
     Raises:
-        DataError: the image is missing, empty, truncated, animated, too large, of an unknown kind, or has more than 8
-            bits and no window.
+        DataError: the image is missing, empty, truncated, too large, of an unknown kind, has more than 8 bits and no
+            window, or several frames and nothing says which.
         ResourceError: memory, open files or a decoder are missing here; the image may be fine.
     """
+    return worded(row, lambda: read_image(read_file(data) if isinstance(data, Path) else data, window, frames))
+
+
+def worded(row: str, read: Callable[[], _T]) -> _T:
+    """Calls what reads an image, and names the row in its errors.
+
+    Raises:
+        DataError: the image cannot be used.
+        ResourceError: the machine cannot read it now; the image may be fine.
+    """
     try:
-        return read_image(read_file(data) if isinstance(data, Path) else data, window)
+        return read()
     except (DataError, ResourceError) as error:
         raise type(error)(f"{row}: {error}") from error
     except ImageProblem as error:
@@ -79,9 +94,6 @@ def decode_image(data: bytes | Path, *, row: str, window: tuple[float, float] | 
         ) from error
     except (OSError, ImportError) as error:
         raise ResourceError(f"{row}: it cannot be decoded here: {error}") from error
-
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,13 @@ def encode_texts(encoder: ClipBackbone, texts: Sequence[str], *, batch_size: int
 
 
 @torch.inference_mode()
-def encode_picture(encoder: ClipBackbone, path: Path, *, window: tuple[float, float] | None = None) -> Tensor:
+def encode_picture(
+    encoder: ClipBackbone, path: Path, *, window: tuple[float, float] | None = None, frames: str | None = None
+) -> Tensor:
     """Encodes an image file as a (1, D) unit-norm float32 vector.
 
     Raises:
         DataError: it cannot be read or decoded.
     """
-    pixels = encoder.transform(decode_image(path, row=str(path), window=window))
+    pixels = encoder.transform(decode_image(path, row=str(path), window=window, frames=frames))
     return encoder.encode_image(pixels[None]).float().cpu()

@@ -229,6 +229,7 @@ def build_index(
                 "model": dict(model),
                 "transform": encoder.transform_spec,
                 "window": parts[0].window,
+                "frames": parts[0].frames,
                 "count": len(names),
                 "width": vectors.shape[1],
                 "files": describe_files(new, [_VECTORS, _NAMES]),

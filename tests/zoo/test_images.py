@@ -12,12 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from zoo import heic
 
+from adaptclip.data import read_image, read_tiff
 from adaptclip.data.image_files import find_images, list_images
+from adaptclip.data.read_image import count_frames
 from adaptclip.data.transforms import decode_image
 from adaptclip.errors import DataError, ResourceError
 
 cv2 = pytest.importorskip("cv2")
+tifffile = pytest.importorskip("tifffile")
+pytest.importorskip("pi_heif")
 
 VALUES = np.random.default_rng(0).integers(0, 4096, (40, 48, 3), dtype=np.uint16)
 """12-bit values, as microscopes and X-ray detectors give them in 16 bits."""
@@ -90,6 +95,44 @@ TRNS = struct.pack(">3H", *VALUES[0, 0].tolist())
 HIDDEN = (VALUES[0, 0] == VALUES).all(-1, keepdims=True)
 HIDDEN_GREY = VALUES[..., :1] == VALUES[0, 0, 0]
 
+
+def several(form: str, **how: object) -> bytes:
+    """An animation or stack of COLOUR, it upside down, and it mirrored."""
+    others = [Image.fromarray(np.ascontiguousarray(one)) for one in (COLOUR[::-1], COLOUR[:, ::-1])]
+    return saved(COLOUR, form, save_all=True, append_images=others, **how)
+
+
+def by_tifffile(*pages: np.ndarray, **how: object) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        for page in pages:
+            file.write(page, **how)
+    return buffer.getvalue()
+
+
+def pyramid(*, beside: bool) -> bytes:
+    """COLOUR with two smaller levels, as pages that follow or beside the page (SubIFD)."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(COLOUR, photometric="rgb", **({"subifds": 2} if beside else {}))
+        for step in (2, 4):
+            file.write(COLOUR[::step, ::step], photometric="rgb", subfiletype=1)
+    return buffer.getvalue()
+
+
+def bomb_of_tiff() -> bytes:
+    """A strip of 32-bit colour that unpacks to 4 MB instead of 23,040 bytes."""
+    good = bytearray(by_tifffile(VALUES.astype(np.float32), photometric="rgb", compression="zlib"))
+    with tifffile.TiffFile(io.BytesIO(bytes(good))) as file:
+        page = file.pages[0]
+        start, tags = page.dataoffsets[0], page.tags
+        length = tags["StripByteCounts"]
+    bomb = zlib.compress(bytes(4_000_000), 9)
+    good[start : start + len(bomb)] = bomb
+    good[length.valueoffset : length.valueoffset + 4] = struct.pack("<I", len(bomb))
+    return bytes(good)
+
+
 READ: dict[str, tuple[bytes, np.ndarray, int]] = {
     "8-bit colour PNG": (saved(COLOUR, "PNG"), COLOUR, 0),
     "8-bit grey PNG": (saved(COLOUR[..., 0], "PNG"), COLOUR[..., :1].repeat(3, 2), 0),
@@ -136,11 +179,53 @@ READ: dict[str, tuple[bytes, np.ndarray, int]] = {
     "12-bit grey PGM": (b"P5\n# a comment\n48 40\n4095\n" + VALUES[..., 0].astype(">u2").tobytes(), GREY, 0),
     "12-bit colour PPM": (b"P6 48 40 4095\n" + VALUES.astype(">u2").tobytes(), BY_WINDOW, 0),
     "12-bit grey JPEG 2000": (twelve_bit_jpeg2000(), GREY, 0),
+    "HEIC": (heic.PLAIN, heic.shades(), 6),
+    # A HEIC is turned by its own boxes; its EXIF orientation tells of a time before them.
+    "HEIC with an EXIF orientation": (heic.TURNED, heic.shades(), 6),
+    "TIFF pyramid": (pyramid(beside=False), COLOUR, 0),
+    "TIFF pyramid with levels beside its page": (pyramid(beside=True), COLOUR, 0),
+    "BigTIFF": (by_tifffile(COLOUR, photometric="rgb"), COLOUR, 0),
+    "8-bit colour TIFF by planes": (
+        by_tifffile(np.moveaxis(COLOUR, 2, 0), photometric="rgb", planarconfig="separate"), COLOUR, 0,
+    ),
+    "16-bit colour TIFF by planes": (
+        by_tifffile(np.moveaxis(VALUES, 2, 0), photometric="rgb", planarconfig="separate"), BY_WINDOW, 0,
+    ),
+    "float colour TIFF": (by_opencv(".tiff", VALUES.astype(np.float32)), BY_WINDOW, 0),
+    "float colour TIFF, Deflate": (
+        by_tifffile(VALUES.astype(np.float32), photometric="rgb", compression="zlib"), BY_WINDOW, 0,
+    ),
+    "32-bit grey TIFF": (by_tifffile(VALUES[..., 0].astype(np.uint32), photometric="minisblack"), GREY, 0),
     "float TIFF": (saved(VALUES[..., 0].astype(np.float32), "TIFF"), GREY, 0),
 }  # fmt: skip
 """Kind -> the file, its pixels with WINDOW, and how far a lossy encoding may be off."""
 
-DEEP = [kind for kind in READ if kind.startswith(("16-bit", "12-bit", "float"))]
+DEEP = [kind for kind in READ if kind.startswith(("16-bit", "12-bit", "32-bit", "float"))]
+FRAMES = [COLOUR, COLOUR[::-1], COLOUR[:, ::-1]]
+STACKS: dict[str, tuple[bytes, list[np.ndarray], int]] = {
+    "animated GIF": (several("GIF"), FRAMES, 140),  # its palettes are of 256 colours
+    "animated WebP": (several("WEBP", lossless=True), FRAMES, 0),
+    "animated PNG": (several("PNG"), FRAMES, 0),
+    "TIFF stack": (several("TIFF"), FRAMES, 0),
+    "TIFF stack of 16-bit grey": (
+        by_tifffile(*(VALUES[..., i] for i in range(3)), photometric="minisblack"),
+        [BY_WINDOW[..., i, None].repeat(3, 2) for i in range(3)], 0,
+    ),
+    "TIFF stack of 16-bit colour": (
+        by_tifffile(VALUES, VALUES[::-1], VALUES[:, ::-1], photometric="rgb"),
+        [BY_WINDOW, BY_WINDOW[::-1], BY_WINDOW[:, ::-1]], 0,
+    ),
+    "TIFF stack of float colour": (
+        by_tifffile(*(one.astype(np.float32) for one in (VALUES, VALUES[::-1])), photometric="rgb"),
+        [BY_WINDOW, BY_WINDOW[::-1]], 0,
+    ),
+    "two HEIC photographs": (heic.TWO, [heic.shades(), heic.shades()[::-1]], 6),
+    "animated AVIF": (
+        saved(SMOOTH, "AVIF", quality=95, save_all=True, append_images=[Image.fromarray(SMOOTH[::-1].copy())]),
+        [SMOOTH, SMOOTH[::-1]], 60,
+    ),
+}  # fmt: skip
+"""Kind -> the file, its frames, and how far a lossy encoding may be off."""
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "animation": (
@@ -152,14 +237,27 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     "git-annex pointer": (b"/annex/objects/SHA256E-s9--00.png\n", "git annex get"),
     "saved web page": (b"<!doctype html><title>404</title>", "text such as HTML or SVG"),
-    "DICOM": (bytes(128) + b"DICM" + bytes(40), "a DICOM file"),
-    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photograph"),
+    "DICOM of nothing": (bytes(128) + b"DICM" + bytes(40), "a DICOM file|the DICOM file"),
+    "HEIC of nothing": (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photograph|damaged or truncated"),
+    "cut-off HEIC": (heic.PLAIN[:600], "damaged or truncated|a HEIC photograph"),
+    "JPEG XL": (b"\xff\x0a" + bytes(40), "a JPEG XL image"),
+    "cut-off GIF": (saved(PALETTE, "GIF")[:900], "damaged or truncated"),
+    "cut-off WebP": (saved(COLOUR, "WEBP", lossless=True)[:1500], "damaged or truncated|not an image"),
+    "cut-off JPEG 2000": (saved(COLOUR, "JPEG2000", irreversible=False)[:900], "damaged or truncated"),
+    "cut-off AVIF": (saved(SMOOTH, "AVIF", quality=95)[:400], "damaged or truncated|an AVIF image"),
+    "cut-off TIFF": (tiff(VALUES, 2)[:3000], "damaged or truncated|not an image"),
+    "animated WebP": (several("WEBP", lossless=True), "stack of 3 frames"),
+    "animated PNG": (several("PNG"), "stack of 3 frames"),
+    "two HEIC photographs": (heic.TWO, "stack of 2 frames"),
+    "a video under another name": (b"\0\0\0\x18ftypisom" + bytes(200), "not an image of a known kind"),
+    "a ZIP archive under another name": (b"PK\x03\x04" + bytes(60), "not an image of a known kind"),
     "empty file": (b"", r"empty \(0 bytes\)"),
     "cut-off PNG": (saved(COLOUR, "PNG")[:2000], "damaged or truncated"),
     "cut-off 16-bit colour PNG": (deep_png(VALUES, 2)[:2000], "damaged or truncated"),
     "PNG with a hole": (saved(COLOUR, "PNG")[:1000] + bytes(500) + saved(COLOUR, "PNG")[1500:], "damaged|truncated"),
     "16-bit CMYK TIFF": (tiff(CLEAR, 5), "16-bit CMYK is not read"),
-    "32-bit colour TIFF": (by_opencv(".tiff", VALUES.astype(np.float32)), "a TIFF whose layout of samples is not read"),
+    "64-bit complex TIFF": (by_tifffile(VALUES[..., 0].astype(np.complex64)), "layout of samples is not read"),
+    "TIFF with a strip that is a bomb": (bomb_of_tiff(), "unpacks to more than|damaged or truncated"),
     "small file that claims 60,000 pixels a side": (
         saved(COLOUR[..., 0], "PNG")[:16] + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
         + struct.pack(">I", zlib.crc32(b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)))
@@ -172,8 +270,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 def test_the_zoo_is_large_enough():
-    assert len(READ) + len(REFUSED) >= 45
-    assert len(DEEP) == 19
+    assert len(READ) + len(REFUSED) + len(STACKS) >= 80
+    assert len(DEEP) == 23
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -186,7 +284,7 @@ def test_what_is_read(kind):
 
 @pytest.mark.parametrize("kind", DEEP)
 def test_more_than_8_bits_need_a_window(kind):
-    with pytest.raises(DataError, match=r"(1\d-bit|float) (grey|colour) values from [\d.]+ to \d+, .*`window: \["):
+    with pytest.raises(DataError, match=r"(\d\d-bit|float) (grey|colour) values from [\d.]+ to \d+, .*`window: \["):
         decode_image(READ[kind][0], row="r")
 
 
@@ -196,6 +294,26 @@ def test_a_window_does_nothing_to_8_bits(kind):
     assert plain.tobytes() == windowed.tobytes()
 
 
+@pytest.mark.parametrize("kind", STACKS)
+def test_frames_of_a_stack(kind):
+    content, frames, off = STACKS[kind]
+    assert count_frames(content) == len(frames)
+    for how, number in (("first", 0), ("middle", len(frames) // 2), *((i, i) for i in range(len(frames)))):
+        pixels = np.asarray(decode_image(content, row="r", window=WINDOW, frames=how)).astype(int)
+        assert np.abs(pixels - frames[number]).max() <= off
+    others = [np.abs(frames[0].astype(int) - one).mean() for one in frames[1:]]
+    assert min(others) > 20  # another frame would be seen
+    with pytest.raises(DataError, match=r"`frames: first`, `frames: middle`, or `frames: all`"):
+        decode_image(content, row="r", window=WINDOW)
+
+
+def test_a_pyramid_is_read_at_the_largest_level_that_is_not_too_large(monkeypatch):
+    for module in (read_image, read_tiff):
+        monkeypatch.setattr(module, "MAX_PIXELS", 500)
+    for beside in (False, True):
+        assert decode_image(pyramid(beside=beside), row="r").tobytes() == COLOUR[::2, ::2].tobytes()
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused(kind):
     content, message = REFUSED[kind]
@@ -203,18 +321,21 @@ def test_what_is_refused(kind):
         decode_image(content, row="r", window=WINDOW)
 
 
-TAKEN = [*["a.JPG", "b.jfif", "c.avif", "d.pgm", "e.ppm", "f.jp2", "g.tga", "h", "i.heic"], *"klmnop", "sub/j.webp"]
+TAKEN = [
+    *["1.2.840.10008.1", "1.dcm", "2.dcm"],  # by its first bytes, and by their ending
+    *["a.JPG", "b.jfif", "c.avif", "d.pgm", "e.ppm", "f.jp2", "g.tga", "h", "i.heic"], *"klmnop", "sub/j.webp",
+]  # fmt: skip
 
 
 def test_a_folder_as_people_have_it(tmp_path):
     files: dict[str, bytes] = {
         "a.JPG": saved(SMOOTH, "JPEG"), "b.jfif": saved(SMOOTH, "JPEG"), "c.avif": READ["AVIF"][0],
         "d.pgm": READ["12-bit grey PGM"][0], "e.ppm": READ["8-bit PPM"][0], "f.jp2": READ["lossless JPEG 2000"][0],
-        "g.tga": READ["TGA"][0], "h": saved(SMOOTH, "JPEG"), "i.heic": REFUSED["HEIC"][0],
+        "g.tga": READ["TGA"][0], "h": saved(SMOOTH, "JPEG"), "i.heic": READ["HEIC"][0],
         "sub/j.webp": READ["lossless WebP"][0],
         "k": READ["8-bit colour PNG"][0], "l": READ["BMP"][0], "m": READ["16-bit grey TIFF"][0],
         "n": READ["lossless JPEG 2000"][0], "o": READ["AVIF"][0], "p": READ["8-bit PPM"][0],
-        "1.dcm": REFUSED["DICOM"][0], "2.dcm": REFUSED["DICOM"][0], "1.2.840.10008.1": REFUSED["DICOM"][0],
+        **dict.fromkeys(("1.dcm", "2.dcm", "1.2.840.10008.1"), REFUSED["DICOM of nothing"][0]),
         "Thumbs.db": b"x", ".DS_Store": b"x", "._a.JPG": b"x", ".ipynb_checkpoints/a-checkpoint.jpg": b"x",
         "__MACOSX/._a.JPG": b"x", "labels.txt": b"x", "README": b"words", "film.mp4": b"x", "a.JPG.part": b"x",
     }  # fmt: skip
@@ -229,12 +350,11 @@ def test_a_folder_as_people_have_it(tmp_path):
     assert taken == TAKEN
     words = listing.words()
     for said in (
-        ".dcm x 3 (DICOM is not read: convert",
         "no ending x 1 (README)",
         ".txt x 1 (labels.txt)",
         "hidden x 3 (.DS_Store, ._a.JPG, .ipynb_checkpoints)",
         "left by a program x 2 (",
-        ".mp4 x 1 (videos are not read",
+        ".mp4 x 1 (videos: say in the card which frames are images",
         ".part x 1",
         "link to a folder x 1 (elsewhere)",
         "link to nothing x 1 (gone.png)",
@@ -250,8 +370,8 @@ def test_a_folder_as_people_have_it(tmp_path):
 
 
 def test_a_folder_without_images_says_what_is_there(tmp_path):
-    (tmp_path / "1.dcm").write_bytes(REFUSED["DICOM"][0])
-    with pytest.raises(DataError, match=r"no images below .*passed over: \.dcm x 1 \(DICOM is not read"):
+    (tmp_path / "1.nii").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no images below .*passed over: \.nii x 1 \(volumes are not read"):
         find_images([tmp_path])
     with pytest.raises(DataError, match="no image or folder"):
         find_images([tmp_path / "none"])

@@ -13,7 +13,7 @@ from PIL import Image
 from adaptclip.artifact import AdaptedModel, artifact_folder, load
 from adaptclip.artifact.export import classifier, hub_folder, onnx_graph, stock
 from adaptclip.artifact.export.checking import Difference, Reader, check_pictures, compare
-from adaptclip.artifact.export.decoding import check_decoding, window_of
+from adaptclip.artifact.export.decoding import check_decoding, frames_of, window_of
 from adaptclip.artifact.export.hub_folder import how_to_use, write_readme
 from adaptclip.clip.loading import local_folders
 from adaptclip.data.transforms import decode_image
@@ -102,8 +102,8 @@ def export_artifact(
         if pictures is None:
             shown = [*check_pictures(), *kinds.values()]
         else:
-            window = window_of(model)
-            shown = [p if isinstance(p, Image.Image) else decode_image(p, row=str(p), window=window) for p in pictures]
+            how = {"window": window_of(model), "frames": frames_of(model)}
+            shown = [p if isinstance(p, Image.Image) else decode_image(p, row=str(p), **how) for p in pictures]
         found = compare(model, way.read(folder), shown, tolerance=way.tolerance)
         use = how_to_use(folder, to, model)
         if to == "hf":

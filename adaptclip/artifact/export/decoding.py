@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from adaptclip.data import read_image
+from adaptclip.data import read_dicom, read_image, read_tiff, read_values
 from adaptclip.data.transforms import decode_image
 from adaptclip.errors import ArtifactError, DataError
 from adaptclip.files import write_text
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from adaptclip.artifact.adapted_model import AdaptedModel
 
 DECODER_FILE = "read_image.py"
-"""A copy of `adaptclip.data.read_image` beside the weights, with the window of this model in it."""
+"""The modules of PARTS as one file beside the weights, with the window and the frames of this model in it."""
+
+PARTS = (read_values, read_dicom, read_tiff, read_image)
+"""What decodes an image, in the order in which they need each other."""
 
 
 def window_of(model: AdaptedModel) -> tuple[float, float] | None:
@@ -31,12 +35,25 @@ def window_of(model: AdaptedModel) -> tuple[float, float] | None:
     return (float(window[0]), float(window[1])) if window else None
 
 
+def frames_of(model: AdaptedModel) -> str | None:
+    """Returns which frame of an animation or a stack the model was trained with, or None."""
+    return model.manifest.get("frames")
+
+
 def write_decoder(folder: Path, model: AdaptedModel) -> None:
     """Writes DECODER_FILE."""
-    source = inspect.getsource(read_image)
-    before = "WINDOW: tuple[float, float] | None = None\n"
-    assert source.count(before) == 1
-    write_text(folder / DECODER_FILE, source.replace(before, before.replace("None\n", f"{window_of(model)!r}\n")))
+    future = "from __future__ import annotations\n"
+    own = re.compile(r"^from adaptclip\.data\.\w+ import (\([^)]*\)|.*)\n", re.MULTILINE)
+    parts = [own.sub("", inspect.getsource(part)).replace(future, "") for part in PARTS]
+    source = future + "\n\n".join(parts)
+    for name, kind, value in (
+        ("WINDOW", "tuple[float, float] | None", window_of(model)),
+        ("FRAMES", "str | int | None", frames_of(model)),
+    ):
+        before = f"{name}: {kind} = None\n"
+        assert source.count(before) == 1
+        source = source.replace(before, f"{name}: {kind} = {value!r}\n")
+    write_text(folder / DECODER_FILE, source)
 
 
 def load_decoder(folder: Path) -> Callable[[bytes], Image.Image]:
@@ -56,10 +73,10 @@ def check_decoding(folder: Path, model: AdaptedModel) -> dict[str, Image.Image]:
     Raises:
         ArtifactError: a kind is decoded otherwise, or refused by one of the two only.
     """
-    window, decoder, decoded = window_of(model), load_decoder(folder), {}
+    window, frames, decoder, decoded = window_of(model), frames_of(model), load_decoder(folder), {}
     for kind, content in image_kinds(window or (0, 4095)).items():
         try:
-            own = decode_image(content, row=kind, window=window)
+            own = decode_image(content, row=kind, window=window, frames=frames)
         except DataError:
             own = None
         try:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from adaptclip.artifact.checks import MANIFEST_FILE, MOST_FILE_BYTES, README_FILE, as_damage
 from adaptclip.artifact.export import classifier, hub_folder, onnx_graph, stock
-from adaptclip.artifact.export.decoding import DECODER_FILE, window_of
+from adaptclip.artifact.export.decoding import DECODER_FILE, frames_of, window_of
 from adaptclip.data.card import parse_front_matter
 from adaptclip.errors import StorageError
 from adaptclip.files import read_text, write_text
@@ -149,10 +149,18 @@ def how_to_use(folder: Path, to: str, model: AdaptedModel) -> list[str]:
         if window is None
         else f"scales images of more than 8 bits so that {window[0]:g} is black and {window[1]:g} white"
     )
+    frames = {
+        "first": "takes the first frame of an animation or a stack",
+        "middle": "takes the middle frame of an animation or a stack",
+        "all": "refuses animations and stacks, as the model learnt from their single frames: give it one frame",
+        None: "refuses animations and stacks",
+    }[frames_of(model)]
     paragraphs.append(
-        f"`{DECODER_FILE}` decodes images as they were decoded in training, with Pillow and numpy (and opencv-python-"
-        "headless for colour of more than 8 bits): it turns them upright by their EXIF orientation, lays transparent "
-        f"ones over white, and {deep}. Another decoder may give other labels."
+        f"`{DECODER_FILE}` decodes images as they were decoded in training, with Pillow and numpy (and opencv-"
+        "python-headless for colour of more than 8 bits): it turns them upright by their EXIF orientation, lays "
+        f"transparent ones over white, {deep}, and {frames}. DICOM needs pydicom (a window declared in training goes "
+        "before the file's own), HEIC pi_heif and rare layouts of TIFF tifffile; clips, archives and addresses are "
+        "opened by adaptclip and not by this file. Another decoder may give other labels."
     )
     return paragraphs
 

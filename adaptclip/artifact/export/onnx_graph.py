@@ -17,7 +17,7 @@ from PIL import Image
 
 import adaptclip
 from adaptclip.artifact.export.checking import Outputs, Reader
-from adaptclip.artifact.export.decoding import window_of, write_decoder
+from adaptclip.artifact.export.decoding import frames_of, window_of, write_decoder
 from adaptclip.artifact.export.stock import CHECK, CLASSES_FILE, ImageClassifier, head_of, merged_model, write_classes
 from adaptclip.errors import ArtifactError, ConfigError
 from adaptclip.files import read_json, write_json
@@ -152,6 +152,7 @@ def write(folder: Path, model: AdaptedModel) -> None:
         **model.backbone.transform_spec,
         "layout": "float32 (batch, 3, height, width), RGB, 0 to 1 normalised",
         "window": window_of(model),
+        "frames": frames_of(model),
     }
     graph = onnx.load(folder / GRAPH_FILE, load_external_data=False)
     info = {"class_names": list(model.class_names), "preprocessing": spec, "adaptclip": adaptclip.__version__}
