@@ -49,6 +49,7 @@ class PromptTokens:
         last_ids: special tokens behind the fill, at the end of the context; nearly always none.
         context_length: tokens that the tokenizer writes by itself.
         highest_id: largest id of its vocabulary.
+        unknown_id: what is written for a word that it does not have; None where every word can be spelt.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -64,6 +65,7 @@ class PromptTokens:
         self.context_length = int(self._tokenizer.context_length)
         simple = isinstance(tokenizer, open_clip.SimpleTokenizer)
         self.highest_id: int = (tokenizer.vocab_size if simple else len(tokenizer.tokenizer)) - 1
+        self.unknown_id: int | None = None if simple else tokenizer.tokenizer.unk_token_id
         words = self._words(_PROBE)
         row = self._row(_PROBE, len(words) + _ROOM)
         start = next((i for i in range(len(row)) if words and row[i : i + len(words)] == words), None)

@@ -18,7 +18,7 @@ from adaptclip.clip.packed import PrefixState
 from adaptclip.clip.text import TextTower, make_text_tower, shares_prefix
 from adaptclip.errors import ConfigError
 from adaptclip.progress import progress_bar
-from adaptclip.prompts import fill, zero_shot_weights
+from adaptclip.prompts import class_tokens, fill, zero_shot_weights
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -354,7 +354,7 @@ class ClassPrompts:
         fast: bool = True,
     ) -> None:
         self._prompts = [prompt for prompts in fill(templates, class_names) for prompt in prompts]
-        backbone.tokenize(self._prompts)  # a prompt that is too long is better known now
+        class_tokens(backbone, class_names, templates)  # a prompt that is too long is better known now
         self._backbone, self._num_classes, self._num_templates = backbone, len(class_names), len(templates)
         self._memory_budget_bytes, self._fast = memory_budget_bytes, fast
         self._names, self._templates = tuple(class_names), tuple(templates)

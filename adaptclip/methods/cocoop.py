@@ -14,6 +14,7 @@ from adaptclip.methods.base import batch_features, check_state
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
 from adaptclip.methods.coop import initial_context, learn_prompts, suffix_ids
 from adaptclip.methods.method import Method, Schedule, Variant
+from adaptclip.prompts import tell_of_names
 from adaptclip.seeding import generator
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class CoCoOp(Method):
     ) -> None:
         super().__init__()
         class_names = self._sit_on(backbone, class_names)
+        tell_of_names(backbone, class_names)
         self.ctx_init, self.seed = ctx_init, seed
         self.tower = backbone.text
         self.context = nn.Parameter(initial_context(backbone, n_ctx, ctx_init, seed))

@@ -24,7 +24,7 @@ from adaptclip.clip.text import CausalTextTower, make_text_tower, shares_prefix
 from adaptclip.data.captions import CaptionTokens
 from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError, did_you_mean
 from adaptclip.methods.base import batch_features, check_state
-from adaptclip.prompts import fill
+from adaptclip.prompts import class_tokens
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -254,8 +254,7 @@ def prompt_tokens(
     Raises:
         BackboneError: a prompt is longer than the context.
     """
-    prompts = fill(templates, prompt_names)
-    tokens = backbone.tokenize([prompt for own in prompts for prompt in own])
+    tokens = class_tokens(backbone, prompt_names, templates)
     first = torch.as_tensor(list(labels), dtype=torch.int64) * len(templates)
     return CaptionTokens(tokens, first, torch.full_like(first, len(templates)))
 

@@ -15,7 +15,7 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.methods.base import ClassBias, batch_features, check_state, scaled_logits
 from adaptclip.methods.class_encoder import DEFAULT_MEMORY_BUDGET_BYTES, ClassEncoder
 from adaptclip.methods.method import Method, Schedule, Variant
-from adaptclip.prompts import clean_class_name, fill, zero_shot_weights
+from adaptclip.prompts import class_tokens, clean_class_name, tell_of_names, zero_shot_weights
 from adaptclip.seeding import generator
 from adaptclip.training.criterion import ObjectiveName, check_objective
 
@@ -156,9 +156,10 @@ class CoOp(Method):
         if position not in POSITIONS:
             raise ConfigError(f"unknown position {position!r} of the class name. {did_you_mean(position, POSITIONS)}")
         check_objective(objective)
+        tell_of_names(backbone, class_names)
         if kg_weight:
             # The features are computed when training starts; that the prompts fit is better known now.
-            backbone.tokenize([prompt for prompts in fill(templates, class_names) for prompt in prompts])
+            class_tokens(backbone, class_names, templates)
         self.ctx_init, self.templates, self.kg_weight, self.seed = ctx_init, tuple(templates), float(kg_weight), seed
         self.class_specific, self.position = class_specific, position
         self.tower = backbone.text

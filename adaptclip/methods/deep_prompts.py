@@ -20,6 +20,7 @@ from adaptclip.methods.base import check_state
 from adaptclip.methods.class_encoder import ClassEncoder
 from adaptclip.methods.coop import suffix_ids
 from adaptclip.methods.tuned_towers import TunedTowers, check_full_precision
+from adaptclip.prompts import tell_of_names
 from adaptclip.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class PromptedClasses:
         kind: Any = PaddedDeepPrompts if isinstance(tower, PaddedTextTower) else CausalDeepPrompts
         self._tower: CausalTextTower | PaddedTextTower = kind(tower, lambda: self._prompts()[1:])
         (self._word_ids,) = tower.word_ids([words])
+        tell_of_names(backbone, class_names)
         suffixes, _ = suffix_ids(tower, class_names, len(self._word_ids))
         self._encoder = ClassEncoder(self._tower, suffixes, prefix_length=len(tower.start_ids) + len(self._word_ids))
 
