@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptclip.data.links import DANGLING, dangling_kind
+from adaptclip.data.masks import MASK, masks_among
 from adaptclip.data.read_image import kind_of
 from adaptclip.data.video import VIDEO_SUFFIXES
 from adaptclip.errors import DataError, shown
@@ -75,8 +76,8 @@ def list_images(folder: Path, *, videos: bool = False) -> Listing:
     """Lists the images below a folder, and what is passed over; nothing else decides what a folder's images are.
 
     Files are taken by their ending, and those without one by their first bytes. Hidden files and folders (`._x.png`,
-    `.ipynb_checkpoints`), `__MACOSX`, what viewers leave behind (`Thumbs.db`), links to folders and other kinds of
-    file are passed over and counted.
+    `.ipynb_checkpoints`), `__MACOSX`, what viewers leave behind (`Thumbs.db`), links to folders, masks beside their
+    images (`adaptclip.data.masks`) and other kinds of file are passed over and counted.
 
     Args:
         folder: to look into.
@@ -109,6 +110,10 @@ def list_images(folder: Path, *, videos: bool = False) -> Listing:
                 taken.append(path)
             else:
                 passed[kind].append(path)
+    masks = masks_among(taken, folder)
+    if masks:
+        passed[MASK] += masks
+        taken = [path for path in taken if path not in masks]
     taken.sort(key=lambda path: unicodedata.normalize("NFC", path.relative_to(folder).as_posix()))
     return Listing(tuple(taken), {kind: tuple(sorted(paths)) for kind, paths in sorted(passed.items())})
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adaptclip.data.card_block import PARTS, Splits, normalise_text
 from adaptclip.data.image_files import is_image_file, list_images
+from adaptclip.data.masks import MASK, is_mask_folder
 from adaptclip.errors import CardError, DataError, agree, shown
 from adaptclip.words import CONTAINERS, is_fold, is_junk, share_of, split_part, words_of
 
@@ -58,9 +59,12 @@ def read_layout(
         CardError: that cannot be told, or the folders contradict each other; the message says what to write.
         DataError: there are no class folders, or a name cannot be used.
     """
-    if depth:
-        return _nested(folder, rule, depth)
-    asked = frozenset(class_names or ())
+    layout = _nested(folder, rule, depth) if depth else _layout(folder, rule, frozenset(class_names or ()))
+    masks = [words for place in dict.fromkeys((folder, layout.folder)) for words in _mask_words(place)]
+    return replace(layout, unused=(*layout.unused, *masks)) if masks else layout
+
+
+def _layout(folder: Path, rule: Splits | None, asked: frozenset[str]) -> Layout:
     if rule is not None and rule.fractions is None:
         base = folder if any((folder / name).is_dir() for name in rule.names.values()) else _unwrapped(folder)
         return _named(base, rule, asked)
@@ -180,10 +184,37 @@ def require_text(path: Path) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, without what programs left there and without masks of images beside them."""
     try:
-        return sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p.name))
+        found = sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p.name))
     except OSError as error:
         raise DataError(f"cannot look into {shown(folder)}: {error.strerror or error}") from error
+    masks = _mask_folders(folder, found)
+    return [path for path in found if path not in masks]
+
+
+def _mask_folders(folder: Path, found: Sequence[Path]) -> dict[Path, int]:
+    """Returns folders that hold nothing but masks -> their number; {} where images and masks are all that there is."""
+    named = [path for path in found if is_mask_folder(path.name)]
+    rest = [path for path in found if path not in named]
+    # A folder of images and one of masks have no classes in them, and are asked about.
+    if not named or not any(
+        set(words_of(path.name)) - CONTAINERS or any(p.is_dir() for p in path.iterdir()) for path in rest
+    ):
+        return {}
+    listing = list_images(folder)
+    masks = Counter(path.relative_to(folder).parts[0] for path in listing.passed_over.get(MASK, ()))
+    images = Counter(path.relative_to(folder).parts[0] for path in listing.images)
+    return {path: masks[path.name] for path in named if masks[path.name] and not images[path.name]}
+
+
+def _mask_words(folder: Path) -> list[str]:
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and not is_junk(p.name))
+    return [
+        f"{number} {agree(number, 'mask', 'masks')} in the folder {shown(path.name)} {agree(number, 'is', 'are')} not "
+        "used: an image of the same name lies beside each"
+        for path, number in _mask_folders(folder, found).items()
+    ]
 
 
 def class_folder_names(folder: Path) -> list[str]:
@@ -199,6 +230,16 @@ def _images(folder: Path) -> int:
 def images_below(folder: Path) -> tuple[Path, ...]:
     """Returns the images in a folder and in the folders below it, as `list_images` finds them."""
     return list_images(folder).images
+
+
+def _folders_with_images(folder: Path) -> set[str]:
+    """Names of the folders directly in a folder that have images in them or below."""
+    below = (path.relative_to(folder).parts for path in images_below(folder))
+    return {parts[0] for parts in below if len(parts) > 1}
+
+
+def _says_images(name: str) -> bool:
+    return set(words_of(name)) <= CONTAINERS and not is_mask_folder(name)
 
 
 def _holds_only_folders(folder: Path) -> bool:
@@ -342,7 +383,10 @@ def _refuse_doubtful(folder: Path, found: dict[str, Path]) -> None:
     only_folders = {
         name: path for name, path in found.items() if name not in with_images and images_below(path)
     }  # those without any image are classes without images, of which the checks speak
-    inner = {name: {p.name for p in _folders(path) if images_below(p)} for name, path in found.items()}
+    inner = {name: _folders_with_images(path) for name, path in found.items()}
+    within = set.union(*inner.values())
+    if not with_images and len(within) == 1 and all(inner.values()) and _says_images(next(iter(within))):
+        return  # each class has its images in one folder that says so, as in COVID/images beside COVID/masks
     same = next(iter(inner.values())) if len(inner) > 1 and len(set(map(frozenset, inner.values()))) == 1 else set()
     # "trainA" and "testA" share what they say besides; "steam_train" and "crash_test" do not.
     parts: dict[str, set[str]] = {}

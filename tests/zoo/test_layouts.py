@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from zoo.making import put, run, tree
 
+from adaptclip.data.image_files import list_images
 from adaptclip.data.layouts import images_below, read_layout
 from adaptclip.errors import CardError, DataError
 
@@ -98,6 +99,23 @@ UNDERSTOOD: dict[str, tuple[dict[str, int], str]] = {
     "with and without a mask": ({"mask": 1, "without_mask": 1}, "drawn: mask 1, without_mask 1"),
     "humidity in per cent": ({"10 percent": 1, "30 percent": 1}, "drawn: 10 percent 1, 30 percent 1"),
     "sub-folders beside images": ({"cat": 1, "cat/more": 2, "dog": 1}, "drawn: cat 3, dog 1"),
+    "masks below the classes": (
+        {"benign": 2, "benign/masks": 2, "malignant": 1, "malignant/masks": 1},
+        "drawn: benign 2, malignant 1",
+    ),
+    "images and masks below the classes, as of COVID radiographs": (
+        {"COVID/images": 2, "COVID/masks": 2, "Normal/images": 1, "Normal/masks": 1},
+        "drawn: COVID 2, Normal 1",
+    ),
+    "masks beside the class folders": (
+        {"gut": 2, "Riss": 2, "ground_truth/gut": 2, "ground_truth/Riss": 2},
+        "drawn: Riss 2, gut 2"
+        " | 4 masks in the folder ground_truth are not used: an image of the same name lies beside each",
+    ),
+    "classes below a folder of images and again below one of masks": (
+        {"images/cat": 2, "images/dog": 1, "masks/cat": 2, "masks/dog": 1},
+        "drawn: cat 2, dog 1 | 3 masks in the folder masks are not used: an image of the same name lies beside each",
+    ),
     "a test part with a single class": (
         {"train/a": 1, "train/b": 1, "test/a": 1}, "train: a 1, b 1; test: a 1"
     ),
@@ -150,8 +168,8 @@ REFUSED: dict[str, tuple[dict[str, int], str]] = {
         {"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1},
         r"all have the same folders in them \(test, train\)",
     ),
-    "masks below the classes": (
-        {"benign": 1, "benign/masks": 1, "malignant": 1, "malignant/masks": 1},
+    "folders of masks without the images": (
+        {"benign": 1, "benign/masks": 2, "malignant": 1, "malignant/masks": 2},
         r"all have the same folders in them \(masks\)",
     ),
     "patients below the classes": (
@@ -196,6 +214,26 @@ def test_what_is_in_doubt_is_asked(tmp_path, kind):
     folders, message = REFUSED[kind]
     with pytest.raises((CardError, DataError), match=message):
         read_layout(tree(tmp_path, folders))
+
+
+@pytest.mark.parametrize("end", ["_mask", "_segmentation", "-seg", " mask", "_mask_1", "_GT", ".ground_truth"])
+def test_masks_are_told_by_the_end_of_their_names_where_the_image_is_there(tmp_path, end):
+    for name in ("a (1).png", f"a (1){end}.png", f"b{end}.png", "mask.png", "c.jpg", "c.xml"):
+        put(tmp_path, name)
+    listing = list_images(tmp_path)
+    assert [path.name for path in listing.images] == ["a (1).png", f"b{end}.png", "c.jpg", "mask.png"]
+    assert listing.words() == f".xml x 1 (c.xml), mask or annotation of an image beside it x 1 (a (1){end}.png)"
+
+
+def test_what_is_left_out_as_a_mask_is_said(tmp_path, capsys):
+    for name in ("benign", "malignant"):
+        for i in range(5):
+            put(tmp_path, f"set/{name}/{i}.png")
+            put(tmp_path, f"set/{name}/{i}_mask.png")
+    assert run(["card", "new", str(tmp_path / "set"), "--out", str(tmp_path / "card.md")]) == 0
+    out = capsys.readouterr().out
+    assert "benign 5, malignant 5" in out
+    assert "no images: mask or annotation of an image beside it x 10 (0_mask.png, 1_mask.png, 2_mask.png, ...)" in out
 
 
 def test_the_zoo_is_large_enough():
