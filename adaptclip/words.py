@@ -69,11 +69,11 @@ _IDENTITIES = (
     r"subject|proband(?:en)?|participant|person(?:en)?|sujet|individual|individuum|donor|volunteer|animal|mouse|owner",
     r"case|fall(?=nummer|nr|id)|examination|exam|accession|study|visit|encounter",
     r"lesion|specimen|biopsy|eye|tumou?r|nodule", r"slide|wsi|block|section", r"video|movie|sequence|burst|clip|scene",
-    r"series|group(?=id)", r"collector|recorder|photographer|observer",
+    r"series|group(?=id)", r"collector|recorder|photographer|observer|sammler|fotograf|beobachter|coll?ecteur",
 )  # fmt: skip
 """What images can be of, in words; the widest first, as one patient has several lesions and a lesion several slides."""
 
-_PLACES = r"trap|camera|kamera|deployment|site|location|place|plot|station|transect|standort|ort|batch|plate"
+_PLACES = r"trap|camera|kamera|deployment|site|location|place|plot|station|transect|standort|fundort|ort|batch|plate"
 _OF_IDENTITY = _words(
     "id ids uid no nr num number nummer code key name identifier kennung index idx hash instance pseudonym "
     "anon anonymized anonymised s"

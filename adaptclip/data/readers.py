@@ -193,6 +193,7 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
         for file in files:
             table, places = open_table(file, card.source.sheet), ImagePlaces(file)
             passed_over += table.passed_over
+            notes += table.notes
             for line, row in table.rows:
                 check_columns([image, *wanted], list(row), f"{shown(file)}, line {line},")
                 for name, cell in row.items():

@@ -24,15 +24,18 @@ from adaptclip.data.layouts import MADE_UP_FRACTIONS, nested_levels, read_layout
 from adaptclip.data.readers import RawRows
 from adaptclip.data.sources import read_rows
 from adaptclip.data.table_files import (
+    Key,
+    describing_classes,
     encoded_column,
     join_of,
     likely_join,
+    other_sheets,
     own_columns,
     sheet_of,
     sorted_tables,
     too_many,
 )
-from adaptclip.data.table_roles import column_roles, describing_classes, level_lines, propose_columns
+from adaptclip.data.table_roles import column_roles, level_lines, propose_columns
 from adaptclip.data.tables import TABLE_SUFFIXES, open_table
 from adaptclip.data.transforms import decode_image
 from adaptclip.errors import CardError, DataError, shown
@@ -155,8 +158,8 @@ def _looked_at(folder: Path, base: Path, given: Given, *, is_table: bool) -> _Fi
         return of_tables(folder.resolve().parent, [folder], base, given)
     tables = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
     nested = given.level or given.classes != "auto"
-    describing = describing_classes(folder, tables) if not nested else {}
-    lists = [table for table in tables if table not in describing]
+    describing = describing_classes(folder, tables) if not nested else []
+    lists = [table for table in tables if table not in [key.path for key in describing]]
     if lists and not nested:
         return of_tables(folder, lists, base, given)
     return of_folder(folder, base, given, describing)
@@ -179,14 +182,14 @@ def _quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def of_folder(folder: Path, base: Path, given: Given, describing: Mapping[Path, str]) -> _Findings:
+def of_folder(folder: Path, base: Path, given: Given, describing: Sequence[Key]) -> _Findings:
     """Looks at class folders.
 
     Args:
         folder: of the class folders.
         base: folder of the card.
         given: what the flags say.
-        describing: tables beside the folders -> their column of class names.
+        describing: how tables beside the folders are joined to the classes.
     """
     listing = list_images(folder)
     if not listing.images:
@@ -202,9 +205,9 @@ def of_folder(folder: Path, base: Path, given: Given, describing: Mapping[Path, 
     layout = read_layout(folder, Splits(fractions=dict(MADE_UP_FRACTIONS)) if asked else None, names, len(levels))  # pyright: ignore[reportArgumentType]
     splits, source = layout.rule, {"kind": "image_folder", "path": str(layout.folder.resolve())}
     source |= {"levels": list(levels)} if levels else {}
-    joins = [_join(path, ("label", name), base) for path, name in describing.items()]
-    joins += _joins({"label": [name for _, name, _ in layout.classes]}, given, base)
-    source |= {"join": joins} if joins else {}
+    classes = {"label": [name for _, name, _ in layout.classes]}
+    joins = [*describing, *(join_of(text, classes) for text in given.join)]
+    source |= {"join": _in_card(joins, base)} if joins else {}
     block = {"source": source, "splits": splits.model_dump(exclude_none=True), "class_names": names}
     rows = read_rows(_provisional(block), base)
     labels = list(rows.values["label"])
@@ -216,7 +219,7 @@ def of_folder(folder: Path, base: Path, given: Given, describing: Mapping[Path, 
     if joins:
         proposed = propose_columns({"image": "image", "label": "label"}, labels, rows.unused, None, given)
         columns = [*proposed.columns[:2], *level_lines(rows.unused, labels, proposed.columns[2:])]
-        notes = [*map(_joined_words, joins), *proposed.notes, *notes]
+        notes = [*(key.words() for key in joins), *proposed.notes, *notes]
     if levels:
         notes.insert(0, f"the folders above the classes are levels: {', '.join(levels)}")
     parts = [f"{part}: {_quoted(name)}" for part, name in splits.names.items()]
@@ -232,33 +235,18 @@ def of_folder(folder: Path, base: Path, given: Given, describing: Mapping[Path, 
     )
 
 
-def _join(path: Path, key: tuple[str, str], base: Path) -> dict[str, Any]:
-    own, other = key
-    return {"file": _relative(path, base), "by": own if own == other else {own: other}}
-
-
-def _joins(own: Mapping[str, Sequence[Any]], given: Given, base: Path) -> list[dict[str, Any]]:
-    """What --join asks for."""
-    return [_join(*join_of(text, own), base) for text in given.join]
-
-
 def _found_joins(
-    folder: Path, tables: Sequence[Path], others: Sequence[Path], own: Mapping[str, Sequence[Any]], base: Path
-) -> list[dict[str, Any]]:
-    """Tables that lie beside the one of the images, each with the key by which it is joined."""
-    found = []
-    for path in others:
-        key = likely_join(path, own)
-        if key is None:
-            raise too_many(folder, tables)
-        found.append(_join(path, key, base))
-    return found
+    folder: Path, tables: Sequence[Path], others: Sequence[Path], own: Mapping[str, Sequence[Any]]
+) -> list[Key]:
+    """How the tables that lie beside the one of the images are joined to it."""
+    found = [likely_join(path, own) for path in others]
+    if None in found:
+        raise too_many(folder, tables)
+    return [key for key in found if key is not None]
 
 
-def _joined_words(join: Mapping[str, Any]) -> str:
-    own, other = (join["by"],) * 2 if isinstance(join["by"], str) else next(iter(join["by"].items()))
-    by = f"{own!r}" if own == other else f"{own!r} = its {other!r}"
-    return f"{shown(Path(join['file']).name)} is joined to the images by {by}"
+def _in_card(keys: Sequence[Key], base: Path) -> list[dict[str, Any]]:
+    return [key.in_card(_relative(key.path, base)) for key in keys]
 
 
 def _more_lines(source: Mapping[str, Any]) -> list[str]:
@@ -324,13 +312,14 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
     sheet = sheet_of(first, given.sheet)
     encoded = encoded_column(first, normalise_text(given.image_column))
     own = own_columns(first, sheet)
-    joins = _joins(own, given, base) + _found_joins(folder, tables, others, own, base)
-    added = [name for join in joins for name in open_table(base / join["file"]).columns]
+    beside, unused = other_sheets(first, sheet, own)
+    joins = [*(join_of(text, own) for text in given.join), *_found_joins(folder, tables, others, own), *beside]
+    added = [name for key in joins for name in open_table(key.path, key.sheet).columns]
     roles = column_roles(first, replace(given, sheet=sheet), added, encoded)
     files = {part: _pattern(paths, base) for part, paths in named.items()} or _pattern(listing, base)
     source: dict[str, Any] = {"kind": "manifest" if encoded is None else "parquet", "files": files}
     source |= {"sheet": sheet} if sheet else {}
-    source |= {"join": joins} if joins else {}
+    source |= {"join": _in_card(joins, base)} if joins else {}
     columns = {"image": roles["image"], "label": roles["label"]}
     rows = read_rows(_provisional({"source": source, "columns": columns}), base)
     labels = understood_labels(roles["label"], rows.values[roles["label"]], rows.class_names, rows.store.where)
@@ -339,10 +328,15 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
     roles, notes, splits = _division(roles, cells)
     of_rows = rows.splits if named else _part_names(splits, cells)
     proposed = propose_columns(roles, labels.values, cells, of_rows, given)
+    taxonomy = any(key.own == roles["label"] for key in joins)
+    lines = proposed.columns
+    if taxonomy:
+        at = next((i for i, line in enumerate(lines) if line.startswith("#") or line.startswith("groups:")), len(lines))
+        lines = [*lines[:at], *level_lines(rows.unused, labels.values, lines[at:])]
     return _Findings(
         source=[f"kind: {source['kind']}", f"files: {_quoted(files)}", *_more_lines(source)],
         splits=[f"{part}: {part}" for part in named] or _table_splits(splits, of_rows),
-        columns=proposed.columns,
+        columns=lines,
         bins=proposed.bins,
         labels=labels,
         notes=[
@@ -351,7 +345,8 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
             *merged_labels(rows.values[roles["label"]], rows.store.where),
             *labels.notes,
             *([] if named else notes),
-            *map(_joined_words, joins),
+            *(key.words() for key in joins),
+            *unused,
             *proposed.notes,
             _division_words(of_rows),
             *_opened(rows),

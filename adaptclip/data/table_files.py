@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from adaptclip.data.asking import Question, Unclear
 from adaptclip.data.card_block import PARTS, normalise_text
 from adaptclip.data.columns import as_text, is_missing
+from adaptclip.data.layouts import class_folder_names
 from adaptclip.data.table_roles import SAMPLE, lists_images
 from adaptclip.data.tables import TABLE_SUFFIXES, is_encoded, open_table
 from adaptclip.errors import CardError, DataError, shown
@@ -130,15 +132,59 @@ def own_columns(path: Path, sheet: str | None) -> dict[str, list[Any]]:
     return columns
 
 
-def join_of(text: str, own: Mapping[str, Sequence[Any]]) -> tuple[Path, tuple[str, str]]:
+@dataclass(frozen=True)
+class Key:
+    """How a table is joined to the images.
+
+    Attributes:
+        path: the table.
+        own: column of the images' table.
+        other: column of this table.
+        sheet: of an Excel file that has several.
+        likely: how likely it is that this is meant: whether the columns have one name, and which share of the images'
+            values is found.
+    """
+
+    path: Path
+    own: str
+    other: str
+    sheet: str | None = None
+    likely: tuple[bool, float] = (True, 1.0)
+
+    def in_card(self, file: str) -> dict[str, Any]:
+        """What the card's `join` says of it, with the file as the card calls it."""
+        by = self.own if self.own == self.other else {self.own: self.other}
+        return {"file": file, "by": by, **({"sheet": self.sheet} if self.sheet else {})}
+
+    def words(self) -> str:
+        """A sentence about it."""
+        by = repr(self.own) if self.own == self.other else f"{self.own!r} = its {self.other!r}"
+        sheet = f"the sheet {shown(self.sheet)!r} of " if self.sheet else ""
+        return f"{sheet}{shown(self.path.name)} is joined to the images by {by}"
+
+
+def describing_classes(folder: Path, tables: Sequence[Path]) -> list[Key]:
+    """Returns how tables are joined to class folders that describe the classes and list no images."""
+    folders = {normalise_text(name) for name in class_folder_names(folder)}
+    found: list[Key] = []
+    for path in tables:
+        if encoded_columns(path) or image_sheets(path):
+            continue
+        for sheet in _sheets(path):
+            for name, cells in own_columns(path, sheet).items():
+                named = {as_text(cell) for cell in cells if not is_missing(cell)}
+                if len(folders) > 1 and len(named & folders) >= len(folders) / 2:
+                    found.append(Key(path, "label", name, sheet))
+                    break
+    return found
+
+
+def join_of(text: str, own: Mapping[str, Sequence[Any]]) -> Key:
     """Reads a value of --join: FILE, FILE:COLUMN or FILE:COLUMN=ITS_COLUMN; without a column the key is found.
 
     Args:
         text: the value.
         own: column -> cells of the table that lists the images.
-
-    Returns:
-        The table, and the two columns of the key.
 
     Raises:
         CardError: there is no such table.
@@ -152,39 +198,59 @@ def join_of(text: str, own: Mapping[str, Sequence[Any]]) -> tuple[Path, tuple[st
         raise CardError(f"there is no table {shown(path)} to join; write --join FILE:COLUMN, or FILE:COLUMN=ITS_COLUMN")
     if by:
         first, _, second = by.partition("=")
-        return path, (normalise_text(first), normalise_text(second or first))
-    keys = keys_of(path, own)
-    best = [key for share, key in keys if share == keys[0][0]]
+        key = Key(path, normalise_text(first), normalise_text(second or first))
+        sheets = [sheet for sheet in _sheets(path) if key.other in open_table(path, sheet).columns]
+        return replace(key, sheet=sheets[0] if len(sheets) == 1 else None)
+    best = _best(keys_of(path, _sheets(path), own))
     if len(best) == 1:
-        return path, best[0]
-    names = best or [("COLUMN", "ITS_COLUMN")]
+        return best[0]
+    names = [(key.own, key.other) for key in best] or [("COLUMN", "ITS_COLUMN")]
     what = f"{len(best)} pairs of columns fit" if best else "no column of both tables has the same values"
     options = tuple(f"{file}:{a}" if a == b else f"{file}:{a}={b}" for a, b in names)
     words = f"nothing says by which column {shown(path)} is joined: {what}"
     raise Unclear([Question(words, {"--join": options}, ("--join", options[0]))])
 
 
-def keys_of(path: Path, own: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[bool, float], tuple[str, str]]]:
-    """Returns what could join a table, the likeliest first: (same name, share of values that are found), key.
+def keys_of(path: Path, sheets: Sequence[str | None], own: Mapping[str, Sequence[Any]]) -> list[Key]:
+    """Returns what could join a table, the likeliest first.
 
     The values of such a column of the table are all different, and half of the images' own values or more are among
     them.
     """
     values = {name: {as_text(cell) for cell in cells if not is_missing(cell)} for name, cells in own.items()}
-    found = []
-    for name, cells in own_columns(path, None).items():
-        known = [as_text(cell) for cell in cells if not is_missing(cell)]
-        if len(known) < 2 or len(set(known)) < len(known):
-            continue
-        for other, there in values.items():
-            share = len(there & set(known)) / max(1, len(there))
-            if len(there) > 1 and share >= 0.5:
-                found.append(((plain(name) == plain(other), share), (other, name)))
-    return sorted(found, key=lambda one: one[0], reverse=True)
+    found: list[Key] = []
+    for sheet in sheets:
+        for name, cells in own_columns(path, sheet).items():
+            known = [as_text(cell) for cell in cells if not is_missing(cell)]
+            if len(known) < 2 or len(set(known)) < len(known):
+                continue
+            for other, there in values.items():
+                share = len(there & set(known)) / max(1, len(there))
+                if len(there) > 1 and share >= 0.5:
+                    found.append(Key(path, other, name, sheet, (plain(name) == plain(other), share)))
+    return sorted(found, key=lambda key: key.likely, reverse=True)
 
 
-def likely_join(path: Path, own: Mapping[str, Sequence[Any]]) -> tuple[str, str] | None:
-    """Returns the columns by which a table that lies beside the images is joined; None where that is not clear."""
-    keys = keys_of(path, own)
-    best = [key for share, key in keys if share == keys[0][0]]
+def _best(keys: Sequence[Key]) -> list[Key]:
+    return [key for key in keys if key.likely == keys[0].likely]
+
+
+def likely_join(path: Path, own: Mapping[str, Sequence[Any]]) -> Key | None:
+    """Returns how a table that lies beside the images is joined; None where that is not clear."""
+    best = _best(keys_of(path, _sheets(path), own))
     return best[0] if len(best) == 1 else None
+
+
+def other_sheets(path: Path, sheet: str | None, own: Mapping[str, Sequence[Any]]) -> tuple[list[Key], list[str]]:
+    """Returns how the other sheets of the Excel file are joined, and sentences about those that are not used."""
+    joined: list[Key] = []
+    unused: list[str] = []
+    for name in _sheets(path) if sheet is not None else ():
+        if name == sheet or name is None:
+            continue
+        best = _best(keys_of(path, [name], own))
+        if len(best) == 1:
+            joined.append(best[0])
+        else:
+            unused.append(f"the sheet {shown(name)!r} of {shown(path.name)} is not used")
+    return joined, unused

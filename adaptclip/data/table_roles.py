@@ -24,9 +24,8 @@ from adaptclip.data.columns import (
 from adaptclip.data.drafted_gates import Units
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.image_places import ImagePlaces
-from adaptclip.data.layouts import class_folder_names
 from adaptclip.data.tables import open_table
-from adaptclip.errors import CardError, DataError, did_you_mean, shown
+from adaptclip.errors import CardError, DataError, agree, did_you_mean, shown
 from adaptclip.words import FEW_VALUES, identity_rank, is_measure, is_place, plain, role_of, words_of
 
 SAMPLE = 2_000
@@ -148,21 +147,30 @@ def _likely_label(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _image_column(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The column whose cells are names of images, by their endings or because the files are there."""
+    """The column whose cells are names of images, by their endings or because the files are there.
+
+    Raises:
+        DataError: the files of a column of ids are there but for the zeros before their numbers.
+    """
     places = ImagePlaces(path)
     for name in columns:
-        cells = [row.get(name) for row in rows]
-        cells = [cell for cell in cells if not is_missing(cell)]
-        if not cells:
-            continue
-        if all(isinstance(cell, str) and Path(cell.strip()).suffix.lower() in IMAGE_SUFFIXES for cell in cells):
+        cells = [cell for row in rows if not is_missing(cell := row.get(name))]
+        if cells and all(
+            isinstance(cell, str) and Path(cell.strip()).suffix.lower() in IMAGE_SUFFIXES for cell in cells
+        ):
             return name
-        if role_of(name) == "id":  # as in the tables of ISIC, where an id names a file
-            try:
-                if places.path(cells[0], column=name, line=2).is_file():
-                    return name
-            except DataError:
-                continue
+    # As in the tables of ISIC, where an id names a file; columns that are called so come first.
+    for name in sorted(columns, key=lambda name: role_of(name) != "id"):
+        cells = [cell for row in rows if not is_missing(cell := row.get(name))]
+        different = list(dict.fromkeys(map(str, cells)))
+        if len(different) < 2 or 2 * len(different) < len(cells) or role_of(name) in ("label", "split"):
+            continue
+        try:
+            if all(places.path(cell, column=name, line=2).is_file() for cell in different[:3]):
+                return name
+        except DataError as error:
+            if role_of(name) == "id" and "zeros" in str(error):
+                raise
     return None
 
 
@@ -185,23 +193,6 @@ def _refuse_columns_of_classes(path: Path, columns: Sequence[str], rows: Sequenc
         f"{shown(path)} has a column for each finding ({listed}), and its rows have {min(marked)} to {max(marked)} of "
         f"them{uncertain}: an image has several labels. {ONE_LABEL}"
     )
-
-
-def describing_classes(folder: Path, tables: Sequence[Path]) -> dict[Path, str]:
-    """Returns tables that describe the classes of class folders and list no images -> their column of class names."""
-    folders = {normalise_text(name) for name in class_folder_names(folder)}
-    found: dict[Path, str] = {}
-    for path in tables:
-        table = open_table(path)
-        rows = [row for _, row in islice(table.rows, SAMPLE)]
-        if lists_images(path, table.columns, rows):
-            continue
-        for name in table.columns:
-            named = {as_text(row[name]) for row in rows if not is_missing(row.get(name))}
-            if len(folders) > 1 and len(named & folders) >= len(folders) / 2:
-                found[path] = name
-                break
-    return found
 
 
 def lists_images(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -254,11 +245,11 @@ def propose_columns(
         counts = Counter("unknown" if is_missing(cell) else as_text(cell) for cell in cells)
         edges = _edges(cells)
         if name in asked:
-            info = _group_info(name, counts, edges)
+            safe = _filled(edges, cells, units, parts) if edges else []
+            info = _group_info(name, counts, safe)
             found[name] = {} if edges else dict(counts.most_common())
             active.append(f"  {_quoted(name)}: {_quoted(name)}  # {info}")
             if edges:
-                safe = _filled(edges, cells, units, parts)
                 active_bins.append(f"  {_quoted(name)}: {{bins: [{', '.join(map(_number, safe))}]}}")
             notes.append(f"results are reported by {name!r}: {info}")
         elif edges:
@@ -269,14 +260,17 @@ def propose_columns(
             found[name] = dict(counts.most_common())
             info = ", ".join(f"{shown(value)}: {count}" for value, count in counts.most_common(FEW_VALUES))
             groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {info}")
-        if 1 < len(counts) < len(classes) and is_function_of_class(cells, labels):
-            levels.append(f"#   {_quoted(name)}: {_quoted(name)}  # {len(counts)} names, each class has one")
+        whole = not any(map(is_missing, cells))
+        if whole and 1 < len(counts) < len(classes) and is_function_of_class(cells, labels):
+            line = f"#   {_quoted(name)}: {_quoted(name)}  # {len(counts)} names, each class has one"
+            levels.append((len(counts), line))
     lines += ["groups:", *active] if active else []
     if groups:
         lines += ["# Uncomment what shall be reported group by group:", *([] if active else ["# groups:"])]
         lines += groups
     if levels:
-        lines += ["# Uncomment what is a level of a taxonomy, coarse to fine:", "# levels:", *levels]
+        lines += ["# Uncomment what is a level of a taxonomy, coarse to fine:", "# levels:"]
+        lines += [line for _, line in sorted(levels, key=lambda one: one[0])]
     head = ["# Numbers become groups by rising lower edges; uncomment together with the group above:"]
     below = ["groups:", *active_bins] if active_bins else []
     below += [*head, *([] if active_bins else ["# groups:"]), *bins] if bins else []
@@ -300,7 +294,8 @@ def _cluster_line(
 
 def _group_info(name: str, counts: Mapping[str, int], edges: Sequence[float]) -> str:
     if edges:
-        return "numbers, in the bins that stand under `groups:` below"
+        few = ", as there are too few patients or images for more" if len(edges) == 1 else ""
+        return f"numbers, in {len(edges)} {agree(len(edges), 'bin', 'bins')} that stand under `groups:` below{few}"
     if len(counts) > _MOST_VALUES:
         example = shown(next(iter(counts)))
         raise CardError(

@@ -30,11 +30,13 @@ class Table:
         columns: names in Unicode form NFC without outer blanks, all different; of JSONL those of its first row.
         rows: of every line that is not blank. CSV cells stay text, so that "007" stays "007".
         passed_over: sentences about columns that cannot be used.
+        notes: sentences about how the table is read.
     """
 
     columns: tuple[str, ...]
     rows: Iterator[Row]
     passed_over: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_table(path: Path, sheet: str | None = None) -> Table:
@@ -62,7 +64,7 @@ def open_table(path: Path, sheet: str | None = None) -> Table:
     rows = _worded(path, lambda: _KINDS[suffix](path, sheet))
     head = next(rows)
     assert isinstance(head, Table)
-    return Table(head.columns, rows, head.passed_over)  # pyright: ignore[reportArgumentType]
+    return Table(head.columns, rows, head.passed_over, head.notes)  # pyright: ignore[reportArgumentType]
 
 
 def _worded(path: Path, read: Callable[[], Iterator[Any]]) -> Iterator[Any]:
@@ -97,7 +99,7 @@ def _of_cells(path: Path, lines: Iterator[tuple[int, Sequence[Any]]], notes: Seq
     columns = _unique(names, str(path))
     unnamed = [str(i + 1) for i, name in enumerate(names) if not name]
     has_no_name = f"column {', '.join(unnamed)} of {shown(path.name)} has no name and is not used"
-    yield Table(columns, iter(()), (*notes, *([has_no_name] if unnamed else [])))
+    yield Table(columns, iter(()), (has_no_name,) if unnamed else (), tuple(notes))
     for line, given in lines:
         cells = list(given)
         if not any(cell is not None and cell.strip() for cell in cells):

@@ -79,7 +79,7 @@ def test_flags_name_the_columns(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "2 classes with their images: crack 8, intact 8" in out
     assert "the column 'wer' says who or what images are of: 8 of them" in out
-    assert "results are reported by 'alter': numbers, in the bins" in out
+    assert "results are reported by 'alter': numbers, in 1 bin that" in out
     assert "a split is drawn: train 60%, validation 10%, test 30%" in out
     assert "3 images were opened and can be read" in out
     card = load_card(tmp_path / "card.md")

@@ -55,7 +55,7 @@ def book(path: Path, rows: Sequence[Sequence[Any]] = ROWS, change: Callable[[Any
 def read(path: Path, sheet: str | None = None) -> tuple[list[list[Any]], tuple[str, ...]]:
     """The cells of a table by row, and what was said of it."""
     table = open_table(path, sheet)
-    return [list(row.values()) for _, row in table.rows], table.passed_over
+    return [list(row.values()) for _, row in table.rows], table.notes
 
 
 def test_cells_are_text_as_the_spreadsheet_shows_it(tmp_path):
