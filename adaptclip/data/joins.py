@@ -41,7 +41,9 @@ def join_tables(raw: RawRows, joins: Sequence[Join], wanted: Sequence[str], root
     """
     for join in joins:
         raw = _joined(raw, join, wanted, root)
-    return raw
+    both = {name: raw.unused[name] for name in wanted if name not in raw.values and name in raw.unused}
+    unused = {name: cells for name, cells in raw.unused.items() if name not in both}
+    return replace(raw, values={**raw.values, **both}, unused=unused)
 
 
 def _open(join: Join, root: Path) -> Any:

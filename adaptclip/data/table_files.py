@@ -245,11 +245,12 @@ def other_sheets(path: Path, sheet: str | None, own: Mapping[str, Sequence[Any]]
     """Returns how the other sheets of the Excel file are joined, and sentences about those that are not used."""
     joined: list[Key] = []
     unused: list[str] = []
+    listing = image_sheets(path) if sheet is not None else []
     for name in _sheets(path) if sheet is not None else ():
         if name == sheet or name is None:
             continue
         best = _best(keys_of(path, [name], own))
-        if len(best) == 1:
+        if len(best) == 1 and name not in listing:
             joined.append(best[0])
         else:
             unused.append(f"the sheet {shown(name)!r} of {shown(path.name)} is not used")

@@ -113,6 +113,7 @@ def test_a_column_that_may_be_patients_is_asked_about(tmp_path, capsys):
 def test_a_person_at_a_terminal_is_asked(tmp_path):
     source = table(tmp_path, "wo,was,farbe", "{i}.xyz,{c},{n}")
     images(tmp_path, 16, "{i}.xyz")
+    (tmp_path / "0.xyz").unlink()  # so that nothing tells that "wo" names images
     asked: list[tuple[str, Sequence[str]]] = []
 
     def ask(question: str, answers: Sequence[str]) -> str | None:
@@ -227,6 +228,7 @@ def test_of_several_sheets_the_one_that_lists_images_is_taken(tmp_path):
     assert 'sheet: "Images"' in text
     assert "kite 8, rook 8" in said
     assert open_data(load_card(tmp_path / "card.md")).class_names == ("kite", "rook")
+    assert "the sheet 'Notes' of t.xlsx is not used" in said
     both = sheets(tmp_path / "both.xlsx", Old=ROWS, New=ROWS)
     with pytest.raises(
         AdaptclipError, match=r"has 2 sheets \(Old, New\), and 2 of them list images .--sheet.* --sheet Old$"
@@ -398,3 +400,55 @@ def test_what_is_written_is_accepted_and_counts_as_the_csv_module_does(tmp_path,
     assert [rows.store.read(i) for i in range(len(rows))] == PICTURES[: len(rows)]
     if seed % 2:
         assert set(data.test.groups[number]) - {"unknown"} == set(card.groups[number].names)
+
+
+# As they came to the door
+
+
+def test_a_clinic_with_semicolons_decimal_commas_and_numbers_of_images(tmp_path, capsys):
+    rows = ["\ufeffBildnummer;Befund;Patient ID;Alter;Geschlecht;Aufnahmedatum;Bemerkung"]
+    for i in range(90):
+        put(tmp_path, f"klinik/Bilder/{2023 + i % 2}/{i:04d}.png", PICTURES[i])
+        age, sex = f"{30 + i // 3},{i % 10}" if i % 11 else "", "mw"[i // 3 % 2]
+        note = '"siehe Brief; dringend"' if i % 4 else ""
+        rows.append(
+            f"{i:04d};{('unauffällig', 'Katarakt')[i % 2]};P{i // 3:03d};{age};{sex};{1 + i % 28}.1.2024;{note}"
+        )
+    put(tmp_path, "klinik/Befunde.csv", ("\r\n".join(rows) + "\r\n").encode())
+    command = [
+        "card",
+        "new",
+        str(tmp_path / "klinik/Befunde.csv"),
+        "--out",
+        str(tmp_path / "card.md"),
+        "--group",
+        "Alter",
+    ]
+    assert run(command) == 1
+    assert "'Aufnahmedatum' beside 'Patient ID' has 28 values that several images share" in capsys.readouterr().err
+    assert run([*command, "--shared", "Aufnahmedatum"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "90 names of Befunde.csv are written otherwise than the files, and a single image fits each: '0000' is" in out
+    )
+    assert "the column 'Patient ID' says who or what images are of: 30 of them, none in two parts" in out
+    assert run(["card", "check", str(tmp_path / "card.md")]) == 0
+    assert "Katarakt 45, unauffällig 45" in capsys.readouterr().out
+
+
+def test_a_museum_with_nested_folders_and_a_workbook(tmp_path, capsys):
+    species = {"Vanessa atalanta": "Nymphalidae", "Aglais io": "Nymphalidae", "Pieris rapae": "Pieridae"}
+    rows: list[list[Any]] = [["Sammlung, Stand 2024"], [], ["Katalog", "Datei", "Art", "Sammler", "Ort"]]
+    for i in range(48):
+        name = list(species)[i % 3]
+        put(tmp_path, f"museum/Fotos/Lepidoptera/{species[name]}/{name}/n{i}.jpg", PICTURES[i])
+        rows.append([i, f"n{i}", name, ["Müller", "Rossi", "Tanaka", "Smith"][i // 3 % 4], "Ulm"])
+    taxa = [["Art", "Familie"], *map(list, species.items())]
+    sheets(tmp_path / "museum/Sammlung.xlsx", Sammlung=rows, Taxonomie=taxa, Notizen=[["nur", "Text"], ["x", "y"]])
+    assert run(["card", "new", str(tmp_path / "museum"), "--out", str(tmp_path / "card.md")]) == 0
+    out = capsys.readouterr().out
+    assert "the sheet 'Taxonomie' of Sammlung.xlsx is joined to the images by 'Art'" in out
+    assert "the rows above row 3 of Sammlung.xlsx are not used: the header is there" in out
+    assert "the column 'Sammler' says who or what images are of: 4 of them" in out
+    assert run(["card", "check", str(tmp_path / "card.md")]) == 0
+    assert load_card(tmp_path / "card.md").columns.levels == {"Familie": "Familie"}

@@ -322,6 +322,12 @@ def test_a_join_in_doubt_is_refused(tmp_path, kind):
         open_data(study(tmp_path, join=join, columns=columns, patients=patients), data_root=tmp_path)
 
 
+def test_a_column_of_both_tables_that_agree_is_one(tmp_path):
+    patients = "id,label\n" + "".join(f"P{i},\n" for i in range(8))
+    card = study(tmp_path, join="[{file: patients.csv, by: {patient: id}}]", patients=patients)
+    assert open_data(card, data_root=tmp_path).class_names == ("a", "b")
+
+
 def test_a_taxonomy_is_joined_to_class_folders(tmp_path):
     for name in ("red kite", "black kite", "rook"):
         for i in range(4):
