@@ -73,7 +73,7 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
         _require_images(rule, data)
     try:
         for outcome in data.card.outcomes:  # classes may have been taken away since the card was checked (base and new)
-            outcome.check(data.class_names, data.test.levels)
+            outcome.check(data.class_names, data.test.levels, several=getattr(data.test, "several", False))
     except DataError as error:
         raise DataError(f"card {data.card.name}: {error}") from error
     return rules
@@ -196,6 +196,9 @@ def finish_run(
         declared = {"outcomes": card.outcomes, "intersections": card.intersections, "expected": card.expect}
         # By digest and without its place: a run that is done again elsewhere writes the same bytes.
         made_by = {"method": method, "backbone": f"{Path(backbone.name).name} ({backbone.digest})"}
+        thresholds, training = _thresholds(objective, validation, data.class_names, training)
+        if predictions.several and thresholds is not None:  # gates and report name classes from the same ones
+            predictions = replace(predictions, thresholds=thresholds.values)
         predictions = with_thresholds(replace(predictions, **declared, made_by=made_by), validation)
         # Judged by the same thresholds: another operating point would compare rules, and not models.
         declared["outcomes"] = predictions.outcomes
@@ -203,7 +206,6 @@ def finish_run(
         references = load_references(rules, _places(gates, data))
         verdicts = check_gates(predictions, zero_shot, rules, references=references)
         judgement = note_judgement(out, f"recipe {method}", predictions, rules)
-        thresholds, training = _thresholds(objective, validation, data.class_names, training)
         # How the shots for validation were used belongs to the result: no recipe chooses anything on test.
         used_for = dict(training or {}).get("validation_used_for", "nothing")
         report = full_report(

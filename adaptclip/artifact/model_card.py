@@ -12,7 +12,8 @@ from adaptclip.data.card_block import HubSource
 from adaptclip.errors import agree
 from adaptclip.gates import Verdict, overall_verdict
 from adaptclip.metrics.rates import MACRO_F1
-from adaptclip.reports.bias import info
+from adaptclip.reports.bias import info, sentence
+from adaptclip.reports.findings_page import finding_worries
 from adaptclip.reports.headline import NO_GATES, judged_words, verdict_of
 from adaptclip.reports.render import escape_markdown, to_markdown
 
@@ -55,9 +56,9 @@ def model_card(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any
         f"# {_title(manifest, card)}",
         _lead(manifest, card),
         "## Intended use",
-        _intended(manifest, card),
+        _intended(manifest, card, report),
         "## Out of scope",
-        _out_of_scope(manifest, card),
+        _out_of_scope(manifest, card, report),
         "## How to load it",
         '```python\nimport adaptclip\n\nmodel = adaptclip.load("path/to/this/folder")\n'
         'print(model.predict(["image.jpg"]))\n```',
@@ -127,19 +128,23 @@ def _lead(manifest: Mapping[str, Any], card: Card) -> str:
     )
 
 
-def _intended(manifest: Mapping[str, Any], card: Card) -> str:
+def _intended(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]) -> str:
     names = [escape_markdown(name) for name in manifest["class_names"]]
     shown = ", ".join(names[:_MANY_CLASSES]) + (f", and {len(names) - _MANY_CLASSES} more" * (len(names) > 60))
+    aim = f"Telling apart these {len(names)} classes"
+    if report.get("findings"):
+        aim = f"Saying which of these {len(names)} classes an image shows, which may be several or none,"
     return (
-        f"Telling apart these {len(names)} classes on images like those of `{card.name}`: {shown}.\n\n"
+        f"{aim} on images like those of `{card.name}`: {shown}.\n\n"
         "Assess it on images of the place where it is to be used before relying on it; `adaptclip report` and "
         "`adaptclip gate` do that from a file of predictions."
     )
 
 
-def _out_of_scope(manifest: Mapping[str, Any], card: Card) -> str:
+def _out_of_scope(manifest: Mapping[str, Any], card: Card, report: Mapping[str, Any]) -> str:
     own = _section(card.prose, "uses to avoid")
-    several = "may name several of them for an image, or none" if manifest.get("objective") else ""
+    by_itself = bool(manifest.get("objective") or report.get("findings"))
+    several = "may name several of them for an image, or none" if by_itself else ""
     general = (
         f"- It knows only its own classes and {several or 'gives each image one of them, whatever the image shows'}.\n"
         "- Images of other devices, places or people than those it was assessed on.\n"
@@ -201,10 +206,12 @@ def _limits(card: Card, report: Mapping[str, Any]) -> str:
     issues = issues or ["- The data card names no known issues, which does not mean that there are none."]
     few = [row["class"] for row in report["per_class"] if not row["sufficient"]]
     if few:
+        which = " that are known to show it, or known not to" if report.get("findings") else ""
         issues.append(
-            f"- {len(few)} {agree(len(few), 'class has', 'classes have')} fewer than 10 test images; "
+            f"- {len(few)} {agree(len(few), 'class has', 'classes have')} fewer than 10 test images{which}; "
             f"nothing is known about {agree(len(few), 'it', 'them')}."
         )
+    issues += [f"- {escape_markdown(sentence(worry))}" for worry in finding_worries(report)]
     shift = report.get("shift") or {}
     if shift.get("worse"):
         names = ", ".join(escape_markdown(name) for name in shift["worse"])

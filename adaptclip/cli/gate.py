@@ -217,6 +217,7 @@ def compare(
     *,
     group: str,
     metric: str = "accuracy",
+    positive: tuple[str, ...] = (),
     margin: float = 0.02,
     min_n: int = 100,
     out: Path | None = None,
@@ -228,6 +229,7 @@ def compare(
         after: the same with it, on the same images.
         group: the attribute.
         metric: accuracy, or another rate that is better when higher.
+        positive: class or classes that count as positive, for sensitivity, specificity or auc.
         margin: acceptable loss of the worst group; 0.02 is 2 points.
         min_n: fewest images of a group that takes part in the verdict.
         out: where the comparison is written as Markdown, and as JSON beside it.
@@ -240,7 +242,7 @@ def compare(
     for path in written:
         check_file(path, files_read(before, after), judges_runs=True)
     first, second = (load_predictions(path, None).predictions for path in (before, after))
-    result = compare_groups(first, second, group, metric=metric, margin=margin, min_n=min_n)
+    result = compare_groups(first, second, group, metric=metric, positive=positive, margin=margin, min_n=min_n)
     text = levelling_markdown(result)
     for line in text.rstrip("\n").split("\n"):
         say(line)
@@ -257,7 +259,7 @@ def plan(
     expect: float | None = None,
     patients_with: int = 1,
     icc: float = 0.3,
-    prevalence: float | None = None,
+    prevalence: tuple[str, ...] = (),
     groups: tuple[str, ...] = (),
     num_classes: int | None = None,
     changed: float = 0.1,
@@ -271,7 +273,8 @@ def plan(
         expect: true value that is assumed of every metric, in every group.
         patients_with: images of each patient; 1 for independent images.
         icc: correlation of a patient's images, 0 to 1.
-        prevalence: share of positive images, for gates on sensitivity and the like.
+        prevalence: share of positive images, for gates on sensitivity and the like; of several findings each its own:
+            Effusion=0.1 Mass=0.05.
         groups: how many groups an attribute has, such as sex=2.
         num_classes: number of classes, for means over the classes; a card with class_names says it itself.
         changed: for gates against a reference, share of the images whose answer changes.
@@ -291,15 +294,17 @@ def plan(
         rules, named = list(card.gates), len(card.class_names or ()) or None
     if not rules:
         raise GateError(f"{gates} declares no gates, so there is nothing to plan")
+    overall, each = _prevalences(prevalence)
     assumed = Assumed(
         expect,
         patients_with,
         icc,
-        prevalence,
+        overall,
         dict(map(_group, groups)),
         named if num_classes is None else num_classes,
         changed,
         power,
+        each,
     )
     for one in planned(rules, assumed):
         if format == "json":
@@ -316,6 +321,22 @@ def plan(
             say(f"  {one.in_group:,} in each of {one.groups} groups{counted}" if one.groups > 1 else f"  {counted[2:]}")
         say(f"  {one.words}")
     return 0
+
+
+def _prevalences(given: Sequence[str]) -> tuple[float | None, dict[str, float]]:
+    """The share of positive images of every gate, and those of single findings (FINDING=0.1)."""
+    overall, each = None, {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise GateError(f"a prevalence is a number, or FINDING=NUMBER such as Effusion=0.1; got {text!r}") from None
+        if not name:
+            overall = value
+        else:
+            each[name] = value
+    return overall, each
 
 
 def _group(text: str) -> tuple[str, int]:

@@ -64,6 +64,7 @@ def report(
     # The new classes were predicted by zero-shot too, which another baseline is not.
     names = () if baseline else ("new_classes_predictions.parquet", "new_classes_zero_shot_predictions.parquet")
     new = [of_run(predictions, name) for name in names]
+    chosen = (known.get("findings") or known.get("multi_label") or {}).get("thresholds")
     result = full_report(
         given.predictions,
         given.baseline,
@@ -72,7 +73,7 @@ def report(
         validation_used_for=(known.get("split") or {}).get("validation_used_for", "nothing"),
         source=Predictions.load(source, classes=classes or None) if source else None,
         hard_pairs=[tuple(pair["pair"]) for pair in (known.get("fine_grained") or {}).get("hard_pairs", ())],
-        thresholds=Thresholds.from_dict(known["multi_label"]["thresholds"]) if known.get("multi_label") else None,
+        thresholds=Thresholds.from_dict(chosen) if chosen else None,
     )
     result |= {key: known[key] for key in ("method", "data", "split", "training", "names", "learning") if key in known}
     if validation is None and known.get("slices"):

@@ -16,6 +16,9 @@ UNKNOWN = "unknown"
 MANY_CLASSES = 20
 """From so many classes on a tenth of them is two or more."""
 
+_MOST_FINDINGS = 10
+"""So many of the classes of which an image may show several get gates of their own."""
+
 _MOST_GROUPS = 6
 """Attributes that gates are drafted for; more are left to the reader."""
 
@@ -49,24 +52,28 @@ def drafted_outcome(classes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def drafted_gates(classes: Mapping[str, int], units: Units) -> list[str]:
+def drafted_gates(classes: Mapping[str, int], units: Units, *, several: bool = False) -> list[str]:
     """Lines of YAML below `gates:`; limits that only the author can know are commented out.
 
     Args:
         classes: class name -> images.
         units: what else is known of the images.
+        several: whether an image may show several classes, or none; `classes` counts those that show each.
     """
     lines = ["# How to choose them: docs/choosing_gates.md of adaptclip."]
-    lines += _of_two(_rarer(classes)) if len(classes) == 2 else _of_many(classes)
+    two_sides = len(classes) == 2 and not several
+    lines += _of_findings(classes) if several else _of_two(_rarer(classes)) if two_sides else _of_many(classes)
     if units.cluster is not None:
         name, number = units.cluster
         lines += [
             f"# What is sampled is {_quoted(name)} ({number:,} of them), not images: every interval counts them.",
             f"# With fewer than {MIN_CLUSTERS} of them among the test images no gate can pass.",
         ]
-    rate = "accuracy" if len(classes) != 2 else f"sensitivity, positive: {_quoted(_rarer(classes))}"
+    positive = max(classes, key=lambda name: (classes[name], name)) if several else _rarer(classes)
+    of_outcome = several or two_sides
+    rate = f"sensitivity, positive: {_quoted(positive)}" if of_outcome else "accuracy"
     for name, counts in list(units.groups.items())[:_MOST_GROUPS]:
-        lines += _of_group(name, counts, rate, MIN_OUTCOMES if len(classes) == 2 else MIN_IMAGES)
+        lines += _of_group(name, counts, rate, MIN_OUTCOMES if of_outcome else MIN_IMAGES)
     if len(units.groups) > _MOST_GROUPS:
         lines.append(f"# The same can be asked of {len(units.groups) - _MOST_GROUPS} more columns above.")
     return lines
@@ -83,6 +90,27 @@ def _of_two(positive: str) -> list[str]:
         f"# - {{metric: sensitivity, {side}, at_least: 0.9}}",
         f"# - {{metric: specificity, {side}, at_least: 0.8}}",
     ]
+
+
+def _of_findings(classes: Mapping[str, int]) -> list[str]:
+    lines = [
+        "# An image may show several classes, or none, so that each class is a question of its own. Sensitivity: the",
+        "# share of the images that show it on which it is named. Specificity: the share of the others left alone.",
+        "- {metric: labels_macro_auc, no_worse_than: zero_shot, margin: 0.02}",
+        "# Fill in what the use asks for, then uncomment:",
+    ]
+    for name in sorted(classes, key=lambda name: (-classes[name], name))[:_MOST_FINDINGS]:
+        lines.append(f"# - {{metric: sensitivity, positive: {_quoted(name)}, at_least: 0.9}}")
+        lines.append(f"# - {{metric: specificity, positive: {_quoted(name)}, at_least: 0.8}}")
+    if len(classes) > _MOST_FINDINGS:
+        lines.append(f"# The same can be asked of {len(classes) - _MOST_FINDINGS} more classes.")
+    few = [shown(name) for name, count in classes.items() if count < MIN_OUTCOMES]
+    if few:
+        lines.append(
+            f"# A gate on a class needs {MIN_OUTCOMES} test images that show it. All parts together have fewer of: "
+            f"{', '.join(few[:_MOST_FINDINGS])}."
+        )
+    return lines
 
 
 def _of_many(classes: Mapping[str, int]) -> list[str]:

@@ -113,6 +113,11 @@ def _check_rule(rule: GateRule, images: Described) -> None:
                 else "There are no group columns at all; name them in the card (columns: groups) or the file (group:X)."
             )
             raise GateError(f"{where}: there is no group attribute {name!r}. {has}")
+    if getattr(images, "several", False) and rule.positive is None:
+        if not rule.measure.of_labels:
+            raise GateError(f"{where}: {rule.measure.of_one_class}")
+        if rule.level is not None:
+            raise GateError(f"{where}: {NO_LEVELS}")
     num_sides = len(images.class_names)
     if rule.level is not None:
         if rule.level not in images.levels:
@@ -126,11 +131,6 @@ def _check_rule(rule: GateRule, images: Described) -> None:
             raise GateError(f"{where}: {error}") from error
     if num_sides < rule.measure.least_classes:
         raise GateError(f"{where}: {rule.measure.words} says nothing about {num_sides} classes; use accuracy")
-    if getattr(images, "several", False) and rule.positive is None:
-        if not rule.measure.of_labels:
-            raise GateError(f"{where}: {rule.measure.of_one_class}")
-        if rule.level is not None:
-            raise GateError(f"{where}: {NO_LEVELS}")
     if rule.attribute is not None and rule.exclude:
         _check_excluded(rule, group_values(images, rule.attribute)[0], where)
 

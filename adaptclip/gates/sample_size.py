@@ -209,6 +209,7 @@ class Assumed:
         classes: number of equally frequent classes; needed by means over the classes.
         changed: for paired rules, the share of images whose answer changes, half of them for the better.
         power: chance with which a rule shall pass.
+        prevalences: the same as `prevalence` of single outcomes by their name (the class), which goes before it.
     """
 
     expect: float | None = None
@@ -219,6 +220,7 @@ class Assumed:
     classes: int | None = None
     changed: float = 0.1
     power: float = POWER
+    prevalences: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuses what cannot be.
@@ -227,6 +229,7 @@ class Assumed:
             GateError: a number is out of its range.
         """
         inside = {"expect": self.expect, "prevalence": self.prevalence, "changed": self.changed}
+        inside |= {f"prevalence of {name}": share for name, share in self.prevalences.items()}
         for name, value in inside.items():
             if value is not None and not 0 < value < 1:
                 raise GateError(f"{name} must lie between 0 and 1, got {value:g}; 0.9 is 90 %")
@@ -285,6 +288,10 @@ def plan(rules: Sequence[GateRule], assumed: Assumed) -> list[Planned]:
         if name not in used:
             has = did_you_mean(name, used) if used else "No gate has a group."
             raise GateError(f"no gate is about groups of {name!r}. {has}")
+    outcomes = {rule.outcome.name for rule in rules if rule.outcome is not None}
+    for name in assumed.prevalences:
+        if name not in outcomes:
+            raise GateError(f"no gate is about {name!r}. {did_you_mean(name, outcomes)}")
     return [_plan(rule, assumed) for rule in rules]
 
 
@@ -299,6 +306,8 @@ def _plan(rule: GateRule, assumed: Assumed) -> Planned:
     unknown = ""
     if rule.gap_at_most is not None:
         unknown = "The largest gap between groups depends on how they differ; no formula plans it. Simulate it."
+    elif metric.of_labels:
+        unknown = f"How {metric.words} varies depends on which classes come together; plan each class by itself."
     elif not metric.decides or not (metric.over_classes or metric.values is not None):
         unknown = f"How much {metric.words} varies from image to image is not known before there are predictions."
     if unknown:
@@ -323,9 +332,15 @@ def _share(rule: GateRule, assumed: Assumed) -> float:
     """Share of the images that the metric counts."""
     if len(rule.measure.sides) != 1:
         return 1.0
-    if assumed.prevalence is None:
+    prevalence = _prevalence(rule, assumed)
+    if prevalence is None:
         raise GateError(f'gate "{rule.title}" counts {rule.measure.about}images only: say --prevalence')
-    return assumed.prevalence if rule.measure.sides[0] == 1 else 1 - assumed.prevalence
+    return prevalence if rule.measure.sides[0] == 1 else 1 - prevalence
+
+
+def _prevalence(rule: GateRule, assumed: Assumed) -> float | None:
+    name = rule.outcome.name if rule.outcome is not None else ""
+    return assumed.prevalences.get(name, assumed.prevalence)
 
 
 def _claim(rule: GateRule, assumed: Assumed, units: int) -> Claim:
@@ -410,7 +425,7 @@ def _words(rule: GateRule, assumed: Assumed, number: int) -> str:
     else:
         said.append("independent images")
     if len(rule.measure.sides) == 1:
-        said.append(f"a prevalence of {assumed.prevalence:g}")
+        said.append(f"a prevalence of {_prevalence(rule, assumed):g}")
     if rule.measure.over_classes:
         said.append(f"{assumed.classes} equally frequent and equally well recognised classes")
     return f"Assumes {'; '.join(filter(None, said))}."

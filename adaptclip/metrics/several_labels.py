@@ -179,6 +179,7 @@ def _metric(
     better: str = "higher",
     per_cent: bool = True,
     short: str = "",
+    hub: str = "",
     meaning: str = "",
 ) -> Metric:
     def estimate(judged: Judged) -> Estimate:
@@ -201,7 +202,7 @@ def _metric(
     return Metric(
         name, words, short or words, estimate, better=better, of_labels=True, decides=True, undefined=undefined,  # type: ignore[arg-type]
         support=_support if over_classes else lambda judged: (Support(len(judged)),),
-        selects=told if of_images else None, per_cent=per_cent, is_general=True, meaning=meaning,
+        selects=told if of_images else None, per_cent=per_cent, is_general=True, meaning=meaning, hub=hub,
     )  # fmt: skip
 
 
@@ -210,7 +211,7 @@ _RATE_WORDS = dict(zip(RATES, ("sensitivity", "specificity", "precision", "F1"),
 SEVERAL_LABELS = (
     _metric(
         "labels_macro_auc", "AUC, mean of the classes by themselves", mean_area, over_classes=True, per_cent=False,
-        short="AUC",
+        short="mean AUC", hub="roc_auc",
     ),
     _metric(
         "labels_macro_average_precision", "average precision, mean of the classes (mAP)", mean_precision,
@@ -223,16 +224,29 @@ SEVERAL_LABELS = (
             f"{words}, mean of the classes",
             partial(mean_of_classes, rate=rate),
             over_classes=True,
+            short=f"mean {words}",
+            hub="f1" if rate == "f1" else "",
         )
         for rate, words in _RATE_WORDS.items()
     ),
     *(
-        _metric(f"labels_micro_{rate}", f"{words}, of all answers", partial(pooled, rate=rate))
+        _metric(
+            f"labels_micro_{rate}", f"{words}, of all answers", partial(pooled, rate=rate), short=f"{words} (micro)"
+        )
         for rate, words in _RATE_WORDS.items()
     ),
-    _metric("subset_accuracy", "share of images with exactly their classes", exact, of_images=True),
-    _metric("example_f1", "F1, mean of the images", partial(overlap, f1=True), of_images=True),
-    _metric("example_jaccard", "Jaccard index, mean of the images", partial(overlap, f1=False), of_images=True),
-    _metric("hamming_loss", "share of wrong answers (Hamming loss)", wrong_answers, of_images=True, better="lower"),
+    _metric(
+        "subset_accuracy", "share of images with exactly their classes", exact, of_images=True, short="exactly right",
+        hub="accuracy",
+    ),
+    _metric("example_f1", "F1, mean of the images", partial(overlap, f1=True), of_images=True, short="F1 of images"),
+    _metric(
+        "example_jaccard", "Jaccard index, mean of the images", partial(overlap, f1=False), of_images=True,
+        short="Jaccard",
+    ),
+    _metric(
+        "hamming_loss", "share of wrong answers (Hamming loss)", wrong_answers, of_images=True, better="lower",
+        short="wrong answers",
+    ),
 )  # fmt: skip
 """Metrics of images that may have several classes, or none."""

@@ -83,6 +83,12 @@ def among(asked: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
     return place[asked[there] == rows] if len(asked) else np.zeros(0, np.int64)
 
 
+def finding_outcome(predictions: Predictions, name: str) -> Outcome:
+    """The outcome "shows the class `name`", as it is declared among the predictions' outcomes or without a rule."""
+    declared = (o for o in predictions.outcomes if o.level is None and o.positive == (name,))
+    return next(declared, Outcome(positive=(name,)))
+
+
 def rule_words(predictions: Predictions, outcome: Outcome) -> str:
     """How an outcome of these predictions is decided, in words."""
     if not predictions.several or outcome.rule != ARGMAX:

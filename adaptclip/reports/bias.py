@@ -16,7 +16,7 @@ from adaptclip.gate_rules import BETWEEN
 from adaptclip.metrics import GROUP_METRICS, METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.gaps import GapTest, holm
-from adaptclip.metrics.rates import absent_classes
+from adaptclip.metrics.rates import ACCURACY, absent_classes
 from adaptclip.reports.blocks import (
     MAX_SCREEN_ROWS,
     MIN_GROUP,
@@ -376,7 +376,7 @@ def _group_blocks(table: Mapping[str, Any]) -> Iterator[Block]:
         yield Bullets(cautions, caution=True)
     yield from _rest_rows(table)
     for outcome in table.get("outcomes", []):
-        yield from _outcome_blocks(outcome)
+        yield from outcome_blocks(outcome)
     yield from _one_vs_rest(table.get("one_vs_rest"))
     notes: dict[str, dict[str, list[str]]] = {}
     for row in table["rows"]:
@@ -402,18 +402,29 @@ def group_metrics(table: Mapping[str, Any]) -> list[str]:
     return [m for m in known if any(row[m]["model"]["value"] is not None for row in table["rows"])]
 
 
-def rows_of_groups(table: Mapping[str, Any], *, sign: str = " %", title: str = "Groups, lowest accuracy first") -> Rows:
-    """One row per group, lowest accuracy first; only metrics that some group has."""
-    metrics = group_metrics(table)
-    paired = any(is_paired(row["accuracy"]) for row in table["rows"])
-    header = ["group", "n", *(info(table, m)["short"] for m in metrics), *["change of accuracy"] * paired]
-    worst_first = sorted(table["rows"], key=lambda row: (row["accuracy"]["model"]["value"] is None, _accuracy(row)))
+def rows_of_groups(
+    table: Mapping[str, Any],
+    *,
+    sign: str = " %",
+    title: str = "Groups, lowest accuracy first",
+    by: str = ACCURACY.name,
+) -> Rows:
+    """One row per group, lowest `by` first, whose change is shown; only metrics that some group has."""
+    metrics, words = group_metrics(table), info(table, by)["short"]
+    paired = any(is_paired(row[by]) for row in table["rows"])
+    header = ["group", "n", *(info(table, m)["short"] for m in metrics), *[f"change of {words}"] * paired]
+
+    def lowest(row: Mapping[str, Any]) -> tuple[bool, float]:
+        value = row[by]["model"]["value"]
+        return value is None, value or 0.0
+
+    worst_first = sorted(table["rows"], key=lowest)
     rows = []
     for row in worst_first:
         small = row.get("large_enough") is False
         cells = [text(one_line(row["group"]), "muted" if small else ""), count(row["n"])]
         cells += [_metric_cell(info(table, m), row[m]["model"], sign) for m in metrics]
-        cells += [points(row["accuracy"]["change"])] * paired
+        cells += [points(row[by]["change"])] * paired
         rows.append(cells)
     scales = {i + 2: (0.0, 1.0) for i, m in enumerate(metrics) if _has_bar(info(table, m))}
     marks: dict[int, float] = {}
@@ -427,12 +438,8 @@ def rows_of_groups(table: Mapping[str, Any], *, sign: str = " %", title: str = "
         scales,
         marks,
         limit=MAX_SCREEN_ROWS,
-        hidden="more groups with a higher accuracy, in the report",
+        hidden=f"more groups with a higher {words}, in the report",
     )
-
-
-def _accuracy(row: Mapping[str, Any]) -> float:
-    return row["accuracy"]["model"]["value"] or 0.0
 
 
 def _extremes(table: Mapping[str, Any]) -> str:
@@ -467,7 +474,8 @@ def p_cell(value: float | None) -> Cell:
     return Cell("–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}", numeric=True)
 
 
-def _outcome_blocks(outcome: Mapping[str, Any]) -> Iterator[Block]:
+def outcome_blocks(outcome: Mapping[str, Any]) -> Iterator[Block]:
+    """A two-sided outcome in every group, and its gaps."""
     rows = []
     paired = any(is_paired(row["sensitivity"]) for row in outcome["rows"])
     for row in sorted(outcome["rows"], key=lambda row: row["sensitivity"]["model"]["value"] or 0.0):

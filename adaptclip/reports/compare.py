@@ -18,6 +18,7 @@ both sides. All of this errs on the wide side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import add
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from adaptclip.errors import DataError, did_you_mean
+from adaptclip.gate_rules import Outcome
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.intervals import Side
 from adaptclip.reports.blocks import number
-from adaptclip.reports.measuring import align, group_rows, listed, measure
+from adaptclip.reports.measuring import align, ask, group_rows, listed
 from adaptclip.reports.render import escape_markdown
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def compare_groups(
     attribute: str,
     *,
     metric: str = "accuracy",
+    positive: Sequence[str] = (),
     margin: float = 0.02,
     confidence: float = 0.95,
     min_n: int = 100,
@@ -61,6 +64,7 @@ def compare_groups(
         after: predictions of the model with it, of the same images in any order.
         attribute: name of a group column.
         metric: a rate that is better when higher.
+        positive: class or classes that count as positive, for metrics of an outcome (sensitivity, specificity, auc).
         margin: loss of the worst group that is acceptable, in the metric's own unit (0.02 is 2 points).
         confidence: level of the two-sided intervals; a verdict is wrong with at most half of the rest.
         min_n: fewest images of a group that takes part in the verdict; smaller ones are listed.
@@ -83,11 +87,7 @@ def compare_groups(
     Raises:
         DataError: the two judge other images, the attribute or metric is unknown, a number is out of range.
     """
-    allowed = [name for name, one in METRICS.items() if one.better == "higher" and not one.of_outcome]
-    if metric not in allowed:
-        raise DataError(
-            f"groups are compared by a rate that is better when higher, not {metric!r}. {did_you_mean(metric, allowed)}"
-        )
+    _check_metric(metric, tuple(positive), several=after.several)
     if not 0 <= margin < 1 or not 0.5 <= confidence < 1 or min_n < 1:
         raise DataError(
             f"margin must lie within 0 and 1, confidence within 0.5 and 1, min_n be 1 or more; got {margin}, "
@@ -95,18 +95,19 @@ def compare_groups(
         )
     if len(after) == 0:
         raise DataError("there is nothing to compare: the predictions have no rows")
-    base = align(after, before)
+    outcome = Outcome(positive=tuple(positive)) if positive else None
+    question = ask(metric, after, align(after, before), None, outcome)
 
     def compared(rows: np.ndarray | None) -> Comparison:
-        return measure(after, base, metrics=(metric,), rows=rows, draws=draws, seed=seed)[metric]
+        return question.measure(rows, draws=draws, seed=seed)
 
     rows_of = group_rows(after, attribute)
     groups = {name: compared(rows) for name, rows in rows_of.items()}
     judged = {name: c for name, c in groups.items() if len(rows_of[name]) >= min_n and c.model.spread is not None}
     apart = after.clusters is None or _clusters_apart(after.clusters, [rows_of[name] for name in judged])
     result: dict[str, Any] = {
-        "format_version": FORMAT_VERSION, "attribute": attribute, "metric": metric, "margin": margin,
-        "confidence": confidence, "min_n": min_n, "num_images": len(after),
+        "format_version": FORMAT_VERSION, "attribute": attribute, "metric": metric, "positive": list(positive),
+        "margin": margin, "confidence": confidence, "min_n": min_n, "num_images": len(after),
         "overall": _numbers(compared(None), confidence),
         "groups": [
             {"group": name, "n": len(rows_of[name]), "judged": name in judged, **_numbers(c, confidence)}
@@ -120,6 +121,23 @@ def compare_groups(
     extremes = _Extremes(judged, (1 - confidence) / 2, apart)
     result |= {"worst": extremes.worst(), "gap": extremes.gap()}
     return {**result, **_verdict(result)}
+
+
+def _check_metric(metric: str, positive: tuple[str, ...], *, several: bool) -> None:
+    """Raises DataError unless groups of such images can be compared by the metric."""
+    higher = [name for name, one in METRICS.items() if one.better == "higher"]
+    allowed = [name for name in higher if positive or not METRICS[name].of_outcome]
+    if metric not in allowed:
+        if metric in higher:
+            raise DataError(f"{metric} needs to know what is positive: name the class (--positive CLASS)")
+        raise DataError(
+            f"groups are compared by a rate that is better when higher, not {metric!r}. {did_you_mean(metric, allowed)}"
+        )
+    chosen = METRICS[metric]
+    if several and not positive and not chosen.of_labels:
+        raise DataError(chosen.of_one_class)
+    if positive and chosen.of_labels:
+        raise DataError(f"{metric} is of all classes at once; leave --positive out, or use sensitivity or auc")
 
 
 def exit_code(result: dict[str, Any]) -> int:
@@ -224,7 +242,7 @@ def _known(measurement: Measurement | None, side: Side, alpha: float) -> float:
 def _verdict(result: dict[str, Any]) -> dict[str, str]:
     """Returns "verdict" and "reason"."""
     worst, gap = result["worst"], result["gap"]
-    change, name = worst["change"], METRICS[result["metric"]].words
+    change, name = worst["change"], _named(result)
     smaller = gap["change"]["value"] < 0
     if change["high"] < 0:
         verdict = "levelled down" if smaller else "worse"
@@ -261,6 +279,12 @@ def _verdict(result: dict[str, Any]) -> dict[str, str]:
     if left_out:
         sentences.append(f"Not judged, having too few images or clusters: {listed(left_out)}.")
     return {"verdict": verdict, "reason": " ".join(sentences)}
+
+
+def _named(result: dict[str, Any]) -> str:
+    """The metric in words, with what counts as positive."""
+    of = f" ({' or '.join(result['positive'])})" if result["positive"] else ""
+    return METRICS[result["metric"]].words + of
 
 
 def _percent(rate: float) -> str:
@@ -302,7 +326,7 @@ def levelling_markdown(result: dict[str, Any]) -> str:
         {f"{row['group']}: {row[k]['note']}" for row in result["groups"] for k in ("after", "change") if row[k]["note"]}
     )
     parts = [
-        f"# Before and after: {METRICS[result['metric']].words} by {attribute}",
+        f"# Before and after: {escape_markdown(_named(result))} by {attribute}",
         f"**{result['verdict']}**. {escape_markdown(result['reason'])}",
         "\n".join(table),
         f"Brackets hold {100 * result['confidence']:g} % intervals; changes are paired, on the same images, in "

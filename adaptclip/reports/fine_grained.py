@@ -102,9 +102,9 @@ def fine_grained_report(
     }
 
 
-def example_ids(fine: Mapping[str, Any]) -> list[str]:
-    """Row ids of the images that a fine-grained report names as examples of confusions."""
-    return [example["id"] for pair in fine["confusions"] for example in pair["examples"]]
+def example_ids(fine: Mapping[str, Any] | None) -> list[str]:
+    """Row ids of the images that a fine-grained report names as examples of confusions; none without one."""
+    return [example["id"] for pair in (fine or {"confusions": ()})["confusions"] for example in pair["examples"]]
 
 
 def _worst_classes(predictions: Predictions) -> dict[str, Any]:

@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptclip.errors import DataError, agree, did_you_mean
 from adaptclip.gate_rules import BETWEEN
-from adaptclip.metrics import GENERAL_METRICS, Metric, find_metric
+from adaptclip.metrics import GENERAL_METRICS, LABELS_METRICS, Metric, find_metric
 from adaptclip.metrics.estimates import mean_of
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES
-from adaptclip.metrics.rates import absent_classes
 from adaptclip.progress import progress_bar
 from adaptclip.reports.bias import group_table
 from adaptclip.reports.blocks import comparison, number
 from adaptclip.reports.calibration import calibration_report
+from adaptclip.reports.findings import class_rows, findings_by_group, findings_report
 from adaptclip.reports.fine_grained import fine_grained_report
 from adaptclip.reports.measuring import align, measure, sampling_of
 from adaptclip.reports.multi_label import multi_label_report
@@ -37,6 +38,7 @@ def build_report(
     baseline: Predictions | None = None,
     *,
     groups: Sequence[str] | None = None,
+    thresholds: Thresholds | None = None,
     metrics: Sequence[Metric] = (),
     confidence: float = 0.95,
     draws: int = 2000,
@@ -48,6 +50,7 @@ def build_report(
         predictions: the judged (adapted) model.
         baseline: zero-shot predictions of the same images in any order, or None.
         groups: attributes to report; None reports all there are, and the declared intersections.
+        thresholds: how those of images that may show several classes were chosen; None where that is not known.
         metrics: of your own, reported beside GENERAL_METRICS and in groups (`Metric.of`).
         confidence: level of all two-sided intervals, between 0.5 and 1.
         draws: bootstrap draws, at least 1,000.
@@ -58,7 +61,7 @@ def build_report(
         "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
         "num_clusters", "sampling" ("unit", "num_units", "classes": "random" or "fixed"), "absent_classes",
         "metrics" (name -> `Metric.info`), "overall" (name of a metric -> comparison),
-        "per_class" (list),
+        "per_class" (list), "findings" (`findings_report`; None where images have one class each),
         "outcomes" (list of `outcome_overall`), "groups" (attribute -> table of `group_table`; an intersection is called
         "sex × age_group"), "cautions" and "notes_on_input" (lists of sentences).
 
@@ -76,9 +79,9 @@ def build_report(
             if part not in predictions.groups:
                 raise DataError(f"unknown group attribute {part!r}. {did_you_mean(part, predictions.groups)}")
     base = None if baseline is None else align(predictions, baseline)
-    shown = [*map(find_metric, GENERAL_METRICS), *metrics]
+    shown = [*map(find_metric, LABELS_METRICS if predictions.several else GENERAL_METRICS), *metrics]
     overall = measure(predictions, base, metrics=shown, draws=draws, seed=seed)
-    absent = absent_classes(predictions.labels, len(predictions.class_names))
+    absent = np.flatnonzero(predictions.shown_counts == 0)
     clusters = None if predictions.clusters is None else len(set(predictions.clusters))
     progress = progress_bar(attributes, desc="report", unit="attribute", leave=False)
     settings: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
@@ -92,17 +95,24 @@ def build_report(
         "absent_classes": [predictions.class_names[i] for i in absent],
         "metrics": {metric.name: metric.info() for metric in shown},
         "overall": {metric: comparison(compared, confidence) for metric, compared in overall.items()},
-        "per_class": _class_rows(predictions, confidence),
+        "per_class": class_rows(predictions) if predictions.several else _class_rows(predictions, confidence),
+        "findings": findings_report(predictions, base, thresholds, **settings) if predictions.several else None,
         "outcomes": [outcome_overall(predictions, base, outcome, **settings) for outcome in predictions.outcomes],
-        "groups": {name: group_table(predictions, base, name, metrics=metrics, **settings) for name in progress},
-        "cautions": _cautions(len(absent), len(predictions.class_names), attributes, clusters),
+        "groups": {
+            name: findings_by_group(predictions, base, name, **settings)
+            if predictions.several
+            else group_table(predictions, base, name, metrics=metrics, **settings)
+            for name in progress
+        },
+        "cautions": _cautions(predictions, len(absent), attributes, clusters),
         "notes_on_input": list(predictions.notes),
     }
 
 
 def _sampling(predictions: Predictions, clusters: int | None) -> dict[str, Any]:
     unit, num = ("image", len(predictions)) if clusters is None else ("cluster", clusters)
-    return {"unit": unit, "num_units": num, "classes": "fixed" if predictions.fixed_classes else "random"}
+    fixed = predictions.fixed_classes and not predictions.several
+    return {"unit": unit, "num_units": num, "classes": "fixed" if fixed else "random"}
 
 
 def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:
@@ -121,14 +131,14 @@ def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, A
     return rows
 
 
-def _cautions(num_absent: int, num_classes: int, attributes: list[str], clusters: int | None) -> list[str]:
-    cautions = []
+def _cautions(predictions: Predictions, num_absent: int, attributes: list[str], clusters: int | None) -> list[str]:
+    num_classes, cautions = len(predictions.class_names), []
     if num_absent:
         cautions.append(
             f"{num_absent} of {num_classes} classes {agree(num_absent, 'has', 'have')} no test images: nothing is "
             f"known about {agree(num_absent, 'it, and it is', 'them, and they are')} left out of the mean per class"
         )
-    if num_classes < 2:
+    if num_classes < 2 and not predictions.several:
         cautions.append("there is a single class, so that every answer is right: nothing is assessed")
     if not attributes:
         cautions.append("no groups were reported: without group columns, differences between groups cannot be assessed")
@@ -175,14 +185,19 @@ def full_report(
     Returns:
         JSON-able dict: what `build_report` gives, and "fine_grained", "calibration" (None without probabilities),
         "slices" (None without validation images), "shift" (None without a baseline and a source) and "multi_label"
-        (None without probabilities of single classes).
+        (None without probabilities of single classes). Where images may show several classes all of these are None, as
+        they are of images with one, and "findings" holds what there is.
 
     Raises:
         DataError: no images, other images in the baseline, images of the test among those of the validation, or an
             unknown name.
     """
     options: dict[str, Any] = {"confidence": confidence, "draws": draws, "seed": seed}
-    report = build_report(predictions, baseline, groups=groups, metrics=metrics, **options)
+    if predictions.several and predictions.thresholds is None and thresholds is not None:
+        predictions = replace(predictions, thresholds=thresholds.values)
+    report = build_report(predictions, baseline, groups=groups, thresholds=thresholds, metrics=metrics, **options)
+    if predictions.several:
+        return report | dict.fromkeys(("fine_grained", "calibration", "slices", "shift", "multi_label"))
     base = None if baseline is None else align(predictions, baseline)
     report["fine_grained"] = fine_grained_report(predictions, base, hard_pairs=hard_pairs, **options)
     # A file may hold decisions without probabilities; then nothing is known of confidence, and the report says so.

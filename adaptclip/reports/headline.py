@@ -10,6 +10,7 @@ from adaptclip.errors import agree
 from adaptclip.metrics.gaps import holm
 from adaptclip.metrics.rates import ACCURACY, MEAN_PER_CLASS
 from adaptclip.metrics.worst_decile import WORST_DECILE
+from adaptclip.reports import findings_page
 from adaptclip.reports.bias import sentence
 from adaptclip.reports.blocks import one_line, show_points, show_rate
 from adaptclip.reports.probe import probe_worries
@@ -89,6 +90,8 @@ def judged_words(report: Mapping[str, Any]) -> tuple[str, str]:
 
 def three_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The three numbers to know, each (name, value, explanation)."""
+    if report.get("findings"):
+        return findings_page.three_numbers(report)
     return [_first(report), _weakest(report), _third(report)]
 
 
@@ -164,6 +167,7 @@ def worries(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None) ->
         *_gate_worries(verdicts or []),
         *_group_worries(report),
         *_class_worries(report),
+        *findings_page.finding_worries(report),
         *slice_worries(report),
         *_confidence_worries(report),
         *probe_worries(report),
@@ -281,7 +285,7 @@ def _data_worries(report: Mapping[str, Any]) -> Iterator[str]:
 
 def _unknown_worries(report: Mapping[str, Any]) -> Iterator[str]:
     few = [row for row in report["per_class"] if not row["sufficient"]]
-    if few:
+    if few and not report.get("findings"):  # which tells of those with few images by name
         known = f"next to nothing is known about {agree(len(few), 'it', 'them')}"
         have = agree(len(few), "has", "have")
         yield f"{len(few)} of {report['num_classes']} classes {have} fewer than 10 test images: {known}"

@@ -17,6 +17,7 @@ from adaptclip.metrics import OUTCOME_GROUP_METRICS, find_metric
 from adaptclip.metrics.estimates import Comparison, mean_of
 from adaptclip.metrics.gaps import gap_test, holm, largest_difference
 from adaptclip.metrics.metric import MIN_CLASS_IMAGES, MIN_OUTCOMES
+from adaptclip.reports.any_of import among, rows_asked, rule_words
 from adaptclip.reports.blocks import MIN_GROUP, comparison, gap_of_means, number
 from adaptclip.reports.measuring import group_rows, listed, measure_outcome, sampling_of, two_sided
 
@@ -209,7 +210,7 @@ def outcome_overall(
     return {
         **_names(outcome),
         "threshold": outcome.threshold,
-        "rule": outcome.rule_words,
+        "rule": rule_words(predictions, outcome),
         "prevalence": outcome.prevalence,
         "metrics": {name: find_metric(name).info() for name in measured},
         "classes": classes,
@@ -253,13 +254,14 @@ def group_outcome(
         "equal_opportunity_difference" and "equalized_odds_difference" over the groups with at least MIN_OUTCOMES
         positive and negative images; "left_out", the others; "note".
     """
-    judged = two_sided(predictions, outcome)
+    judged, asked = two_sided(predictions, outcome), rows_asked(predictions, outcome)
     by_group = group_rows(predictions, attribute)
     if attribute not in predictions.groups:
         by_group = {name: rows for name, rows in by_group.items() if len(rows) >= min_group}
     measured = measure_outcome(
         predictions, baseline, outcome, list(by_group.values()), metrics=OUTCOME_GROUP_METRICS, draws=draws, seed=seed
     )
+    by_group = {name: among(asked, rows) for name, rows in by_group.items()}
     rows = [
         {
             "group": name,

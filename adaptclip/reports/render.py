@@ -44,6 +44,7 @@ from adaptclip.reports.blocks import (
     text,
 )
 from adaptclip.reports.calibration import calibration_section, selective_section
+from adaptclip.reports.findings_page import ON_SCREEN, finding_group_section, findings_section, on_screen
 from adaptclip.reports.fine_grained import (
     class_section,
     confusion_section,
@@ -102,7 +103,8 @@ def _about(report: Mapping[str, Any]) -> str:
     data = report.get("data")
     where = f" of {one_line(data['name'])}" if data else ""
     method = f"{one_line(report['method'])}, " if report.get("method") else ""
-    return f"{method}{report['num_images']:,} test images{where}, {report['num_classes']:,} classes."
+    several = " of which an image may show several, or none" if report.get("findings") else ""
+    return f"{method}{report['num_images']:,} test images{where}, {report['num_classes']:,} classes{several}."
 
 
 def _sections(
@@ -116,10 +118,26 @@ def _sections(
         belongs = judged_words(report)[0]
         yield Section("Gates", "gates", [*blocks, Paragraph(belongs)] if belongs else blocks)
     yield overall_section(report)
+    yield findings_section(report)
     yield outcome_section(report)
     yield multi_label_section(report)
     for attribute, table in report["groups"].items():
-        yield group_section(attribute, table)
+        yield (finding_group_section if report.get("findings") else group_section)(attribute, table)
+    if not report.get("findings"):
+        yield from _one_class_sections(report, pictures, plots)
+    if report.get("names"):
+        yield name_section(report["names"])
+    yield probe_section(report)
+    yield _data_section(report)
+    yield _training_section(report)
+    yield learning_section(report, plots=plots)
+    yield _reading_section(report)
+
+
+def _one_class_sections(
+    report: Mapping[str, Any], pictures: Mapping[str, str] | None, plots: bool
+) -> Iterator[Section | None]:
+    """What is said of images with one class each."""
     yield slice_section(report)
     yield shift_section(report)
     yield class_section(report, plots=plots)
@@ -130,13 +148,6 @@ def _sections(
     yield taxonomy_section(report)
     yield calibration_section(report, plots=plots)
     yield selective_section(report, plots=plots)
-    if report.get("names"):
-        yield name_section(report["names"])
-    yield probe_section(report)
-    yield _data_section(report)
-    yield _training_section(report)
-    yield learning_section(report, plots=plots)
-    yield _reading_section(report)
 
 
 def gate_rows(verdicts: Sequence[JudgedGate], title: str = "gates") -> Rows:
@@ -244,6 +255,8 @@ def _sampling_words(sampling: Mapping[str, Any]) -> str:
 def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = None) -> Iterator[Block]:
     """The part of a report that fits one screen: headline metrics, groups, cautions, gates."""
     narrow = [metric for metric in report["overall"] if info(report, metric)["per_cent"]]
+    if report.get("findings"):
+        narrow = list(ON_SCREEN)
     shown = {**report, "overall": {metric: report["overall"][metric] for metric in narrow}}
     title = (
         f"{report['num_images']:,} images, {report['num_classes']} classes; per cent "
@@ -253,8 +266,10 @@ def screen(report: Mapping[str, Any], verdicts: Sequence[JudgedGate] | None = No
     # The number of images stands in the title, and so does the unit of changes.
     heads = [head.removesuffix(" in points") for head in rows.header[1:-1]]
     yield replace(rows, header=["", *heads], rows=[row[:-1] for row in rows.rows])
+    if report.get("findings"):
+        yield from on_screen(report)
     for attribute, table in report["groups"].items():
-        if not table["rows"]:
+        if not table["rows"] or report.get("findings"):
             continue
         wide = [metric for metric in group_metrics(table) if not info(table, metric)["per_cent"]]
         rows_shown = [{k: v for k, v in row.items() if k not in wide} for row in table["rows"]]

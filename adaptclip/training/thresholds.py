@@ -59,6 +59,11 @@ class Thresholds:
     positives: np.ndarray
     fallbacks: tuple[str, ...] = ()
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether validation images chose them; a number for all classes was only stated."""
+        return self.num_images > 0 and (self.rule == "f1" or self.rule.startswith("sensitivity="))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: "rule", "values", "num_images", "positives", "fallbacks"."""
         listed = {"values": self.values.tolist(), "positives": self.positives.tolist()}

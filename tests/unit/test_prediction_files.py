@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,3 +249,84 @@ def test_pages_and_names_of_a_saved_file_are_checked(tmp_path):
     (tmp_path / "p.parquet").write_bytes(whole.replace(b'"bee"', b'"bef"'))
     with pytest.raises(StorageError, match="what it says of its columns was changed"):
         Predictions.load(tmp_path / "p.parquet")
+
+
+SEVERAL = "id,positive_crack,positive_rust,sigmoid_rust,sigmoid_crack,site\n"
+
+
+def test_images_that_may_show_several_classes_need_no_label_and_no_shares(tmp_path):
+    rows = "a,1,0,0.2,0.9,x\nb,,1,0.6,0.3,x\nc,0,-1,0,0,y\nd,0,0,0.1,0.2,y\n"
+    found = Predictions.load(write(tmp_path / "p.csv", SEVERAL + rows))
+    assert found.several
+    assert found.class_names == ("crack", "rust")
+    assert found.positive is not None
+    assert found.known is not None
+    assert found.sigmoid is not None
+    assert found.positive.tolist() == [[True, False], [False, True], [False, False], [False, False]]
+    assert found.known.tolist() == [[True, True], [False, True], [True, False], [True, True]]
+    assert found.sigmoid[0].tolist() == pytest.approx([0.9, 0.2])
+    assert found.probs[:3].tolist() == [pytest.approx([9 / 11, 2 / 11]), pytest.approx([1 / 3, 2 / 3]), [0.5, 0.5]]
+    assert found.labels.tolist() == [0, 1, 0, 0]
+    assert (found.groups, found.thresholds) == ({"site": ("x", "x", "y", "y")}, None)
+    found.save(tmp_path / "p.parquet")
+    again = Predictions.load(tmp_path / "p.parquet")
+    for name in ("positive", "known", "sigmoid", "probs", "labels"):
+        assert np.array_equal(getattr(again, name), getattr(found, name))
+
+
+def test_yes_and_no_may_be_words_and_thresholds_stand_in_columns(tmp_path):
+    head = "positive_crack;positive_rust;sigmoid_crack;sigmoid_rust;threshold_crack;threshold_rust;label\n"
+    rows = "yes;True;0,9;0,2;0,3;0,5;what\nno;False;0,1;0,2;0,3;0,5;ever\n;True;0,5;0,7;0,3;0,5;\n"
+    found = Predictions.load(write(tmp_path / "p.csv", head + rows))
+    assert found.positive is not None
+    assert found.known is not None
+    assert found.thresholds is not None
+    assert found.positive.tolist() == [[True, True], [False, False], [False, True]]
+    assert found.known.tolist() == [[True, True], [True, True], [False, True]]
+    assert found.thresholds.tolist() == pytest.approx([0.3, 0.5])
+    assert not found.groups
+
+
+def test_what_nobody_knows_of_a_whole_class_is_no_error(tmp_path):
+    found = Predictions.load(write(tmp_path / "p.csv", SEVERAL + "a,,0,0.2,0.9,x\nb,,1,0.6,0.3,x\n"))
+    assert found.known is not None
+    assert not found.known[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SEVERAL + "a,2,0,0.2,0.9,x\n", "column 'positive_crack' says whether an image shows a class.*got 2 in row 1"),
+        (SEVERAL + "a,maybe,0,0.2,0.9,x\n", "got 'maybe' in row 1"),
+        (SEVERAL + "a,1,0,0.2,1.9,x\n", "numbers from 0 to 1"),
+        ("positive_crack,positive_rust,prob_crack,prob_rust\n1,0,0.5,0.5\n", "rename prob_crack … to sigmoid_crack"),
+        ("positive_crack,positive_rust,label\n1,0,crack\n", "needs the probability of each by itself beside it"),
+        ("positive_crack,positive_rust,sigmoid_crack,sigmoid_rost\n1,0,0.5,0.5\n", "2 sigmoid_… columns do not fit"),
+        (SEVERAL.strip() + ",level:kind\na,1,0,0.2,0.9,x,deep\n", "level:kind' is a value of the one class"),
+        (
+            "positive_a,positive_b,sigmoid_a,sigmoid_b,threshold_a,threshold_b\n1,0,0.5,0.5,0.5,0.5\n1,0,0.5,0.5,0.4,0.5\n",
+            "threshold_a holds several numbers",
+        ),
+    ],
+)
+def test_what_says_neither_yes_nor_no_is_refused(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        Predictions.load(write(tmp_path / "p.csv", text))
+
+
+def test_what_is_not_known_belongs_to_sets_of_classes():
+    fields: dict[str, Any] = {
+        "ids": ("a",),
+        "labels": np.array([0]),
+        "probs": np.array([[0.5, 0.5]]),
+        "class_names": ("x", "y"),
+    }
+    own: dict[str, Any] = {"sigmoid": np.array([[0.5, 0.5]]), "positive": np.array([[True, False]])}
+    with pytest.raises(DataError, match="belongs to sets of classes"):
+        Predictions(**fields, known=np.array([[True, True]]))
+    with pytest.raises(DataError, match="shows no class of which that is not known"):
+        Predictions(**fields, **own, known=np.array([[False, True]]))
+    with pytest.raises(DataError, match="should be"):
+        Predictions(**fields, **own, known=np.array([[1, 1]]))
+    assert not Predictions(**fields).several
+    assert Predictions(**fields, **own).shown_counts.tolist() == [1, 0]

@@ -116,3 +116,17 @@ def test_the_page_has_examples_of_every_condition():
     assert len(BLOCKS) >= 9
     for word in ("at_least", "at_most", "no_worse_than", "gap_at_most", "margin", "exclude", "min_n", "confidence"):
         assert f"{word}: " in text
+
+
+def test_several_classes_to_an_image_ask_for_each_of_them(tmp_path):
+    counts = {"Effusion": 300, "Edema": 80, "Fracture": 7}
+    lines = drafted_gates(counts, Units(groups={"sex": {"f": 200, "m": 25}}), several=True)
+    rules = [GateRule.model_validate(yaml.safe_load(line.removeprefix("# "))[0]) for line in lines if "- {" in line]
+    assert (rules[0].metric, rules[0].no_worse_than) == ("labels_macro_auc", "zero_shot")
+    asked = {(rule.metric, rule.positive and rule.positive[0]) for rule in rules[1:] if rule.group is None}
+    assert asked == {(m, name) for m in ("sensitivity", "specificity") for name in counts}
+    assert [(r.metric, r.positive) for r in rules if r.group == "sex"] == [("sensitivity", ("Effusion",))] * 2
+    assert "fewer of: Fracture" in " ".join(lines)
+    two = " ".join(drafted_gates({"crack": 40, "rust": 60}, Units(), several=True))
+    assert 'positive: "crack", at_least' in two
+    assert "labels_macro_auc" in two

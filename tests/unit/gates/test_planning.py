@@ -64,7 +64,7 @@ def test_what_cannot_be_planned_is_said():
 def test_the_command_prints_text_and_json(tmp_path, capsys):
     path = tmp_path / "gates.yaml"
     path.write_text("gates:\n- {metric: sensitivity, positive: ill, group: sex, at_least: 0.8}\n")
-    asked = {"expect": 0.9, "prevalence": 0.1, "groups": ("sex=2",), "patients_with": 5}
+    asked = {"expect": 0.9, "prevalence": ("0.1",), "groups": ("sex=2",), "patients_with": 5}
     assert command(str(path), **asked) == 0
     said = capsys.readouterr().out
     assert "patients give it a chance of" in said
@@ -77,3 +77,20 @@ def test_the_command_prints_text_and_json(tmp_path, capsys):
     path.write_text("gates: []\n")
     with pytest.raises(GateError, match="no gates"):
         command(str(path), expect=0.9)
+
+
+def test_classes_have_shares_of_their_own_on_the_command_line(tmp_path, capsys):
+    path = tmp_path / "gates.yaml"
+    rules = "".join(f"- {{metric: sensitivity, positive: {name}, at_least: 0.8}}\n" for name in ("Effusion", "Edema"))
+    path.write_text("gates:\n" + rules)
+    assert command(str(path), expect=0.9, prevalence=("0.3", "Edema=0.05")) == 0
+    out = capsys.readouterr().out
+    assert "a prevalence of 0.3" in out
+    assert "a prevalence of 0.05" in out
+    for wrong, message in (
+        ("Edema=often", "FINDING=NUMBER"),
+        ("Edma=0.1", 'Did you mean "Edema"'),
+        ("Edema=2", "between 0 and 1"),
+    ):
+        with pytest.raises(GateError, match=message):
+            command(str(path), expect=0.9, prevalence=(wrong,))
