@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
-from open_clip.hf_configs import arch_dict
-
 from adaptclip.clip.checkpoints import weight_files
 from adaptclip.errors import BackboneError, StorageError, did_you_mean
 from adaptclip.files import read_json
@@ -82,6 +79,8 @@ def check_config(model_cfg: Mapping[str, Any], *, where: str, weights: Path | No
     Raises:
         BackboneError: naming the entry.
     """
+    import timm
+
     other = next((kind for entry, kind in _OTHER_MODELS.items() if entry in model_cfg), None)
     if other is not None:
         raise BackboneError(f"{where} is {other}, not a CLIP of images and texts; name one of those")
@@ -187,6 +186,8 @@ def resolve_text_encoder(folder: Path, text_cfg: Mapping[str, Any], weights: Pat
 
 def _check_encoder(file: Path, weights: Path) -> None:
     """Refuses the config.json of a Hugging Face encoder that open_clip cannot build or that no real one has."""
+    from open_clip.hf_configs import arch_dict
+
     config = read_config(file)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in arch_dict:
