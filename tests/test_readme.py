@@ -69,7 +69,7 @@ def main_job(folder) -> subprocess.CompletedProcess[str]:
 def test_set_up_is_two_commands():
     installs = [c for c in commands(README) if "pip install" in c]
     assert installs == [
-        'python -m pip install -e ".[starter]" && accelerate launch recipes/coop.py',
+        'python -m pip install -e ".[starter]" && python recipes/coop.py',
         'python -m pip install -e ".[starter,dev]" && pytest -n 2',
     ]
 
