@@ -3,13 +3,13 @@
 
 Protocols all-classes      Zhou et al., IJCV 2022, arXiv:2109.01134, sec. 4.1
           base-to-new      Zhou et al., CVPR 2022, arXiv:2203.05557, sec. 4.1; cross-dataset, domain-shift: 4.2, 4.3
-Run       accelerate launch recipes/few_shot.py --cards my_images/ --backbone ViT-B-16 --pretrained openai
+Run       python recipes/few_shot.py --cards my_images/ --backbone ViT-B-16 --pretrained openai
 Parallel  accelerate launch --num_processes 4 recipes/few_shot.py …, on a CPU
           torchrun --standalone --nproc_per_node 2 recipes/few_shot.py …: jobs are shared out, none is done twice
 Ladder    python recipes/few_shot.py --methods ladder …: from zero-shot to LoRA, and advice at the end
-Smoke     accelerate launch recipes/few_shot.py      (embedded card and model: no download, CPU, a few minutes)
-Expected  README.md of this folder. The same command goes on where it was interrupted; more seeds, shots or methods
-          add to what is there.
+Smoke     python recipes/few_shot.py      (embedded card and model: no download, CPU, a few minutes)
+Expected  README.md of this folder. The same command goes on where it was interrupted; more seeds, shots, methods or
+          cards add to what is there, and the tables show all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import adaptclip as ac
-from adaptclip.bench.jobs import FeatureStore, JobStore, Worker, launch_id, make_grid
+from adaptclip.bench.jobs import FeatureStore, JobStore, Worker, earlier_results, launch_id, make_grid
 from adaptclip.bench.methods import check_backbone, choose_methods, not_published, read_settings
 from adaptclip.bench.output import BenchSettings, write_output
 from adaptclip.bench.protocols import PROTOCOLS, check_names, check_targets
@@ -31,8 +31,9 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.files import write_yaml
 from adaptclip.methods.registry import named
 from adaptclip.outputs import check_cache, check_folder
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import say
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Config:
     """Names in data_cards/, paths of cards, or folders of images with one folder per class."""
     targets: tuple[str, ...] = ()
     """Cards that are judged and not learnt, for cross-dataset and domain-shift."""
-    data_root: Path | None = None
+    data_root: ExistingPath | None = None
     """Folder that holds the cards' files; each card's own folder if not given."""
     backbone: str = "starter"
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""
@@ -124,16 +125,20 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
     store = JobStore(cfg.out / "jobs", launch)
     worker = Worker(grid, FeatureStore(ac.FeatureCache(cfg.cache), backbone, store.folder / "encoding"), accelerator)
+    earlier = earlier_results(store, grid)
+    changes, all_methods = (*cfg.settings, *earlier.changes), dict.fromkeys((*methods, *earlier.methods))
     shown = BenchSettings(
         protocol=cfg.protocol, backbone=" ".join(filter(None, (backbone.name, cfg.pretrained, backbone.digest[:12]))),
-        metric=cfg.metric, baseline=cfg.baseline, num_seeds=len(cfg.seeds), num_jobs=len(grid.jobs),
-        give_advice="ladder" in cfg.methods, changes=(*cfg.settings, *(["preset=smoke"] if preset == "smoke" else [])),
-        not_published=not_published(methods, cfg.settings, preset=preset, searched=budget is not None),
+        metric=cfg.metric, baseline=cfg.baseline, num_jobs=len(grid.jobs) + len(earlier.results),
+        num_seeds=len({*cfg.seeds, *(result["job"]["seed"] for result in earlier.results)}),
+        give_advice="ladder" in cfg.methods, changes=(*changes, *(["preset=smoke"] if preset == "smoke" else [])),
+        not_published=not_published(tuple(all_methods), changes, preset=preset, searched=budget is not None),
         search=f"{cfg.search_trials} trials per job" if budget else "",
         worries=tuple(f"{d.card.name}: {worry}" for d in data for worry in d.worries),
     )  # fmt: skip
     if process.rank == 0:
         write_yaml(cfg.out / "config.yaml", asdict(cfg))
+        say(preset_line(cfg.preset, preset, ", ".join(cfg.settings) or "no setting is changed"))
 
     first = process.rank == 0
     progress = Progress(grid.jobs, store, metric=cfg.metric, processes=process.size, show=first)
@@ -147,12 +152,16 @@ def main(cfg: Config) -> int:
         return 0  # process 0 tells
     failures = [failure for job in grid.jobs if (failure := store.failure(job.key))]
     results = [result for job in grid.jobs if (result := store.result(job.key))]
-    said = write_output(cfg.out, results, failures, shown)
+    said = write_output(cfg.out, [*results, *earlier.results], failures, shown)
     for sentence in said:
         say(f"- {sentence}")
     for failure in failures:
         say(f"failed: {failure['job']}: {failure['error']}: {failure['message']}", several_lines=True)
     print(f"{len(results)} of {len(grid.jobs)} jobs: {cfg.out}/index.html, tables.md, tables.tex, results.csv, curves")
+    if earlier.results:
+        print(f"the tables also show {len(earlier.results)} jobs that earlier commands did in this folder")
+    if earlier.num_others:
+        print(f"not in the tables: {earlier.num_others} results in {store.folder} of other data, settings or versions")
     if stopped:
         print("stopped by Ctrl-C: the same command goes on with the jobs that are left")
     return 130 if stopped else 1 if failures else 0

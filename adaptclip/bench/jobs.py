@@ -245,6 +245,8 @@ class Grid:
         protocol: a name of PROTOCOLS.
         cases: (card, shots, seed) -> the draw.
         jobs: in the order in which they are taken, cheap methods and few shots first.
+        world: digest of what all jobs have in common: model, protocol, rule of the draws, search, version.
+        data: card that is learnt from -> digest of its images, and of what else is judged.
         budget: of the search for settings, or None.
         preset: whose values the settings take that are not given.
     """
@@ -252,6 +254,8 @@ class Grid:
     protocol: str
     cases: Mapping[tuple[str, int, int], Case]
     jobs: tuple[Job, ...]
+    world: str
+    data: Mapping[str, str]
     budget: Budget | None = None
     preset: Preset = "paper"
 
@@ -309,7 +313,56 @@ def make_grid(
                     }  # fmt: skip
                     key = digest(json.dumps(own, sort_keys=True))[:32]
                     jobs.append(Job(name, method, settings[method], k, seed, key))
-    return Grid(protocol, cases, tuple(jobs), budget, preset)
+    rest = [part for target in targets for part in (target.card.digest, target.digest)]
+    own_data = {name: digest(data.card.digest, data.digest, *rest) for name, data in cards.items()}
+    return Grid(
+        protocol, cases, tuple(jobs), digest(json.dumps(world, sort_keys=True), rule), own_data, budget, preset
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Results in a bench folder that are not of this grid.
+
+    Attributes:
+        results: those that belong beside the grid's, as they were made in the same way.
+        changes: settings of their methods that differ from the published ones, METHOD.SETTING=VALUE.
+        num_others: the rest, made from other data, settings or versions.
+    """
+
+    results: tuple[dict[str, Any], ...]
+    changes: tuple[str, ...]
+    num_others: int
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods of the results."""
+        return tuple(dict.fromkeys(result["job"]["method"] for result in self.results))
+
+
+def earlier_results(store: JobStore, grid: Grid) -> Earlier:
+    """Finds what earlier commands left in a bench folder, so that tables show all that was done there.
+
+    Beside the grid's results belong those of the same model, protocol, rule, search and version. A card that the grid
+    has must have the same images, a method that it has the same settings; of others the newest count.
+    """
+    own = {job.key for job in grid.jobs}
+    files = sorted(store.folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+    found = [result for file in files if file.stem not in own and (result := store.result(file.stem)) is not None]
+    data, settings = dict(grid.data), {job.method: dict(job.settings) for job in grid.jobs}
+    kept, changes = [], {}
+    for result in found:
+        job = result["job"]
+        if job.get("world") != grid.world or job["method"] not in named():
+            continue
+        same_data = data.setdefault(job["card"], job["data"]) == job["data"]
+        if same_data and settings.setdefault(job["method"], job["asked"]) == job["asked"]:
+            kept.append(result)
+            usual = named()[job["method"]].settings()
+            if job["method"] not in {one.method for one in grid.jobs}:
+                changed = {name: value for name, value in job["asked"].items() if value != usual.get(name)}
+                changes |= {f"{job['method']}.{name}={value}": None for name, value in changed.items()}
+    return Earlier(tuple(kept), tuple(changes), len(found) - len(kept))
 
 
 @dataclass
@@ -354,6 +407,7 @@ class Worker:
                 "seed": job.seed, "settings": fitted.info["settings"], "split": case.split.digest,
                 "backbone": self.store.backbone.name, "pretrained": self.store.backbone.pretrained,
                 "weights": self.store.backbone.digest, "adaptclip": __version__,
+                "world": self.grid.world, "data": self.grid.data[job.card], "asked": dict(job.settings),
             },
             "judged": judged,
             "train_images": len(case.split.train),

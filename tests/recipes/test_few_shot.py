@@ -101,7 +101,9 @@ def test_a_users_folder_gives_tables_curves_and_a_page(undisturbed):
     assert "No published number fits" in page
 
 
-def test_the_same_command_again_does_nothing_twice_and_more_seeds_add(cfg, undisturbed):
+def test_the_same_command_again_does_nothing_twice_and_more_seeds_add(cfg, undisturbed, tmp_path, capsys):
+    """Tables show all that was done in the folder, and leave out what was done in another way."""
+    undisturbed = Path(shutil.copytree(undisturbed.parent, tmp_path / "copy")) / "run"
     jobs = undisturbed / "jobs"
     before = {p.name: p.stat().st_mtime_ns for p in jobs.glob("*.json")}
     assert len(before) == 30
@@ -111,9 +113,21 @@ def test_the_same_command_again_does_nothing_twice_and_more_seeds_add(cfg, undis
     more = replace(again, seeds=(1, 2, 3), methods=("zero_shot", "ss_text"), settings=())
     assert recipe.main(more) == 0
     assert len(list(jobs.glob("*.json"))) == 30 + 6
-    assert len(rows(undisturbed)) == 18
+    found = rows(undisturbed)
+    assert len(found) == 30 + 6
+    assert {row["method"] for row in found} == set(METHODS_HERE)
+    assert "the tables also show 18 jobs that earlier commands did in this folder" in capsys.readouterr().out
+    tables = (undisturbed / "tables.md").read_text()
+    assert "36 of 36 jobs are done; seeds: 1, 2, 3" in tables
+    assert "tip_adapter_f.epochs=5" in tables.split("Settings other than published: ")[1].split("\n")[0]
     assert recipe.main(again) == 0
-    assert len(rows(undisturbed)) == 30
+    assert len(rows(undisturbed)) == 30 + 6
+    other = replace(again, methods=("coop",), shots=(1,), seeds=(1,), settings=("coop.epochs=2",))
+    assert recipe.main(other) == 0
+    found = rows(undisturbed)
+    assert [row["shots"] for row in found if row["method"] == "coop"] == [1]
+    assert len(found) == 36 - 6 + 1
+    assert f"not in the tables: 6 results in {jobs}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
