@@ -63,22 +63,29 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
-def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20) -> str:
-    """Words the end of an error about an unknown name: the nearest name and what is allowed.
+def nearest(got: str, options: Iterable[str]) -> str | None:
+    """Returns the option that an unknown name was probably meant to be, or None where none is alike."""
+    by_lower = {name.lower(): name for name in options}
+    near = difflib.get_close_matches(got.lower(), list(by_lower), n=1, cutoff=0.5)
+    return by_lower[near[0]] if near else None
+
+
+def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20, lead: str = "Allowed") -> str:
+    """Words the end of an error about an unknown name: the nearest name and what there is.
 
     Args:
         got: the unknown name.
-        options: the allowed names.
-        limit: how many allowed names are listed before the list is cut.
+        options: the names that there are.
+        limit: how many names are listed before the list is cut.
+        lead: what the list begins with: "Allowed" where names are fixed, "It has" and the like where they are found.
 
     Returns:
         For example `Did you mean "coop"? Allowed: coop, zero_shot.`
     """
     names = sorted(set(options))
-    by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(got.lower(), list(by_lower), n=1, cutoff=0.5)
+    near = nearest(got, names)
     listed = ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
-    return (f'Did you mean "{by_lower[near[0]]}"? ' if near else "") + f"Allowed: {listed or 'none'}."
+    return (f'Did you mean "{near}"? ' if near else "") + f"{lead}: {listed or 'none'}."
 
 
 def agree(number: int, one: str, many: str) -> str:

@@ -117,7 +117,7 @@ class FeatureClip(nn.Module):
             if name not in row_of:
                 raise DataError(
                     f"there are no text features of the class {name!r}, only of {len(row_of)} others. "
-                    f"{did_you_mean(name, row_of)}"
+                    f"{did_you_mean(name, row_of, lead='There are')}"
                 )
         return self.text_features[[row_of[name] for name in class_names]]
 

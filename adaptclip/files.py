@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from adaptclip.errors import DataError, StorageError, shown
+from adaptclip.errors import DataError, StorageError, did_you_mean, nearest, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -135,6 +136,8 @@ def check_is_file(path: Path, *, max_bytes: int | None = None) -> None:
     """
     try:
         status = path.stat()
+    except FileNotFoundError:
+        raise StorageError(no_such_path(path)) from None
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot read {path}: {error}") from error
     if not stat.S_ISREG(status.st_mode):
@@ -142,6 +145,40 @@ def check_is_file(path: Path, *, max_bytes: int | None = None) -> None:
         raise StorageError(f"cannot read {path}: it is {what}, no file")
     if max_bytes is not None:
         _check_length(status.st_size, max_bytes, str(path))
+
+
+_MOST_BESIDE = 10_000
+
+
+def no_such_path(path: Path | str) -> str:
+    """Words that nothing is at a path: the nearest name beside it, and what is there.
+
+    Args:
+        path: where there is nothing. Where folders above it are missing too, the first of them is what is looked for.
+
+    Returns:
+        For example `there is no file or folder runs/cop. Did you mean "runs/coop"? In runs: coop, lora.`
+    """
+    asked = Path(path)
+    missing, said = asked, f"there is no file or folder {asked}."
+    while not os.path.lexists(missing.parent) and missing.parent != missing:
+        missing = missing.parent
+    if os.path.lexists(missing):  # a link to nothing
+        return f"{said} {missing} is a link, and nothing is where it leads."
+    if missing != asked:
+        said = f"there is no file or folder {asked}, nor a folder {missing}."
+    folder, where = missing.parent, "this folder" if missing.parent == Path() else str(missing.parent)
+    try:
+        with os.scandir(folder) as found:
+            names = [e.name for e in itertools.islice(found, _MOST_BESIDE) if not e.name.startswith(".")]
+    except OSError:
+        return said
+    if not names:
+        return f"{said} {'This folder' if folder == Path() else folder} is empty."
+    near = nearest(missing.name, names)
+    hint = "" if near is None else f'Did you mean "{folder / near / asked.relative_to(missing)}"? '
+    beside = did_you_mean("", names, limit=8, lead=f"In {where}")
+    return f"{said} {hint}{beside}"
 
 
 def _check_length(length: int, max_bytes: int, where: str) -> None:

@@ -166,12 +166,15 @@ class Outcome(BaseModel):
             DataError: it does not fit; the message holds the nearest name.
         """
         if self.level is not None and self.level not in levels:
-            has = did_you_mean(self.level, levels) if levels else "There are no taxonomy levels at all."
+            has = (
+                did_you_mean(self.level, levels, lead="There are") if levels else "There are no taxonomy levels at all."
+            )
             raise DataError(f"outcome {self.name!r}: no taxonomy level {self.level!r}. {has}")
         values = class_names if self.level is None else levels[self.level]
         for value in self.positive:
             if value not in values:
-                raise DataError(f"outcome {self.name!r}: nothing is {value!r}. {did_you_mean(value, values)}")
+                has = did_you_mean(value, values, lead="There are")
+                raise DataError(f"outcome {self.name!r}: nothing is {value!r}. {has}")
         if set(values) <= set(self.positive) and not several:
             raise DataError(f"outcome {self.name!r}: every class is positive, so there is nothing to tell apart")
 

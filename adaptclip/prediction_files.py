@@ -184,7 +184,8 @@ def _check_columns(table: pa.Table, path: Path) -> None:
         _check_several(table, path)
         return
     if "label" not in names:
-        raise DataError(f"{path} is no predictions file: it has no column 'label'. {did_you_mean('label', names)}")
+        has = did_you_mean("label", names, lead="It has")
+        raise DataError(f"{path} is no predictions file: it has no column 'label'. {has}")
     if not ("pred" in names or "top_1" in names or any(n.startswith("prob_") for n in names)):
         raise DataError(
             f"{path} says nothing about what the model answered: it needs prob_CLASS columns, top_1 … top_k, or pred; "
@@ -247,7 +248,7 @@ def _class_ids(
     hint = " Labels that are numbers count from 0 through the class names (--classes)." if as_ids else ""
     raise DataError(
         f"{path}: column {what!r} has the unknown class {unknown!r}; there are {len(names)} classes. "
-        f"{did_you_mean(unknown, names)}{hint}"
+        f"{did_you_mean(unknown, names, lead='They are')}{hint}"
     )
 
 
@@ -386,11 +387,12 @@ def _ordered(
             return wanted
     absent = [name for name in by_name if name not in columns]
     extra = [c for c in columns if c.removeprefix(prefix) not in names]
+    has = did_you_mean(extra[0].removeprefix(prefix), names, lead="The classes are") if extra else ""
     raise DataError(
         f"{path}: {len(columns)} {'probability' if prefix == 'prob_' else prefix + '…'} columns do not fit the "
         f"{len(names)} classes"
         + (f"; missing {', '.join(absent[:5])}" if absent else "")
-        + (f"; unknown {', '.join(extra[:5])}. {did_you_mean(extra[0].removeprefix(prefix), names)}" if extra else "")
+        + (f"; unknown {', '.join(extra[:5])}. {has}" if extra else "")
     )
 
 

@@ -153,9 +153,8 @@ class Predictions:
         for crossed in self.intersections:
             for name in crossed:
                 if name not in self.groups:
-                    raise DataError(
-                        f"intersection {list(crossed)}: no group attribute {name!r}. {did_you_mean(name, self.groups)}"
-                    )
+                    has = did_you_mean(name, self.groups, lead="There are")
+                    raise DataError(f"intersection {list(crossed)}: no group attribute {name!r}. {has}")
 
     def __len__(self) -> int:
         return len(self.ids)

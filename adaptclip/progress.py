@@ -19,6 +19,9 @@ from typing import Any, Generic, Protocol, TextIO, TypeVar, cast
 from adaptclip.errors import agree
 from adaptclip.terminal import is_terminal, say
 
+DELAY_S = 1.0
+"""Seconds before a bar is drawn: what is done by then needs none."""
+
 EVERY_S = 30.0
 """Seconds between two lines of a process, whatever number of bars they are about."""
 
@@ -69,14 +72,14 @@ def progress_bar(
         initial: how many were done before.
         show: False says nothing, for the processes beside the main one.
         more: words for a line, asked for when it is said, for example the loss.
-        **drawn: of tqdm, for the bar alone (`leave`, `delay`).
+        **drawn: of tqdm, for the bar alone (`leave`; `delay`, which is `DELAY_S` where it is not given).
     """
     if show and not is_terminal(sys.stderr):
         return _Lines(items, desc, unit, total, initial, more)
     from tqdm import tqdm
 
     counted = {"desc": desc, "unit": unit or "it", "total": total, "initial": initial}
-    return cast(Any, tqdm(items, **counted, disable=None if show else True, **drawn))
+    return cast(Any, tqdm(items, **counted, disable=None if show else True, **{"delay": DELAY_S, **drawn}))
 
 
 class _Voice:

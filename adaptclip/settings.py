@@ -6,9 +6,14 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from adaptclip.errors import ConfigError
+
+MUST_EXIST = "must exist"
+"""Marks the type of a flag or argument whose file or folder is read; what is not there is refused at the door."""
+
+ExistingPath = Annotated[Path, MUST_EXIST]
 
 _COUNTS = ("batch_size", "accumulate", "epochs", "steps", "views", "save_every", "image_size")
 _RATES = ("lr", "head_lr", "memory_gib")
@@ -22,7 +27,7 @@ class DataSettings:
 
     card: str = "digits"
     """Name in data_cards/, path of a card, or a folder of images with one folder per class."""
-    data_root: Path | None = None
+    data_root: ExistingPath | None = None
     """Folder that holds the card's files; the card's own folder if not given."""
     backbone: str = "starter"
     """open_clip architecture, hf-hub:ORG/NAME, local-dir:FOLDER, or starter (comes with the package)."""

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from copy import copy
 from typing import TYPE_CHECKING, Any, TextIO
 
 from adaptclip.errors import shown
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-UNWRAPPED = 100_000
-"""Columns of what is no terminal: programs and files get lines as long as they are."""
+TABLE_COLUMNS = 120
+"""Width of tables where no terminal is, as in a file or a pipe, and COLUMNS names no other."""
+
+_UNWRAPPED = 100_000
+"""Columns of sentences where no terminal is: each stays on its line, so that it can be searched for."""
 
 
 def say(text: str = "", *, to: TextIO | None = None, several_lines: bool = False) -> None:
@@ -70,8 +74,10 @@ def guard_messages() -> None:
     """Makes warnings of this process (`warnings` and `logging`) printable, as they name files and classes too."""
     own = warnings.formatwarning
 
-    def format_warning(*info: Any, **more: Any) -> str:
-        return shown(own(*info, **more), keep="\n")
+    def format_warning(message: Any, category: Any, *place: Any, **more: Any) -> str:
+        if category is UserWarning:  # where in the code it was noticed is nothing to its reader
+            return f"warning: {shown(message)}\n"
+        return shown(own(message, category, *place, **more), keep="\n")
 
     class Plain(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -83,9 +89,13 @@ def guard_messages() -> None:
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Returns a rich console: no markup is read from text, and where no terminal is, no line is wrapped."""
+    """Returns a rich console: no markup is read from text.
+
+    Where no terminal is, tables are as wide as COLUMNS says, or up to `TABLE_COLUMNS`, and no sentence is wrapped.
+    """
     import rich.console
     from rich.segment import Segment
+    from rich.table import Table
     from rich.text import Text
 
     class PlainConsole(rich.console.Console):
@@ -97,6 +107,14 @@ def console(file: TextIO | None = None) -> Console:
         def render(self, renderable: Any, options: Any = None) -> Any:
             if isinstance(renderable, Text) and shown(renderable.plain, keep="\n\t") != renderable.plain:
                 renderable = Text(shown(renderable.plain, keep="\n"), renderable.style)
+            if isinstance(renderable, Table):
+                if renderable.title:  # above the table, and not wrapped to its width
+                    style = "" if isinstance(renderable.title, Text) else "italic"
+                    yield from self.render(Text.assemble((renderable.title, style)), options)
+                    renderable = copy(renderable)
+                    renderable.title = None
+                if not self.is_terminal:
+                    options = (options or self.options).update(max_width=table_columns())
             for segment in super().render(renderable, options):
                 if segment.control:
                     yield segment
@@ -105,8 +123,14 @@ def console(file: TextIO | None = None) -> Console:
 
     made = PlainConsole(file=file, markup=False, emoji=False, highlight=False)
     if not made.is_terminal:
-        made = PlainConsole(file=file, markup=False, emoji=False, highlight=False, width=UNWRAPPED)
+        made = PlainConsole(file=file, markup=False, emoji=False, highlight=False, width=_UNWRAPPED)
     return made
+
+
+def table_columns() -> int:
+    """Returns how wide a table may be where no terminal is."""
+    asked = os.environ.get("COLUMNS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else TABLE_COLUMNS
 
 
 def table(*heads: str, **how: Any) -> Table:

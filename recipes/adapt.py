@@ -2,8 +2,8 @@
 """Any method by its name, with the loop in view: those without a recipe of their own, and those of other packages.
 
 Paper     of each method: in its docstring, and in docs/peers.md what was compared with it.
-Run       accelerate launch recipes/adapt.py --method gda --card my_images/ --backbone ViT-B-16 --pretrained openai
-Smoke     accelerate launch recipes/adapt.py         (embedded card and model: no download, CPU, under a minute)
+Run       python recipes/adapt.py --method gda --card my_images/ --backbone ViT-B-16 --pretrained openai
+Smoke     python recipes/adapt.py         (embedded card and model: no download, CPU, under a minute)
 Expected  see README.md in this folder
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import adaptclip as ac
 from adaptclip.bench.methods import choose_methods, read_settings
 from adaptclip.methods.registry import named
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main(cfg: Config) -> int:
     )  # fmt: skip
     preset = chosen_preset(cfg.preset, cfg.card, cfg.backbone)
     schedule = adapter.schedule(cfg.shots, images_per_class=support.images_per_class, preset=preset, **planned)
-    accelerator.print(f"{name}, preset {preset}: {schedule}")
+    accelerator.print(f"{name}, {preset_line(cfg.preset, preset, schedule)}")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,

@@ -2,8 +2,8 @@
 """CoCoOp: learn the words around the class name and a small network that moves them with every image.
 
 Paper     Zhou et al., "Conditional Prompt Learning for Vision-Language Models", CVPR 2022, arXiv:2203.05557.
-Run       accelerate launch recipes/cocoop.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
-Smoke     accelerate launch recipes/cocoop.py        (embedded card and model: no download, CPU, about a minute)
+Run       python recipes/cocoop.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
+Smoke     python recipes/cocoop.py        (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
 
@@ -58,6 +58,7 @@ def main(cfg: Config) -> int:
     schedule = adapter.schedule(
         cfg.shots, epochs=cfg.epochs, views=cfg.views, lr=cfg.lr, batch_size=cfg.batch_size
     )  # fmt: skip
+    accelerator.print(f"cocoop: {schedule}")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,

@@ -4,10 +4,10 @@
 Paper     FLYP (Goyal et al., CVPR 2023, arXiv:2212.00638): the pretraining loss on images and prompts of their class;
           images of one class in a batch are negatives of each other, as published.
           WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903); LiT (Zhai et al., arXiv:2111.07991): `--train text`.
-Run       accelerate launch recipes/contrastive.py --card flickr8k --data-root DATA --train text --lr 1e-4
-          accelerate launch recipes/contrastive.py --card my.md --backbone ViT-B-16 --pretrained openai --wise-ft 0.5
-Smoke     accelerate launch recipes/contrastive.py   (embedded card and model: no download, CPU, about a minute)
-Then      accelerate launch recipes/coop.py --backbone local-dir:runs/contrastive/model, or any other recipe
+Run       python recipes/contrastive.py --card flickr8k --data-root DATA --train text --lr 1e-4
+          python recipes/contrastive.py --card my.md --backbone ViT-B-16 --pretrained openai --wise-ft 0.5
+Smoke     python recipes/contrastive.py   (embedded card and model: no download, CPU, about a minute)
+Then      python recipes/coop.py --backbone local-dir:runs/contrastive/model, or any other recipe
 Expected  see README.md in this folder
 """
 
@@ -25,7 +25,7 @@ from adaptclip.clip.saving import open_clip_config, save_open_clip
 from adaptclip.data.dataset import DomainData
 from adaptclip.files import write_json, write_text
 from adaptclip.methods.contrastive import interpolate, pair_texts
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def main(cfg: Config) -> int:
         process_index=accelerator.process_index, num_processes=accelerator.num_processes,
     ).to(accelerator.device)  # fmt: skip
     texts, num_cut = pair_texts(backbone, images, data)
-    info = f"preset {chosen_preset(cfg.preset, cfg.card, cfg.backbone)}: {epochs} epochs; {len(images)} images"
-    accelerator.print(f"{info} with {len(texts.tokens)} texts, {num_cut} of them cut at the context")
+    words = f"epochs {epochs}, {len(images)} images, {len(texts.tokens)} texts ({num_cut} of them cut at the context)"
+    accelerator.print(preset_line(cfg.preset, chosen_preset(cfg.preset, cfg.card, cfg.backbone), words))
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         others={other.card.name: other.digest} if other else None, resume=cfg.resume, overwrite=cfg.overwrite,

@@ -2,8 +2,8 @@
 """CoOp: learn the words around the class name, keep CLIP frozen.
 
 Paper     Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv:2109.01134.
-Run       accelerate launch recipes/coop.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
-Smoke     accelerate launch recipes/coop.py          (embedded card and model: no download, CPU, about a minute)
+Run       python recipes/coop.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
+Smoke     python recipes/coop.py          (embedded card and model: no download, CPU, about a minute)
 Expected  flowers17, starter, 16 shots, seeds 1 to 3: 75.9 ± 1.9 % (zero-shot 7.9 %), a minute per seed on one core;
           more in README.md of this folder
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import adaptclip as ac
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(cfg: Config) -> int:
     schedule = adapter.schedule(
         cfg.shots, preset=preset, epochs=cfg.epochs, views=cfg.views, lr=cfg.lr, batch_size=cfg.batch_size
     )
-    accelerator.print(f"preset {preset}: {schedule}")
+    accelerator.print(preset_line(cfg.preset, preset, schedule))
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,

@@ -5,8 +5,8 @@ Paper     logistic: Radford et al., "Learning Transferable Visual Models From Na
           arXiv:2103.00020, app. A.3; text_init (ZS-LP) and clap: Silva-Rodríguez et al., "A Closer Look at the Few-Shot
           Adaptation of Large Vision-Language Models", CVPR 2024, arXiv:2312.12730; lp_plus_plus: Huang et al., "LP++: A
           Surprisingly Strong Linear Probe for Few-Shot CLIP", CVPR 2024, arXiv:2404.02285.
-Run       accelerate launch recipes/linear_probe.py --card images/ --backbone ViT-B-16 --pretrained openai --head clap
-Smoke     accelerate launch recipes/linear_probe.py  (embedded card and model: no download, CPU, under a minute)
+Run       python recipes/linear_probe.py --card images/ --backbone ViT-B-16 --pretrained openai --head clap
+Smoke     python recipes/linear_probe.py  (embedded card and model: no download, CPU, under a minute)
 Expected  see README.md in this folder
 """
 
@@ -75,6 +75,7 @@ def main(cfg: Config) -> int:
         clap_weight=cfg.clap_weight,
     )  # fmt: skip
     adapter.check_mitigation(mitigation)
+    accelerator.print(f"{cfg.head}: {schedule}")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite,

@@ -2,8 +2,8 @@
 """LoRA: low-rank updates of the towers' projections, trained on pixels; CLIP-LoRA by default.
 
 Paper     Zanella and Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPRW 2024, arXiv:2405.18541.
-Run       accelerate launch recipes/lora.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
-Smoke     accelerate launch recipes/lora.py          (embedded card and model: no download, CPU, about a minute)
+Run       python recipes/lora.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
+Smoke     python recipes/lora.py          (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import adaptclip as ac
 from adaptclip.bench.interpolation import check_setting, choose_scale, predict_new_classes
 from adaptclip.data.shots import base_and_new
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line
 from adaptclip.training.tracking import MAY_CHANGE
 
 
@@ -99,7 +99,7 @@ def main(cfg: Config) -> int:
         cfg.shots, images_per_class=support.images_per_class, preset=preset, steps=cfg.steps, lr=cfg.lr,
         batch_size=cfg.batch_size,
     )  # fmt: skip
-    accelerator.print(f"preset {preset}: {schedule}")
+    accelerator.print(preset_line(cfg.preset, preset, schedule))
     info = adapter.learn(support, schedule, partial(train, run=run, accelerator=accelerator))
     info |= choose_scale(cfg.lora_scale, adapter, validation, new_validation, accelerator=accelerator)
 

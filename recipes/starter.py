@@ -8,9 +8,9 @@ Method    Locked image tower (Zhai et al., "LiT", arXiv:2111.07991). Class names
           linear map; Wang et al., arXiv:2002.10957). Numerals, last: the embeddings of their tokens alone learn to name
           drawn ones (adaptclip/datasets/numerals.py); a text without these tokens stays exactly as it was.
 Needs     pip install "adaptclip[starter,starter-training]"
-Run       accelerate launch recipes/starter.py --data-root DATA     (tiny_imagenet, flickr8k, imagenet1k_one_each)
+Run       python recipes/starter.py --data-root DATA     (tiny_imagenet, flickr8k, imagenet1k_one_each)
           With --start FILE only the numerals are learnt, on top of text weights that are there already.
-Measure   accelerate launch recipes/starter.py --data-root DATA --evaluate    (also flowers17, grocery, ham10000)
+Measure   python recipes/starter.py --data-root DATA --evaluate    (also flowers17, grocery, ham10000)
 Expected  see adaptclip/clip/starter_clip/README.md
 """
 

@@ -5,9 +5,9 @@ Paper     tip_adapter, tip_adapter_f
                       Zhang et al., "Tip-Adapter: Training-free Adaption of CLIP", ECCV 2022, arXiv:2207.09519
           gda         Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", arXiv:2402.04087
           ss_text     Silva-Rodriguez et al., "Few-Shot, Now for Real", arXiv:2506.17500
-Run       accelerate launch recipes/tip_adapter.py --card my_images/ --backbone ViT-B-16 --pretrained openai
+Run       python recipes/tip_adapter.py --card my_images/ --backbone ViT-B-16 --pretrained openai
           (--variant tip_adapter, tip_adapter_f, gda or ss_text)
-Smoke     accelerate launch recipes/tip_adapter.py      (embedded card and model: no download, CPU, about a minute)
+Smoke     python recipes/tip_adapter.py      (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
 
@@ -74,6 +74,7 @@ def main(cfg: Config) -> int:
     given = given if cfg.variant == "tip_adapter_f" else {name: given[name] for name in ("views", "min_scale")}
     choose = {} if cfg.variant == "ss_text" else {"choose": cfg.choose == "validation"}
     schedule = adapter.schedule(cfg.shots, **given, **choose)
+    accelerator.print(f"{cfg.variant}: {schedule}")
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         resume=cfg.resume, overwrite=cfg.overwrite, save_every=cfg.save_every,

@@ -3,8 +3,8 @@
 
 Paper     Farina et al., "Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages", CVPR 2025,
           arXiv:2503.11609.
-Run       accelerate launch recipes/two_stage.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
-Smoke     accelerate launch recipes/two_stage.py     (embedded card and model: no download, CPU, about a minute)
+Run       python recipes/two_stage.py --card my_images/ --backbone ViT-B-16 --pretrained openai --seed 1
+Smoke     python recipes/two_stage.py     (embedded card and model: no download, CPU, about a minute)
 Expected  see README.md in this folder
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import adaptclip as ac
 from adaptclip.bench.interpolation import predict_new_classes
 from adaptclip.data.shots import base_and_new
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def main(cfg: Config) -> int:
         cfg.shots, images_per_class=support.images_per_class, preset=preset, steps=cfg.steps, views=cfg.views,
         tower_share=cfg.tower_share, lr=cfg.lr, head_lr=cfg.head_lr, batch_size=cfg.batch_size,
     )  # fmt: skip
-    accelerator.print(f"preset {preset}: {schedule}")
+    accelerator.print(preset_line(cfg.preset, preset, schedule))
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, split=split, backbone=backbone,
         others={"the classes that are not learnt": new.digest} if new else None, resume=cfg.resume,

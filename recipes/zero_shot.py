@@ -2,8 +2,8 @@
 """Zero-shot: CLIP as it is, with the card's prompts; the number that every adaptation has to beat.
 
 Paper     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv:2103.00020.
-Run       accelerate launch recipes/zero_shot.py --card my_images/ --backbone ViT-B-16 --pretrained openai
-Smoke     accelerate launch recipes/zero_shot.py     (embedded card and model: no download, CPU, under a minute)
+Run       python recipes/zero_shot.py --card my_images/ --backbone ViT-B-16 --pretrained openai
+Smoke     python recipes/zero_shot.py     (embedded card and model: no download, CPU, under a minute)
 Expected  see README.md in this folder
 """
 

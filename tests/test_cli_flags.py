@@ -53,22 +53,19 @@ def test_help_and_unknown_flag(configs, name, capsys):
         parse(configs[name], ["--help"])
     assert stop.value.code == 0
     assert "--out" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ConfigError, match=r"^there is no flag --sed of .*--help$"):
         parse(configs[name], ["--sed", "2"])
-    assert stop.value.code == 1
-    assert "--sed" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ConfigError, match=rf"Did you mean --{known}\?"):
         parse(configs[name], [f"--{known[:-1]}"])
-    assert stop.value.code == 1
-    assert f"--{known}" in capsys.readouterr().err
 
 
 def test_a_value_of_the_wrong_kind_is_named(configs, capsys):
-    for flags, words in ((["--lr", "fast"], "--lr"), (["--rule", "random"], "nested")):
-        with pytest.raises(SystemExit) as stop:
-            parse(configs["coop.py"], flags)
-        assert stop.value.code == 1
-        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        parse(configs["coop.py"], ["--lr", "fast"])
+    assert stop.value.code == 1
+    assert "--lr" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"^--rule has no choice 'random'\. Allowed: coop, nested"):
+        parse(configs["coop.py"], ["--rule", "random"])
 
 
 def test_numbers_no_training_can_have_are_refused_before_anything_is_read(configs, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 
-from adaptclip.errors import ArtifactError, StorageError
+from adaptclip.errors import ArtifactError, StorageError, agree
 from adaptclip.files import digest, read_json
 from adaptclip.gates.verdicts import SEVERITY
 from adaptclip.methods.registry import current_name
@@ -273,9 +273,10 @@ def check_verdicts(folder: Path, manifest: Mapping[str, Any], allow_failed_gates
             + "\nTo load it all the same, for study: allow_failed_gates=True (--allow-failed-gates)."
         )
     if by_verdict.get("inconclusive"):
+        count, total = len(by_verdict["inconclusive"]), len(manifest["verdicts"])
         warnings.warn(
-            f"{folder}: the data could not decide these gates, which is not a pass: "
-            + "; ".join(by_verdict["inconclusive"]),
+            f"{folder}: {count} of {total} gates {agree(count, 'is', 'are')} inconclusive, which is not a pass; its "
+            "README.md says why",
             stacklevel=3,
         )
 

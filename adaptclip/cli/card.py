@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import is_terminal, say
 
 
 def list_names() -> int:
-    """List the data cards by name."""
-    from adaptclip.data.card import list_cards
+    """List the data cards by name, each with what it is about and where its images come from."""
+    from adaptclip.data.card import describe_card, list_cards
 
-    for name in list_cards():
-        say(name)
+    names = list_cards()
+    width = max(map(len, names), default=0)
+    for name in names:
+        say(f"{name:<{width}}  {describe_card(name)}")
     return 0
 
 
@@ -24,7 +27,7 @@ def check(
     card: str,
     /,
     *,
-    data_root: Path | None = None,
+    data_root: ExistingPath | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
 ) -> int:
     """Check a data card and the images behind it: columns, classes, leaks between splits, unreadable images.
@@ -64,7 +67,7 @@ def check(
 
 
 def new(
-    folder: Path,
+    folder: ExistingPath,
     /,
     *,
     out: Path = Path("card.md"),

@@ -6,16 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import say
 
 
 def export(
-    artifact: Path,
+    artifact: ExistingPath,
     /,
     *,
     to: Literal["open_clip", "classifier", "onnx", "hf"],
     out: Path,
-    images: Path | None = None,
+    images: ExistingPath | None = None,
     license: str | None = None,
     allow_failed_gates: bool = False,
     overwrite: bool = False,

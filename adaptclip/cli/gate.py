@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from adaptclip.errors import DataError, GateError
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import console, json_line, say
 
 if TYPE_CHECKING:
@@ -146,11 +147,11 @@ def _file(path: Path) -> Path:
 
 
 def gate(
-    predictions: list[Path],
+    predictions: list[ExistingPath],
     /,
     *,
-    gates: Path | None = None,
-    baseline: Path | None = None,
+    gates: ExistingPath | None = None,
+    baseline: ExistingPath | None = None,
     classes: tuple[str, ...] = (),
     junit: Path | None = None,
 ) -> int:
@@ -211,11 +212,11 @@ def _summary(verdicts: list) -> str:
 
 
 def compare(
-    before: Path,
-    after: Path,
+    before: ExistingPath,
+    after: ExistingPath,
     /,
     *,
-    group: str,
+    group: str | None = None,
     metric: str = "accuracy",
     positive: tuple[str, ...] = (),
     margin: float = 0.02,
@@ -227,7 +228,7 @@ def compare(
     Args:
         before: run folder or Parquet file of predictions without the mitigation.
         after: the same with it, on the same images.
-        group: the attribute.
+        group: the attribute, for example sex; without, the error names those that the predictions have.
         metric: accuracy, or another rate that is better when higher.
         positive: class or classes that count as positive, for sensitivity, specificity or auc.
         margin: acceptable loss of the worst group; 0.02 is 2 points.
@@ -242,6 +243,9 @@ def compare(
     for path in written:
         check_file(path, files_read(before, after), judges_runs=True)
     first, second = (load_predictions(path, None).predictions for path in (before, after))
+    if group is None:
+        has = ", ".join(first.groups) or "no group column (in a CSV: group:NAME)"
+        raise GateError(f"name the attribute whose groups are compared: --group NAME. These predictions have: {has}.")
     result = compare_groups(first, second, group, metric=metric, positive=positive, margin=margin, min_n=min_n)
     text = levelling_markdown(result)
     for line in text.rstrip("\n").split("\n"):

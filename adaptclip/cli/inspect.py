@@ -135,15 +135,7 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
     weights = f", weights {about['pretrained']}" if about["pretrained"] else ""
     info = f"{weights}, {about['precision']}, digest {about['digest'][:12]}"
     screen.print(Text.assemble((shown(about["name"]), "bold"), shown(info)))
-    towers = table("tower", "kind", "blocks", "width", "parameters", "input")
     image, text, transform = about["image"], about["text"], about["transform"]
-    for name, tower, takes in (
-        ("image", image, f"{image['image_size']} x {image['image_size']} pixels"),
-        ("text", text, f"{text['context_length']} tokens"),
-    ):
-        width = "varies" if tower["width"] is None else str(tower["width"])
-        towers.add_row(name, tower["kind"], str(tower["blocks"]), width, f"{tower['parameters']:,}", takes)
-    screen.print(towers)
     bias = "" if about["logit_bias"] is None else f", bias {about['logit_bias']:.3g}"
     lines = (
         f"joint space {about['embed_dim']}, logit scale {about['logit_scale']:.4g}{bias} ({about['objective']})",
@@ -153,10 +145,20 @@ def _print(about: dict[str, Any], methods: list[Applicability], classes: int) ->
     )
     for line in lines:
         screen.print(line)
-    found = table("method", "learns from", f"parameters it learns for {classes} classes", "numbers its artifact holds")
-    for method in methods:
-        if method.learnt is None:
-            found.add_row(method.method, "does not apply", method.reason, "")
-        else:
-            found.add_row(method.method, method.consumes, f"{method.learnt:,}", f"{method.stored:,}")
+    towers = table("tower", "kind", "blocks", "width", "parameters", "input")
+    for name, tower, takes in (
+        ("image", image, f"{image['image_size']} x {image['image_size']} pixels"),
+        ("text", text, f"{text['context_length']} tokens"),
+    ):
+        width = "varies" if tower["width"] is None else str(tower["width"])
+        towers.add_row(name, tower["kind"], str(tower["blocks"]), width, f"{tower['parameters']:,}", takes)
+    screen.print(towers)
+    title = f"methods that apply, cheap before dear; numbers for {classes} classes"
+    found = table("method", "learns from", "learns", "stores", title=title, title_justify="left")
+    for column in found.columns[2:]:
+        column.justify = "right"
+    for method in (method for method in methods if method.applies):
+        found.add_row(method.method, method.learns_from, f"{method.learnt:,}", f"{method.stored:,}")
     screen.print(found)
+    for method in (method for method in methods if not method.applies):
+        screen.print(f"{method.method} does not apply: {method.reason}")

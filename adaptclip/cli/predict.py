@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from adaptclip.errors import ConfigError, DataError, StorageError, shown
 from adaptclip.progress import progress_bar
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import console, encodable, json_line, safe_cell, say, table
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ def _by_ending(out: Path | None) -> Format:
 
 
 def predict(
-    artifact: Path,
-    images: list[Path],
+    artifact: ExistingPath,
+    images: list[ExistingPath],
     /,
     *,
     format: Format | None = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adaptclip.errors import CardError, DataError
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import console, table
 
 if TYPE_CHECKING:
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def probe(
-    model: Path,
+    model: ExistingPath,
     /,
     *,
     card: str,
-    data_root: Path | None = None,
-    words: Path | None = None,
+    data_root: ExistingPath | None = None,
+    words: ExistingPath | None = None,
     top_k: int = 100,
     cache: Path = Path(".cache/features"),
     out: Path | None = None,

@@ -61,5 +61,5 @@ def copy(names: list[str], /, *, out: Path = Path("recipes"), overwrite: bool = 
         )
     for path, text in texts.items():
         write_text(path, text)
-    say(f"copied {len(chosen)} recipes to {out}; run: accelerate launch {out / chosen[0].name}")
+    say(f"copied {len(chosen)} recipes to {out}; run: python {out / chosen[0].name}")
     return 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptclip.cli.gate import files_read, load_predictions, of_run
 from adaptclip.errors import ConfigError, DataError, StorageError, did_you_mean
+from adaptclip.settings import ExistingPath
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,15 +21,15 @@ FORMATS = (".md", ".json", ".html")
 
 
 def report(
-    predictions: Path,
+    predictions: ExistingPath,
     /,
     *,
-    baseline: Path | None = None,
+    baseline: ExistingPath | None = None,
     classes: tuple[str, ...] = (),
-    validation: Path | None = None,
-    source: Path | None = None,
-    gates: Path | None = None,
-    images: Path | None = None,
+    validation: ExistingPath | None = None,
+    source: ExistingPath | None = None,
+    gates: ExistingPath | None = None,
+    images: ExistingPath | None = None,
     out: Path | None = None,
 ) -> int:
     """Report on the predictions of a run or of any model.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from adaptclip.cli.predict import Answers, Format
 from adaptclip.errors import DataError
+from adaptclip.settings import ExistingPath
 from adaptclip.terminal import say
 
 
@@ -17,10 +18,10 @@ def embed(
     /,
     *,
     out: Path,
-    model: Path | None = None,
+    model: ExistingPath | None = None,
     backbone: str | None = None,
     pretrained: str | None = None,
-    data_root: Path | None = None,
+    data_root: ExistingPath | None = None,
     part: Literal["all", "train", "validation", "test"] = "all",
     on_bad_image: Literal["error", "skip"] = "error",
     batch_size: int = 64,
@@ -79,7 +80,7 @@ def embed(
 
 
 def search(
-    index: Path,
+    index: ExistingPath,
     query: str,
     /,
     *,
@@ -87,7 +88,7 @@ def search(
     format: Format | None = None,
     out: Path | None = None,
     raw_csv: bool = False,
-    model: Path | None = None,
+    model: ExistingPath | None = None,
     backbone: str | None = None,
     pretrained: str | None = None,
     device: str = "cpu",

@@ -345,7 +345,7 @@ def _file_source(architecture: str, file: str, quick_gelu: bool | None, preproce
     path, choice = split_choice(file)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not path.is_file():
-        near = did_you_mean(file, tags, limit=100)
+        near = did_you_mean(file, tags, limit=100, lead="Its tags are")
         raise BackboneError(f"{file!r} is neither a file nor a tag of {architecture}. {near}")
     if path.suffix not in CHECKPOINT_SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
         allowed = ", ".join([*CHECKPOINT_SUFFIXES, INDEX_SUFFIX])

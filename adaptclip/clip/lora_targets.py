@@ -216,9 +216,8 @@ def _named(layers: dict[str, nn.Module], targets: Sequence[str], tower: str) -> 
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             endings = {".".join(name.split(".")[-k:]) for name in layers for k in (1, 2)} | set(layers)
-            raise ConfigError(
-                f"no layer of the {tower} tower ends in {target!r}. {did_you_mean(target, sorted(endings), limit=12)}"
-            )
+            has = did_you_mean(target, endings, limit=12, lead="They end in")
+            raise ConfigError(f"no layer of the {tower} tower ends in {target!r}. {has}")
     return chosen
 
 

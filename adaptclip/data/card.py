@@ -25,7 +25,7 @@ from adaptclip.data.card_block import (
 from adaptclip.data.file_rules import DicomRule, VideoRule
 from adaptclip.data.layouts import read_layout, require_text
 from adaptclip.errors import CardError, StorageError, did_you_mean, shown
-from adaptclip.files import digest, parse_yaml, read_text
+from adaptclip.files import digest, no_such_path, parse_yaml, read_text
 from adaptclip.gate_rules import Expected, GateRule, Outcome
 
 _log = logging.getLogger(__name__)
@@ -69,6 +69,32 @@ def list_cards() -> list[str]:
     return sorted({path.stem for path in files} - {"README", "TEMPLATE"})
 
 
+def _named(name: str) -> Path | None:
+    """The file of a card that is known by its name; None where there is none."""
+    files = [folder / f"{name}.md" for folder in card_folders()] if name in list_cards() else []
+    return next((file for file in files if file.is_file()), None)
+
+
+def describe_card(name: str) -> str:
+    """Words what a card by name is about and where its images come from, for a list; a wrong card is called so."""
+    path = _named(name)
+    try:
+        if path is None:
+            raise CardError(f"no data card {name!r}")
+        card = parse_card(read_text(path), name=name, path=path)
+    except (CardError, StorageError):
+        return f"is not valid; adaptclip card check {name} says why"
+    file = getattr(card.source, "file", None)
+    if card.source.kind == "embedded" or (file and (path.parent / file).is_file()):
+        place = "comes with the package"
+    elif card.source.kind == "hub":
+        place = "downloaded from the Hugging Face hub"
+    else:
+        place = "from files of yours: --data-root"
+    title = card.front_matter.get("pretty_name")
+    return f"{title} ({place})" if isinstance(title, str) else place
+
+
 def load_card(name_or_path: str | Path) -> Card:
     """Loads a card by its name in `data_cards/`, from its file, or makes one up for an image folder.
 
@@ -81,14 +107,15 @@ def load_card(name_or_path: str | Path) -> Card:
     """
     text = str(name_or_path)
     path = Path(text).expanduser()
-    named = [folder / f"{text}.md" for folder in card_folders() if text in list_cards()]
-    found = next((file for file in named if file.is_file()), path)
+    found = _named(text) or path
     if found.is_dir():
         return _card_for_folder(found)
     if not found.is_file():
+        if path.parent != Path() or path.suffix:
+            raise CardError(f"no data card {text!r}: {no_such_path(path)} Cards by name: adaptclip card list")
         raise CardError(
             f"no data card {text!r}: neither a card's name, nor a card's file, nor a folder of images. "
-            f"{did_you_mean(text, list_cards())}"
+            f"{did_you_mean(text, list_cards(), lead='Cards by name')}"
         )
     try:
         content = read_text(found)

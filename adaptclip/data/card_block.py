@@ -78,7 +78,7 @@ def check_declared(
 def _require(what: str, known: Collection[str], asked: Iterable[tuple[str, str]]) -> None:
     for place, name in asked:
         if name not in known:
-            raise ValueError(f"{place} names {what}: {name!r}. {did_you_mean(name, known)}")
+            raise ValueError(f"{place} names {what}: {name!r}. {did_you_mean(name, known, lead='There are')}")
 
 
 PARTS = ("train", "validation", "test")
@@ -499,13 +499,15 @@ class CardBlock(BaseModel):
             raise ValueError(f"window must be [black, white] with black < white; got {list(self.window)}")
         for name in self.aliases:
             if self.class_names is not None and name not in self.class_names:
-                raise ValueError(f"aliases has no class {name!r}. {did_you_mean(name, self.class_names)}")
+                has = did_you_mean(name, self.class_names, lead="The classes are")
+                raise ValueError(f"aliases has no class {name!r}. {has}")
         for pair in self.hard_pairs:
             if pair[0] == pair[1]:
                 raise ValueError(f"hard_pairs has {list(pair)}; a pair needs two classes")
             for name in pair:
                 if self.class_names is not None and name not in self.class_names:
-                    raise ValueError(f"hard_pairs has no class {name!r}. {did_you_mean(name, self.class_names)}")
+                    has = did_you_mean(name, self.class_names, lead="The classes are")
+                    raise ValueError(f"hard_pairs has no class {name!r}. {has}")
         if self.columns.label is None:
             for key in ("class_names", "aliases", "hard_pairs", "expect", "gates", "outcomes", "probes"):
                 if getattr(self, key):
@@ -532,9 +534,8 @@ class CardBlock(BaseModel):
         known = {**self.columns.groups, **self.dicom.groups}
         for name in self.groups:
             if name not in known:
-                raise ValueError(
-                    f"groups.{name} names a group that columns.groups lacks: {name!r}. {did_you_mean(name, known)}"
-                )
+                has = did_you_mean(name, known, lead="It has")
+                raise ValueError(f"groups.{name} names a group that columns.groups lacks: {name!r}. {has}")
         folders = self.source.levels if isinstance(self.source, ImageFolderSource) else ()
         check_declared(
             self.gates, self.outcomes, self.intersections, groups=known, levels=[*self.columns.levels, *folders],

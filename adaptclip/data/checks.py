@@ -224,7 +224,11 @@ def _check_names(data: DomainData) -> Iterator[Problem]:
         yield Problem(message, "Add images of what it must be told apart from", DataError)
     for name in card.aliases:
         if name not in names:
-            yield Problem(f"aliases has no class {name!r}", did_you_mean(name, names).rstrip("."), DataError)
+            yield Problem(
+                f"aliases has no class {name!r}",
+                did_you_mean(name, names, lead="The classes are").rstrip("."),
+                DataError,
+            )
     words = defaultdict(list)
     for name in names:
         spoken = " ".join(card.aliases.get(name, name).replace("_", " ").split())
@@ -266,7 +270,7 @@ def _check_groups(data: DomainData) -> Iterator[Problem]:
     card, known = data.card, data.test.groups
     for place, name in [*(("groups", n) for n in card.groups), *(("gates", r.group) for r in card.gates if r.group)]:
         if name not in known:
-            hint = did_you_mean(name, known).rstrip(".")
+            hint = did_you_mean(name, known, lead="There are").rstrip(".")
             yield Problem(f"{place} of the card has no group {name!r}", hint, DataError)
     for name, values in known.items():
         empty = sorted(set(card.groups[name].names) - set(values)) if name in card.groups else []

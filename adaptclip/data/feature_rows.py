@@ -142,7 +142,7 @@ def _features(
     else:
         for key in (source.image, source.text):
             if key not in arrays:
-                raise DataError(f"{shown(path)} has no array {key!r}. {did_you_mean(key, arrays)}")
+                raise DataError(f"{shown(path)} has no array {key!r}. {did_you_mean(key, arrays, lead='It has')}")
         image, text = arrays[source.image], arrays[source.text]
     for what, array, shapes in (
         (source.image, image, "(N, D) or (V, N, D)"),

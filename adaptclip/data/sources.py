@@ -74,8 +74,8 @@ def named_parts(splits: Splits | None, source_splits: Sequence[str]) -> tuple[st
             found = Counter(source_splits)
             raise SplitError(
                 f"no image is in the split {names[part]!r}, which the card takes for {part}. "
-                f"{did_you_mean(names[part], found)} Name them under `splits:`, or let a split be made with "
-                "`splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
+                f"{did_you_mean(names[part], found, lead='There are')} Name them under `splits:`, or let a split be "
+                "made with `splits: {fractions: {train: 0.6, validation: 0.1, test: 0.3}}`"
             )
     return parts
 
@@ -268,7 +268,7 @@ def _check_card(card: Card, images: ImageDataset) -> None:
         raise CardError(f"card {card.name}: {error}") from error
     for name in (name for pair in card.hard_pairs for name in pair):
         if name not in images.class_names:
-            nearest = did_you_mean(name, images.class_names)
+            nearest = did_you_mean(name, images.class_names, lead="The classes are")
             raise CardError(f"card {card.name}: hard_pairs has no class {name!r}. {nearest}")
 
 

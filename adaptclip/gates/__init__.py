@@ -125,7 +125,7 @@ def _compared_with(rule: GateRule, known: Mapping[str, Predictions]) -> str | No
             f'gate "{rule.title}" compares with zero-shot, but no zero-shot predictions were given (--baseline)'
         )
     if name is not None and name not in known:
-        near = did_you_mean(name, [ZERO_SHOT, *known])
+        near = did_you_mean(name, [ZERO_SHOT, *known], lead="There are")
         raise GateError(f'gate "{rule.title}" compares with {name!r}, whose predictions were not given. {near}')
     return name
 

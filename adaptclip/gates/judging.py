@@ -217,9 +217,10 @@ def _probabilities(
             raise DataError(f"{what} has two columns of one name; each class needs its own")
         if names is not None and set(own) != set(names):
             strange = [name for name in own if name not in names] or [name for name in names if name not in own]
+            other, lead = (names, "The classes are") if strange[0] in own else (own, "The columns are")
             raise DataError(
                 f"the columns of {what} are not the classes: {strange[0]!r} is only in one of the two. "
-                f"{did_you_mean(strange[0], names if strange[0] in own else own)} Rename the columns, or give an array"
+                f"{did_you_mean(strange[0], other, lead=lead)} Rename the columns, or give an array"
             )
         names = names or own
         values = values[[columns[own.index(name)] for name in names]]
@@ -265,7 +266,9 @@ def _labels(y_true: Any, names: tuple[str, ...] | None, shape: tuple[int, ...]) 
     place = {name: c for c, name in enumerate(names)}
     for label in labels:
         if str(label) not in place:
-            raise DataError(f"the label {label!r} is no class. {did_you_mean(str(label), names)}")
+            raise DataError(
+                f"the label {label!r} is no class. {did_you_mean(str(label), names, lead='The classes are')}"
+            )
     return np.asarray([place[str(label)] for label in labels], dtype=np.int64), names
 
 

@@ -108,7 +108,7 @@ def _check_rule(rule: GateRule, images: Described) -> None:
     for name in (rule.group,) if isinstance(rule.group, str) else rule.group or ():
         if name not in images.groups:
             has = (
-                did_you_mean(name, images.groups)
+                did_you_mean(name, images.groups, lead="There are")
                 if images.groups
                 else "There are no group columns at all; name them in the card (columns: groups) or the file (group:X)."
             )
@@ -121,7 +121,8 @@ def _check_rule(rule: GateRule, images: Described) -> None:
     num_sides = len(images.class_names)
     if rule.level is not None:
         if rule.level not in images.levels:
-            has = did_you_mean(rule.level, images.levels) if images.levels else "There are no levels at all."
+            levels = did_you_mean(rule.level, images.levels, lead="There are")
+            has = levels if images.levels else "There are no levels at all."
             raise GateError(f"{where}: there is no taxonomy level {rule.level!r}. {has}")
         num_sides = len(set(images.levels[rule.level]))
     if rule.outcome is not None:
@@ -139,7 +140,8 @@ def _check_excluded(rule: GateRule, names: Sequence[str], where: str) -> None:
     for name in rule.exclude:
         # "unknown" may well have no images in one split of several.
         if name not in names and name != "unknown":
-            raise GateError(f"{where} excludes {name!r}, which is no group here. {did_you_mean(name, names)}")
+            has = did_you_mean(name, names, lead="The groups are")
+            raise GateError(f"{where} excludes {name!r}, which is no group here. {has}")
     if set(names) <= set(rule.exclude):
         raise GateError(f"{where} excludes all groups of {rule.attribute}, so that nothing is left to judge")
 
@@ -194,5 +196,5 @@ def _find(name: str, places: Sequence[Path], where: str) -> Path:
             near += [str(Path(name).with_name(found)) for found in sorted(kept)]
     raise GateError(
         f"{where} compares with {name!r}, and there is no such run folder or file of predictions; looked for "
-        f"{', '.join(map(str, tried))}. {did_you_mean(name, near)}"
+        f"{', '.join(map(str, tried))}. {did_you_mean(name, near, lead='There are')}"
     )

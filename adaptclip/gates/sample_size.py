@@ -286,7 +286,7 @@ def plan(rules: Sequence[GateRule], assumed: Assumed) -> list[Planned]:
     used = {rule.attribute for rule in rules if rule.attribute is not None}
     for name in assumed.groups:
         if name not in used:
-            has = did_you_mean(name, used) if used else "No gate has a group."
+            has = did_you_mean(name, used, lead="They are about") if used else "No gate has a group."
             raise GateError(f"no gate is about groups of {name!r}. {has}")
     outcomes = {rule.outcome.name for rule in rules if rule.outcome is not None}
     for name in assumed.prevalences:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
-from adaptclip.methods.method import Method, Variant
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
 from adaptclip.seeding import generator
 
@@ -28,7 +28,7 @@ REDUCTION = 4
 
 
 @dataclass(frozen=True)
-class ClipAdapterSchedule:
+class ClipAdapterSchedule(Schedule):
     """How CLIP-Adapter learns, as its code inherits it from CoOp's: SGD (momentum 0.9, weight decay 5e-4) at 2e-3.
 
     The paper (sec. 4.1) gives a learning rate of 1e-5 without naming an optimizer.

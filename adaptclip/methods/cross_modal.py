@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
-from adaptclip.methods.method import Method, Variant
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CrossModalSchedule:
+class CrossModalSchedule(Schedule):
     """How the head learns (sec. 4 and the published code): AdamW, 50 warm steps, a cosine per step.
 
     The published code tries learning rates of 1e-3 and 1e-4 and weight decays of 0, 1e-4 and 0.01 on validation images

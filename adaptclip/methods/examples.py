@@ -86,7 +86,8 @@ def as_labels(y: Any, class_names: Sequence[str], count: int, *, what: str = "y"
         id_of = {name: i for i, name in enumerate(class_names)}
         for value in values.tolist():
             if not isinstance(value, str) or value not in id_of:
-                raise DataError(f"{what} has the label {value!r}, which is no class. {did_you_mean(str(value), id_of)}")
+                has = did_you_mean(str(value), id_of, lead="The classes are")
+                raise DataError(f"{what} has the label {value!r}, which is no class. {has}")
         return np.array([id_of[value] for value in values.tolist()], dtype=np.int64)
     ids = values.astype(np.int64) if values.dtype.kind in "biuf" and np.isfinite(values).all() else None
     if ids is None or not np.array_equal(ids, values):

@@ -23,7 +23,7 @@ from adaptclip.features import FeatureCache
 from adaptclip.methods.base import Head, check_features, objective_of
 from adaptclip.methods.examples import GivenFeatures, as_dataset, as_labels, shots_of
 from adaptclip.settings import check_numbers
-from adaptclip.training.support import Loop, Preset, Support, Training, check_preset, train_by_steps
+from adaptclip.training.support import Loop, Preset, Support, Training, check_preset, schedule_words, train_by_steps
 from adaptclip.types import Batch, Features
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class Schedule:
 
     def __str__(self) -> str:
         """The settings in words; what is None is as published and left out."""
-        info = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ", ".join(f"{name} {value}" for name, value in info.items() if value is not None) or "nothing to set"
+        return schedule_words(self)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ class Applicability:
     Attributes:
         method: a key of the registry, or "contrastive" (its LoRA form).
         applies: whether it can be built.
-        consumes: "features" or "pixels"; None where it does not apply.
+        consumes: "features" or "pixels", what its `forward` reads; None where it does not apply.
+        learns_from: "nothing", "features" or "images", over all its stages; None where it does not apply.
         learnt: numbers it learns, of all its stages; 0 for a closed form. None where it does not apply.
         stored: numbers its artifact holds. None where it does not apply.
         reason: the error in words where it does not apply, else "".
@@ -205,13 +206,14 @@ class Applicability:
     method: str
     applies: bool
     consumes: str | None
+    learns_from: str | None
     learnt: int | None
     stored: int | None
     reason: str = ""
 
 
 def methods_for(backbone: ClipBackbone, *, num_classes: int = 10) -> list[Applicability]:
-    """Builds every method on a model, without training.
+    """Builds every method on a model, without training; cheap methods before dear ones.
 
     Args:
         backbone: any loaded model.
@@ -223,7 +225,8 @@ def methods_for(backbone: ClipBackbone, *, num_classes: int = 10) -> list[Applic
     def build(kind: Any, **settings: Any) -> Callable[[], Any]:
         return lambda: kind(backbone, names, **settings)
 
-    makers: dict[str, Callable[[], Any]] = {name: build(kind) for name, kind in methods().items()}
+    by_cost = sorted(methods().items(), key=lambda own: min(v.cost for v in own[1].variants.values()))
+    makers: dict[str, Callable[[], Any]] = {name: build(kind) for name, kind in by_cost}
     makers["tip_adapter"] = build(methods()["tip_adapter"], num_keys=num_classes)
     makers["contrastive"] = lambda: ContrastiveTuning(backbone, how="lora")
     return [_try(method, make) for method, make in makers.items()]
@@ -233,5 +236,6 @@ def _try(method: str, make: Callable[[], Any]) -> Applicability:
     try:
         adapter = make()
     except AdaptclipError as error:
-        return Applicability(method, False, None, None, None, str(error))
-    return Applicability(method, True, adapter.consumes, *adapter.counts())
+        return Applicability(method, False, None, None, None, None, str(error))
+    learns_from = getattr(adapter, "learns_from", "images")  # contrastive tuning is no `Method`
+    return Applicability(method, True, adapter.consumes, learns_from, *adapter.counts())

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from adaptclip.methods.base import batch_features, check_state, scaled_logits
 from adaptclip.methods.choosing import check_factor
-from adaptclip.methods.method import Method, Variant
+from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskResSchedule:
+class TaskResSchedule(Schedule):
     """How TaskRes learns (sec. 4.1 and the published code): Adam, a first epoch at 1e-5 and a cosine per epoch.
 
     Attributes:

@@ -163,7 +163,8 @@ def _hard_pair(
     """Accuracy on the images of two classes when only the two are asked about."""
     for name in pair:
         if name not in predictions.class_names:
-            raise DataError(f"hard pair {list(pair)}: no class {name!r}. {did_you_mean(name, predictions.class_names)}")
+            has = did_you_mean(name, predictions.class_names, lead="The classes are")
+            raise DataError(f"hard pair {list(pair)}: no class {name!r}. {has}")
     if pair[0] == pair[1]:
         raise DataError(f"hard pair {list(pair)} names one class twice; it needs two")
     ids = [predictions.class_names.index(name) for name in pair]

@@ -77,7 +77,8 @@ def build_report(
     for name in attributes:
         for part in [name] if name in predictions.groups else name.split(BETWEEN):
             if part not in predictions.groups:
-                raise DataError(f"unknown group attribute {part!r}. {did_you_mean(part, predictions.groups)}")
+                has = did_you_mean(part, predictions.groups, lead="The predictions have")
+                raise DataError(f"unknown group attribute {part!r}. {has}")
     base = None if baseline is None else align(predictions, baseline)
     shown = [*map(find_metric, LABELS_METRICS if predictions.several else GENERAL_METRICS), *metrics]
     overall = measure(predictions, base, metrics=shown, draws=draws, seed=seed)

@@ -98,9 +98,8 @@ def group_values(predictions: Grouped, attribute: str) -> tuple[tuple[str, ...],
         return encode(predictions.groups[attribute])
     parts = [group_values(predictions, name) for name in attribute.split(BETWEEN)] if BETWEEN in attribute else []
     if not parts:
-        has = (
-            did_you_mean(attribute, predictions.groups) if predictions.groups else "They have no group columns at all."
-        )
+        groups = did_you_mean(attribute, predictions.groups, lead="They have")
+        has = groups if predictions.groups else "They have no group columns at all."
         raise DataError(f"these predictions have no group attribute {attribute!r}. {has}")
     sizes = [len(names) for names, _ in parts]
     crossed, codes = np.unique(np.ravel_multi_index([code for _, code in parts], sizes), return_inverse=True)
@@ -270,7 +269,8 @@ def coarsen(predictions: Predictions, level: str) -> Predictions:
     if predictions.several:
         raise DataError(NO_LEVELS)
     if level not in predictions.levels:
-        has = did_you_mean(level, predictions.levels) if predictions.levels else "They have no taxonomy levels at all."
+        levels = did_you_mean(level, predictions.levels, lead="They have")
+        has = levels if predictions.levels else "They have no taxonomy levels at all."
         raise DataError(f"these predictions have no taxonomy level {level!r}. {has}")
     names, index = np.unique(np.asarray(predictions.levels[level], dtype=str), return_inverse=True)
     return _merge(predictions, tuple(map(str, names)), index)

@@ -431,7 +431,8 @@ def _places(setting: MitigationSetting, images: ImageDataset) -> tuple[list[str]
                 f"{setting.text}: these images have no group attributes; name the columns in the card (columns: groups)"
             )
         else:
-            raise ConfigError(f"{setting.text}: no attribute {name!r}. {did_you_mean(name, [*images.groups, CLASS])}")
+            has = did_you_mean(name, [*images.groups, CLASS], lead="There are")
+            raise ConfigError(f"{setting.text}: no attribute {name!r}. {has}")
     table = np.stack(columns, axis=1)
     known = (table != UNKNOWN).all(axis=1)
     cells, inverse = np.unique(table[known], axis=0, return_inverse=True)

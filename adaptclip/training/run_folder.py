@@ -28,6 +28,7 @@ from weakref import WeakValueDictionary
 
 from filelock import FileLock, Timeout
 
+from adaptclip import __version__
 from adaptclip.data.card import load_card
 from adaptclip.data.card_block import CardBlock
 from adaptclip.data.readers import card_places
@@ -234,6 +235,36 @@ def check_kind(path: Path) -> None:
         _read_marker(path / MARKER)  # before the lock is put into what may be somebody else's folder
 
 
+def check_start(path: Path, *, resume: bool, overwrite: bool, can_resume: bool = True) -> None:
+    """Refuses a folder of which the marker alone says that no run can start there; changes nothing.
+
+    Recipes are asked before they read a card or a model, so that nobody waits to be refused.
+
+    Args:
+        path: the run folder.
+        resume: an earlier run is to be gone on with.
+        overwrite: an earlier run is to be replaced.
+        can_resume: whether the recipe has anything to go on with.
+
+    Raises:
+        TrainingError: it is no run folder, holds a run that is neither to be gone on with nor replaced, or one that is
+            to be gone on with and that another version began.
+    """
+    check_kind(path)
+    if not path.exists() or _is_empty(path) or overwrite:
+        return
+    if not resume:
+        ways = "Go on with it (--resume), replace it" if can_resume else "Replace it"
+        raise TrainingError(f"{path} holds an earlier run. {ways} (--overwrite) or choose another --out.")
+    began = _read_marker(path / MARKER)["adaptclip"]
+    if began != __version__:
+        raise TrainingError(
+            f"{path} was begun with adaptclip {began}, and this is {__version__}: a run is finished with the version "
+            f"that began it. Install that one to go on (pip install adaptclip=={began}), or start again with this one: "
+            "choose another --out, or replace the run (--overwrite)."
+        )
+
+
 def _is_empty(path: Path) -> bool:
     """Whether there is nothing but what a run leaves that is killed at once: its lock and a temporary file."""
     return all(
@@ -266,16 +297,13 @@ def check_earlier(
     """
     if _is_empty(path):
         return
-    earlier = _read_marker(path / MARKER)
-    if overwrite or resume:
-        refuse_strangers(path, "run", parts=resume)  # a run that is gone on with replaces its artifact, and no more
+    # A recipe without a loop has nothing to go on with, and no such flag.
+    can_resume = "resume" in record["config"] or "overwrite" not in record["config"]
+    check_start(path, resume=resume, overwrite=overwrite, can_resume=can_resume)
+    refuse_strangers(path, "run", parts=resume)  # a run that is gone on with replaces its artifact, and no more
     if overwrite:
         return
-    if not resume:
-        # A recipe without a loop has nothing to go on with, and no such flag.
-        goes_on = "resume" in record["config"] or "overwrite" not in record["config"]
-        ways = "Go on with it (--resume), replace it" if goes_on else "Replace it"
-        raise TrainingError(f"{path} holds an earlier run. {ways} (--overwrite) or choose another --out.")
+    earlier = _read_marker(path / MARKER)
     if earlier["num_processes"] != record["num_processes"]:
         raise TrainingError(
             f"{path} was started with {earlier['num_processes']} processes and there are {record['num_processes']} "
@@ -334,8 +362,6 @@ def _check_inputs(path: Path, earlier: dict[str, Any], record: dict[str, Any]) -
             f"what {path / MARKER} says the run was made from is damaged ({type(error).__name__}: {error}). Put back a "
             "good copy of it, or replace the run with --overwrite."
         ) from error
-    if earlier["adaptclip"] != record["adaptclip"]:
-        changed.append(f"adaptclip ({earlier['adaptclip']} -> {record['adaptclip']})")
     if changed:
         raise TrainingError(
             f"{path} was started from something else; what has changed since: {'; '.join(changed)}. Put it back as it "

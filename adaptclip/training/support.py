@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from adaptclip.errors import ConfigError, did_you_mean
@@ -57,6 +58,26 @@ def chosen_preset(preset: AskedPreset, card: str, backbone: str) -> Preset:
         return "smoke" if (card, backbone) == ("digits", "starter") else "paper"
     check_preset(preset)
     return preset
+
+
+def schedule_words(schedule: Any) -> str:
+    """Returns the settings of a schedule, a dataclass, as `key value` pairs; what is None is as published, left out."""
+    said = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    said = {name: {True: "yes", False: "no"}.get(v, v) if isinstance(v, bool) else v for name, v in said.items()}
+    return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None) or "nothing to set"
+
+
+def preset_line(asked: AskedPreset, preset: Preset, schedule: Any) -> str:
+    """Words how a method is about to learn, for the line that a recipe prints before it starts.
+
+    Args:
+        asked: the flag; where it left the choice of the papers' settings to `chosen_preset`, that is said.
+        preset: what was chosen.
+        schedule: the method's, or what it comes to in words.
+    """
+    own = " (for a card or model of your own; --preset smoke is short)"
+    words = schedule if isinstance(schedule, str) else schedule_words(schedule)
+    return f"preset {preset}{own if asked == 'auto' and preset == 'paper' else ''}: {words}"
 
 
 class Training(NamedTuple):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 from recipe_files import load_recipe
 from tiny_clip import make_tiny_backbone
 
-from adaptclip.errors import ConfigError
+from adaptclip.errors import BackboneError, ConfigError
 from adaptclip.methods.registry import named
-from adaptclip.training.support import chosen_preset
+from adaptclip.training.support import chosen_preset, preset_line, schedule_words
 
 LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lora": ({"steps": 60, "lr": 1e-2}, {"steps": 8000, "lr": 2e-4}, {"steps": 30}),
@@ -52,6 +53,25 @@ def test_contrastive_has_presets_of_its_own():
     asked = ({}, {"preset": "smoke", "card": "flowers17"}, {"preset": "paper"}, {"card": "flowers17"}, {"epochs": 1})
     lengths = [recipe.training_length(replace(recipe.Config(), **changes)) for changes in asked]
     assert lengths == [(16, 2, 32), (16, 2, 32), (0, 10, 256), (0, 10, 256), (16, 1, 32)]
+
+
+def test_what_is_about_to_be_learnt_is_said_in_words(backbone):
+    """As `key value` pairs, for every method, and where the papers' settings came without being asked for, that."""
+    assert preset_line("auto", "smoke", "x 1") == "preset smoke: x 1"
+    assert preset_line("paper", "paper", "x 1") == "preset paper: x 1"
+    assert preset_line("auto", "paper", "x 1").startswith("preset paper (for a card or model of your own; --preset")
+    looked_at = 0
+    for one in named().values():
+        try:
+            made = one.build(backbone, ("cat", "dog"), ("a {}.",), seed=1)
+        except BackboneError:
+            continue
+        words = str(made.schedule(16))
+        assert words == schedule_words(made.schedule(16))
+        assert re.fullmatch(r"nothing to set|\w+ [\w.-]+(, \w+ [\w.-]+)*", words), words
+        looked_at += 1
+    assert looked_at >= 20
+    assert schedule_words(named()["gda"].method.schedule_type()) == "views 10, min_scale 0.5, choose yes"
 
 
 def test_auto_is_smoke_for_the_embedded_default_alone():

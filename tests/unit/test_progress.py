@@ -189,7 +189,12 @@ def test_on_a_terminal_there_is_a_bar_as_ever(clock, screen, monkeypatch):
     bar = progress_bar(range(3), desc="working", unit="image", leave=False)
     assert isinstance(bar, tqdm)
     assert (bar.desc, bar.unit, bar.total, bar.leave) == ("working", "image", 3, False)
+    assert bar.delay == progress.DELAY_S == 1.0
     assert list(bar) == [0, 1, 2]
+    stream.write("end")
+    stream.flush()
+    assert read() == "end"  # what is done at once draws nothing
+    assert list(progress_bar(range(3), desc="working", leave=False, delay=0)) == [0, 1, 2]
     assert "working:   0%|" in read()
     hidden = progress_bar(range(3), desc="working", show=False)
     assert isinstance(hidden, tqdm)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -89,6 +89,15 @@ def test_errors_and_warnings_of_a_command_are_shown(capsys):
     assert err.endswith("\nerror: cannot read x\\x1b[31m.png\n  error: all gates passed\n  - a point\n  \\u202e\n")
 
 
+def test_a_warning_is_one_sentence_without_its_place_in_the_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(logging.lastResort, "formatter", None)
+    terminal.guard_messages()
+    said = warnings.formatwarning(UserWarning("2 gates are inconclusive"), UserWarning, "a.py", 7, "warn(x)")  # type: ignore[arg-type]
+    assert said == "warning: 2 gates are inconclusive\n"
+    assert "a.py:7: FutureWarning: b" in warnings.formatwarning("b", FutureWarning, "a.py", 7)
+
+
 def test_what_the_system_says_of_a_name_is_a_message(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_and_exit(lambda: len((tmp_path / ("x" * 300)).read_bytes()))
@@ -109,16 +118,28 @@ def test_markup_in_names_is_text(capsys):
     assert "[bold]x[/bold] :dog:" in out
 
 
-@pytest.mark.parametrize("columns", ["20", "80", "300"])
-def test_what_is_no_terminal_gets_whole_lines(columns, monkeypatch, capsys):
+@pytest.mark.parametrize(("columns", "width"), [("20", 20), ("80", 80), ("300", 300), ("", 120), ("wide", 120)])
+def test_where_no_terminal_is_tables_have_a_width_and_sentences_stay_whole(columns, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
-    table = Table("name", "value", title="a title that is longer than the table")
-    table.add_row("n" * 500, "1")
-    console().print(table)
-    console().print(Text("word " * 200))
-    lines = capsys.readouterr().out.split("\n")
-    assert any("n" * 500 in line and "1" in line for line in lines)
-    assert ("word " * 200).rstrip() in [line.rstrip() for line in lines]
+    name, title = "".join(chr(97 + i % 26) for i in range(500)), "a title of a table that is longer than its columns"
+    made = terminal.table("name", "value", title=title)
+    made.add_row(name, "1")
+    console().print(Group(made, Text("word " * 200)))
+    lines = [line.rstrip() for line in capsys.readouterr().out.split("\n")]
+    assert lines[0] == title
+    assert ("word " * 200).rstrip() in lines
+    cells = [line for line in lines if line.startswith("│")]
+    assert {len(line) for line in cells} == {width}
+    assert "".join(line.split("│")[1].strip() for line in cells) == name
+
+
+def test_a_narrow_table_does_not_wrap_its_title(monkeypatch, capsys):
+    made = terminal.table("a", title="per cent of images with an interval")
+    made.add_row("1")
+    console().print(made)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].rstrip() == "per cent of images with an interval"
+    assert made.title  # printed again, it has its title again
 
 
 def test_an_encoding_that_lacks_letters_ends_nothing():

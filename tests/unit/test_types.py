@@ -79,7 +79,7 @@ def test_predictions_that_do_not_fit_are_refused(fields, message):
 
 def test_files_that_are_not_predictions(tmp_path):
     write_parquet(tmp_path / "p.parquet", pa.table({"id": ["a"], "prob_0": [1.0]}), {"class_names": ["x", "y"]})
-    with pytest.raises(DataError, match=r"no column 'label'.*Allowed: id, prob_0"):
+    with pytest.raises(DataError, match=r"no column 'label'.*It has: id, prob_0"):
         Predictions.load(tmp_path / "p.parquet")
     write_parquet(tmp_path / "q.parquet", pa.table({"id": ["a"], "label": [0]}), {})
     with pytest.raises(DataError, match="says nothing about what the model answered"):

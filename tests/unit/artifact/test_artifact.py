@@ -131,8 +131,10 @@ def test_a_failed_gate_is_not_loaded_unasked(saved, tmp_path):
 
 def test_an_inconclusive_gate_is_not_silent(saved, tmp_path):
     saved(tmp_path / "a", at_least=0.1)
-    with pytest.warns(UserWarning, match="not a pass"):
+    with pytest.warns(UserWarning, match=r"1 of 1 gates is inconclusive, which is not a pass; its README\.md") as said:
         load(tmp_path / "a")
+    assert len(said) == 1
+    assert "- **inconclusive**" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

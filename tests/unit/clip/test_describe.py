@@ -56,6 +56,12 @@ def test_methods_and_their_parameters():
     # The first stage and the head: 2 LayerNorms of width 32 in each of 2 x 2 blocks, 3 beside, weight and bias of each.
     assert found["two_stage"].learnt == (2 * 2 * 2 + 3) * 2 * 32 + 7 * 96
     assert found["lora"].consumes == "pixels" == LoRA(backbone, ["a"]).consumes
+    learns_from = {name: method.learns_from for name, method in found.items()}
+    assert learns_from["zero_shot"] == "nothing"
+    assert learns_from["coop"] == learns_from["gda"] == "features"
+    assert learns_from["two_stage"] == learns_from["lora"] == learns_from["contrastive"] == "images"
+    assert next(iter(found)) == "zero_shot"  # cheap before dear
+    assert list(found).index("gda") < list(found).index("coop") < list(found).index("lora")
 
 
 def test_a_method_that_does_not_apply_says_why():
@@ -82,6 +88,7 @@ def test_the_command(tmp_path, capsys):
         main(["inspect", str(folder)])
     assert stop.value.code == 0
     out = capsys.readouterr().out
+    assert out.index("transform") < out.index("tower") < out.index("methods that apply") < out.index("zero_shot")
     for word in ("image", "text", "parameters", "logit scale", "shared prefix", "coop", "contrastive"):
         assert word in out
     with pytest.raises(SystemExit) as stop:
