@@ -109,8 +109,8 @@ def console(file: TextIO | None = None) -> Console:
                 renderable = Text(shown(renderable.plain, keep="\n"), renderable.style)
             if isinstance(renderable, Table):
                 if renderable.title:  # above the table, and not wrapped to its width
-                    style = "" if isinstance(renderable.title, Text) else "italic"
-                    yield from self.render(Text.assemble((renderable.title, style)), options)
+                    title = renderable.title
+                    yield from self.render(title if isinstance(title, Text) else Text(str(title), "italic"), options)
                     renderable = copy(renderable)
                     renderable.title = None
                 if not self.is_terminal:

@@ -150,7 +150,17 @@ def test_flags_in_the_documents_exist(configs):
     functions = [f for c in COMMANDS.values() for f in (c.values() if isinstance(c, Mapping) else [c])]
     assert len(functions) >= 6
     known |= {a for f in functions for a in f.__annotations__}
-    others = {"help", "config", "standalone", "nproc-per-node", "num-processes", "multi-gpu", "cpu", "mixed-precision"}
+    others = {
+        "help",
+        "version",
+        "config",
+        "standalone",
+        "nproc-per-node",
+        "num-processes",
+        "multi-gpu",
+        "cpu",
+        "mixed-precision",
+    }
     others |= {"no-deps", "quiet", "durations", "junitxml", "order"}
     shown = 0
     for path in DOCUMENTS:

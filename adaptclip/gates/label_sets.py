@@ -71,7 +71,8 @@ def _of_names(rows: Sequence[Any], names: tuple[str, ...] | None, shape: tuple[i
     for i, row in enumerate(rows):
         for name in row:
             if name not in place:
-                raise DataError(f"the label {name!r} is no class. {did_you_mean(name, names)}")
+                has = did_you_mean(name, names, lead="The classes are")
+                raise DataError(f"the label {name!r} is no class. {has}")
             shown[i, place[name]] = 1
     return shown
 
@@ -85,7 +86,8 @@ def _of_table(
         own = tuple(map(str, columns))
         if names is not None and sorted(own) != sorted(names):
             strange = next((name for name in own if name not in names), own[0])
-            raise DataError(f"the columns of y_true are not the classes: {strange!r}. {did_you_mean(strange, names)}")
+            has = did_you_mean(strange, names, lead="The classes are")
+            raise DataError(f"the columns of y_true are not the classes: {strange!r}. {has}")
         names = names or own
         values = values[[columns[own.index(name)] for name in names]]
     try:

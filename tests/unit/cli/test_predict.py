@@ -145,7 +145,7 @@ def test_names_are_harmless_in_every_format(artifact, tmp_path, capsys, monkeypa
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
         assert [row["image"] for row in rows] == [expected]
     assert run("predict", artifact, "\x1b[31mnone.png") == 1
-    assert "there is no image or folder \\x1b[31mnone.png" in capsys.readouterr().err
+    assert "there is no file or folder \\x1b[31mnone.png" in capsys.readouterr().err
 
 
 def test_memory_that_gives_out_is_no_damaged_image(artifact, folder, capsys, monkeypatch):

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 SURROUNDINGS: dict[str, dict[str, Any]] = {
     "another terminal, zone, locale and umask": {
-        "env": {"COLUMNS": "40", "LINES": "10", "TERM": "dumb", "TZ": "Asia/Tokyo", "LC_ALL": "C"},
+        "env": {"LINES": "10", "TERM": "dumb", "TZ": "Asia/Tokyo", "LC_ALL": "C"},
         "preexec_fn": functools.partial(os.umask, 0o077),
     },
     "nobody": {"user": "nobody"},

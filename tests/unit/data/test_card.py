@@ -141,7 +141,9 @@ def test_an_unknown_card_is_named_with_the_nearest(monkeypatch, tmp_path):
     monkeypatch.setattr(card_module, "card_folders", lambda: (tmp_path,))
     assert list_cards() == ["flowers17"]
     assert load_card("flowers17").path == tmp_path / "flowers17.md"
-    with pytest.raises(CardError, match=r'no data card \'flower17\'.*Did you mean "flowers17"\? Allowed: flowers17'):
+    with pytest.raises(
+        CardError, match=r'no data card \'flower17\'.*Did you mean "flowers17"\? Cards by name: flowers17'
+    ):
         load_card("flower17")
 
 
