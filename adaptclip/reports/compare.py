@@ -103,14 +103,16 @@ def compare_groups(
 
     rows_of = group_rows(after, attribute)
     groups = {name: compared(rows) for name, rows in rows_of.items()}
-    judged = {name: c for name, c in groups.items() if len(rows_of[name]) >= min_n and c.model.spread is not None}
+    # Of a two-sided outcome the images of the side that the metric is about are counted, where it is known.
+    sizes = {name: c.model.n if positive else len(rows_of[name]) for name, c in groups.items()}
+    judged = {name: c for name, c in groups.items() if sizes[name] >= min_n and c.model.spread is not None}
     apart = after.clusters is None or _clusters_apart(after.clusters, [rows_of[name] for name in judged])
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "attribute": attribute, "metric": metric, "positive": list(positive),
         "margin": margin, "confidence": confidence, "min_n": min_n, "num_images": len(after),
         "overall": _numbers(compared(None), confidence),
         "groups": [
-            {"group": name, "n": len(rows_of[name]), "judged": name in judged, **_numbers(c, confidence)}
+            {"group": name, "n": sizes[name], "judged": name in judged, **_numbers(c, confidence)}
             for name, c in groups.items()
         ],
         "worst": None, "gap": None,

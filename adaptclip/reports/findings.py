@@ -62,7 +62,8 @@ def findings_report(
     Returns:
         JSON-able dict: "rows" per finding, and "any" for all of them together, each with "class", "num_positive",
         "num_known", "prevalence", "threshold", "chosen_on" (validation images that show it; None where not known),
-        "rule" (in words), "enough" (whether MIN_OUTCOMES images are known to show it and not to), each of PAIRED
+        "rule" (in words), "declared_rule" (whether it is that of a declared outcome), "enough" (whether MIN_OUTCOMES
+        images are known to show it, and as many not to), each of PAIRED
         compared, ALONE as numbers, and "surplus" (mean probability minus share of images that show it);
         "thresholds" (`Thresholds.to_dict` or None), "shown_per_image", "named_per_image", "none_shown", "none_named",
         "unknown" (share of the pairs of image and class), "pairs" (`named_together`), "num_pairs".
@@ -107,7 +108,8 @@ def _finding(
     if own and thresholds is not None and thresholds.is_chosen and name not in thresholds.fallbacks:
         chosen = int(thresholds.positives[c])
     row = _row(predictions, baseline, outcome, settings)
-    return {**row, "class": name, "threshold": least if own else outcome.threshold, "chosen_on": chosen}
+    threshold = least if own else outcome.threshold
+    return {**row, "class": name, "threshold": threshold, "chosen_on": chosen, "declared_rule": not own}
 
 
 def _row(
@@ -128,6 +130,7 @@ def _row(
         "declared_prevalence": outcome.prevalence,
         "threshold": None,
         "chosen_on": None,
+        "declared_rule": False,
         "rule": rule_words(predictions, outcome),
         "enough": min(positive, len(asked) - positive) >= MIN_OUTCOMES,
         **{name: comparison(compared, settings["confidence"]) for name, compared in found.items()},
@@ -238,8 +241,8 @@ def _cautions(
     untold = [o["name"] for o in outcomes if o["sensitivity_gap"] is None and o["name"] in names]
     if untold:
         said.append(
-            f"not two groups have {MIN_OUTCOMES} images that show it, so that nothing is known of how evenly it is "
-            f"found: {listed(untold)}"
+            f"whether all groups are found as often is not known where fewer than two of them have {MIN_OUTCOMES} "
+            f"images that show the finding: {listed(untold)}"
         )
     return said
 

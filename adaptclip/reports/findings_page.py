@@ -148,8 +148,8 @@ def findings_section(report: Mapping[str, Any]) -> Section | None:
         blocks.append(_paired_rows(found["rows"]))
         blocks.append(
             Paragraph(
-                "Each model is named at its own thresholds; the AUC compares the two without any. An interval that "
-                "leaves out zero is one of many: of twenty findings without a change one shows it by chance.",
+                "Each model names findings at thresholds of its own; the AUC compares the two without any. An interval "
+                "that leaves out zero is one of many: of twenty findings without a change one shows it by chance.",
                 "muted",
             )
         )
@@ -249,6 +249,9 @@ def _threshold_words(found: Mapping[str, Any]) -> str:
         "probability from 0 or 1 (0 is best). Calibration error: how far the probability is from the share of images "
         "that show the finding, mean over 15 bins. Excess: mean probability less prevalence, in points."
     )
+    own = [one_line(row["class"]) for row in found["rows"] if row["declared_rule"]]
+    if own:
+        words += f" Declared outcomes have rules of their own, here and in gates: {_some(own)}."
     info = found["thresholds"]
     if info is not None:
         return f"{how_chosen(info)} {words}"
@@ -265,7 +268,7 @@ def _pairs(found: Mapping[str, Any]) -> list[Block]:
         ]
         for pair in found["pairs"]
     ]  # fmt: skip
-    header = ["images that show", "without", "n", "on which it is named all the same", "on images that show neither"]
+    header = ["shown", "not shown", "n", "named all the same", "named where neither is shown"]
     scales = {3: (0.0, 1.0), 4: (0.0, 1.0)}
     words = (
         f"Of {found['num_pairs']:,} pairs those are listed whose interval lies above the share on images that show "

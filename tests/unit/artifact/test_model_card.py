@@ -13,6 +13,7 @@ from adaptclip.artifact.model_card import model_card
 from adaptclip.data.card import load_card
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
+from adaptclip.prediction_files import shares
 from adaptclip.predictions import Predictions
 from adaptclip.reports.full import full_report
 
@@ -66,3 +67,27 @@ def test_class_names_are_no_markup(made):
     text, _ = made
     assert "<b>" not in text
     assert text.count("\n# ") == 1
+
+
+def test_of_several_classes_to_an_image_it_says_what_each_is_worth():
+    rng, names = np.random.default_rng(0), ("crack", "rust", "dent")
+    shown = rng.random((300, 3)) < [0.4, 0.3, 0.02]
+    given = np.clip(rng.beta(2, 4, (300, 3)) + 0.4 * shown, 0, 1).astype(np.float32)
+    p = Predictions(
+        tuple(map(str, range(300))), shown.argmax(axis=1), shares(given), names, {"site": ("north", "south") * 150},
+        sigmoid=given, positive=shown,
+    )  # fmt: skip
+    report = full_report(p)
+    manifest = {"method": "linear", "class_names": names, "backbone": {"name": "x", "pretrained": None}, "split": None}
+    text = model_card(manifest, load_card("digits"), report, [])
+    for words in (
+        "Saying which of these 3 classes an image shows, which may be several or none, on images",
+        "may name several of them for an image, or none",
+        "1 of 3 findings has fewer than 30 test images",
+        "### Findings",
+        "1 class has fewer than 10 test images that are known to show it",
+    ):
+        assert words in text
+    data: Any = ModelCard(text).data
+    values = {r.metric_type: r.metric_value for r in data.eval_results or []}
+    assert values["roc_auc"] == pytest.approx(report["overall"]["labels_macro_auc"]["model"]["value"], abs=1e-6)
