@@ -120,11 +120,8 @@ class FeatureCache:
             jobs.append(_Job(folder, key, load, place, missing, out))
         _encode_missing(jobs, backbone, batch_size=batch_size, workers=workers, accelerator=accelerator)
         rows = [place[content] for content in dataset.contents]
-        return Features(
-            values=values if len(rows) == len(place) else values[:, rows],
-            labels=torch.as_tensor(dataset.labels, dtype=torch.int64),
-            ids=tuple(dataset.ids),
-            weights=backbone.image_digest,
+        return Features.of(
+            values if len(rows) == len(place) else values[:, rows], dataset, weights=backbone.image_digest
         )
 
 
@@ -156,7 +153,7 @@ def _stored(clip: ClipBackbone | FeatureClip, dataset: ImageDataset, views: int)
         )
     values = torch.from_numpy(store.values[:, dataset.rows])
     crops = values[1 : 1 + views] if views and len(values) > 1 else values[:1]
-    return Features(crops, torch.as_tensor(dataset.labels, dtype=torch.int64), tuple(dataset.ids))
+    return Features.of(crops, dataset)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Batch:
         features: (B, D) unit-norm image features, or None.
         images: (B, 3, H, W) transformed pixels, or None.
         tokens: (B, L) int64 token ids of one text per image, or None.
+        multi_hot: (B, C) int8 where images may show several classes: 1 shows it, 0 does not, -1 nobody knows; or None.
     """
 
     labels: Tensor
@@ -36,6 +37,7 @@ class Batch:
     features: Tensor | None = None
     images: Tensor | None = None
     tokens: Tensor | None = None
+    multi_hot: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch on `device`."""
@@ -72,12 +74,23 @@ class Features:
         labels: (N,) int64.
         ids: N row ids.
         weights: digest of the image weights that made them (`ClipBackbone.image_digest`); "" where it is not known.
+        multi_hot: (N, C) int8 where images may show several classes, as in `Batch`; or None.
     """
 
     values: Tensor
     labels: Tensor
     ids: tuple[str, ...]
     weights: str = ""
+    multi_hot: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, dataset: Any, weights: str = "") -> Features:
+        """Returns features (V, N, D) of the N images of a data set, with their labels."""
+        import torch
+
+        marks = dataset.multi_hot
+        labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
+        return cls(values, labels, tuple(dataset.ids), weights, None if marks is None else torch.as_tensor(marks))
 
     def __len__(self) -> int:
         return len(self.ids)

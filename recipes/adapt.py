@@ -30,6 +30,8 @@ class Config(ac.RunSettings):
     """Name of a method, as in recipes/few_shot.py."""
     settings: tuple[str, ...] = ()
     """Changes of its settings, SETTING=VALUE, for example epochs=50 lr=1e-3; a wrong one names those that there are."""
+    objective: str = "auto"
+    """auto follows the card; softmax (one class per image) or sigmoid (each by itself, :f1, :sensitivity=0.9, :0.5)."""
 
 
 def main(cfg: Config) -> int:
@@ -41,13 +43,15 @@ def main(cfg: Config) -> int:
 
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    objective = ac.parse_objective(cfg.objective, data)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, validation = split.select(data)
-    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     own, planned = named()[name].split(settings)
-    adapter = named()[name].build(backbone, data.prompt_names, card.templates, cfg.seed, **own).to(accelerator.device)
+    adapter = named()[name].build(backbone, data.prompt_names, card.templates, cfg.seed, objective.name, **own)
+    adapter = adapter.to(accelerator.device)
     adapter.check_mitigation(mitigation)
     cache = ac.FeatureCache(cfg.cache)
     support = ac.Support(
@@ -68,12 +72,12 @@ def main(cfg: Config) -> int:
     changed = adapter.encoder.image_digest != backbone.image_digest
     test = ac.FeatureCache(None).get(adapter.encoder, data.test, accelerator=accelerator) if changed else frozen
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name).begin(support)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, method=adapter.name, predictions=predictions, zero_shot=baseline,
-        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation,
+        rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, objective=objective,
         training={"name": name, **info},
     )  # fmt: skip
     run.finish()

@@ -41,8 +41,8 @@ class Config(ac.RunSettings):
     """Peak learning rate of SGD (momentum 0.9, weight decay 5e-4); 2e-3 in the paper."""
     batch_size: int | None = None
     """Images per process and step; 32 in the paper, 128 in KgCoOp's."""
-    objective: str = "softmax"
-    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
+    objective: str = "auto"
+    """auto follows the card; softmax (one class per image) or sigmoid (each by itself, :f1, :sensitivity=0.9, :0.5)."""
     memory_gib: float = 4.0
     """Budget for the text tower's activations; more classes than fit are taken in chunks, with the same gradients."""
 
@@ -51,10 +51,10 @@ def main(cfg: Config) -> int:
     """Card → few-shot split → cached features → CoOp → predictions → report, gates, artifact."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
-    objective = ac.parse_objective(cfg.objective)
 
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    objective = ac.parse_objective(cfg.objective, data)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, validation = split.select(data)  # CoOp takes the last step: validation is for the report
@@ -86,7 +86,7 @@ def main(cfg: Config) -> int:
     # precision, as the artifact will be used.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name).begin(support)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import adaptclip as ac
-from adaptclip.bench.jobs import FeatureStore, JobStore, Worker, earlier_results, launch_id, make_grid
+from adaptclip.bench.jobs import FeatureStore, JobStore, Worker, earlier_results, launch_id, make_grid, metric_of
 from adaptclip.bench.methods import check_backbone, choose_methods, not_published, read_settings
 from adaptclip.bench.output import BenchSettings, write_output
 from adaptclip.bench.protocols import PROTOCOLS, check_names, check_targets
@@ -83,8 +83,8 @@ class Config:
     """Settings tried per job on its validation images, the published ones first; 0 searches nothing. Needs optuna."""
     search_seconds: float = 0.0
     """No trial is started later than this in a job; 0 sets no limit."""
-    metric: Literal["accuracy", "mean_per_class_accuracy"] = "accuracy"
-    """What tables and curves show; the results hold the others too."""
+    metric: Literal["auto", "accuracy", "mean_per_class_accuracy", "labels_macro_auc", "labels_macro_f1"] = "auto"
+    """What tables and curves show (auto: accuracy, or the AUC of several labels); the results hold the others too."""
     baseline: str = "zero_shot"
     """Method that paired differences are taken to."""
     threads: int = 1
@@ -116,9 +116,10 @@ def main(cfg: Config) -> int:
 
     accelerator = ac.make_accelerator(cfg.mixed_precision, 1)
     data = [ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image) for card in cards]
+    metric = metric_of(cfg.metric, [own.several for own in data])
     sources = {own.card.name: own for own in data[: len(cfg.cards)]}
     backbone = ac.clip_of(data[0], cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
-    check_backbone(settings, backbone, data[0].class_names)
+    check_backbone(settings, backbone, data[0].class_names, ac.parse_objective("auto", data[0]).name)
     grid = make_grid(
         sources, data[len(cfg.cards) :], backbone, protocol=cfg.protocol, settings=settings,
         shots=cfg.shots, seeds=cfg.seeds, rule=cfg.rule, budget=budget, preset=preset,
@@ -129,7 +130,7 @@ def main(cfg: Config) -> int:
     changes, all_methods = (*cfg.settings, *earlier.changes), dict.fromkeys((*methods, *earlier.methods))
     shown = BenchSettings(
         protocol=cfg.protocol, backbone=" ".join(filter(None, (backbone.name, cfg.pretrained, backbone.digest[:12]))),
-        metric=cfg.metric, baseline=cfg.baseline, num_jobs=len(grid.jobs) + len(earlier.results),
+        metric=metric, baseline=cfg.baseline, num_jobs=len(grid.jobs) + len(earlier.results),
         num_seeds=len({*cfg.seeds, *(result["job"]["seed"] for result in earlier.results)}),
         give_advice="ladder" in cfg.methods, changes=(*changes, *(["preset=smoke"] if preset == "smoke" else [])),
         not_published=not_published(tuple(all_methods), changes, preset=preset, searched=budget is not None),
@@ -141,7 +142,7 @@ def main(cfg: Config) -> int:
         say(preset_line(cfg.preset, preset, ", ".join(cfg.settings) or "no setting is changed"))
 
     first = process.rank == 0
-    progress = Progress(grid.jobs, store, metric=cfg.metric, processes=process.size, show=first)
+    progress = Progress(grid.jobs, store, metric=metric, processes=process.size, show=first)
     stopped = False
     try:
         with progress:

@@ -45,8 +45,8 @@ class Config(ac.RunSettings):
     """Smallest random crop as a share of the image's area (0.5); a larger limit of the card wins."""
     templates: tuple[str, ...] = ()
     """Prompts with one {} for the class name, averaged; empty takes the card's."""
-    objective: str = "softmax"
-    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
+    objective: str = "auto"
+    """auto follows the card; softmax (one class per image) or sigmoid (each by itself, :f1, :sensitivity=0.9, :0.5)."""
 
 
 def main(cfg: Config) -> int:
@@ -54,10 +54,10 @@ def main(cfg: Config) -> int:
     ac.refuse_settings(cfg, "a linear head is fitted as a whole, in full precision", "mixed_precision", "accumulate")
     accelerator = ac.make_accelerator("no", 1, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
-    objective = ac.parse_objective(cfg.objective)
 
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    objective = ac.parse_objective(cfg.objective, data)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, validation = split.select(data)
@@ -93,7 +93,7 @@ def main(cfg: Config) -> int:
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, templates).to(accelerator.device)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, templates, objective.name).begin(support)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(

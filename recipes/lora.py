@@ -51,8 +51,8 @@ class Config(ac.RunSettings):
     """Peak learning rate of AdamW (weight decay 0.01), cosine to 1e-6; 2e-4 in the paper, smoke 1e-2."""
     batch_size: int | None = None
     """Images per process and step; 32 in the paper."""
-    objective: str = "softmax"
-    """softmax (one class per image) or sigmoid (each by itself): sigmoid:f1, :sensitivity=0.9 or :0.5 as threshold."""
+    objective: str = "auto"
+    """auto follows the card; softmax (one class per image) or sigmoid (each by itself, :f1, :sensitivity=0.9, :0.5)."""
     compute: Literal["plain", "checkpointing", "compile"] = "plain"
     """checkpointing computes image blocks twice to save memory; compile builds the image tower with torch.compile."""
 
@@ -61,12 +61,12 @@ def main(cfg: Config) -> int:
     """Card → few-shot split → pixels → LoRA → scale on validation → predictions → report, gates, artifact."""
     accelerator = ac.make_accelerator(cfg.mixed_precision, cfg.accumulate, trackers=cfg.trackers, out=cfg.out)
     ac.seed_everything(cfg.seed)
-    objective = ac.parse_objective(cfg.objective)
 
     card = ac.load_card(cfg.card)
     data, new = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image), None
     if cfg.base_to_new:
         data, new = base_and_new(data)
+    objective = ac.parse_objective(cfg.objective, data)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, validation = split.select(data)
@@ -106,7 +106,7 @@ def main(cfg: Config) -> int:
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = ac.FeatureCache(None).get(adapter.encoder, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name).begin(support)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)

@@ -51,6 +51,8 @@ class Config(ac.RunSettings):
     """Peak learning rate of tip_adapter_f's AdamW (eps 1e-4); 1e-3 in the paper."""
     batch_size: int | None = None
     """Images of tip_adapter_f per process and micro-step; 256 in the paper."""
+    objective: str = "auto"
+    """auto follows the card; softmax (one class per image) or sigmoid (each by itself, :f1, :sensitivity=0.9, :0.5)."""
 
 
 def main(cfg: Config) -> int:
@@ -61,15 +63,16 @@ def main(cfg: Config) -> int:
 
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    objective = ac.parse_objective(cfg.objective, data)
     rules = ac.choose_gates(cfg.gates, data)
     split = ac.sample_few_shot(data, shots=cfg.shots, seed=cfg.seed, rule=cfg.rule)
     few_shots, validation = split.select(data)
-    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator)
+    mitigation = ac.build_mitigation(cfg.mitigate, few_shots, data.train, accelerator=accelerator, objective=objective)
     if cfg.choose == "validation" and cfg.variant != "ss_text" and len(validation) == 0:
         how = "take the paper's with --choose fixed, fewer --shots, or a card with a validation part"
         raise ConfigError(f"card {card.name} leaves no validation images to choose alpha and beta on; {how}")
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
-    adapter = build(cfg, backbone, data.prompt_names, card.templates).to(accelerator.device)
+    adapter = build(cfg, backbone, data.prompt_names, card.templates, objective.name).to(accelerator.device)
     given = {name: getattr(cfg, name) for name in ("views", "min_scale", "epochs", "lr", "batch_size")}
     given = given if cfg.variant == "tip_adapter_f" else {name: given[name] for name in ("views", "min_scale")}
     choose = {} if cfg.variant == "ss_text" else {"choose": cfg.choose == "validation"}
@@ -91,12 +94,12 @@ def main(cfg: Config) -> int:
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates).to(accelerator.device)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name).begin(support)
     baseline = ac.predict(zero_shot, test, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(
         run.path, adapter, backbone, data, split, zero_shot=baseline, predictions=predictions, validation=on_validation,
-        method=METHODS[cfg.variant], rules=rules, gates=cfg.gates, accelerator=accelerator,
+        method=METHODS[cfg.variant], rules=rules, gates=cfg.gates, accelerator=accelerator, objective=objective,
         training={"variant": cfg.variant, "views": schedule.views, **info},
     )  # fmt: skip
     run.finish()
@@ -139,14 +142,17 @@ def check(cfg: Config) -> None:
         ac.refuse_settings(cfg, f"{cfg.variant} is computed and not trained", *learns)
 
 
-def build(cfg: Config, backbone: Any, names: Any, templates: Any) -> Any:
+def build(cfg: Config, backbone: Any, names: Any, templates: Any, objective: Any) -> Any:
     """Returns the adapter of the variant, before it has seen an image: a zero-shot classifier."""
     if cfg.variant == "gda":
-        return ac.GDA(backbone, names, templates=templates, alpha=cfg.alpha)
+        return ac.GDA(backbone, names, templates=templates, alpha=cfg.alpha, objective=objective)
     if cfg.variant == "ss_text":
+        if objective == "sigmoid":
+            raise ConfigError("ss_text names exactly one class; for the objective sigmoid take another --variant")
         return ac.SSText(backbone, names, templates=templates, mode=cfg.mode)
     learn = cfg.variant == "tip_adapter_f"
-    return ac.TipAdapter(backbone, names, templates=templates, alpha=cfg.alpha, beta=cfg.beta, learn_keys=learn)
+    how = {"alpha": cfg.alpha, "beta": cfg.beta, "learn_keys": learn, "objective": objective}
+    return ac.TipAdapter(backbone, names, templates=templates, **how)
 
 
 if __name__ == "__main__":

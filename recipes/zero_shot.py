@@ -27,6 +27,8 @@ class Config(ac.DataSettings):
     """Run folder: settings, predictions, report, artifact."""
     templates: tuple[str, ...] = ()
     """Prompts with one {} for the class name, averaged; empty takes the card's."""
+    objective: str = "auto"
+    """auto follows the card; softmax (one class per image) or sigmoid (each by itself, :f1, :sensitivity=0.9, :0.5)."""
     audit_names: bool = False
     """Also try the class names without the card's aliases, and each template by itself; the report compares them."""
 
@@ -36,24 +38,31 @@ def main(cfg: Config) -> int:
     accelerator = ac.make_accelerator("no", 1)
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
+    objective = ac.parse_objective(cfg.objective, data)
     # What is compared with zero-shot would here be compared with itself.
     rules = [rule for rule in ac.choose_gates(cfg.gates, data) if rule.no_worse_than != "zero_shot"]
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
-    adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates)
+    adapter = ac.ZeroShotClassifier(backbone, data.prompt_names, cfg.templates or card.templates, objective.name)
     adapter = adapter.to(accelerator.device)
+    cache = ac.FeatureCache(cfg.cache)
     run = ac.start_run(
         cfg.out, config=asdict(cfg), accelerator=accelerator, data=data, backbone=backbone, overwrite=cfg.overwrite
     )
 
-    test = ac.FeatureCache(cfg.cache).get(backbone, data.test, accelerator=accelerator)
+    # Classes that are judged each by itself need a bias that most models lack; it changes no ranking of images.
+    seen = data.validation if len(data.validation) else data.train
+    if adapter.learns_from != "nothing":
+        adapter.begin(ac.Support(backbone, seen, data.validation, source=cache, accelerator=accelerator))
+    test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     # Thresholds that an outcome of the card leaves open are chosen on validation images, never on those of the test.
-    is_open = any(outcome.undecided for outcome in card.outcomes) and len(data.validation) > 0
-    on_validation = ac.predict_validation(adapter, data.validation, ac.FeatureCache(cfg.cache)) if is_open else None
+    is_open = objective.name == "sigmoid" or any(outcome.undecided for outcome in card.outcomes)
+    on_validation = ac.predict_validation(adapter, data.validation, cache) if is_open else None
     names = audit(backbone, data, test, predictions, adapter.templates, accelerator) if cfg.audit_names else None
     code = ac.finish_run(
         run.path, adapter, backbone, data, None, method="zero_shot", predictions=predictions, zero_shot=None,
         rules=rules, gates=cfg.gates, accelerator=accelerator, validation=on_validation, names=names,
+        objective=objective,
     )  # fmt: skip
     run.finish()
     return code

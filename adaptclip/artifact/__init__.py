@@ -135,7 +135,7 @@ def save_model(model: Method, path: Path | str, *, overwrite: bool = False) -> N
     backbone = model.backbone
     with atomic_folder(Path(path), "artifact", overwrite=overwrite, inputs=local_folders(backbone.name)) as folder:
         manifest = {
-            **_describe(folder, model.name, model, backbone, model.class_names, None),
+            **_describe(folder, model.name, model, backbone, model.class_names, model.thresholds_),
             "prompt_names": list(model.class_names), "window": None, "card": {"name": NO_CARD, "digest": ""},
             "split": None, "metrics": {}, "gates": [], "verdicts": [],
         }  # fmt: skip

@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from adaptclip.bench.methods import Fitted, fit_named
 from adaptclip.bench.protocols import HARMONIC_MEAN, PROTOCOLS, Case, Judged
 from adaptclip.bench.search import Budget, search
 from adaptclip.data.shots import Rule, harmonic_mean
-from adaptclip.errors import StorageError
+from adaptclip.errors import ConfigError, StorageError, did_you_mean
 from adaptclip.features import SHARD_ROWS, FeatureCache
 from adaptclip.files import digest
 from adaptclip.methods.predicting import predict
@@ -38,6 +38,7 @@ from adaptclip.metrics import GENERAL_METRICS, METRICS
 from adaptclip.reports.measuring import judged
 from adaptclip.seals import read_sealed, write_sealed
 from adaptclip.training.support import Preset, Support
+from adaptclip.training.thresholds import ThresholdRule, choose_thresholds
 from adaptclip.types import Features
 
 if TYPE_CHECKING:
@@ -162,12 +163,7 @@ class FeatureStore:
             self._drop_oldest()
         row_of = {content: row for row, content in enumerate(pool.contents)}
         rows = [row_of[content] for content in images.contents]
-        return Features(
-            values=values[: max(views, 1), rows],
-            labels=torch.as_tensor(images.labels, dtype=torch.int64),
-            ids=tuple(images.ids),
-            weights=self.backbone.image_digest,
-        )
+        return Features.of(values[: max(views, 1), rows], images, weights=self.backbone.image_digest)
 
     def _read(self, pool: ImageDataset, views: int, augment: Augment | None) -> Tensor:
         size = SHARD_ROWS * max(1, -(-len(pool) // (SHARD_ROWS * MAX_CHUNKS)))
@@ -398,7 +394,8 @@ class Worker:
             else:
                 fitted = fit_named(one, support, *words, job.settings, **how)
             fit_s = time.perf_counter() - fit_started - support.reading_s
-            judged = {part.name: self.judge(fitted, one, part) for part in case.judged}
+            thresholds = self.thresholds(fitted, support)
+            judged = {part.name: self.judge(fitted, one, part, thresholds) for part in case.judged}
         if case.joined is not None:
             judged[HARMONIC_MEAN] = _harmonic(*(judged[name] for name in case.joined))
         return {
@@ -447,7 +444,16 @@ class Worker:
             self._pools[card] = (parts[0], parts[1])
         return self._pools[card]
 
-    def judge(self, fitted: Fitted, one: Named, part: Judged) -> dict[str, Any]:
+    def thresholds(self, fitted: Fitted, support: Support) -> np.ndarray | None:
+        """From which probability each class is named, by the validation images; None where images show one class."""
+        if not support.images.several or not len(support.validation_images):
+            return None
+        features = support.validation(fitted.adapter.encoder)
+        assert features is not None
+        validation = predict(fitted.adapter.to(self.accelerator.device), features, support.validation_images)
+        return choose_thresholds(validation, validation.class_names, ThresholdRule()).values
+
+    def judge(self, fitted: Fitted, one: Named, part: Judged, thresholds: np.ndarray | None = None) -> dict[str, Any]:
         """Judges an adapter on test images, read here for the first time."""
         adapter: Any = fitted.adapter
         names, test = part.data.prompt_names, part.data.test
@@ -455,7 +461,7 @@ class Worker:
             adapter = adapter.for_classes(names, one.templates(part.data.card.templates))
         features = self.test_features(adapter.encoder, test)
         predictions = predict(adapter.to(self.accelerator.device), features, test)
-        return measure(predictions, part.classes)
+        return measure(replace(predictions, thresholds=thresholds), part.classes)
 
     def test_features(self, encoder: ClipBackbone, test: ImageDataset) -> Features:
         """Returns test features: those all methods share, or of adapted towers, which no other job could use."""
@@ -467,16 +473,49 @@ class Worker:
 BENCH_METRICS = tuple(name for name in GENERAL_METRICS if METRICS[name].per_cent)
 """Metrics of every cell of the grid."""
 
+SEVERAL_METRICS = (
+    "labels_macro_auc", "labels_macro_f1", "labels_macro_sensitivity", "labels_macro_specificity", "labels_micro_f1",
+    "example_f1", "subset_accuracy", "hamming_loss",
+)  # fmt: skip
+"""Those of images that may show several classes."""
+
+
+def metric_of(asked: str, several: Sequence[bool]) -> str:
+    """Returns what tables and curves show.
+
+    Args:
+        asked: a metric, or "auto": the accuracy, or of images that may show several classes the mean AUC.
+        several: of each card, whether its images may.
+
+    Raises:
+        ConfigError: cards of both kinds stand in one table, or the metric is not one of theirs.
+    """
+    if len(set(several)) > 1:
+        raise ConfigError(
+            "some of the cards have images of one class each and others of several: no metric is that of both. Give "
+            "them benches of their own"
+        )
+    allowed = SEVERAL_METRICS if several[0] else BENCH_METRICS
+    if asked == "auto":
+        return allowed[0]
+    if asked not in allowed:
+        kind = "may show several classes" if several[0] else "show one class each"
+        raise ConfigError(f"the images {kind}, and {asked} is no metric of theirs. {did_you_mean(asked, allowed)}")
+    return asked
+
 
 def measure(predictions: Predictions, classes: Sequence[int] = ()) -> dict[str, Any]:
     """Returns the metrics of predictions, restricted to the images of some classes where any are given.
 
     Returns:
         `n`, `num_classes` (to choose among), `accuracy`, `mean_per_class_accuracy`, `top5_accuracy` (None with five
-        classes or fewer), `ece`; rates from 0 to 1.
+        classes or fewer), `ece`; rates from 0 to 1. Of images that may show several classes these are None, and
+        SEVERAL_METRICS stand beside them.
     """
     images = judged(predictions, np.flatnonzero(np.isin(predictions.labels, classes)) if len(classes) else None)
-    values = {name: METRICS[name].value(images) for name in BENCH_METRICS}
+    values: dict[str, float | None] = dict.fromkeys(BENCH_METRICS)
+    names = SEVERAL_METRICS if predictions.several else BENCH_METRICS
+    values |= {name: METRICS[name].value(images) for name in names}
     return {"n": len(images), "num_classes": len(predictions.class_names), **values}
 
 

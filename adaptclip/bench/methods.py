@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptclip.errors import BackboneError, ConfigError, did_you_mean
+from adaptclip.methods.base import objective_of
 from adaptclip.methods.registry import Named, current_name, named
+from adaptclip.training.criterion import ObjectiveName, parse_objective
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -49,7 +51,8 @@ def fit_named(
         ConfigError: a setting is out of range.
     """
     own, planned = one.split(settings)
-    method = one.build(support.backbone, class_names, templates, support.seed, **own)
+    objective = parse_objective("auto", support.images).name
+    method = one.build(support.backbone, class_names, templates, support.seed, objective, **own)
     plan = method.schedule(support.shots, images_per_class=support.images_per_class, preset=preset, **planned)
     info = method.learn(support, plan)
     return Fitted(method, {**info, "settings": {**own, **asdict(plan)}})
@@ -87,19 +90,23 @@ def choose_methods(names: Sequence[str], *, new_names: bool) -> tuple[str, ...]:
 
 
 def check_backbone(
-    settings: Mapping[str, Mapping[str, Any]], backbone: ClipBackbone | FeatureClip, class_names: Sequence[str]
+    settings: Mapping[str, Mapping[str, Any]],
+    backbone: ClipBackbone | FeatureClip,
+    class_names: Sequence[str],
+    objective: ObjectiveName = "softmax",
 ) -> None:
-    """Builds every method once on the model, so that one that it does not allow is known before any job.
+    """Builds every method once on the model, so that one that it or the images do not allow is known before any job.
 
     Args:
         settings: method -> its settings, of `read_settings`.
         backbone: what all jobs sit on.
         class_names: of a card; two of them are enough.
+        objective: that of all jobs: sigmoid where images may show several classes.
 
     Raises:
         ConfigError: it does not allow some of the methods; the message says why, and which are left.
     """
-    found = {name: _refusal(named()[name], own, backbone, class_names[:2]) for name, own in settings.items()}
+    found = {name: _refusal(named()[name], own, backbone, class_names[:2], objective) for name, own in settings.items()}
     refused = {name: reason for name, reason in found.items() if reason}
     if refused:
         left = " ".join(name for name in settings if name not in refused)
@@ -108,14 +115,24 @@ def check_backbone(
 
 
 def _refusal(
-    one: Named, settings: Mapping[str, Any], backbone: ClipBackbone | FeatureClip, class_names: Sequence[str]
+    one: Named,
+    settings: Mapping[str, Any],
+    backbone: ClipBackbone | FeatureClip,
+    class_names: Sequence[str],
+    objective: ObjectiveName,
 ) -> str:
-    """Why a model does not allow a method; empty where it does."""
+    """Why a model or an objective does not allow a method; empty where both do."""
+    own, templates = one.split(settings)[0], ("a photo of a {}.",)
     try:
-        one.build(backbone, class_names, ("a photo of a {}.",), 0, **one.split(settings)[0])
+        made = one.build(backbone, class_names, templates, 0, **own)
     except BackboneError as error:
         return str(error)
-    return ""
+    if objective == objective_of(made):
+        return ""
+    with contextlib.suppress(ConfigError):
+        if objective == objective_of(one.build(backbone, class_names, templates, 0, objective, **own)):
+            return ""
+    return "the images may show several classes, and it names exactly one"
 
 
 def read_settings(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -174,6 +174,7 @@ def as_classes_of(target: DomainData, source: DomainData) -> DomainData:
 
 
 def _renamed(images: ImageDataset, new_id: np.ndarray, class_names: tuple[str, ...]) -> ImageDataset:
+    images.require_one_class("a shift between domains")
     return replace(images, labels=new_id[images.labels], class_names=class_names, levels={})
 
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from adaptclip.bench.methods import Fitted, fit_named
 from adaptclip.errors import ConfigError
+from adaptclip.methods.choosing import binary_loss, mean_auc
 from adaptclip.methods.predicting import predict
 from adaptclip.seeding import derive_seed
+from adaptclip.training.criterion import marks_of
 
 if TYPE_CHECKING:
     from adaptclip.methods.registry import Named
@@ -117,11 +120,20 @@ def _suggest(trial: Any, one: Named) -> dict[str, Any]:
     return values
 
 
-def _validate(fitted: Fitted, support: Support) -> tuple[int, float]:
-    """Validation images that are right, and their mean cross-entropy."""
+def _validate(fitted: Fitted, support: Support) -> tuple[float, float]:
+    """Validation images that are right, and their mean cross-entropy.
+
+    Of images that may show several classes: the mean AUC of the classes times their number, and the mean binary
+    cross-entropy.
+    """
     adapter: Any = fitted.adapter
     features = support.validation(adapter.encoder)
     assert features is not None
     judged = predict(adapter, features, support.validation_images)
+    if judged.positive is not None:
+        marks = marks_of(features.labels, len(judged.class_names), features.multi_hot)
+        assert judged.sigmoid is not None
+        logits = torch.logit(torch.from_numpy(judged.sigmoid).double(), eps=1e-7)
+        return mean_auc(logits, *marks) * len(judged), binary_loss(logits, *marks)
     own = judged.probs[np.arange(len(judged)), judged.labels].astype(np.float64)
     return int((judged.pred == judged.labels).sum()), float(-np.log(np.maximum(own, 1e-12)).mean())

@@ -24,7 +24,10 @@ from adaptclip.methods.registry import named
 from adaptclip.metrics import METRICS
 from adaptclip.progress import duration
 
-METRIC_NAMES = {name: metric.words for name, metric in METRICS.items() if metric.is_general and metric.decides}
+METRIC_NAMES = {
+    name: metric.words for name, metric in METRICS.items()
+    if metric.decides and not metric.of_outcome and (metric.is_general or metric.of_labels)
+}  # fmt: skip
 """Metrics that tables can show, in words."""
 
 MARKS = "Best of a column bold; † marks what is not significantly worse than it (within Tukey's honest significant \

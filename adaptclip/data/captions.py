@@ -67,8 +67,8 @@ def join_repeated_images(images: ImageDataset, splits: Sequence[str]) -> tuple[I
         The first row of each image with the different captions of all its rows, and a sentence if there were some.
     """
     assert images.captions is not None
-    joined: dict[tuple[str, str, int], list[int]] = {}
-    for row, key in enumerate(zip(images.contents, splits, images.labels.tolist(), strict=True)):
+    joined: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for row, key in enumerate(zip(images.contents, splits, images.kinds(), strict=True)):
         joined.setdefault(key, []).append(row)
     if len(joined) == len(images):
         return images, []

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the `adaptclip:` block of a data card may say: pydantic models that allow no unknown key.
-
-`check_declared` is the one place that compares declared names (outcomes, intersections, gates) with the groups, levels
-and classes that there are.
-"""
+"""What the `adaptclip:` block of a data card may say: pydantic models that allow no unknown key."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,64 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from adaptclip.data.declared import check_declared
 from adaptclip.data.file_rules import DicomRule, VideoRule
 from adaptclip.errors import did_you_mean
 from adaptclip.gate_rules import Expected, GateRule, Outcome
-
-
-def check_declared(
-    gates: Sequence[GateRule],
-    outcomes: Sequence[Outcome],
-    intersections: Sequence[Sequence[str]],
-    *,
-    expect: Expected | None = None,
-    groups: Collection[str] | None = None,
-    levels: Collection[str] | Mapping[str, Sequence[str]] | None = None,
-    class_names: Collection[str] | None = None,
-) -> None:
-    """Checks declared names against those that are known so far; None is not known yet, and not checked.
-
-    Args:
-        gates: the card's gates.
-        outcomes: the card's outcomes.
-        intersections: lists of group attributes.
-        expect: groups and classes of which there shall be images, or None.
-        groups: names of the group attributes.
-        levels: names of the taxonomy levels, or level -> its value for each class.
-        class_names: names of the classes.
-
-    Raises:
-        ValueError: something is named that is not there; the message holds the place in the card and the nearest name.
-    """
-    asked = [(f"outcomes.{i}", outcome) for i, outcome in enumerate(outcomes)]
-    asked += [(f"gates.{i}", rule.outcome) for i, rule in enumerate(gates) if rule.outcome is not None]
-    if groups is not None:
-        crossed = [(f"intersections.{i}", name) for i, names in enumerate(intersections) for name in names]
-        for i, rule in enumerate(gates):
-            names = (rule.group,) if isinstance(rule.group, str) else rule.group or ()
-            crossed += [(f"gates.{i}.group", name) for name in names]
-        crossed += [("expect.groups", name) for name in (expect.groups if expect else ())]
-        _require("a group that columns.groups lacks", groups, crossed)
-    if levels is not None:
-        named = [(f"{place}.level", outcome.level) for place, outcome in asked]
-        named += [(f"gates.{i}.level", rule.level) for i, rule in enumerate(gates)]
-        _require("a level that columns.levels lacks", levels, [(p, name) for p, name in named if name is not None])
-    if class_names is not None:
-        named = [(f"{place}.positive", name) for place, o in asked if o.level is None for name in o.positive]
-        named += [("expect.classes", name) for name in (expect.of_classes(()) if expect else ())]
-        _require("a class that there is not", class_names, named)
-    if isinstance(levels, Mapping):
-        for place, o in asked:
-            if o.level is not None:
-                values = [(f"{place}.positive", name) for name in o.positive]
-                _require(f"a value that the level {o.level} lacks", levels[o.level], values)
-
-
-def _require(what: str, known: Collection[str], asked: Iterable[tuple[str, str]]) -> None:
-    for place, name in asked:
-        if name not in known:
-            raise ValueError(f"{place} names {what}: {name!r}. {did_you_mean(name, known, lead='There are')}")
-
 
 PARTS = ("train", "validation", "test")
 """The parts of a data set, in the order in which they are used."""
@@ -157,7 +98,20 @@ class Join(BaseModel):
         return (self.by, self.by) if isinstance(self.by, str) else next(iter(self.by.items()))
 
 
-class _Joining(BaseModel):
+class _Grown(BaseModel):
+    """A part of the block that has grown: keys that came later leave the digests of cards without them as they were."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual = {key: type(self).model_fields[key].get_default(call_default_factory=True) for key in self.later
+                 if key in type(self).model_fields}  # fmt: skip
+        unused = {key for key, value in usual.items() if getattr(self, key) == value}
+        return {key: value for key, value in serialise(self).items() if key not in unused}
+
+
+class _Joining(_Grown):
     """What tables may be joined to.
 
     Attributes:
@@ -165,12 +119,8 @@ class _Joining(BaseModel):
     """
 
     model_config = _STRICT
+    later = ("join", "sheet", "levels")
     join: tuple[Join, ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Keys that came later leave the digests of cards without them as they were.
-        return {key: value for key, value in serialise(self).items() if value or key not in ("join", "sheet", "levels")}
 
 
 class ParquetSource(_Joining):
@@ -325,13 +275,14 @@ class Splits(BaseModel):
         return self.fractions is None and self.test is not None and self.train is None
 
 
-class Columns(BaseModel):
+class Columns(_Grown):
     """Which column of the source means what.
 
     Attributes:
         image: encoded image (Parquet, hub) or its path (manifest).
         label: class, as an integer id or as its name; None (the default where there are captions) for images that
-            have captions and no classes.
+            have captions and no classes. With `several_labels` a cell may name several.
+        labels: in the place of `label`, a column of 0 and 1 for each class, by whose name it is called.
         captions: a caption, or a list of captions, in words.
         id: stable name of a row; by default the first 16 digits of the SHA-256 of the encoded image.
         cluster: what must never be in two splits and is the unit of resampling (patient, lesion, site, video).
@@ -340,8 +291,10 @@ class Columns(BaseModel):
     """
 
     model_config = _STRICT
+    later = ("labels",)
     image: Name = "image"
     label: Name | None = "label"
+    labels: tuple[Name, ...] = ()
     captions: Name | None = None
     id: Name | None = None
     cluster: Name | None = None
@@ -351,17 +304,26 @@ class Columns(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _captions_stand_for_labels(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("captions") is not None and "label" not in values:
+        if isinstance(values, dict) and "label" not in values and (values.get("captions") or values.get("labels")):
             return {**values, "label": None}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Columns:
-        if self.label is None and self.captions is None:
+        if self.label is not None and self.labels:
+            raise ValueError("has both label, one column that names the class, and labels, a column for each class")
+        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels lists a column of 0 and 1 for each of two classes or more; got {self.labels}")
+        if not self.has_classes and self.captions is None:
             raise ValueError("needs a label column, or a captions column for images without classes")
-        if self.label is None and self.levels:
+        if not self.has_classes and self.levels:
             raise ValueError("levels are coarse names of classes, and without a label column there are none")
         return self
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there are labels, in one column or in a column for each class."""
+        return self.label is not None or bool(self.labels)
 
 
 class Augmentation(BaseModel):
@@ -417,6 +379,28 @@ class GroupBins(BaseModel):
         return (*(f"{low:g} to <{high:g}" for low, high in pairs), f"{self.bins[-1]:g} and above")
 
 
+class SeveralLabels(BaseModel):
+    """How it is written down that an image shows several classes, or none of them, which is a state and no class.
+
+    Attributes:
+        separator: what stands between the names in a cell of `columns.label`, such as ";"; None where cells are lists.
+        none: words of such a cell that say "none of these", such as "No Finding"; an empty cell or list says so too.
+        uncertain: what -1 in a column of 0 and 1 stands for: "negative", "positive", or "ignore" for an answer that is
+            neither learnt from nor judged (CheXpert's U-Zeros, U-Ones and U-Ignore); None refuses it.
+        blank: what an empty cell stands for: "negative", or "ignore"; None refuses it in a column of 0 and 1.
+    """
+
+    model_config = _STRICT
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    none: tuple[Name, ...] = ()
+    uncertain: Literal["negative", "positive", "ignore"] | None = None
+    blank: Literal["negative", "ignore"] | None = None
+
+
+def _true_is_all_defaults(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
+
+
 class SamplingRule(BaseModel):
     """How the images of the study came about; the unit that was drawn is `columns.cluster`, or the image.
 
@@ -429,13 +413,15 @@ class SamplingRule(BaseModel):
     classes: Literal["random", "fixed"] = "random"
 
 
-class CardBlock(BaseModel):
+class CardBlock(_Grown):
     """The `adaptclip:` block of a data card.
 
     Attributes:
         source: where the images are.
         splits: which images play which part; None takes the source's own train, validation and test.
         columns: which column means what.
+        several_labels: an image may show several classes, or none of them, and this is how it is written down; None
+            where each shows exactly one.
         class_names: names in the order of the label ids; None takes those of the source.
         aliases: class name -> words used in the prompt instead.
         templates: prompts with one `{}` for the class name.
@@ -461,9 +447,11 @@ class CardBlock(BaseModel):
     """
 
     model_config = _STRICT
+    later = ("several_labels", "frames", "dicom", "video")
     source: Annotated[Source, Field(discriminator="kind")]
     splits: Splits | None = None
     columns: Columns = Columns()
+    several_labels: Annotated[SeveralLabels | None, BeforeValidator(_true_is_all_defaults)] = None
     class_names: tuple[Name, ...] | None = None
     aliases: dict[Name, Name] = Field(default_factory=dict)
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
@@ -508,7 +496,7 @@ class CardBlock(BaseModel):
                 if self.class_names is not None and name not in self.class_names:
                     has = did_you_mean(name, self.class_names, lead="The classes are")
                     raise ValueError(f"hard_pairs has no class {name!r}. {has}")
-        if self.columns.label is None:
+        if not self.columns.has_classes:
             for key in ("class_names", "aliases", "hard_pairs", "expect", "gates", "outcomes", "probes"):
                 if getattr(self, key):
                     raise ValueError(f"{key} is about classes, and this card has captions and no columns.label")
@@ -516,12 +504,29 @@ class CardBlock(BaseModel):
             if len(crossed) < 2 or len(set(crossed)) < len(crossed):
                 raise ValueError(f"intersections are lists of different attributes; got {list(crossed)}")
         self._check_groups()
+        self._check_several()
         return self
 
     @property
     def frame(self) -> Literal["first", "middle"] | None:
         """Which frame is decoded of what has several; none where each is an image."""
         return None if self.frames == "all" else self.frames
+
+    def _check_several(self) -> None:
+        if self.several_labels is None:
+            return
+        if not self.columns.has_classes:
+            raise ValueError(
+                "several_labels is about classes, and this card has no columns.label and no columns.labels"
+            )
+        for key, given in (("columns.levels", self.columns.levels), ("hard_pairs", self.hard_pairs)):
+            if given:
+                raise ValueError(f"{key} is about images of one class each, and several_labels says that they are not")
+        rule, flags = self.several_labels, bool(self.columns.labels)
+        for key in ("separator", "none") if flags else ("uncertain",):
+            if getattr(rule, key):
+                what = "columns.labels has a column of 0 and 1 for each class" if flags else "columns.label names them"
+                raise ValueError(f"several_labels.{key} has nothing to say where {what}; leave it out")
 
     def _check_groups(self) -> None:
         # The groups and levels of an embedded set are known only once it is made; `open_data` looks then.

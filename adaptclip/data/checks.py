@@ -45,6 +45,7 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
     """
     parts = [part for part in data.parts.values() if len(part)]
     labels = np.concatenate([part.labels for part in parts])
+    shown = [np.concatenate([part.shows(c) for part in parts]) for c in range(len(data.class_names))]
     sentences = []
     for name in data.test.groups:
         values = np.asarray([value for part in parts for value in part.groups.get(name, (UNKNOWN,) * len(part))])
@@ -52,7 +53,8 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
         if any(pairs <= set(enumerate(level)) for level in data.test.levels.values()):
             continue
         known = values != UNKNOWN
-        found = [words for c in np.unique(labels[known]) if (words := _one_group(data, labels, values, known, int(c)))]
+        there = [c for c, own in enumerate(shown) if own[known].any()]
+        found = [words for c in there if (words := _one_group(data.class_names[c], shown[c], values, known))]
         if found:
             more = f"; and so for {len(found) - _EXAMPLES} more classes" if len(found) > _EXAMPLES else ""
             sentences.append(
@@ -62,9 +64,9 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _one_group(data: DomainData, labels: np.ndarray, values: np.ndarray, known: np.ndarray, c: int) -> str:
+def _one_group(name: str, shown: np.ndarray, values: np.ndarray, known: np.ndarray) -> str:
     """Words how a class is of one group only, or "" where it is not."""
-    own, others = values[known & (labels == c)].tolist(), values[known & (labels != c)].tolist()
+    own, others = values[known & shown].tolist(), values[known & ~shown].tolist()
     group, count = Counter(own).most_common(1)[0]
     elsewhere = others.count(group)
     if not others or count < ALWAYS * len(own) or elsewhere == len(others):
@@ -73,10 +75,7 @@ def _one_group(data: DomainData, labels: np.ndarray, values: np.ndarray, known: 
     if chance >= SELDOM:
         return ""
     all_of = f"all {count}" if count == len(own) else f"{count} of {len(own)}"
-    return (
-        f"{all_of} images of {data.class_names[c]!r} are of {group!r}, but {elsewhere} of {len(others)} of the other "
-        "classes"
-    )
+    return f"{all_of} images of {name!r} are of {group!r}, but {elsewhere} of {len(others)} of the other classes"
 
 
 _FOLDS = frozenset(("fold", "folds", "kfold", "cvfold", "cv", "faltung"))
@@ -340,13 +339,13 @@ def _check_conflicts(data: DomainData) -> Iterator[Problem]:
     for part, images in data.parts.items():
         rows = _conflicts([images])
         if rows:
-            shown = [f"{images.where(row)} ({data.class_names[images.labels[row]]})" for _, row in rows[:_EXAMPLES]]
+            shown = [f"{images.where(row)} ({images.label_text(row)})" for _, row in rows[:_EXAMPLES]]
             more = ", ..." if len(rows) > _EXAMPLES else ""
             yield Problem(
                 f"label conflict: {len(rows)} of {len(images)} {part} images are the same file as one of another "
                 f"class: {', '.join(shown)}{more}",
-                "Keep each image under the class that is right; if an image has several labels, make a card with "
-                "two classes (it, and not it) of each",
+                "Keep each image under the class that is right; if it shows several, give it one row that names them "
+                "all, and say `several_labels:` in the card",
                 DataError,
                 "label_conflicts",
             )
@@ -454,6 +453,9 @@ def _remarks(data: DomainData) -> list[str]:
     conflicts = [data_part.ids[row] for data_part, row in _conflicts(list(data.parts.values()))]
     if conflicts:
         remarks.append(f"{len(conflicts)} images are found under several classes: {_listed(conflicts)}")
+    everywhere = [name for c, name in enumerate(data.class_names) if data.several and data.test.shows(c).all()]
+    if everywhere:
+        remarks.append(f"every test image shows {_listed(everywhere)}: nothing says how often it is named wrongly")
     for name, values in data.test.groups.items():
         counts = Counter(values)
         if 0 < counts[UNKNOWN] < len(values):
@@ -463,10 +465,10 @@ def _remarks(data: DomainData) -> list[str]:
 
 def _conflicts(parts: Sequence[ImageDataset]) -> list[tuple[ImageDataset, int]]:
     """Returns the part and place there of images whose very file also has another label in one of `parts`."""
-    labels: defaultdict[str, set[int]] = defaultdict(set)
+    labels: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
     for images in parts:
-        for content, label in zip(images.contents, images.labels, strict=True):
-            labels[content].add(int(label))
+        for content, kinds in zip(images.contents, images.kinds(), strict=True):
+            labels[content].add(kinds)
     return [
         (images, row) for images in parts for row, content in enumerate(images.contents) if len(labels[content]) > 1
     ]

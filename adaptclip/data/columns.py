@@ -25,8 +25,8 @@ from adaptclip.errors import DataError, agree, did_you_mean
 from adaptclip.words import FEW_VALUES, blanks_apart, is_person, numbers_twice, spelt, words_of
 
 ONE_LABEL = (
-    "A card's images have one label each, also for --objective sigmoid, which learns each class by itself but from "
-    "such images. Leave one label per row, or make a card with two classes (it, and not it) of each finding."
+    "If an image may show several classes, or none of them, the card says so with `several_labels:` (for cells such as "
+    'these `several_labels: {separator: ";"}`; lists need no separator); otherwise leave one label per row.'
 )
 
 SEPARATORS = "|;,"

@@ -179,6 +179,8 @@ class ImageDataset:
         frames: which frame of an animation or a stack, likewise.
         captions: N tuples of one or more captions, or None where the card has no such column.
         fixed_classes: whether the study fixed how many images there are of each class (card: sampling).
+        multi_hot: (N, C) int8 where an image may show several classes, or none of them: 1 shows it, 0 does not, -1
+            nobody knows. None where each has the one of `labels`, which otherwise is the first that it shows, or 0.
     """
 
     store: ImageStore
@@ -194,6 +196,7 @@ class ImageDataset:
     frames: str | None = None
     captions: tuple[tuple[str, ...], ...] | None = None
     fixed_classes: bool = False
+    multi_hot: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -234,6 +237,7 @@ class ImageDataset:
             clusters=None if self.clusters is None else tuple(self.clusters[i] for i in chosen),
             groups={name: tuple(values[i] for i in chosen) for name, values in self.groups.items()},
             captions=None if self.captions is None else tuple(self.captions[i] for i in chosen),
+            multi_hot=None if self.multi_hot is None else self.multi_hot[chosen],
         )
 
     @property
@@ -241,9 +245,38 @@ class ImageDataset:
         """Whether there are images to decode; otherwise their features are all that is known (`FeatureRows`)."""
         return not isinstance(self.store, FeatureRows)
 
+    @property
+    def several(self) -> bool:
+        """Whether an image may show several classes, or none of them."""
+        return self.multi_hot is not None
+
     def class_counts(self) -> np.ndarray:
-        """Returns (C,) int64 numbers of images per class."""
+        """Returns (C,) int64 numbers of images that show each class."""
+        if self.multi_hot is not None:
+            return (self.multi_hot == 1).sum(axis=0)
         return np.bincount(self.labels, minlength=len(self.class_names))
+
+    def shows(self, c: int) -> np.ndarray:
+        """Returns (N,) bool, whether each image shows class c."""
+        return self.labels == c if self.multi_hot is None else self.multi_hot[:, c] == 1
+
+    def kinds(self) -> list[tuple[int, ...]]:
+        """Returns for each image what it counts to in a draw: its classes, or C for one that shows none of them."""
+        if self.multi_hot is None:
+            return [(label,) for label in self.labels.tolist()]
+        none = (len(self.class_names),)
+        return [tuple(np.flatnonzero(row == 1).tolist()) or none for row in self.multi_hot]
+
+    def require_one_class(self, what: str) -> None:
+        """Raises DataError where an image may show several classes; `what` begins the sentence."""
+        if self.several:
+            raise DataError(f"{what} is about images of one class each, and these may show several, or none of them")
+
+    def label_text(self, index: int) -> str:
+        """Returns the name of the class of image `index`; of several with commas between, of none "none"."""
+        if self.multi_hot is None:
+            return self.class_names[self.labels[index]]
+        return ", ".join(self.class_names[c] for c in np.flatnonzero(self.multi_hot[index] == 1)) or "none"
 
     @cached_property
     def digest(self) -> str:
@@ -258,6 +291,9 @@ class ImageDataset:
         )
         parts += [[name, *values] for columns in (self.groups, self.levels) for name, values in columns.items()]
         parts += self.captions or ()
+        parts += (
+            [] if self.multi_hot is None else [["several labels", *(row.tobytes().hex() for row in self.multi_hot)]]
+        )
         return digest(*(digest(part) for part in parts))
 
 
@@ -290,7 +326,12 @@ class DomainData:
     @property
     def has_classes(self) -> bool:
         """Whether the images have labels; without, all are of the one class UNLABELLED and there are captions."""
-        return self.card.columns.label is not None
+        return self.card.columns.has_classes
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may show several classes, or none of them."""
+        return self.test.several
 
     @property
     def prompt_names(self) -> tuple[str, ...]:

@@ -46,13 +46,20 @@ def read_features(card: Card, data_root: Path | None) -> RawRows:
         name: array.tolist() for name, array in arrays.items()
         if array.ndim == 1 and len(array) == num_rows and array.dtype.kind in "biufUS"
     }  # fmt: skip
-    if source.label in columns and card.columns.label is not None:
-        columns.setdefault(card.columns.label, columns[source.label])
+    own = card.columns
+    if source.label in columns and own.label is not None:
+        columns.setdefault(own.label, columns[source.label])
+    flags = arrays.get(source.label)
+    if card.several_labels is not None and not own.labels and flags is not None and flags.ndim == 2:
+        _check_flags(flags, card.class_names, num_rows, f"{shown(path)}: the labels {source.label!r}")
+        own = own.model_copy(update={"label": None, "labels": card.class_names})
+        columns |= {name: flags[:, c].tolist() for c, name in enumerate(card.class_names)}
     passed_over: tuple[str, ...] = ()
     if source.table is not None:
         info, passed_over = _read_table(_one_file(card, source.table, data_root), num_rows)
         columns |= info
-    wanted = wanted_columns(card)
+    wanted = [*(name for name in wanted_columns(card) if own.label or name != card.columns.label), *own.labels]
+    wanted = list(dict.fromkeys(wanted))
     check_columns(wanted, list(columns), f"{shown(path)}{f' with {source.table}' if source.table else ''}")
     text = text.astype(np.float32)
     _norms(text, f"{shown(path)}: the text features {source.text!r}")
@@ -65,11 +72,18 @@ def read_features(card: Card, data_root: Path | None) -> RawRows:
         store=store,
         stamps=[content_digest(store.read(row)) for row in range(num_rows)],
         values={name: columns[name] for name in wanted},
-        columns=card.columns,
+        columns=own,
         origin=str(path.resolve()),
         unused={name: cells for name, cells in columns.items() if name not in used},
         passed_over=passed_over,
     )
+
+
+def _check_flags(flags: np.ndarray, class_names: tuple[str, ...], num_rows: int, what: str) -> None:
+    if flags.shape != (num_rows, len(class_names)):
+        raise DataError(
+            f"{what} should be ({num_rows}, {len(class_names)}), 0 or 1 for each image and class, got {flags.shape}"
+        )
 
 
 ALIKE = 0.9995

@@ -117,7 +117,7 @@ def named_columns(card: Card) -> list[str]:
     """Returns the columns that the card names, without that of the image."""
     columns = card.columns
     split = card.splits.column if card.splits else None
-    named = [columns.label, columns.captions, columns.id, columns.cluster, split]
+    named = [columns.label, *columns.labels, columns.captions, columns.id, columns.cluster, split]
     named += [*columns.groups.values(), *columns.levels.values()]
     return list(dict.fromkeys(name for name in named if name))
 
@@ -396,6 +396,7 @@ def _from_datasets(card: Card, parts: list[tuple[str | None, Dataset]], root: Pa
         check_columns([image, *wanted], list(own), where)
         cells = part.select_columns([own[name] for name in (*wanted, *unused)]).with_format("arrow")[:]
         feature = part.features[own[label]] if label else None
+        feature = getattr(feature, "feature", feature)  # of a list of labels, its items
         names.append(tuple(normalise_text(n) for n in feature.names) if isinstance(feature, ClassLabel) else None)
         for name in (*wanted, *unused):
             other = part.features[own[name]] if name != label else None
@@ -437,4 +438,6 @@ def _plain_columns(part: Dataset) -> set[str]:
 
 
 def _names_of(cells: list[Any], names: tuple[str, ...] | None) -> list[Any]:
+    if any(isinstance(cell, list) for cell in cells):
+        return [_names_of(cell or [], names) for cell in cells]
     return [names[cell] if names and isinstance(cell, int) and 0 <= cell < len(names) else cell for cell in cells]

@@ -7,7 +7,9 @@ Rules:
     coop: a fresh uniform draw without replacement for every k, training images before validation images (Zhou et al.,
         "Learning to Prompt for Vision-Language Models", IJCV 2022). The published code draws from Python's global
         generator after whatever used it before, so its very images cannot be reproduced.
-Under both, a class with fewer than k images gives all it has.
+Under both, a class with fewer than k images gives all it has. Where images show several classes, each class draws its
+k among the images that show it, and those that show none draw k as well; an image drawn for several is taken once, so
+that a class may have more than k.
 
 Uneven splits start from a balanced one and leave images out, class by class in the order of the draw, so that what is
 learnt from is part of what the balanced split has. The manifest lists the images that are left; nothing else is needed
@@ -50,6 +52,7 @@ def base_and_new(data: DomainData) -> tuple[DomainData, DomainData]:
 
 def select_classes(data: DomainData, classes: Sequence[int]) -> DomainData:
     """Returns the images of some classes (old label ids, rising), numbered 0, 1, … in that order."""
+    data.test.require_one_class("dividing the classes into base and new")
     parts = {name: _of_classes(part, classes) for name, part in data.parts.items()}
     return replace(data, class_names=tuple(data.class_names[c] for c in classes), **parts)
 
@@ -70,6 +73,9 @@ def harmonic_mean(base: float, new: float) -> float:
     """Returns 2 base new / (base + new), 0 where both are 0."""
     return 2 * base * new / (base + new) if base + new else 0.0
 
+
+NONE = "none of these"
+"""What images draw as that show none of the classes."""
 
 Rule = Literal["nested", "coop"]
 MAX_VAL_SHOTS = 4
@@ -217,17 +223,19 @@ class _Draws:
     def draw(self, images: ImageDataset, rows: Sequence[int], count: int | None, part: str) -> list[int]:
         """Returns `count` (None: all) of `rows` per class, class by class, each class in the order of the draw."""
         by_class: defaultdict[int, list[int]] = defaultdict(list)
+        kinds, names = images.kinds(), (*images.class_names, NONE)
         for row in sorted(rows, key=lambda row: images.ids[row]):
-            by_class[int(images.labels[row])].append(row)
+            for kind in kinds[row]:
+                by_class[kind].append(row)
         chosen: list[int] = []
         for label in sorted(by_class):
             # A generator per class: a class that gains an image does not change what is drawn of the others.
-            purpose = [part, images.class_names[label], *([self.shots] if self.rule == "coop" else [])]
+            purpose = [part, names[label], *([self.shots] if self.rule == "coop" else [])]
             order = numpy_generator(self.seed, "few-shot", self.rule, *purpose).permutation(by_class[label]).tolist()
             if self.rule == "nested" and images.clusters is not None:
                 order = _clusters_first(order, images.clusters)
             chosen += order[:count]
-        return chosen
+        return list(dict.fromkeys(chosen))
 
 
 def _clusters_first(order: list[int], clusters: Sequence[str]) -> list[int]:
@@ -257,6 +265,7 @@ def class_order(data: DomainData, seed: int) -> tuple[int, ...]:
 
     It is drawn and not taken from the data, so that what a rare class costs is not mixed up with which class is rare.
     """
+    data.test.require_one_class("a long tail of classes")
     order = numpy_generator(seed, "uneven shots").permutation(len(data.class_names))
     return tuple(int(c) for c in order)
 

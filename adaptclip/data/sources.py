@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from adaptclip.data.captions import caption_values, join_repeated_images
-from adaptclip.data.card_block import PARTS, Splits, check_declared
+from adaptclip.data.card_block import PARTS, Splits
 from adaptclip.data.checks import check_data, look_alikes
 from adaptclip.data.columns import (
     as_text,
@@ -30,9 +30,11 @@ from adaptclip.data.columns import (
     row_ids,
 )
 from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
+from adaptclip.data.declared import check_declared
 from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.fingerprints import Fingerprint, content_digests, fingerprints
 from adaptclip.data.frames import spread
+from adaptclip.data.label_sets import first_shown, in_words, one_class_each, read_flags, read_label_sets
 from adaptclip.data.readers import (
     RawRows,
     joined,
@@ -101,7 +103,7 @@ def units(count: int, *, keys: Iterable[Sequence[str]], pairs: Iterable[tuple[in
 
 
 def drawn_parts(
-    splits: Splits, labels: np.ndarray, contents: Sequence[str], unit_of_row: np.ndarray
+    splits: Splits, kinds: Sequence[tuple[int, ...]], contents: Sequence[str], unit_of_row: np.ndarray
 ) -> tuple[str, ...]:
     """Draws a split stratified by class that keeps units whole; the same for any order of rows, on every machine.
 
@@ -111,7 +113,7 @@ def drawn_parts(
 
     Args:
         splits: with `fractions` and `seed`.
-        labels: (N,) int64 class ids.
+        kinds: of each of N images the classes that it counts to (`ImageDataset.kinds`).
         contents: N digests of the images.
         unit_of_row: (N,) int64, see `units`.
 
@@ -127,17 +129,17 @@ def drawn_parts(
     members = _members(unit_of_row)
     if len(members) < len(chosen):
         raise SplitError(
-            f"{len(labels)} images in {len(members)} clusters cannot be divided into {', '.join(chosen)}; clusters and "
+            f"{len(kinds)} images in {len(members)} clusters cannot be divided into {', '.join(chosen)}; clusters and "
             "copies of an image stay together"
         )
     order = sorted(members, key=lambda rows: (-len(rows), _rank(splits.seed, [contents[int(row)] for row in rows])))
-    totals = np.bincount(labels).astype(float)
+    counted = [np.unique(np.concatenate([kinds[int(row)] for row in rows]), return_counts=True) for rows in order]
+    totals = np.bincount([kind for own in kinds for kind in own]).astype(float)
     lacking = shares[:, None] * totals[None]
     needed = np.asarray([part in ("train", "test") for part in chosen], dtype=float)[:, None] * np.ones_like(lacking)
-    left = np.bincount(np.concatenate([np.unique(labels[rows]) for rows in order]), minlength=len(totals))
-    result = [UNUSED] * len(labels)
-    for rows in order:
-        classes, counts = np.unique(labels[rows], return_counts=True)
+    left = np.bincount(np.concatenate([classes for classes, _ in counted]), minlength=len(totals))
+    result = [UNUSED] * len(kinds)
+    for rows, (classes, counts) in zip(order, counted, strict=True):
         # A needed part without an image of the class is preferred a little, and above all when units run out.
         urgent = left[classes] <= needed[:, classes].sum(axis=0)
         bonus = needed[:, classes] * (1 + urgent * totals[classes])
@@ -256,7 +258,9 @@ def open_data(
     checked = check_data(data, found=found, unused=raw.unused)
     label = raw.columns.label
     merged = merged_labels(raw.values[label], raw.store.where) if label is not None else ()
-    return replace(data, notes=(*merged, *checked.notes, *raw.notes), worries=(*merged, *checked.worries))
+    several = () if images.multi_hot is None else (in_words(images.multi_hot, images.class_names),)
+    notes = (*merged, *several, *checked.notes, *raw.notes)
+    return replace(data, notes=notes, worries=(*merged, *checked.worries))
 
 
 def _check_card(card: Card, images: ImageDataset) -> None:
@@ -291,11 +295,7 @@ def _usable(card: Card, seen: Sequence[Fingerprint], *, skip: bool, demand: bool
 def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDataset:
     """Returns all rows as one data set, so that class ids and row ids are the same for all parts."""
     columns, values = raw.columns, raw.values
-    labels, names = np.zeros(len(raw), dtype=np.int64), (UNLABELLED,)
-    if columns.label is not None:
-        labels, names = resolve_labels(
-            values[columns.label], card_names=card.class_names, source_names=raw.class_names, where=raw.store.where
-        )
+    labels, names, marks = _labels(card, raw)
     levels = {
         level: level_values(values[column], labels, names, name=level) for level, column in columns.levels.items()
     }
@@ -317,7 +317,26 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         frames=card.frame,
         captions=caption_values(values[columns.captions], where=raw.store.where) if columns.captions else None,
         fixed_classes=card.sampling.classes == "fixed",
+        multi_hot=marks,
     )
+
+
+def _labels(card: Card, raw: RawRows) -> tuple[np.ndarray, tuple[str, ...], np.ndarray | None]:
+    """Returns (N,) class ids, C names and, where an image may show several, (N, C) what each shows."""
+    columns, rule, where = raw.columns, card.several_labels, raw.store.where
+    if columns.labels:
+        cells = {name: raw.values[name] for name in columns.labels}
+        marks, names = read_flags(cells, rule, card_names=card.class_names, where=where)
+        if rule is None:
+            return one_class_each(marks, names, where), names, None
+    elif columns.label is None:
+        return np.zeros(len(raw), dtype=np.int64), (UNLABELLED,), None
+    else:
+        known: dict[str, Any] = {"card_names": card.class_names, "source_names": raw.class_names, "where": where}
+        if rule is None:
+            return *resolve_labels(raw.values[columns.label], **known), None
+        marks, names = read_label_sets(raw.values[columns.label], rule, **known)
+    return first_shown(marks), names, marks
 
 
 def _clusters(cells: Sequence[Any], contents: Sequence[str]) -> tuple[str, ...]:
@@ -357,4 +376,4 @@ def _parts(
             "nature, the card can "
             "say `allow: [similar_images]`"
         )
-    return drawn_parts(rule, images.labels, images.contents, unit_of_row)
+    return drawn_parts(rule, images.kinds(), images.contents, unit_of_row)

@@ -181,8 +181,18 @@ class ClassBias(nn.Module):
         for low in range(0, len(class_weights), step):
             weights = class_weights[low : low + step]
             logits = scaled_logits(values.to(weights.device), weights, logit_scale).cpu().double()
-            positive = features.labels.cpu()[:, None] == torch.arange(low, low + len(weights))
-            self.start[low : low + step] = matching_bias(logits, positive).float().to(self.start.device)
+            self.match(logits, features, low)
+
+    @torch.no_grad()
+    def match(self, logits: Tensor, features: Features, low: int = 0) -> None:
+        """Sets the start of the classes from `low` on by their (N, G) float64 logits without bias, see `begin`."""
+        count = logits.shape[1]
+        if features.multi_hot is None:
+            positive, known = features.labels.cpu()[:, None] == torch.arange(low, low + count), None
+        else:
+            marks = features.multi_hot.cpu()[:, low : low + count]
+            positive, known = marks == 1, marks >= 0
+        self.start[low : low + count] = matching_bias(logits, positive, known).float().to(self.start.device)
 
     def state(self) -> dict[str, Tensor]:
         """Returns "bias_start" and "bias_offset", (C,) each."""
@@ -195,7 +205,7 @@ class ClassBias(nn.Module):
         self.offset.copy_(state["bias_offset"])
 
 
-def matching_bias(logits: Tensor, positive: Tensor) -> Tensor:
+def matching_bias(logits: Tensor, positive: Tensor, known: Tensor | None = None) -> Tensor:
     """The bias at which each class's mean probability is its share of positives, by bisection.
 
     At it the binary cross-entropy has no slope along the bias, so it is the most likely one. A class with no positive
@@ -204,16 +214,20 @@ def matching_bias(logits: Tensor, positive: Tensor) -> Tensor:
     Args:
         logits: (N, C) float64 without bias.
         positive: (N, C) bool.
+        known: (N, C) bool, whether that is known; None where all is. The rest counts for nothing.
 
     Returns:
         (C,) float64.
     """
-    half = 0.5 / len(logits)
-    share = positive.double().mean(dim=0).clamp(half, 1 - half)
+    if known is None:
+        known = torch.ones_like(positive)
+    count = known.sum(dim=0).clamp(min=1)
+    half = 0.5 / count
+    share = ((positive & known).double().sum(dim=0) / count).clamp(half, 1 - half)
     # The mean of the probabilities lies between those of the lowest and of the highest logit.
     low, high = torch.logit(share) - logits.amax(dim=0), torch.logit(share) - logits.amin(dim=0)
     for _ in range(60):
         middle = (low + high) / 2
-        above = torch.sigmoid(logits + middle).mean(dim=0) > share
+        above = (torch.sigmoid(logits + middle) * known).sum(dim=0) / count > share
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return (low + high) / 2

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptclip.errors import ArtifactError, ConfigError
-from adaptclip.methods.base import Head, batch_features, check_state, scaled_logits
-from adaptclip.methods.choosing import Choice, check_factor, choose_by_accuracy, support_rows, validation_rows
+from adaptclip.methods.base import ClassBias, Head, batch_features, check_state, scaled_logits
+from adaptclip.methods.choosing import (
+    Choice,
+    check_factor,
+    choose_by_accuracy,
+    choose_by_auc,
+    support_rows,
+    validation_rows,
+)
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.training.criterion import ObjectiveName, check_objective, marks_of
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -82,6 +90,11 @@ class TipAdapter(Method):
 
     Without keys (before it has learnt), and with alpha 0, it is the zero-shot classifier.
 
+    Under the sigmoid objective, for images that may show several classes, the value of a key has a 1 for each class
+    that its image shows (the paper's values are one-hot; what nobody knows is 0), alpha and beta are chosen by the mean
+    AUC of the classes, and each class has a bias, the most likely one for the training images with their own keys
+    covered (`ClassBias`), learnt further with the keys of Tip-Adapter-F.
+
     Args:
         backbone: frozen CLIP.
         class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
@@ -90,6 +103,7 @@ class TipAdapter(Method):
         beta: sharpness of the similarity, 0 or more; None is the paper's 5.5, for Tip-Adapter-F 1.
         learn_keys: the keys are trainable (Tip-Adapter-F).
         num_keys: keys of a state that will be loaded; learning makes as many as there are images.
+        objective: "sigmoid" judges each class by itself, see above.
 
     Raises:
         ConfigError: alpha, beta or num_keys is out of range.
@@ -118,10 +132,13 @@ class TipAdapter(Method):
         beta: float | None = None,
         learn_keys: bool = False,
         num_keys: int = 0,
+        objective: ObjectiveName = "softmax",
     ) -> None:
         super().__init__()
         if num_keys < 0:
             raise ConfigError(f"num_keys must be 0 or more, got {num_keys}")
+        check_objective(objective)
+        self.objective: ObjectiveName = objective
         usual = (TRAINING_ALPHA, TRAINING_BETA) if learn_keys else (1.0, 5.5)
         self.alpha = check_factor("alpha", usual[0] if alpha is None else alpha)
         self.beta = check_factor("beta", usual[1] if beta is None else beta)
@@ -132,8 +149,10 @@ class TipAdapter(Method):
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("key_labels", torch.empty(0, dtype=torch.long), persistent=False)
         self.register_buffer("values", torch.empty(0), persistent=False)
+        self.bias = ClassBias(backbone, len(names)) if objective == "sigmoid" else None
         # Keys of no class yet: they vote for none.
-        self._set_keys(torch.zeros(num_keys, text.shape[1]), torch.full((num_keys,), -1))
+        empty = (num_keys, len(names)) if objective == "sigmoid" else (num_keys,)
+        self._set_keys(torch.zeros(num_keys, text.shape[1]), torch.full(empty, -1))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,6 +163,7 @@ class TipAdapter(Method):
             "beta": self.beta,
             "learn_keys": self.learn_keys,
             "num_keys": len(self.keys),
+            **({"objective": self.objective} if self.bias is not None else {}),
         }
 
     def fit_features(self, features: Features) -> None:
@@ -156,7 +176,26 @@ class TipAdapter(Method):
             DataError: there are no images, a label is out of range, or the features come from another backbone.
         """
         rows, labels = support_rows(features, self.backbone, len(self.text))
+        if self.bias is not None:
+            marks = features.multi_hot
+            labels = F.one_hot(labels, len(self.text)) if marks is None else marks.cpu().long()
         self._set_keys(F.normalize(rows.mean(dim=0), dim=-1).float(), labels)
+
+    def begin(self, features: Features) -> None:
+        """Sets the bias of the sigmoid objective for the pair of alpha and beta; under softmax there is none.
+
+        A training image would find itself among the keys, so its own key does not count.
+
+        Args:
+            features: of the training images, (V, N, D), whose keys these are.
+        """
+        if self.bias is None:
+            return
+        rows = support_rows(features, self.backbone, len(self.text))[0][0]
+        similarity = rows @ self.keys.detach().cpu().double().T
+        votes = torch.exp(-self.beta * (1 - similarity)).fill_diagonal_(0)
+        zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
+        self.bias.match(zero_shot + self.alpha * (votes @ self.values.cpu().double()), features)
 
     @property
     def learns_by_steps(self) -> bool:  # type: ignore[override]
@@ -169,10 +208,12 @@ class TipAdapter(Method):
         validation = support.validation() if schedule.choose and not self._fixed else None
         if not self.learn_keys:
             chosen = {} if validation is None else self.choose(validation).info()
+            self.begin(features)
             return {"schedule": "closed form", "chosen": self._pair(), **chosen}
         # Tip-Adapter-F chooses what it trains at, and afterwards whether to use the keys with another pair.
         if validation is not None:
             self.choose_training(validation)
+        self.begin(features)
         trained_at = f"alpha {self.alpha:g}, beta {self.beta:g}"
         loader = support.loader(features, batch_size=schedule.batch_size)
         num_steps = schedule.epochs * loader.steps_per_epoch
@@ -182,7 +223,10 @@ class TipAdapter(Method):
                 schedule="cosine_per_step",
             )
         )  # fmt: skip
+        before = self.alpha, self.beta
         info = {} if validation is None else self.choose_trained(validation).info()
+        if before != (self.alpha, self.beta):
+            self.begin(features)
         about = f"AdamW {schedule.lr:g}, cosine, {schedule.epochs} epochs ({num_steps} steps) at {trained_at}"
         return {"schedule": about, "chosen": self._pair(), **info}
 
@@ -215,7 +259,11 @@ class TipAdapter(Method):
         rows, labels = validation_rows(validation, self.backbone, len(self.text))
         alphas = [check_factor("alpha", alpha) for alpha in alphas]
         betas = [check_factor("beta", beta) for beta in betas]
-        choice = choose_by_accuracy(self._candidates(rows, alphas, betas), labels)
+        candidates = self._candidates(rows, alphas, betas)
+        if self.bias is None:
+            choice = choose_by_accuracy(candidates, labels)
+        else:
+            choice = choose_by_auc(candidates, *marks_of(labels, len(self.text), validation.multi_hot))
         self.alpha, self.beta = choice.values["alpha"], choice.values["beta"]
         return choice
 
@@ -250,32 +298,42 @@ class TipAdapter(Method):
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.text.shape[1])
-        zero_shot = scaled_logits(features, self.text, self.backbone.logit_scale)
+        bias = None if self.bias is None else self.bias()
+        zero_shot = scaled_logits(features, self.text, self.backbone.logit_scale, bias)
         with torch.autocast(device_type=features.device.type, enabled=False):
             similarity = features.float() @ self.keys.float().T
             return zero_shot + self.alpha * (torch.exp(-self.beta * (1 - similarity)) @ self.values)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Returns the keys of Tip-Adapter-F; nothing for Tip-Adapter."""
-        return [self.keys] if self.learn_keys else []
+        """Returns the keys of Tip-Adapter-F, and under sigmoid the offset of the bias; nothing for Tip-Adapter."""
+        if not self.learn_keys:
+            return []
+        return [self.keys] if self.bias is None else [self.keys, self.bias.offset]
+
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective without gradients; None under softmax."""
+        return None if self.bias is None else self.bias().detach()
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns the (K, D) keys and their (K,) class ids, K training images."""
-        return {"keys": self.keys.detach(), "key_labels": self.key_labels}
+        """Returns the (K, D) keys of K training images and their (K,) class ids; under sigmoid (K, C) marks, a bias."""
+        bias = {} if self.bias is None else self.bias.state()
+        return {"keys": self.keys.detach(), "key_labels": self.key_labels, **bias}
 
     def _load_state(self, state: Mapping[str, Tensor]) -> None:
-        shapes = {"keys": self.keys.shape, "key_labels": self.key_labels.shape}
+        shapes = {name: value.shape for name, value in self.adapter_state().items()}
         check_state(state, shapes, f"a Tip-Adapter with {len(self.keys)} keys")
         labels = state["key_labels"]
-        last = len(self.text) - 1
+        last, what = (len(self.text) - 1, "class ids") if self.bias is None else (1, "marks")
         if labels.is_floating_point() or bool(((labels < -1) | (labels > last)).any()):
             raise ArtifactError(
-                f"'key_labels' in this state of a Tip-Adapter should be class ids from 0 to {last}; it was "
+                f"'key_labels' in this state of a Tip-Adapter should be {what} from 0 to {last}; it was "
                 "trained with other classes"
             )
         with torch.no_grad():
             self.keys.copy_(state["keys"])  # in place: an optimizer may hold the parameter
         self._set_labels(labels)
+        if self.bias is not None:
+            self.bias.load_state(state)
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm text features; the keys are not among them."""
@@ -285,13 +343,11 @@ class TipAdapter(Method):
         self, rows: Tensor, alphas: Sequence[float], betas: Sequence[float]
     ) -> Iterator[tuple[dict[str, float], Tensor]]:
         """Yields each pair with its (N, C) logits, in double precision on the CPU."""
-        labels = self.key_labels.cpu()
-        voting = labels >= 0
-        similarity = rows @ self.keys.detach().cpu().double()[voting].T
+        similarity = rows @ self.keys.detach().cpu().double().T
+        values = self.values.cpu().double()
         zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
         for beta in betas:
-            votes = torch.exp(-beta * (1 - similarity))
-            cache = torch.zeros_like(zero_shot).index_add_(1, labels[voting], votes)
+            cache = torch.exp(-beta * (1 - similarity)) @ values
             for alpha in alphas:
                 yield {"alpha": alpha, "beta": beta}, zero_shot + alpha * cache
 
@@ -300,6 +356,9 @@ class TipAdapter(Method):
         self._set_labels(labels)
 
     def _set_labels(self, labels: Tensor) -> None:
-        """Keeps the keys' class ids and their one-hot values (K, C); the id -1 is of no class."""
+        """Keeps the keys' class ids (K,), of which -1 is none, or marks (K, C), and their values (K, C) of 0 and 1."""
         self.key_labels = labels.to(self.text.device)
+        if self.bias is not None:
+            self.values = (self.key_labels == 1).float()
+            return
         self.values = (self.key_labels[:, None] == torch.arange(len(self.text), device=self.text.device)).float()

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,12 +27,14 @@ class Choice:
 
     Attributes:
         values: name -> chosen value.
-        accuracy: share of validation images that they classify rightly, 0 to 1.
+        accuracy: share of validation images that they classify rightly, 0 to 1; of images that may show several classes
+            the mean area under the ROC curve of the classes.
         loss: their mean cross-entropy in nats.
         grid: name -> lowest candidate, highest candidate and number of different ones.
         num_images: validation images.
         num_tried: candidates on the grid.
         num_tied: candidates of that accuracy, the chosen one included; many mean that the images decide little.
+        of_classes: whether it is that area.
     """
 
     values: dict[str, float]
@@ -40,6 +44,7 @@ class Choice:
     num_images: int
     num_tried: int
     num_tied: int
+    of_classes: bool = False
 
     def info(self) -> dict[str, Any]:
         """Returns what to tell of it: "chosen" and "validation_used_for"."""
@@ -48,10 +53,62 @@ class Choice:
     def describe(self) -> str:
         """Says among what was chosen, and by how many images, for a report."""
         ranges = [f"{name} {low:g} to {high:g} ({count})" for name, (low, high, count) in self.grid.items()]
-        return (
-            f"{' × '.join(ranges)}: the highest accuracy on {self.num_images} images ({100 * self.accuracy:.1f} %, "
-            f"reached by {self.num_tied} of {self.num_tried}; of these the lowest cross-entropy)"
-        )
+        reached = f"reached by {self.num_tied} of {self.num_tried}; of these"
+        if self.of_classes:
+            what = f"mean AUC of the classes on {self.num_images} images ({self.accuracy:.3f}, {reached} the first)"
+        else:
+            share = f"{100 * self.accuracy:.1f} %"
+            what = f"accuracy on {self.num_images} images ({share}, {reached} the lowest cross-entropy)"
+        return f"{' × '.join(ranges)}: the highest {what}"
+
+
+def mean_auc(logits: Tensor, positive: Tensor, known: Tensor | None) -> float:
+    """Mean over the classes of the area under the ROC curve, from ranks; equal logits count half.
+
+    Args:
+        logits: (N, C).
+        positive: (N, C) bool, whether an image shows the class.
+        known: (N, C) bool, whether that is known; None where all is.
+
+    Returns:
+        0 to 1; 0.5 where no class has images with and without it.
+    """
+    from scipy.stats import rankdata
+
+    areas = []
+    for c in range(logits.shape[1]):
+        rows = slice(None) if known is None else known[:, c]
+        scores, shown = logits[rows, c].numpy(), positive[rows, c].numpy()
+        count = int(shown.sum())
+        if 0 < count < len(shown):
+            above = float(rankdata(scores)[shown].sum()) - count * (count + 1) / 2
+            areas.append(above / (count * (len(shown) - count)))
+    return float(np.mean(areas)) if areas else 0.5
+
+
+def binary_loss(logits: Tensor, positive: Tensor, known: Tensor | None) -> float:
+    """Mean binary cross-entropy of (N, C) logits in nats, over all pairs of image and class that are known."""
+    losses = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
+    return float(losses.mean() if known is None else losses[known].mean())
+
+
+def choose_by_auc(
+    candidates: Iterable[tuple[dict[str, float], Tensor]], positive: Tensor, known: Tensor | None
+) -> Choice:
+    """Takes the candidate with the highest mean area under the ROC curve (`mean_auc`), the first among equals.
+
+    A bias for each class changes nothing of it, and so can be set afterwards.
+
+    Args:
+        candidates: pairs of hyper-parameters and the (N, C) logits they give.
+        positive: (N, C) bool, N at least 1.
+        known: (N, C) bool, whether that is known; None where all is.
+
+    Raises:
+        ConfigError: there is no candidate.
+    """
+    score = partial(mean_auc, positive=positive, known=known)
+    return _choose(candidates, score, lambda logits: 0.0, len(positive), of_classes=True)
 
 
 def choose_by_accuracy(candidates: Iterable[tuple[dict[str, float], Tensor]], labels: Tensor) -> Choice:
@@ -67,26 +124,40 @@ def choose_by_accuracy(candidates: Iterable[tuple[dict[str, float], Tensor]], la
     Raises:
         ConfigError: there is no candidate.
     """
-    best: tuple[int, float, dict[str, float]] | None = None
+    return _choose(
+        candidates, lambda logits: int((logits.argmax(dim=1) == labels).sum()) / len(labels),
+        lambda logits: float(F.cross_entropy(logits, labels)), len(labels),
+    )  # fmt: skip
+
+
+def _choose(
+    candidates: Iterable[tuple[dict[str, float], Tensor]],
+    score_of: Callable[[Tensor], float],
+    loss_of: Callable[[Tensor], float],
+    num_images: int,
+    *,
+    of_classes: bool = False,
+) -> Choice:
+    best: tuple[float, float, dict[str, float]] | None = None
     seen: dict[str, set[float]] = {}
     tried = tied = 0
     for values, logits in candidates:
         tried += 1
         for name, value in values.items():
             seen.setdefault(name, set()).add(value)
-        hits = int((logits.argmax(dim=1) == labels).sum())
-        if best is not None and hits < best[0]:
+        score = score_of(logits)
+        if best is not None and score < best[0]:
             continue
-        loss = float(F.cross_entropy(logits, labels))
-        if best is None or hits > best[0]:
-            best, tied = (hits, loss, values), 1
+        loss = loss_of(logits)
+        if best is None or score > best[0]:
+            best, tied = (score, loss, values), 1
         else:
-            best, tied = (hits, loss, values) if loss < best[1] else best, tied + 1
+            best, tied = (score, loss, values) if loss < best[1] else best, tied + 1
     if best is None:
         raise ConfigError("the grid of candidates is empty; give at least one value of each hyper-parameter")
-    hits, loss, values = best
+    score, loss, values = best
     grid = {name: (min(found), max(found), len(found)) for name, found in seen.items()}
-    return Choice(values, hits / len(labels), loss, grid, len(labels), tried, tied)
+    return Choice(values, score, loss, grid, num_images, tried, tied, of_classes)
 
 
 def support_rows(features: Features, encoder: ClipBackbone, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError, DataError, did_you_mean
-from adaptclip.methods.base import Head, batch_features, check_state, scaled_logits
+from adaptclip.methods.base import ClassBias, Head, batch_features, check_state, scaled_logits
 from adaptclip.methods.choosing import (
     Choice,
     check_factor,
     choose_by_accuracy,
+    choose_by_auc,
     class_means,
     support_rows,
     validation_rows,
 )
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.training.criterion import ObjectiveName, check_objective, marks_of
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -85,13 +87,63 @@ def gaussian_discriminant(rows: Tensor, labels: Tensor, num_classes: int) -> tup
     return weights, biases
 
 
-def _ridge_covariance(centred: Tensor) -> Tensor | None:
-    """Returns the inverse of P, (D, D), from the rows (R, D) less their means; None where they do not differ."""
+def gaussian_of_each_class(rows: Tensor, positive: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gaussian discriminants of each class against the rest, for images that may show several classes.
+
+    The paper has one class per image. Of its model remains that all Gaussians share one covariance: images with class c
+    are N(mu_c+, Sigma), those without it N(mu_c-, Sigma), and the log posterior odds of a feature x are
+
+        x·w_c + b_c   with   w_c = P (mu_c+ - mu_c-),   b_c = log(n_c+ / n_c-) - w_c·(mu_c+ + mu_c-) / 2
+
+    P is the paper's ridge estimator of the scatter within, averaged over the classes: the scatter of all rows around
+    their mean, less the mean over the classes of (n_c+ n_c- / n_c) d_c d_cᵀ with d_c = mu_c+ - mu_c-. With two classes
+    that exclude each other, and as many images of each, w is the difference of the two of `gaussian_discriminant`.
+
+    Args:
+        rows: (R, D) float64 features.
+        positive: (R, C) bool, whether the image shows the class.
+        known: (R, C) bool, whether that is known, or None; means are those of known rows.
+
+    Returns:
+        Weights (C, D) and biases (C,), float64; 0 for a class that all rows show, or none.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    if len(rows) == 0:
+        raise DataError("a Gaussian needs at least one image; got none")
+    known = torch.ones_like(positive) if known is None else known
+    shown, absent = (positive & known).to(rows.dtype), (~positive & known).to(rows.dtype)
+    with_it, without = shown.sum(dim=0), absent.sum(dim=0)
+    high = shown.T @ rows / with_it.clamp(min=1)[:, None]
+    low = absent.T @ rows / without.clamp(min=1)[:, None]
+    usable = (with_it > 0) & (without > 0)
+    apart = torch.where(usable[:, None], high - low, 0.0)
+    share = with_it * without / (with_it + without).clamp(min=1)
+    between = (apart * share[:, None]).T @ apart / max(int(usable.sum()), 1)
+    covariance = _ridge_covariance(rows - rows.mean(dim=0), between)
+    weights = apart if covariance is None else torch.linalg.solve(covariance, apart.T).T
+    odds = torch.log(with_it.clamp(min=1) / without.clamp(min=1))
+    biases = torch.where(usable, odds - (weights * (high + low)).sum(dim=1) / 2, 0.0)
+    return weights, biases
+
+
+def _ridge_covariance(centred: Tensor, between: Tensor | None = None) -> Tensor | None:
+    """Returns the inverse of P, (D, D), from the rows (R, D) less their means; None where they do not differ.
+
+    Args:
+        centred: the rows.
+        between: (D, D) scatter between classes that is still in the rows, and is taken out.
+    """
     total = centred.square().sum()
     if total <= _NO_SPREAD:
         return None
     num_rows, width = centred.shape
-    return (centred.T @ centred + total / (num_rows - 1) * torch.eye(width, dtype=centred.dtype)) / width
+    scatter = centred.T @ centred
+    if between is not None:
+        scatter = scatter - between
+        total = scatter.trace().clamp(min=_NO_SPREAD)
+    return (scatter + total / (num_rows - 1) * torch.eye(width, dtype=centred.dtype)) / width
 
 
 def text_anchored(rows: Tensor, labels: Tensor, text: Tensor, scale: float, mode: Mode = "plus") -> Tensor:
@@ -160,12 +212,17 @@ class GDA(Method):
 
     with w and b from `gaussian_discriminant`. Before `fit`, and with alpha 0, it is the zero-shot classifier.
 
+    Under the sigmoid objective, for images that may show several classes, w and b are `gaussian_of_each_class`, alpha
+    is chosen by the mean AUC of the classes, and each class has a bias beside, the most likely one for the training
+    images (`ClassBias`).
+
     Args:
         backbone: frozen CLIP.
         class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         templates: prompts with one `{}`; their features are averaged per class.
         alpha: weight of the Gaussian's log posterior, 0 or more; None is 1, which adds it as it is, or is chosen on
             validation images where learning has any.
+        objective: "sigmoid" judges each class by itself, see above.
 
     Raises:
         ConfigError: alpha is out of range.
@@ -186,8 +243,11 @@ class GDA(Method):
         *,
         templates: Sequence[str] = ("a photo of a {}.",),
         alpha: float | None = None,
+        objective: ObjectiveName = "softmax",
     ) -> None:
         super().__init__()
+        check_objective(objective)
+        self.objective: ObjectiveName = objective
         self._fixed = alpha is not None
         self.alpha = check_factor("alpha", 1.0 if alpha is None else alpha)
         names = self._sit_on(backbone, class_names)
@@ -196,11 +256,13 @@ class GDA(Method):
         self.register_buffer("text", text, persistent=False)
         self.register_buffer("weights", torch.zeros_like(text), persistent=False)
         self.register_buffer("biases", torch.zeros_like(text[:, 0]), persistent=False)
+        self.bias = ClassBias(backbone, len(names)) if objective == "sigmoid" else None
 
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build the same adapter again, beside backbone and class names."""
-        return {"templates": list(self.templates), "alpha": self.alpha}
+        objective = {} if self.bias is None else {"objective": self.objective}
+        return {"templates": list(self.templates), "alpha": self.alpha, **objective}
 
     def fit_features(self, features: Features) -> None:
         """Estimates means and covariance, in double precision.
@@ -213,9 +275,26 @@ class GDA(Method):
             DataError: there are no images, a label is out of range, or the features come from another backbone.
         """
         rows, labels = support_rows(features, self.backbone, len(self.text))
-        weights, biases = gaussian_discriminant(rows.flatten(0, 1), labels.repeat(len(rows)), len(self.text))
+        views, flat = len(rows), rows.flatten(0, 1)
+        if self.bias is None:
+            weights, biases = gaussian_discriminant(flat, labels.repeat(views), len(self.text))
+        else:
+            shown, known = marks_of(labels, len(self.text), features.multi_hot)
+            known = None if known is None else known.repeat(views, 1)
+            weights, biases = gaussian_of_each_class(flat, shown.repeat(views, 1), known)
         self.weights.copy_(weights)
         self.biases.copy_(biases)
+
+    def begin(self, features: Features) -> None:
+        """Sets the bias of the sigmoid objective by the training images, for alpha as it is; softmax has none."""
+        if self.bias is not None:
+            rows, _ = support_rows(features, self.backbone, len(self.text))
+            self.bias.match(self._logits(rows[0], self.alpha), features)
+
+    def _logits(self, rows: Tensor, alpha: float) -> Tensor:
+        """(N, C) logits of (N, D) rows in double precision, without the bias of the sigmoid objective."""
+        zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
+        return zero_shot + alpha * (rows @ self.weights.cpu().double().T + self.biases.cpu().double())
 
     def choose(self, validation: Features, *, alphas: Sequence[float] = GDA_ALPHAS) -> Choice:
         """Takes over the alpha that classifies the validation images best (ties: see `choose_by_accuracy`).
@@ -229,40 +308,52 @@ class GDA(Method):
             DataError: there are no validation images, or the features do not fit.
         """
         rows, labels = validation_rows(validation, self.backbone, len(self.text))
-        zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
-        gaussian = rows @ self.weights.cpu().double().T + self.biases.cpu().double()
-        alphas = [check_factor("alpha", alpha) for alpha in alphas]
-        choice = choose_by_accuracy((({"alpha": a}, zero_shot + a * gaussian) for a in alphas), labels)
+        candidates = (({"alpha": alpha}, self._logits(rows, check_factor("alpha", alpha))) for alpha in alphas)
+        if self.bias is None:
+            choice = choose_by_accuracy(candidates, labels)
+        else:
+            choice = choose_by_auc(candidates, *marks_of(labels, len(self.text), validation.multi_hot))
         self.alpha = choice.values["alpha"]
         return choice
 
     def _learn(self, support: Support, schedule: GDASchedule, loop: Loop) -> dict[str, Any]:
-        self.fit_features(support.features(schedule.views, min_scale=schedule.min_scale))
+        features = support.features(schedule.views, min_scale=schedule.min_scale)
+        self.fit_features(features)
         validation = support.validation() if schedule.choose and not self._fixed else None
         info = {} if validation is None else self.choose(validation).info()
+        self.begin(features)
         return {"schedule": "closed form", "chosen": {"alpha": self.alpha}, **info}
 
     def head(self) -> Head:
         """Returns the zero-shot head and the Gaussian's, added."""
         scale = float(self.backbone.logit_scale)
         weight = scale * self.text + self.alpha * self.weights
-        return Head(self.encoder, weight, self.alpha * self.biases, scale)
+        bias = self.alpha * self.biases
+        own = self.class_bias()
+        return Head(self.encoder, weight, bias if own is None else bias + own, scale, sigmoid=own is not None)
+
+    def class_bias(self) -> Tensor | None:
+        """Returns the (C,) bias of the sigmoid objective; None under softmax."""
+        return None if self.bias is None else self.bias().detach()
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns (B, C) logits of a batch of image features."""
         features = batch_features(batch, self.text.shape[1])
-        zero_shot = scaled_logits(features, self.text, self.backbone.logit_scale)
+        zero_shot = scaled_logits(features, self.text, self.backbone.logit_scale, self.class_bias())
         with torch.autocast(device_type=features.device.type, enabled=False):
             return zero_shot + self.alpha * (features.float() @ self.weights.T + self.biases)
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Returns the (C, D) weights and (C,) biases of the Gaussian discriminant."""
-        return {"weights": self.weights, "biases": self.biases}
+        """Returns the (C, D) weights and (C,) biases of the Gaussian discriminant, and under sigmoid the bias."""
+        bias = {} if self.bias is None else self.bias.state()
+        return {"weights": self.weights, "biases": self.biases, **bias}
 
     def _load_state(self, state: Mapping[str, Tensor]) -> None:
-        check_state(state, {"weights": self.weights.shape, "biases": self.biases.shape}, "GDA")
+        check_state(state, {name: value.shape for name, value in self.adapter_state().items()}, "GDA")
         self.weights.copy_(state["weights"])
         self.biases.copy_(state["biases"])
+        if self.bias is not None:
+            self.bias.load_state(state)
 
     def class_weights(self) -> Tensor:
         """Returns the (C, D) unit-norm text features; the Gaussian's weights are not among them."""

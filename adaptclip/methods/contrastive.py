@@ -263,6 +263,7 @@ def pair_texts(backbone: ClipBackbone, images: ImageDataset, data: DomainData) -
     """Returns what the images are paired with, and how many texts were cut: their captions, or else class prompts."""
     if images.captions is not None:
         return caption_tokens(backbone, images.captions)
+    images.require_one_class("a prompt of its class for each image (FLYP)")
     return prompt_tokens(backbone, data.card.templates, data.prompt_names, images.labels.tolist()), 0
 
 

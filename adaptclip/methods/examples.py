@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from adaptclip.data.dataset import FeatureRows, FileStore, ImageDataset, MemoryStore
 from adaptclip.data.fingerprints import content_digest
+from adaptclip.data.label_sets import first_shown
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.feature_clip import as_features, unit_rows
 from adaptclip.types import Features
@@ -24,15 +26,19 @@ ACCEPTED = (
 )
 
 
-def as_dataset(x: Any, y: Any, class_names: Sequence[str], *, width: int, what: str = "X") -> ImageDataset:
+def as_dataset(
+    x: Any, y: Any, class_names: Sequence[str], *, width: int, what: str = "X", several: bool = True
+) -> ImageDataset:
     """Returns images, or features in their place, with labels as a data set.
 
     Args:
         x: see `ACCEPTED`; or `Features`, or an `ImageDataset`, which bring their own labels.
-        y: N labels, see `as_labels`; None where nothing is known (all are then of class 0), or x brings them.
+        y: N labels, see `as_labels` and `as_marks`; None where nothing is known (all are then of class 0), or x brings
+            them.
         class_names: C names in the order of the class ids.
         width: D that features should have.
         what: what to call x in a message.
+        several: whether an image may have several labels.
 
     Raises:
         DataError: x is none of these, or empty, of another width, or y does not fit.
@@ -47,8 +53,19 @@ def as_dataset(x: Any, y: Any, class_names: Sequence[str], *, width: int, what: 
     if isinstance(x, Features):
         _refuse_labels(y, what, "Features")
         labels = as_labels(x.labels, class_names, len(x), what="their labels")
-        return _of_features(x.values, labels, x.ids, class_names, width, what)
-    x = _as_array(x)
+        found = _of_features(x.values, labels, x.ids, class_names, width, what)
+        return found if x.multi_hot is None else replace(found, multi_hot=x.multi_hot.cpu().numpy())
+    x, marks = _as_array(x), None if y is None else as_marks(y, class_names, _length(y))
+    if marks is not None and not several:
+        raise DataError(
+            f"y should be one label for each image, got shape {marks.shape}; take the argmax of each row if they are "
+            'one-hot. Where an image may show several classes, make the method with objective="sigmoid", if it has it'
+        )
+    if marks is not None:
+        blank = as_dataset(x, None, class_names, width=width, what=what)
+        if len(blank) != len(marks):
+            raise DataError(f"there are {len(blank)} images and {len(marks)} rows of labels; give one for each")
+        return replace(blank, labels=first_shown(marks), multi_hot=marks)
     if isinstance(x, torch.Tensor | np.ndarray) and x.ndim != 4 and _is_floating(x):
         values = as_features(x, what, "(N, D) or (V, N, D)")
         count = values.shape[-2]
@@ -59,6 +76,53 @@ def as_dataset(x: Any, y: Any, class_names: Sequence[str], *, width: int, what: 
     names = tuple(store.where(i) for i in range(len(stamps)))
     ids = names if len(set(names)) == len(names) else tuple(f"{i}: {name}" for i, name in enumerate(names))
     return ImageDataset(store, np.arange(len(ids)), tuple(class_names), ids, labels, tuple(stamps))
+
+
+def as_marks(y: Any, class_names: Sequence[str], count: int, *, what: str = "y") -> np.ndarray | None:
+    """Returns (N, C) int8 of labels that may be several for an image: 1 shows it, 0 does not, -1 nobody knows.
+
+    Args:
+        y: N lists of class names, or an (N, C) matrix of 0 and 1 with -1 or NaN for what nobody knows.
+        class_names: C names.
+        count: N.
+        what: what to call them in a message.
+
+    Returns:
+        None where y has one label for each image.
+
+    Raises:
+        DataError: an unknown name (with the nearest), another shape, or other numbers.
+    """
+    values = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
+    rows = list(values.to_numpy()) if hasattr(values, "to_numpy") else values if _is_matrix(values) else list(values)
+    if not _is_matrix(rows) and not any(isinstance(row, list | tuple | set | frozenset | np.ndarray) for row in rows):
+        return None
+    if not _is_matrix(rows) and all(isinstance(item, str) for row in rows if not isinstance(row, str) for item in row):
+        place = {name: c for c, name in enumerate(class_names)}
+        marks = np.zeros((len(rows), len(class_names)), np.int8)
+        for i, row in enumerate(rows):
+            for name in [row] if isinstance(row, str) else row:
+                if name not in place:
+                    raise DataError(f"{what} has the label {name!r}, which is no class. {did_you_mean(name, place)}")
+                marks[i, place[name]] = 1
+        return marks
+    matrix = np.asarray(rows, dtype=np.float64)
+    matrix = np.where(np.isnan(matrix), -1, matrix)
+    if matrix.shape != (count, len(class_names)) or not np.isin(matrix, (-1, 0, 1)).all():
+        raise DataError(
+            f"{what} should be one label for each image, or for several an ({count}, {len(class_names)}) matrix of 0 "
+            f"and 1 (-1 or NaN for what nobody knows) or lists of names; got shape {matrix.shape}"
+            + ("" if np.isin(matrix, (-1, 0, 1)).all() else f" with {matrix.flat[0]:g} and its like")
+        )
+    return matrix.astype(np.int8)
+
+
+def _is_matrix(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.ndim == 2
+
+
+def _length(values: Any) -> int:
+    return len(values) if hasattr(values, "__len__") else 0
 
 
 def as_labels(y: Any, class_names: Sequence[str], count: int, *, what: str = "y") -> np.ndarray:
@@ -100,9 +164,9 @@ def as_labels(y: Any, class_names: Sequence[str], count: int, *, what: str = "y"
     return ids
 
 
-def shots_of(labels: np.ndarray, num_classes: int) -> int:
+def shots_of(images: ImageDataset) -> int:
     """Returns k where every class has exactly k images, else 0, which stands for "all images"."""
-    counts = np.bincount(labels, minlength=num_classes)
+    counts = images.class_counts()
     return int(counts[0]) if len(counts) and counts.min() == counts.max() else 0
 
 
@@ -114,7 +178,7 @@ class GivenFeatures:
         store = dataset.store
         assert isinstance(store, FeatureRows)
         values = torch.from_numpy(store.values[:, dataset.rows])
-        return Features(values, torch.as_tensor(dataset.labels, dtype=torch.int64), tuple(dataset.ids))
+        return Features.of(values, dataset)
 
 
 def _of_features(

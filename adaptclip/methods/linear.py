@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from adaptclip.errors import ConfigError, DataError, TrainingError, did_you_mean
 from adaptclip.methods.base import ClassBias, Head, batch_features, check_features, check_state, scaled_logits
+from adaptclip.methods.choosing import binary_loss, mean_auc
 from adaptclip.methods.linear_fits import (
     ImageBalance,
     Reading,
+    fit_each_class,
     fit_from_text,
     fit_logistic,
     fit_lp_plus_plus,
@@ -33,7 +35,7 @@ from adaptclip.methods.linear_fits import (
 )
 from adaptclip.methods.method import Method, Schedule, Variant
 from adaptclip.prompts import zero_shot_weights
-from adaptclip.training.criterion import ObjectiveName, check_objective
+from adaptclip.training.criterion import ObjectiveName, check_objective, marks_of
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -171,7 +173,8 @@ class LinearProbe(Method):
         class_names: C names in the order of the label ids; None takes those of a `FeatureClip`.
         head: which of the four.
         templates: prompts of the text features; not read by `logistic`.
-        objective: "sigmoid" (text_init and clap) learns a bias for each class beside the weights, see `ClassBias`.
+        objective: "sigmoid" judges each class by itself, for images that may show several: text_init and clap learn a
+            bias for each class beside the weights, see `ClassBias`; logistic is fitted to each class against the rest.
         start_norm: norm at which the weights of text_init and clap start; None is that of `start_norm_of`.
         reading: of lp_plus_plus, "code" (the default, which the published numbers come from) or "paper".
 
@@ -207,9 +210,9 @@ class LinearProbe(Method):
             raise ConfigError(f"no linear head {head!r}. {did_you_mean(str(head), get_args(HeadKind))}")
         check_variant(head, start_norm, reading)
         check_objective(objective)
-        if objective == "sigmoid" and head not in ("text_init", "clap"):
+        if objective == "sigmoid" and head == "lp_plus_plus":
             raise ConfigError(
-                f"the head {head!r} is fitted to the softmax; the objective sigmoid takes text_init or clap"
+                f"the head {head!r} is fitted to the softmax; the objective sigmoid takes logistic, text_init or clap"
             )
         names = self._sit_on(backbone, class_names)
         self.kind: HeadKind = head
@@ -230,7 +233,7 @@ class LinearProbe(Method):
             state["weight"] = text.clone()
         if head == "lp_plus_plus" and self.reading == "code":
             state["bias"] = torch.zeros(shape[0], device=backbone.device)
-        if objective == "sigmoid":
+        if objective == "sigmoid" and head != "logistic":
             state["bias"] = ClassBias(backbone, shape[0]).start
         self.learnt = nn.ParameterDict({name: nn.Parameter(t, requires_grad=False) for name, t in state.items()})
         self.register_buffer("text", text, persistent=False)
@@ -343,7 +346,7 @@ class LinearProbe(Method):
             return super().head()
         weight = self._weight()
         bias = self.learnt["bias"] if "bias" in self.learnt else torch.zeros(len(weight), device=weight.device)
-        return Head(self.encoder, weight.detach(), bias.detach(), 1.0)
+        return Head(self.encoder, weight.detach(), bias.detach(), 1.0, sigmoid=self.objective == "sigmoid")
 
     def fit_settings(
         self,
@@ -420,11 +423,15 @@ class LinearProbe(Method):
     def _fit_logistic(
         self, features: Features, validation: Features | None, c: float | None, balance: ImageBalance | None
     ) -> dict[str, Any]:
-        x, y = _stacked(features)
+        x, y, shown, known = _stacked(features, len(self.class_names))
         rows, labels = x.numpy(), y.numpy()
         fixed = None if balance is None or balance.weights is None else balance.weights.double().numpy()
         weights = None if fixed is None else np.tile(fixed, len(features.values))
         fit_at = partial(fit_logistic, rows, labels, len(self.class_names), weights=weights)
+        if self.objective == "sigmoid":
+            fit_at = partial(
+                fit_each_class, rows, shown.numpy(), None if known is None else known.numpy(), weights=weights
+            )
         chosen: dict[str, Any] = {}
         best = c
         if best is None:
@@ -434,12 +441,13 @@ class LinearProbe(Method):
                     "order for unit-norm features), or fewer --shots, so that images are left for validation."
                 )
             self._check(validation, "validation")
-            judged, truth = (t.numpy() for t in _stacked(validation))
-            exponent, tried = search_exponent(lambda e: score_logits(fit_at(c=10.0**e).logits(judged), truth))
+            score, what = self._scorer(validation)
+            exponent, tried = search_exponent(lambda e: score(fit_at(c=10.0**e)))
             best = 10.0**exponent
-            chosen["validation_accuracy"] = tried[exponent][0]
-            chosen["tried"] = [{"C": 10.0**e, "accuracy": a, "loss": loss} for e, (a, loss) in tried.items()]
-        warn_of_unseen(labels, self.class_names)
+            chosen[f"validation_{what}"] = tried[exponent][0]
+            chosen["tried"] = [{"C": 10.0**e, what: a, "loss": loss} for e, (a, loss) in tried.items()]
+        if self.objective == "softmax":
+            warn_of_unseen(labels, self.class_names)
         fit = fit_at(c=best)
         self._take(weight=torch.from_numpy(fit.weight), bias=torch.from_numpy(fit.bias))
         return {
@@ -447,6 +455,19 @@ class LinearProbe(Method):
             "chosen": {"C": best, **chosen, "iterations": fit.iterations, "converged": fit.converged},
             "validation_used_for": "choosing C" if chosen else "nothing",
         }
+
+    def _scorer(self, validation: Features) -> tuple[Callable[[Any], tuple[float, float]], str]:
+        """What tells how good a logistic fit is on validation images, (score, loss), and the name of the score."""
+        x, y, shown, known = _stacked(validation, len(self.class_names))
+        judged, truth = x.numpy(), y.numpy()
+        if self.objective == "softmax":
+            return lambda fit: score_logits(fit.logits(judged), truth), "accuracy"
+
+        def score(fit: Any) -> tuple[float, float]:
+            logits = torch.from_numpy(fit.logits(judged))
+            return mean_auc(logits, shown, known), binary_loss(logits, shown, known)
+
+        return score, "auc"
 
     def _fit_from_text(
         self, features: Features, settings: Mapping[str, Any], seed: int, balance: ImageBalance | None
@@ -458,7 +479,8 @@ class LinearProbe(Method):
         }  # fmt: skip
         penalty = None
         if self.kind == "clap":
-            confidence = zero_shot_confidence(features.values, labels, self.text, scale)
+            member, _ = marks_of(features.labels, len(self.text), features.multi_hot)
+            confidence = zero_shot_confidence(features.values, member.to(self.text.device), self.text, scale)
             penalty = settings["clap_weight"] * confidence
             chosen["lambda_mean"], chosen["lambda_min"], chosen["lambda_max"] = (
                 float(v) for v in (confidence.mean(), confidence.min(), confidence.max())
@@ -471,6 +493,7 @@ class LinearProbe(Method):
         weight = fit_from_text(
             features.values, labels, self.text, scale, start_norm=self.start_norm, penalty=penalty, lr=settings["lr"],
             epochs=settings["epochs"], batch_size=BATCH_SIZE, seed=seed, balance=balance, bias=learnt.get("bias"),
+            marks=features.multi_hot,
         )  # fmt: skip
         self._take(weight=F.normalize(weight, dim=-1), **learnt)
         return {
@@ -480,11 +503,11 @@ class LinearProbe(Method):
         }
 
     def _fit_lp_plus_plus(self, features: Features, validation: Features | None, epochs: int) -> dict[str, Any]:
-        x, y = (t.to(self.text.device) for t in _stacked(features))
+        x, y = (t.to(self.text.device) for t in _stacked(features, len(self.text))[:2])
         judged = None
         if self.reads_validation() and validation is not None and len(validation):
             self._check(validation, "validation")
-            rows, truth = _stacked(validation)
+            rows, truth = _stacked(validation, len(self.text))[:2]
             judged = rows.to(self.text.device), truth.to(self.text.device)
         lr_w, lr_alpha = step_sizes(x, self.text)
         fitted = fit_lp_plus_plus(
@@ -514,6 +537,9 @@ class LinearProbe(Method):
             self.learnt[name].copy_(value)
 
 
-def _stacked(features: Features) -> tuple[Tensor, Tensor]:
-    """Views one below the other: (V·N, D) features and (V·N,) labels."""
-    return features.values.flatten(0, 1), features.labels.repeat(len(features.values))
+def _stacked(features: Features, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Views one below the other: (V·N, D) features, (V·N,) labels, (V·N, C) what is shown and known (`marks_of`)."""
+    views = len(features.values)
+    shown, known = marks_of(features.labels, num_classes, features.multi_hot)
+    known = None if known is None else known.repeat(views, 1)
+    return features.values.flatten(0, 1), features.labels.repeat(views), shown.repeat(views, 1), known

@@ -239,6 +239,46 @@ def fit_logistic(
     return LogisticFit(weight, bias, iterations, iterations < MAX_ITERATIONS)
 
 
+def fit_each_class(
+    features: np.ndarray,
+    positive: np.ndarray,
+    known: np.ndarray | None,
+    *,
+    c: float,
+    weights: np.ndarray | None = None,
+) -> LogisticFit:
+    """A logistic regression for each class against all other images ("one against the rest"), see `fit_logistic`.
+
+    It minimises for each class c · (sum of its binary cross-entropies) + |w|²/2. A class that all images show, or none,
+    has the row 0 and the bias of a share of half an image.
+
+    Args:
+        features: (N, D) float32, unit norm.
+        positive: (N, C) bool, whether an image shows the class.
+        known: (N, C) bool, whether that is known, or None; a class is fitted to its known images.
+        c: inverse strength of the penalty, above 0.
+        weights: (N,) factor of each image's cross-entropy; None for 1.
+    """
+    num_classes = positive.shape[1]
+    weight, bias = np.zeros((num_classes, features.shape[1]), np.float32), np.zeros(num_classes, np.float32)
+    iterations = 0
+    for k in range(num_classes):
+        rows = np.arange(len(features)) if known is None else np.flatnonzero(known[:, k])
+        shown = positive[rows, k]
+        if not 0 < shown.sum() < len(rows):
+            half = 0.5 / max(len(rows), 1)
+            share = min(max(float(shown.mean()) if len(rows) else 0.5, half), 1 - half)
+            bias[k] = math.log(share / (1 - share))
+            continue
+        model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
+            model.fit(features[rows], shown, sample_weight=None if weights is None else weights[rows])
+        weight[k], bias[k] = model.coef_[0], model.intercept_[0]
+        iterations = max(iterations, int(model.n_iter_.max()))
+    return LogisticFit(weight, bias, iterations, iterations < MAX_ITERATIONS)
+
+
 def warn_of_unseen(labels: np.ndarray, class_names: Sequence[str]) -> None:
     """Warns of classes that no image of `labels` (N,) belongs to, from within a fit of a logistic head."""
     unseen = [class_names[i] for i in sorted({*range(len(class_names))} - {*labels.tolist()})]
@@ -288,7 +328,7 @@ def score_logits(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float((logits.argmax(axis=1) == labels).mean()), float(loss.mean())
 
 
-def zero_shot_confidence(values: Tensor, labels: Tensor, text: Tensor, scale: float) -> Tensor:
+def zero_shot_confidence(values: Tensor, member: Tensor, text: Tensor, scale: float) -> Tensor:
     """CLAP's weight of each class's penalty: how sure zero-shot CLIP is of the class on its own training images.
 
     lambda_c is the mean over the images of class c of the softmax probability that the zero-shot classifier gives to c
@@ -298,21 +338,19 @@ def zero_shot_confidence(values: Tensor, labels: Tensor, text: Tensor, scale: fl
 
     Args:
         values: (V, N, D) unit-norm image features.
-        labels: (N,) class ids.
+        member: (N, C) bool, whether an image is of the class; of several classes where it shows several.
         text: (C, D) unit-norm text features.
         scale: the logit scale.
 
     Returns:
         (C,) values in 0..1.
     """
-    scaled = scale * text.T
-    of_image = torch.zeros(len(labels), device=text.device)
+    scaled, own = scale * text.T, member.to(text.dtype)
+    total = torch.zeros(len(text), device=text.device)
     for view in values:
-        probs = torch.softmax(view.to(text.device) @ scaled, dim=1)
-        of_image += probs.gather(1, labels[:, None]).squeeze(1)
-    member = torch.nn.functional.one_hot(labels, len(text)).to(text.dtype)
-    count = member.sum(dim=0)
-    mean = of_image @ member / len(values) / count.clamp(min=1)
+        total += (torch.softmax(view.to(text.device) @ scaled, dim=1) * own).sum(dim=0)
+    count = own.sum(dim=0)
+    mean = total / len(values) / count.clamp(min=1)
     return torch.where(count > 0, mean, torch.ones_like(mean))
 
 
@@ -356,6 +394,7 @@ def sigmoid_gradient(
     bias: Tensor,
     scale: float,
     weigh: Callable[[Tensor], Tensor] | None = None,
+    marks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the mean of `sigmoid_losses` of the logits scale · cos(f, w_c) + b_c, as `cosine_gradient`.
 
@@ -366,6 +405,7 @@ def sigmoid_gradient(
         bias: (C,).
         scale: the logit scale.
         weigh: turns the images' (B,) losses into the (B,) factors of their losses; None for 1.
+        marks: (B, C) where images may show several classes (`Batch.multi_hot`), or None.
 
     Returns:
         (C, D) of the weights and (C,) of the bias.
@@ -373,9 +413,12 @@ def sigmoid_gradient(
     norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     logits = (weight * (scale / norm)) @ features.T + bias[:, None]
     error = torch.sigmoid(logits)
-    error[labels, torch.arange(len(labels), device=labels.device)] -= 1
+    if marks is None:
+        error[labels, torch.arange(len(labels), device=labels.device)] -= 1
+    else:
+        error = (error - (marks == 1).T.to(error)) * (marks >= 0).T
     if weigh is not None:
-        error *= weigh(sigmoid_losses(logits.T, labels))
+        error *= weigh(sigmoid_losses(logits.T, labels, marks))
     return _across(error, features, weight, norm, scale), error.mean(dim=1)
 
 
@@ -418,6 +461,7 @@ def fit_from_text(
     seed: int,
     balance: ImageBalance | None = None,
     bias: Tensor | None = None,
+    marks: Tensor | None = None,
 ) -> Tensor:
     """Gradient descent on the class weights of a cosine classifier that starts as the zero-shot one.
 
@@ -442,6 +486,7 @@ def fit_from_text(
         seed: of the order.
         balance: of groups or classes; None for none.
         bias: (C,) where it starts; given, the loss is `sigmoid_losses` and the bias is learnt in place.
+        marks: (N, C) beside the labels, where images may show several classes; needs `bias`.
 
     Returns:
         (C, D) weights, not normalised.
@@ -469,7 +514,8 @@ def fit_from_text(
             if bias is None or drift is None:
                 gradient = cosine_gradient(features[batch], of_epoch[batch], weight, scale, weigh)
             else:
-                gradient, slope = sigmoid_gradient(features[batch], of_epoch[batch], weight, bias, scale, weigh)
+                shown = None if marks is None else marks[image[batch].to(marks.device)].to(text.device)
+                gradient, slope = sigmoid_gradient(features[batch], of_epoch[batch], weight, bias, scale, weigh, shown)
                 bias.sub_(drift.mul_(0.9).add_(slope), alpha=rate)
             if pull is not None:
                 gradient.addcmul_(weight - start, pull)

@@ -21,9 +21,11 @@ from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.feature_clip import FeatureClip, in_order
 from adaptclip.features import FeatureCache
 from adaptclip.methods.base import Head, check_features, objective_of
-from adaptclip.methods.examples import GivenFeatures, as_dataset, as_labels, shots_of
+from adaptclip.methods.examples import GivenFeatures, as_dataset, as_labels, as_marks, shots_of
 from adaptclip.settings import check_numbers
+from adaptclip.training.criterion import check_several
 from adaptclip.training.support import Loop, Preset, Support, Training, check_preset, schedule_words, train_by_steps
+from adaptclip.training.thresholds import ThresholdRule, Thresholds, choose_thresholds
 from adaptclip.types import Batch, Features
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ class Method(nn.Module):
         consumes: whether `forward` reads `batch.features` or `batch.images` in training.
         backbone: the frozen model it sits on, never changed.
         class_names: C names in the order of the class ids.
+        thresholds_: after `fit` on images that may show several classes, from which probability each is named: the best
+            F1 on the validation images, 0.5 without any; None otherwise.
         info_: after `fit`, what there is to tell of it, JSON-able: schedule, chosen, validation_used_for, seconds.
         classes_: after `fit`, what `predict` answers with: class ids, or names where it was given names.
     """
@@ -105,6 +109,7 @@ class Method(nn.Module):
     backbone: Any
     class_names: tuple[str, ...]
     info_: dict[str, Any]
+    thresholds_: Thresholds | None = None
     classes_: np.ndarray
     _given: dict[str, Any]
 
@@ -269,11 +274,15 @@ class Method(nn.Module):
             without those of reading images and features.
 
         Raises:
-            ConfigError: a setting is out of range, or validation images are missing that it needs.
+            ConfigError: a setting is out of range, validation images are missing that it needs, or images may show
+                several classes and the method's objective is the softmax.
             DataError: the images do not fit.
             TrainingError: a loss or gradient is not finite.
         """
         self.check_mitigation(support.mitigation)
+        check_several(support.images, objective_of(self))
+        if objective_of(self) != support.mitigation.objective:
+            support.mitigation = replace(support.mitigation, objective=objective_of(self))
         schedule = schedule or self.schedule(support.shots, images_per_class=support.images_per_class)
         loop = loop or partial(train_by_steps, accelerator=support.accelerator)
         stages: list[Training] = []
@@ -313,7 +322,9 @@ class Method(nn.Module):
         Args:
             x: N images (paths, PIL images, bytes, uint8 arrays), or for methods that learn from features (N, D) or
                 (V, N, D) of them, V views of each image that are all learnt from.
-            y: N class ids or class names; None where x brings them (`Features`, `ImageDataset`).
+            y: N class ids or class names; for images that may show several classes, which the objective sigmoid
+                learns, N lists of names or an (N, C) matrix of 0 and 1, and -1 or NaN for what nobody knows; None where
+                x brings them (`Features`, `ImageDataset`).
             validation: (x, y) of images to choose settings with, or what brings its labels; None for none.
             shots: k, by which papers set their lengths; None counts: k where every class has k images, else all (0).
             preset: "paper", or "smoke" for a short schedule.
@@ -338,19 +349,20 @@ class Method(nn.Module):
         for part in (x, validation):
             if isinstance(part, Features):
                 check_features(part, self.backbone)
-        images = as_dataset(x, y, self.class_names, width=width)
+        several = objective_of(self) == "sigmoid"
+        images = as_dataset(x, y, self.class_names, width=width, several=several)
         if y is None and not isinstance(x, Features | ImageDataset):
             raise ConfigError("y is missing: `fit` learns from labels, one class id or class name for each image")
         validation_images = images.select([])
         if validation is not None:
             pair = validation if isinstance(validation, tuple) and len(validation) == 2 else (validation, None)
-            validation_images = as_dataset(*pair, self.class_names, width=width, what="validation X")
+            validation_images = as_dataset(*pair, self.class_names, width=width, what="validation X", several=several)
         self._check_source(images, validation_images)
         if accelerator is None:
             accelerator = make_accelerator("no", 1, cpu=self.backbone.device.type == "cpu")
         support = Support(
             self.backbone, images, validation_images, accelerator=accelerator, seed=seed, augmentation=augmentation,
-            shots=shots_of(images.labels, len(self.class_names)) if shots is None else shots,
+            shots=shots_of(images) if shots is None else shots,
             source=None if images.has_pixels else GivenFeatures(),
         )  # fmt: skip
         given = {**self._planned, **{name: value for name, value in settings.items() if value is not None}}
@@ -360,8 +372,18 @@ class Method(nn.Module):
         device = self.backbone.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             self.info_ = self.learn(support, plan)
-        named = not isinstance(x, Features | ImageDataset) and np.asarray(y).dtype.kind in "OUS"
+        named = images.several or (not isinstance(x, Features | ImageDataset) and np.asarray(y).dtype.kind in "OUS")
         self.classes_ = np.array(self.class_names) if named else np.arange(len(self.class_names))
+        self.thresholds_ = None
+        if images.several:
+            from adaptclip.methods.predicting import predict  # imports the towers, which features alone do not need
+
+            judged = None
+            if len(validation_images):
+                features = support.validation(self.encoder)
+                assert features is not None
+                judged = predict(self, features, validation_images)
+            self.thresholds_ = choose_thresholds(judged, self.class_names, ThresholdRule())
         return self
 
     def _without_validation(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -420,17 +442,35 @@ class Method(nn.Module):
         return (logits.sigmoid() if objective_of(self) == "sigmoid" else logits.softmax(dim=1)).cpu().numpy()
 
     def predict(self, x: Any) -> np.ndarray:
-        """Returns (N,) the most probable class of each: its id, or its name where `fit` was given names."""
+        """Returns (N,) the most probable class of each: its id, or its name where `fit` was given names.
+
+        Where it learnt from images that may show several classes: (N, C) int64 of 0 and 1, as scikit-learn does, 1
+        where the probability reaches the class's threshold (`thresholds_`).
+        """
+        probs = self.predict_proba(x)
+        if self.thresholds_ is not None:
+            return (probs >= self.thresholds_.values).astype(np.int64)
         classes = getattr(self, "classes_", np.arange(len(self.class_names)))
-        return classes[self.predict_proba(x).argmax(axis=1)]
+        return classes[probs.argmax(axis=1)]
 
     def score(self, x: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Returns the accuracy, 0 to 1, as scikit-learn's classifiers do."""
-        labels = x.labels if y is None and isinstance(x, Features | ImageDataset) else y
+        """Returns the accuracy, 0 to 1, as scikit-learn's classifiers do.
+
+        Where it learnt from images that may show several classes, an image is right with exactly its classes (subset
+        accuracy); what nobody knows counts for nothing.
+        """
+        brought = x if y is None and isinstance(x, Features | ImageDataset) else None
+        labels = y if brought is None else brought.labels if brought.multi_hot is None else brought.multi_hot
         if labels is None:
             raise ConfigError("y is missing: an accuracy needs the true class of each image")
-        found = self.predict_proba(x).argmax(axis=1)
-        right = found == as_labels(labels, self.class_names, len(found))
+        found = self.predict_proba(x)
+        if self.thresholds_ is not None:
+            marks = as_marks(labels, self.class_names, len(found))
+            if marks is None:
+                self._lacks("learnt from images that may show several classes; give their lists of names, or (N, C)")
+            right = (((found >= self.thresholds_.values) == (marks == 1)) | (marks < 0)).all(axis=1)
+        else:
+            right = found.argmax(axis=1) == as_labels(labels, self.class_names, len(found))
         return float(np.average(right, weights=sample_weight))
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> None:

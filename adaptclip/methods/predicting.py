@@ -20,6 +20,7 @@ from adaptclip.methods.base import check_features, objective_of
 from adaptclip.predictions import Predictions
 from adaptclip.progress import progress_bar
 from adaptclip.prompts import zero_shot_weights
+from adaptclip.training.criterion import check_several
 from adaptclip.types import Batch, Features
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def predict(
 
     Raises:
         DataError: there are no images, the features are of other rows, or probabilities are not finite.
+        ConfigError: the images may show several classes, and the adapter names exactly one.
     """
     _check(features, dataset, batch_size)
+    check_several(dataset, objective_of(adapter))
     if isinstance(encoder := getattr(adapter, "encoder", None), ClipBackbone):
         check_features(features, encoder)
     num_images = len(features)
@@ -75,6 +78,8 @@ def predict(
         labels=np.asarray(dataset.labels, dtype=np.int64),
         probs=logits.softmax(dim=-1).cpu().numpy(),
         sigmoid=logits.sigmoid().cpu().numpy() if objective_of(adapter) == "sigmoid" else None,
+        positive=None if dataset.multi_hot is None else dataset.multi_hot == 1,
+        known=None if dataset.multi_hot is None else dataset.multi_hot >= 0,
         class_names=tuple(dataset.class_names),
         groups=dict(dataset.groups),
         clusters=dataset.clusters,

@@ -26,6 +26,7 @@ from adaptclip.errors import AdaptclipError, ConfigError, did_you_mean
 from adaptclip.methods.contrastive import ContrastiveTuning
 from adaptclip.methods.method import Method, Variant
 from adaptclip.prompts import TEMPLATES
+from adaptclip.training.criterion import ObjectiveName
 
 if typing.TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -127,7 +128,13 @@ class Named:
         return tuple(dict.fromkeys((*templates, *(TEMPLATES["imagenet"] if self.variant.ensemble else ()))))
 
     def build(
-        self, backbone: Any, class_names: Sequence[str], templates: Sequence[str], seed: int, **own: Any
+        self,
+        backbone: Any,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        seed: int,
+        objective: ObjectiveName = "softmax",
+        **own: Any,
     ) -> Method:
         """Returns the method, before it has learnt.
 
@@ -136,11 +143,14 @@ class Named:
             class_names: C names.
             templates: the card's prompts.
             seed: of what is drawn at first.
+            objective: what it learns to tell; a method that knows no other than the softmax is left at that, and
+                refuses to learn from images that show several classes.
             **own: settings of the constructor.
         """
         asked = inspect.signature(self.method.__init__).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in asked.values())
         usual: dict[str, Any] = {"templates": self.templates(templates), "seed": seed, "shard_classes": False}
+        usual |= {} if objective == "softmax" else {"objective": objective}
         usual = {name: value for name, value in usual.items() if name in asked or (open_ended and name == "templates")}
         return self.method(backbone, class_names, **{**usual, **self.variant.defaults, **own, **self.variant.settings})
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from adaptclip.data.dataset import UNKNOWN, ImageDataset
 from adaptclip.errors import ConfigError, agree, did_you_mean
 from adaptclip.seeding import generator
-from adaptclip.training.criterion import Objective, ObjectiveName, sigmoid_losses
+from adaptclip.training.criterion import Objective, ObjectiveName, check_several, sigmoid_losses
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -301,7 +301,7 @@ class Mitigation:
         """
         plain = self.weights is None and self.dro is None
         if self.objective == "sigmoid":
-            losses = sigmoid_losses(logits, batch.labels)
+            losses = sigmoid_losses(logits, batch.labels, batch.multi_hot)
         elif plain:
             return F.cross_entropy(logits, batch.labels)  # torch's own mean differs in the last bits
         else:
@@ -383,12 +383,20 @@ def build_mitigation(
 
     Raises:
         ConfigError: the setting is not valid, or does not apply to this loss or these images: an attribute they do not
-            have (with the nearest name), a single group or class, a group or class without training images.
+            have (with the nearest name), a single group or class, a group or class without training images, or classes
+            where an image may show several. Without a setting, that images show several classes and the objective is
+            the softmax.
 
     Warns:
         UserWarning: the images of a group or class come very often in an epoch, or nothing is left to balance.
     """
     setting, name = parse_mitigation(text), objective.name if objective else "softmax"
+    check_several(images, name)
+    if setting is not None and images.several and (not setting.attributes or CLASS in setting.attributes):
+        raise ConfigError(
+            f"{setting.text} balances classes that exclude each other, and these images may show several. Balance a "
+            "group (group-sampling:ATTRIBUTE), or leave it out: the few-shot draw has equally many of each class"
+        )
     if setting is None:
         return Mitigation(objective=name)
     if pairs and setting.kind not in ("group-sampling", "class-sampling"):

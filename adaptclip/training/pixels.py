@@ -68,6 +68,7 @@ class PixelLoader:
             raise ConfigError(f"views and workers must be 0 or more, got {views} and {workers}")
         self._dataset, self._backbone, self._views = dataset, backbone, views
         self._labels = torch.as_tensor(dataset.labels, dtype=torch.int64)
+        self._marks = None if dataset.multi_hot is None else torch.as_tensor(dataset.multi_hot)
         self._device = accelerator.device
         self._plan = StepPlan(len(dataset), batch_size=batch_size, seed=seed, accelerator=accelerator, strata=strata)
         self.steps_per_epoch = self._plan.steps_per_epoch
@@ -93,7 +94,8 @@ class PixelLoader:
         images = torch.stack([picture.result() for picture in pending])
         # Convolutions take it faster, and to a patch embedding it makes no difference.
         images = images.contiguous(memory_format=torch.channels_last)
-        return Batch(labels=self._labels[index], index=index, images=images).to(self._device)
+        marks = None if self._marks is None else self._marks[index]
+        return Batch(labels=self._labels[index], index=index, images=images, multi_hot=marks).to(self._device)
 
     def _start(self, micro_step: int) -> list[Future[Tensor]]:
         epoch, index = self._plan.rows(micro_step)

@@ -32,7 +32,7 @@ from adaptclip import __version__
 from adaptclip.data.card import load_card
 from adaptclip.data.card_block import CardBlock
 from adaptclip.data.readers import card_places
-from adaptclip.data.shots import FewShotSplit
+from adaptclip.data.shots import NONE, FewShotSplit
 from adaptclip.errors import SplitError, StorageError, TrainingError
 from adaptclip.files import check_is_file, digest, parse_json, read_json, write_json, write_text, write_yaml
 from adaptclip.outputs import LEDGER, refuse_strangers
@@ -69,8 +69,9 @@ def describe_inputs(
         }
         contents: dict[str, list[str]] = {name: [] for name in data.class_names}
         for part in data.parts.values():
-            for label, content in zip(part.labels.tolist(), part.contents, strict=True):
-                contents[data.class_names[label]].append(content)
+            for kinds, content in zip(part.kinds(), part.contents, strict=True):
+                for kind in kinds:
+                    contents.setdefault((*data.class_names, NONE)[kind], []).append(content)
         record["classes"] = {
             name: {"images": len(found), "marks": [content[:16] for content in sorted(found)[:_NUM_MARKS]]}
             for name, found in contents.items()

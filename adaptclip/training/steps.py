@@ -166,7 +166,11 @@ class FeatureLoader:
         """
         epoch, index = self._plan.rows(micro_step)
         features = self._features.values[epoch % len(self._features.values), index]
-        return Batch(labels=self._features.labels[index], index=index, features=features).to(self._device)
+        marks = self._features.multi_hot
+        return Batch(
+            labels=self._features.labels[index], index=index, features=features,
+            multi_hot=None if marks is None else marks[index],
+        ).to(self._device)  # fmt: skip
 
 
 def train_steps(

@@ -165,7 +165,7 @@ class Support:
     @property
     def images_per_class(self) -> int:
         """k, or for all images their rounded mean per class, 1 or more."""
-        return self.shots or max(1, round(len(self.images) / len(self.images.class_names)))
+        return self.shots or max(1, round(int(self.images.class_counts().sum()) / len(self.images.class_names)))
 
     def features(self, views: int = 0, *, min_scale: float = 0.0, encoder: Any = None) -> Features:
         """Returns features of the training images: of the evaluation transform, or of numbered crops.

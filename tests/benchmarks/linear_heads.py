@@ -114,7 +114,7 @@ def main() -> int:
     evaluation, y = values[0], labels.numpy()
 
     def clap(fit: Callable[[Tensor], object]) -> None:
-        fit(zero_shot_confidence(values, labels, text, SCALE))
+        fit(zero_shot_confidence(values, torch.nn.functional.one_hot(labels, len(text)), text, SCALE))
 
     def ours(penalty: Tensor | None) -> Tensor:
         return fit_from_text(

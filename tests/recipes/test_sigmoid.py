@@ -221,8 +221,8 @@ def test_without_validation_images_thresholds_stay_at_a_half(shared, tmp_path, m
 
 def test_what_cannot_be_is_said_before_anything_is_written(shared, tmp_path):
     for changes, message in (
-        ({"head": "logistic", "epochs": 0, "views": None}, "sigmoid takes text_init or clap"),
-        ({"head": "lp_plus_plus"}, "sigmoid takes text_init or clap"),
+        ({"head": "logistic", "epochs": 0, "views": None}, "epochs must be 1 or more"),
+        ({"head": "lp_plus_plus"}, "sigmoid takes logistic, text_init or clap"),
         ({"objective": "sigmoid:f2"}, 'Did you mean "f1"'),
     ):
         AcceleratorState._reset_state(reset_partial_state=True)

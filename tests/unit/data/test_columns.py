@@ -35,7 +35,7 @@ def test_texts_are_sorted_into_classes():
     ],
 )
 def test_several_labels_in_a_cell_are_not_one_class(values, names, message):
-    with pytest.raises(DataError, match=f"{message}.*one label each, also for --objective sigmoid"):
+    with pytest.raises(DataError, match=f"{message}.*the card says so with `several_labels:`"):
         labels_of(values, names)
     # A name that has such a sign in it is a name.
     assert labels_of(["a|b", "c", "a"])[1] == ("a", "a|b", "c")

@@ -22,7 +22,7 @@ def contents_of(count: int) -> list[str]:
 def drawn(splits, labels, unit_of_row=None, contents=None):
     labels = np.asarray(labels)
     unit_of_row = np.arange(len(labels)) if unit_of_row is None else np.asarray(unit_of_row)
-    return drawn_parts(splits, labels, contents or contents_of(len(labels)), unit_of_row)
+    return drawn_parts(splits, [(int(label),) for label in labels], contents or contents_of(len(labels)), unit_of_row)
 
 
 def test_named_parts_follow_the_card():

@@ -275,7 +275,7 @@ def test_claps_weights_are_the_mean_zero_shot_probability_of_the_own_class():
     y = train.labels.numpy()
     probs = np.stack([softmax(15 * view @ t.T) for view in values])
     expected = [probs[:, y == c, c].mean() if (y == c).any() else 1.0 for c in range(4)]
-    got = zero_shot_confidence(train.values, train.labels, text, 15.0).numpy()
+    got = zero_shot_confidence(train.values, torch.nn.functional.one_hot(train.labels, len(text)), text, 15.0).numpy()
     assert got == pytest.approx(np.array(expected), rel=1e-5)
     assert got[2] == 1
     assert 0 < got.min() < got[[0, 1, 3]].max() < 1
