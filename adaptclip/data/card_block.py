@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from adaptclip.data.declared import check_declared
-from adaptclip.data.file_rules import DicomRule, VideoRule
+from adaptclip.data.file_rules import DicomRule, VideoRule, WebDatasetSource
 from adaptclip.errors import did_you_mean
 from adaptclip.gate_rules import Expected, GateRule, Outcome
 
@@ -203,7 +203,9 @@ class FeaturesSource(BaseModel):
     logit_bias: float | None = Field(default=None, allow_inf_nan=False)
 
 
-Source = HubSource | ParquetSource | ImageFolderSource | ManifestSource | EmbeddedSource | FeaturesSource
+Source = (
+    HubSource | ParquetSource | ImageFolderSource | ManifestSource | WebDatasetSource | EmbeddedSource | FeaturesSource
+)
 SOURCE_KINDS: dict[str, type[BaseModel]] = {
     get_args(model.model_fields["kind"].annotation)[0]: model for model in get_args(Source)
 }

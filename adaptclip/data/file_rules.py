@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a card says of files that hold more than one image, or words about it: clips and DICOM."""
+"""What a card says of files that hold more than one image, or words about it: clips, DICOM, WebDataset shards."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,3 +37,15 @@ class DicomRule(BaseModel):
         if isinstance(values, dict) and isinstance(values.get("groups"), list | tuple):
             return {**values, "groups": {str(name): name for name in values["groups"]}}
         return values
+
+
+class WebDatasetSource(BaseModel):
+    """WebDataset shards; `.cls`, `.txt` and the keys of `.json` are columns.
+
+    Attributes:
+        files: a glob or a range such as "shards/{000..010}.tar", a list of them, or split name -> them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["webdataset"]
+    files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]]

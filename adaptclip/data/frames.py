@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from adaptclip.data.columns import as_text, is_missing
@@ -159,8 +158,7 @@ def _name(raw: RawRows, row: int) -> str:
     if not isinstance(raw.store, FileStore):
         return raw.store.where(row)
     path = raw.store.paths[row]
-    origin = Path(raw.origin)
-    return path.relative_to(origin).as_posix() if path.is_relative_to(origin) else str(path)
+    return path.relative_to(raw.origin).as_posix() if path.is_relative_to(raw.origin) else str(path)
 
 
 def _stamp(stamp: str, part: Part | None, card: Card) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from adaptclip.data.links import DANGLING, dangling_kind
 from adaptclip.data.masks import MASK, masks_among
 from adaptclip.data.read_image import kind_of
+from adaptclip.data.trees import TreePath, as_path
 from adaptclip.data.video import VIDEO_SUFFIXES
 from adaptclip.errors import DataError, shown
 from adaptclip.words import is_junk
@@ -28,8 +29,7 @@ _NEEDS = {
     ".nii": "volumes are not read: save slices as images",
     ".svs": "slides are not read: cut tiles first",
     ".ndpi": "slides are not read: cut tiles first",
-    ".zip": "archives are not read: unpack them",
-    ".tar": "archives are not read: unpack them",
+    **dict.fromkeys((".zip", ".tar"), "archives: name one in a card or a table, as `photos.zip` or `photos.zip/a.png`"),
     ".dvc": "pointers of DVC: `dvc pull` fetches what they stand for",
     **DANGLING,
     **dict.fromkeys(VIDEO_SUFFIXES, "videos: say in the card which frames are images, `video: {every_seconds: 1}`"),
@@ -92,8 +92,9 @@ def list_images(folder: Path, *, videos: bool = False) -> Listing:
     def stop(error: OSError) -> None:
         raise DataError(f"cannot look into {shown(error.filename)}: {error.strerror or error}") from error
 
-    for place, folders, names in os.walk(folder, onerror=stop):
-        here = Path(place)
+    steps = folder.walk() if isinstance(folder, TreePath) else os.walk(folder, onerror=stop)
+    for place, folders, names in steps:
+        here = as_path(place) if isinstance(place, TreePath) else Path(place)
         for name in sorted(folders):
             path = here / name
             if is_junk(name):

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from adaptclip.data.archives import in_archive
 from adaptclip.data.card_block import normalise_text
 from adaptclip.data.dataset import inside
 from adaptclip.data.image_files import IMAGE_SUFFIXES, list_images
+from adaptclip.data.remote import at_address, is_address
 from adaptclip.errors import DataError, agree, shown
 from adaptclip.words import plain
 
@@ -44,7 +45,15 @@ class ImagePlaces:
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"{where} should hold a path, got {name!r}")
         name = name.strip()
+        if is_address(name):
+            try:
+                return at_address(name)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
         self._refuse_foreign(name, where)
+        if (found := in_archive(self._folder, name)) is not None:
+            inside(self._folder, name)
+            return found
         if "\\" in name and not (self._folder / name).exists():
             name = name.replace("\\", "/")
         path = inside(self._folder, name)
@@ -72,8 +81,6 @@ class ImagePlaces:
         """Raises DataError for what is no path on this machine."""
         if "\0" in name:
             raise DataError(f"{where} holds a NUL character: {name!r}; the table is damaged")
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
-            raise DataError(f"{where} holds a web address, {name!r}; download the images and name their files")
         if PureWindowsPath(name).drive or name.startswith("\\"):
             last = PureWindowsPath(name).name
             there = f"; {last} is there, so that the last part of each path would do" * (self._folder / last).is_file()

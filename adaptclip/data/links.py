@@ -52,7 +52,7 @@ def dangling_kind(path: Path) -> str:
 
 def why_absent(path: Path) -> str:
     """Returns why there is no file at a path and what fetches it, or "" where nothing is known of it."""
-    if "\0" in str(path) or path.exists():
+    if "\0" in str(path) or path.exists() or not isinstance(path, Path):  # in an archive there are no links
         return ""
     if path.is_symlink():
         kind = store_of(path.resolve(), path.parent.resolve())

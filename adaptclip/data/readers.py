@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import parquet
 
+from adaptclip.data.archives import Archive, in_archive
 from adaptclip.data.card_block import (
     Columns,
     EmbeddedSource,
@@ -35,7 +36,9 @@ from adaptclip.data.image_files import list_images, passed_over_in_words
 from adaptclip.data.image_places import ImagePlaces
 from adaptclip.data.joins import join_tables, joined_columns
 from adaptclip.data.layouts import read_layout
+from adaptclip.data.remote import at_address, is_address
 from adaptclip.data.tables import columns_by_name, open_table
+from adaptclip.data.trees import TreePath
 from adaptclip.datasets.embedded import EMBEDDED
 from adaptclip.errors import DataError, did_you_mean, shown
 from adaptclip.files import digest
@@ -101,6 +104,8 @@ def card_places(card: Card, data_root: Path | None) -> tuple[list[Path], list[Pa
     own = [card.path] if card.path else []
     joins = [base_folder(card, data_root) / join.file for join in joins_of(card)]
     match card.source:
+        case ImageFolderSource(path=path) if is_address(path):
+            return [*own, *joins], [base_folder(card, data_root)]
         case ImageFolderSource(path=path):
             return [*own, base_folder(card, data_root) / path, *joins], [base_folder(card, data_root)]
         case FeaturesSource(file=file, table=table):
@@ -219,6 +224,18 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
     )
 
 
+def folder_of_images(card: Card, data_root: Path | None) -> Path:
+    """Returns the folder that an image folder's card names, or what stands for it: an archive, or an address."""
+    assert isinstance(card.source, ImageFolderSource)
+    path, base = card.source.path, base_folder(card, data_root)
+    return at_address(path) if is_address(path) else in_archive(base, path) or base / path
+
+
+def left_out(folder: Path) -> tuple[str, ...]:
+    """Returns sentences about entries of an archive that are not read."""
+    return folder.tree.words() if isinstance(folder, TreePath) and isinstance(folder.tree, Archive) else ()
+
+
 def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
     """Reads class folders, or split folders of class folders, as `read_layout` understands them.
 
@@ -227,7 +244,7 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         DataError: there is no such folder, or no class folder in it.
     """
     assert isinstance(card.source, ImageFolderSource)
-    folder = base_folder(card, data_root) / card.source.path
+    folder = folder_of_images(card, data_root)
     if not folder.is_dir():
         raise DataError(f"card {card.name}: {folder} is not a folder. Point `--data-root` at the folder that holds it")
     layout = read_layout(folder, card.splits, card.class_names, len(card.source.levels))
@@ -256,7 +273,7 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         class_names=tuple(sorted({name for _, name, _ in layout.classes})),
         splits=None if layout.rule.fractions else splits,
         split_rule=layout.rule,
-        passed_over=(*layout.unused, *([f"no images: {passed}"] if passed else [])),
+        passed_over=(*layout.unused, *([f"no images: {passed}"] if passed else []), *left_out(folder)),
     )
 
 

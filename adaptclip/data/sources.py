@@ -44,6 +44,7 @@ from adaptclip.data.readers import (
     read_manifest,
     read_parquet_files,
 )
+from adaptclip.data.shards import read_webdataset
 from adaptclip.errors import CardError, DataError, SplitError, agree, did_you_mean
 from adaptclip.files import digest
 from adaptclip.words import plain
@@ -170,6 +171,7 @@ READERS: dict[str, Callable[[Card, Path | None], RawRows]] = {
     "parquet": read_parquet_files,
     "image_folder": read_image_folder,
     "manifest": read_manifest,
+    "webdataset": read_webdataset,
     "embedded": read_embedded,
     "features": read_features,
 }
