@@ -110,7 +110,8 @@ def _require_images(rule: GateRule, data: DomainData) -> None:
     where = f'card {data.card.name}: the gate "{rule.title}"'
     if rule.positive is not None:
         # An image that shows none of its classes is on the other side where images may show several.
-        for side in (1,) if getattr(data.test, "several", False) else rule.measure.sides:
+        several = getattr(data.test, "several", False)
+        for side in (side for side in rule.measure.sides if side or not several):
             asked = [name for name in dict.fromkeys(names) if (name in rule.positive) == bool(side)]
             if not seen & set(asked):
                 raise GateError(
