@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptclip.errors import agree
+from adaptclip.metrics import METRICS
 from adaptclip.metrics.metric import MIN_OUTCOMES
 from adaptclip.reports.bias import outcome_blocks, p_cell, rows_of_groups, sentence
 from adaptclip.reports.blocks import (
@@ -31,6 +32,9 @@ from adaptclip.reports.multi_label import how_chosen
 
 MOST_SHOWN = 5
 """So many findings are written out group by group: those whose gap chance does not explain."""
+
+MUCH_TOGETHER = 0.1
+"""So much more often than elsewhere a finding must be named beside another one to be a worry."""
 
 MOST_ROWS = 20
 """So many findings stand in a table of groups, the largest gaps first; the JSON has them all."""
@@ -117,8 +121,8 @@ def finding_worries(report: Mapping[str, Any]) -> Iterator[str]:
     rough = [one_line(row["class"]) for row in rows if row["chosen_on"] is not None and row["chosen_on"] < 10]
     if rough:
         yield f"Thresholds chosen on fewer than 10 validation images that show the finding: {_some(rough)}"
-    if found["pairs"]:
-        pair = found["pairs"][0]
+    pair = found["pairs"][0] if found["pairs"] else None
+    if pair and pair["share"]["value"] - pair["elsewhere"] >= MUCH_TOGETHER:
         yield (
             f"{one_line(pair['named'])} is named on {show_rate(pair['share'])} of the images that show "
             f"{one_line(pair['shown'])} without it, and on {100 * pair['elsewhere']:.1f} % of those that show neither"
@@ -184,17 +188,22 @@ def _few_words(rows: Sequence[Mapping[str, Any]]) -> str:
     return " Findings in grey have fewer than 30 images on one side: too few for a gate."
 
 
-def finding_rows(found: Mapping[str, Any], *, sign: str = " %") -> Rows:
+def finding_rows(
+    found: Mapping[str, Any],
+    *,
+    sign: str = " %",
+    metrics: Sequence[str] = ("auc", "sensitivity", "specificity", "ppv", "npv"),
+) -> Rows:
     """One row per finding, lowest sensitivity first, and one for all of them together."""
     rows = []
     for row in _worst_first(found["rows"]) + ([found["any"]] if found["any"] else []):
         cells = [text(one_line(row["class"]), "" if row["enough"] else "muted"), count(row["num_positive"])]
         cells += [count(row["num_known"])]
-        cells += [rate(row[name]["model"], sign=sign) for name in ("auc", "sensitivity", "specificity", "ppv", "npv")]
+        cells += [rate(row[name]["model"], sign=sign) for name in metrics]
         rows.append(cells)
-    header = ["finding", "shown", "known", "AUC", "sensitivity", "specificity", "PPV", "NPV"]
+    header = ["finding", "shown", "known", *(METRICS[name].short for name in metrics)]
     return Rows(
-        "Findings, lowest sensitivity first", header, rows, dict.fromkeys(range(3, 8), (0.0, 1.0)),
+        "Findings, lowest sensitivity first", header, rows, dict.fromkeys(range(3, len(header)), (0.0, 1.0)),
         limit=MAX_SCREEN_ROWS, hidden="more findings with a higher sensitivity, in the report",
     )  # fmt: skip
 
@@ -328,7 +337,7 @@ def _gap_rows(outcomes: Sequence[Mapping[str, Any]], key: str, title: str, of: s
 
 def on_screen(report: Mapping[str, Any]) -> Iterator[Block]:
     """What a terminal shows of the findings and their groups, below the overall numbers."""
-    yield finding_rows(report["findings"], sign="")
+    yield finding_rows(report["findings"], sign="", metrics=("auc", "sensitivity", "specificity", "ppv"))
     for attribute, table in report["groups"].items():
         compared = [outcome for outcome in table["outcomes"] if outcome["sensitivity_gap"]]
         if compared:
