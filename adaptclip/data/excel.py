@@ -24,6 +24,7 @@ MAX_UNPACKED = 2 * 2**30
 _BLOCK = 2**20
 _OVERLAP = 2**12
 _HIDDEN_ROW = re.compile(rb'<(?:\w+:)?row\b[^>]*\bhidden="(?:1|true)"')
+_ROW = re.compile(rb'<(?:\w+:)?row\b[^>]*\br="(\d+)"')
 _HIDDEN_COLUMN = re.compile(rb'<(?:\w+:)?col\b[^>]*\bhidden="(?:1|true)"')
 _MERGED = re.compile(rb'<(?:\w+:)?mergeCell\b[^>]*\bref="([A-Z]+)(\d+):([A-Z]+)(\d+)"')
 _NO_RESULT = re.compile(
@@ -72,7 +73,7 @@ def open_sheet(path: Path, name: str | None = None) -> Iterator[Sheet]:
             return
         sheet = book[names[0]]
         hidden = _hidden(path, sheet)
-        rows = _filled_down(path, _rows(path, sheet), hidden)
+        rows = _filled_down(path, _rows(path, sheet, hidden.last), hidden)
         number, head = next(rows, (0, []))
         before = (f"the rows above row {number} of {shown(path.name)} are not used: the header is there",)
         notes = (*hidden.notes(path.name, sheet.title), *(before if number > hidden.first(sheet) else ()))
@@ -136,6 +137,7 @@ class _Hidden:
     rows: int
     columns: int
     merged: tuple[tuple[int, int, int, int], ...]
+    last: int | None = None  # row with a value; there may be a million empty ones behind it
 
     def notes(self, file: str, title: str) -> Iterator[str]:
         where = f"of the sheet {shown(title)!r} of {shown(file)}"
@@ -165,7 +167,7 @@ def _hidden(path: Path, sheet: Any) -> _Hidden:
         if place not in packed.namelist():
             return _Hidden(0, 0, ())
         with packed.open(place) as file:
-            start, kept = 0, b""
+            start, kept, last, open_row = 0, b"", 0, 0
             while block := file.read(_BLOCK):
                 text = kept + block
                 if empty := _NO_RESULT.search(text):
@@ -179,9 +181,14 @@ def _hidden(path: Path, sheet: Any) -> _Hidden:
                 for found in _MERGED.finditer(text):
                     left, top, right, bottom = (part.decode() for part in found.groups())
                     merged[(_column(left), int(top), _column(right), int(bottom))] = None
+                value = max(map(text.rfind, (b"<v>", b"<is>", b":v>", b":is>")))
+                begun = [(found.start(), int(found[1])) for found in _ROW.finditer(text)]
+                if value >= 0:  # of the last row that begins before it, here or in a block before
+                    last = next((number for at, number in reversed(begun) if at < value), open_row)
+                open_row = begun[-1][1] if begun else open_row
                 kept = text[-_OVERLAP:]
                 start += len(text) - len(kept)
-    return _Hidden(len(rows), len(columns), tuple(merged))
+    return _Hidden(len(rows), len(columns), tuple(merged), last or None)
 
 
 def _column(letters: str) -> int:
@@ -191,11 +198,11 @@ def _column(letters: str) -> int:
     return number
 
 
-def _rows(path: Path, sheet: Any) -> Iterator[tuple[int, list[str | None]]]:
+def _rows(path: Path, sheet: Any, last: int | None) -> Iterator[tuple[int, list[str | None]]]:
     """Yields the rows from the header on that are not empty; the header is the first row with two cells or more."""
     sheet.reset_dimensions()  # what a file says of its size may be a million empty rows
     begun = False
-    for number, row in enumerate(sheet.iter_rows(), 1):
+    for number, row in enumerate(sheet.iter_rows(max_row=last), 1):
         cells = [_text(path, cell) for cell in row]
         while cells and cells[-1] is None:
             cells.pop()
