@@ -78,6 +78,8 @@ def new(
     shared: tuple[str, ...] = (),
     join: tuple[str, ...] = (),
     sheet: str | None = None,
+    uncertain: Literal["negative", "positive", "ignore"] | None = None,
+    blank: Literal["negative", "ignore"] | None = None,
     classes: Literal["auto", "folders", "nested"] = "auto",
     level: tuple[str, ...] = (),
 ) -> int:
@@ -94,6 +96,8 @@ def new(
         shared: columns whose values may be in several parts although they look like patients.
         join: second tables: FILE, FILE:COLUMN or FILE:COLUMN=ITS_COLUMN for the key.
         sheet: of an Excel file that has several.
+        uncertain: what -1 stands for where each class has a column of 0 and 1; "ignore" is neither learnt nor judged.
+        blank: what an empty cell stands for there.
         classes: "folders" takes the folders for classes even where they look like splits or hold only folders, "nested"
             the innermost folders, with those above as levels of a taxonomy.
         level: names of the folders above the innermost, coarse to fine.
@@ -101,7 +105,9 @@ def new(
     from adaptclip.data.asking import Given
     from adaptclip.data.scaffold import new_card
 
-    given = Given(image_column, label_column, cluster_column, group, level, shared, join, sheet, classes)
+    given = Given(
+        image_column, label_column, cluster_column, group, level, shared, join, sheet, uncertain, blank, classes
+    )
     ask = _ask if is_terminal(sys.stdin) and is_terminal(sys.stdout) else None
     path = new_card(folder, out, given=given, ask=ask, say=lambda sentence: say(f"  {sentence}"))
     say(f"wrote {path}. Fill in what it asks for, then: adaptclip card check {path}")

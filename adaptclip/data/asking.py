@@ -24,6 +24,8 @@ class Given:
         shared: columns whose values may be in several parts.
         join: second tables, as FILE, FILE:COLUMN or FILE:COLUMN=ITS_COLUMN.
         sheet: of an Excel file that has several.
+        uncertain: what -1 stands for in a column of 0 and 1 for each class: "negative", "positive" or "ignore".
+        blank: what an empty cell stands for there: "negative" or "ignore".
         classes: how folders are taken: "auto", "folders" (those at the top), "nested" (the innermost).
     """
 
@@ -35,6 +37,8 @@ class Given:
     shared: tuple[str, ...] = ()
     join: tuple[str, ...] = ()
     sheet: str | None = None
+    uncertain: str | None = None
+    blank: str | None = None
     classes: str = "auto"
 
     def with_answer(self, flag: str, value: str) -> Given:

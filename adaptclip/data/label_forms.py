@@ -30,12 +30,19 @@ class Labels:
         lines: of YAML for the card's `class_names`; [] where the labels are the names.
         notes: sentences about how they are read.
         named: name of each class -> images, as far as it is known how the card will call it.
+        shown: name of each class -> images that show it, where an image may show several; else None.
     """
 
     values: list[str]
     lines: list[str]
     notes: list[str]
     named: dict[str, int]
+    shown: Counter[str] | None = None
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Class, as the table calls it -> images."""
+        return Counter(self.values) if self.shown is None else self.shown
 
 
 def understood_labels(

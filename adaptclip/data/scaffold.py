@@ -22,6 +22,7 @@ from adaptclip.data.image_files import list_images
 from adaptclip.data.label_forms import Labels, understood_labels
 from adaptclip.data.layouts import MADE_UP_FRACTIONS, nested_levels, read_layout, require_text
 from adaptclip.data.readers import RawRows
+from adaptclip.data.several_forms import flag_columns, of_cells, of_flags, several_labels
 from adaptclip.data.sources import read_rows
 from adaptclip.data.table_files import (
     Key,
@@ -147,7 +148,7 @@ def new_card(
             given = answered(given, worded, ask)
     text = _card_text(folder.stem if is_table else folder.resolve().name, found)
     parse_card(text, name=out.stem, path=out)  # a card that adaptclip itself refuses must never be written
-    for sentence in (understood(Counter(found.labels.values)), *found.notes):
+    for sentence in (understood(found.labels.counts), *found.notes):
         say(sentence)
     write_text(out, text)
     return out
@@ -217,7 +218,9 @@ def of_folder(folder: Path, base: Path, given: Given, describing: Sequence[Key])
     notes = [*rows.passed_over, *rows.notes, _division_words(of_rows), *_opened(rows)]
     columns, proposed = [], None
     if joins:
-        proposed = propose_columns({"image": "image", "label": "label"}, labels, rows.unused, None, given)
+        proposed = propose_columns(
+            {"image": "image", "label": "label"}, "label: label", labels, rows.unused, None, given
+        )
         columns = [*proposed.columns[:2], *level_lines(rows.unused, labels, proposed.columns[2:])]
         notes = [*(key.words() for key in joins), *proposed.notes, *notes]
     if levels:
@@ -315,20 +318,30 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
     beside, unused = other_sheets(first, sheet, own)
     joins = [*(join_of(text, own) for text in given.join), *_found_joins(folder, tables, others, own), *beside]
     added = [name for key in joins for name in open_table(key.path, key.sheet).columns]
-    roles = column_roles(first, replace(given, sheet=sheet), added, encoded)
+    tables_of_flags = [own, *(own_columns(key.path, key.sheet) for key in joins)]
+    flagged = next(((columns, flags) for columns in tables_of_flags if (flags := flag_columns(columns, given))), None)
+    roles = column_roles(first, replace(given, sheet=sheet), added, encoded, flagged is not None)
     files = {part: _pattern(paths, base) for part, paths in named.items()} or _pattern(listing, base)
     source: dict[str, Any] = {"kind": "manifest" if encoded is None else "parquet", "files": files}
     source |= {"sheet": sheet} if sheet else {}
     source |= {"join": _in_card(joins, base)} if joins else {}
-    columns = {"image": roles["image"], "label": roles["label"]}
-    rows = read_rows(_provisional({"source": source, "columns": columns}), base)
-    labels = understood_labels(roles["label"], rows.values[roles["label"]], rows.class_names, rows.store.where)
-    keys = {name: cells for name, cells in rows.values.items() if name != roles["label"]}
-    cells = {**keys, **rows.unused}
+    label = roles.get("label")
+    form = of_flags(*flagged, given) if label is None and flagged else None
+    columns: dict[str, Any] = {"image": roles["image"]}
+    columns |= {"labels": list(form.columns)} if form else {"label": label}
+    rows = read_rows(_provisional({"source": source, "columns": columns} | (form.block() if form else {})), base)
+    form = form or of_cells(str(label), rows.values[str(label)])
+    if form is not None:
+        labels = several_labels(form, rows.values, label, rows.class_names, rows.store.where)
+    else:
+        labels = understood_labels(str(label), rows.values[str(label)], rows.class_names, rows.store.where)
+    of_classes = [label] if label is not None else [*form.columns] if form else []
+    cells = {name: found for name, found in {**rows.values, **rows.unused}.items() if name not in of_classes}
     roles, notes, splits = _division(roles, cells)
     of_rows = rows.splits if named else _part_names(splits, cells)
-    proposed = propose_columns(roles, labels.values, cells, of_rows, given)
-    taxonomy = any(key.own == roles["label"] for key in joins)
+    line = f"labels: {_quoted(of_classes)}" if label is None else f"label: {_quoted(label)}"
+    proposed = propose_columns(roles, line, labels.values, cells, of_rows, given, levels=form is None)
+    taxonomy = form is None and any(key.own == label for key in joins)
     lines = proposed.columns
     if taxonomy:
         at = next((i for i, line in enumerate(lines) if line.startswith("#") or line.startswith("groups:")), len(lines))
@@ -342,7 +355,7 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
         notes=[
             *rows.passed_over,
             *rows.notes,
-            *merged_labels(rows.values[roles["label"]], rows.store.where),
+            *(merged_labels(rows.values[label], rows.store.where) if label is not None and form is None else ()),
             *labels.notes,
             *([] if named else notes),
             *(key.words() for key in joins),
@@ -423,7 +436,7 @@ def _table_splits(splits: Mapping[str, Any], of_rows: Sequence[str] | None) -> l
 
 
 def _card_text(name: str, found: _Findings) -> str:
-    counts = Counter(found.labels.values)
+    counts = found.labels.counts
     smallest = min(counts, key=lambda label: counts[label])
     classes = sorted(counts)
     indent = "\n    ".join
@@ -434,7 +447,9 @@ def _card_text(name: str, found: _Findings) -> str:
     named = found.labels.named
     allow = f"  allow: {_quoted(found.allow)}\n" if found.allow else ""
     bins = "".join(f"  {line}\n" for line in found.bins)
-    outcome = "".join(f"  {line}\n" for line in drafted_outcome(named))
+    several = found.labels.shown is not None
+    outcome = "" if several else "".join(f"  {line}\n" for line in drafted_outcome(named))
+    gates = drafted_gates(named, found.units, several=several)
     return f"""---
 # Written by `adaptclip card new`. Every key is explained in data_cards/README.md of adaptclip.
 license: unknown                  # fill in: an identifier of the Hugging Face hub, such as cc-by-4.0 or other
@@ -457,7 +472,7 @@ adaptclip:
     horizontal_flip: true         # false for text, digits, and what has a left and a right
 {outcome}  # Conditions for release; set them before you look at results.
   gates:
-    {indent(drafted_gates(named, found.units))}
+    {indent(gates)}
   known_issues: []
 ---
 # {name}

@@ -14,7 +14,6 @@ from typing import Any
 from adaptclip.data.asking import Given, Question, Unclear
 from adaptclip.data.card_block import normalise_text
 from adaptclip.data.columns import (
-    ONE_LABEL,
     as_number,
     as_text,
     is_function_of_class,
@@ -57,7 +56,9 @@ class Proposal:
     allow: list[str] = field(default_factory=list)
 
 
-def column_roles(path: Path, given: Given, joined: Sequence[str] = (), encoded: str | None = None) -> dict[str, str]:
+def column_roles(
+    path: Path, given: Given, joined: Sequence[str] = (), encoded: str | None = None, has_flags: bool = False
+) -> dict[str, str]:
     """Returns role -> column: "image" and "label", and "split" and "id" where there are such.
 
     Args:
@@ -65,11 +66,11 @@ def column_roles(path: Path, given: Given, joined: Sequence[str] = (), encoded: 
         given: what the flags say.
         joined: columns of tables that are joined.
         encoded: column of encoded images.
+        has_flags: whether there is a column of 0 and 1 for each class, which may stand for the one of the classes.
 
     Raises:
         Unclear: no column looks like the images or the classes.
-        CardError: a flag names a column that there is not, there are no rows, two names read the same, or each class
-            has a column of its own.
+        CardError: a flag names a column that there is not, there are no rows, or two names read the same.
         DataError: the table cannot be read.
     """
     table = open_table(path, given.sheet)
@@ -94,9 +95,8 @@ def column_roles(path: Path, given: Given, joined: Sequence[str] = (), encoded: 
     image = roles.get("image") or _image_column(path, table.columns, rows)
     if image is None:
         questions.append(_lacks(path, table.columns, "image", "image paths", _likely_image(table.columns, rows)))
-    if "label" not in roles:
+    if "label" not in roles and not has_flags:
         others = [name for name in table.columns if name != image]
-        _refuse_columns_of_classes(path, others, rows)
         questions.append(_lacks(path, table.columns, "label", "classes", _likely_label(others, rows)))
     if questions:
         raise Unclear(questions)
@@ -174,27 +174,6 @@ def _image_column(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str
     return None
 
 
-def _refuse_columns_of_classes(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises CardError where each class has a column of its own, as in tables of findings."""
-    cells = {name: [row[name] for row in rows if not is_missing(row.get(name))] for name in columns}
-    numbers = {name: {as_number(cell) for cell in found} for name, found in cells.items()}
-    flags = [name for name in columns if numbers[name] and numbers[name] <= {0.0, 1.0, -1.0}]
-    if len(flags) < 2:
-        return
-    marked = [sum(not is_missing(row.get(name)) and as_number(row[name]) == 1 for name in flags) for row in rows]
-    listed = ", ".join(map(shown, flags[:4])) + (", ..." if len(flags) > 4 else "")
-    if set(marked) == {1}:
-        raise CardError(
-            f"{shown(path)} has a column for each class ({listed}), and one of them is 1 in each row. A card needs one "
-            "column with the class's name; in pandas: table['label'] = table[[those columns]].idxmax(axis=1)"
-        )
-    uncertain = ", with -1 for what is uncertain" if any(-1.0 in numbers[name] for name in flags) else ""
-    raise CardError(
-        f"{shown(path)} has a column for each finding ({listed}), and its rows have {min(marked)} to {max(marked)} of "
-        f"them{uncertain}: an image has several labels. {ONE_LABEL}"
-    )
-
-
 def lists_images(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a table has a column of images, by its name or by its cells."""
     return any(role_of(name) == "image" for name in columns) or _image_column(path, columns, rows) is not None
@@ -202,25 +181,30 @@ def lists_images(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str,
 
 def propose_columns(
     roles: Mapping[str, str],
+    label_line: str,
     labels: Sequence[Any],
     others: Mapping[str, Sequence[Any]],
     parts: Sequence[str] | None = None,
     given: Given = Given(),  # noqa: B008 - frozen
+    *,
+    levels: bool = True,
 ) -> Proposal:
     """Returns the lines of a card about the columns of a table.
 
     Args:
         roles: of `column_roles`.
+        label_line: the line about the column or columns of the classes.
         labels: N class names.
         others: column -> N cells, of all but images and labels.
         parts: N names of the parts that the table itself makes, "" for rows of none; None where they are drawn.
         given: what the flags say.
+        levels: whether there may be levels of a taxonomy, which only classes have of which an image shows one.
 
     Raises:
         Unclear: a column may say who or what images are of, and nothing says whether it does.
         CardError: a column that is asked for is no group.
     """
-    lines = [f"image: {_quoted(roles['image'])}", f"label: {_quoted(roles['label'])}"]
+    lines = [f"image: {_quoted(roles['image'])}", label_line]
     ids = others.get(roles.get("id", ""), ())
     if ids and len(set(map(str, ids))) == len(ids) and not any(map(is_missing, ids)):
         lines.append(f"id: {_quoted(roles['id'])}")
@@ -239,7 +223,7 @@ def propose_columns(
     if unclear:
         raise Unclear([_unit_or_not(name, free[name], cluster) for name in unclear])
     found: dict[str, Mapping[str, int]] = {}
-    active, groups, levels, bins, active_bins = [], [], [], [], []
+    active, groups, chain, bins, active_bins = [], [], [], [], []
     classes = set(labels)
     for name, cells in free.items():
         counts = Counter("unknown" if is_missing(cell) else as_text(cell) for cell in cells)
@@ -260,17 +244,17 @@ def propose_columns(
             found[name] = dict(counts.most_common())
             info = ", ".join(f"{shown(value)}: {count}" for value, count in counts.most_common(FEW_VALUES))
             groups.append(f"#   {_quoted(name)}: {_quoted(name)}  # {info}")
-        whole = not any(map(is_missing, cells))
+        whole = levels and not any(map(is_missing, cells))
         if whole and 1 < len(counts) < len(classes) and is_function_of_class(cells, labels):
             line = f"#   {_quoted(name)}: {_quoted(name)}  # {len(counts)} names, each class has one"
-            levels.append((len(counts), line))
+            chain.append((len(counts), line))
     lines += ["groups:", *active] if active else []
     if groups:
         lines += ["# Uncomment what shall be reported group by group:", *([] if active else ["# groups:"])]
         lines += groups
-    if levels:
+    if chain:
         lines += ["# Uncomment what is a level of a taxonomy, coarse to fine:", "# levels:"]
-        lines += [line for _, line in sorted(levels, key=lambda one: one[0])]
+        lines += [line for _, line in sorted(chain, key=lambda one: one[0])]
     head = ["# Numbers become groups by rising lower edges; uncomment together with the group above:"]
     below = ["groups:", *active_bins] if active_bins else []
     below += [*head, *([] if active_bins else ["# groups:"]), *bins] if bins else []

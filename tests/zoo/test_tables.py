@@ -230,13 +230,6 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
         lines("image,label", "both,{c}"),
         "several images fit: both.jpg, both.png",
     ),
-    "several labels in a cell": (
-        "t.csv",
-        lines("image,labels", "{i}.png,{c}")
-        .replace("3.png,intact", "3.png,crack;intact")
-        .replace("4.png,crack", "4.png,"),
-        "the label 'crack;intact' is 2 labels in one cell. The empty cells seem to mean none of them",
-    ),
     "a number in two spellings": (
         "t.csv",
         lines("image,label", "{i}.png,{n}").replace("6.png,1", "6.png,01"),
@@ -258,16 +251,6 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
         "is not UTF-8 text .byte 0xdf.*Windows-1252.*CSV UTF-8",
     ),
     "a list of labels in a cell": ("t.csv", lines("image,labels", "{i}.png,\"['{c}']\""), "is a list in one cell"),
-    "a column for each class": (
-        "t.csv",
-        "image,MEL,NV\n" + "".join(f"{i}.png,{i % 2}.0,{1 - i % 2}.0\n" for i in range(8)),
-        r"a column for each class \(MEL, NV\), and one of them is 1 in each row. A card needs one column.*idxmax",
-    ),
-    "a column for each finding, uncertain ones among them": (
-        "t.csv",
-        "Path,Cardiomegaly,Edema,No Finding\n0.png,1.0,,\n1.png,-1.0,1.0,\n2.png,,-1.0,1.0\n3.png,0.0,,\n",
-        r"a column for each finding \(Cardiomegaly, Edema, No Finding\), .* 0 to 1 of them, with -1 for what is unc",
-    ),
     "a header alone": ("t.csv", "image,label\n", "lists no image: its columns are image, label, and there are no rows"),
     "no classes": (
         "t.csv",
