@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in which an image may show several classes, as ISIC, ODIR and CheXpert have them, and what a card says of each."""
+"""Tables in which an image may show several classes, as ISIC, ODIR and CheXpert have them, and what is made of each."""
 
 from __future__ import annotations
 
