@@ -26,6 +26,7 @@ from adaptclip.words import identity_rank, is_person, is_place
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ADAPTCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def lines(header: str, row: str, number: int = 8) -> str:
@@ -216,7 +217,7 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
     "web addresses": (
         "t.csv",
         lines("image,label", "https://example.org/{i}.png,{c}"),
-        "holds a web address, 'https://example.org/0.png'",
+        "https://example.org/0.png is not on this machine, and HF_HUB_OFFLINE=1 forbids to fetch it",
     ),
     "a path of another machine": ("t.csv", lines("image,label", "/home/me/{i}.png,{c}"), "'/home/me/0.png' leaves"),
     "a NUL character": ("t.jsonl", jsonl("'image': '0\\u0000.png', 'label': 'a'"), "holds a NUL character"),
