@@ -138,6 +138,7 @@ def _opened(content: bytes, kind: str) -> Image.Image:
     """Reads the header of what Pillow decodes."""
     if kind == "HEIC":
         _add_heif()
+        _check_heif(content)
     if kind != "TIFF":
         return Image.open(io.BytesIO(content), formats=_formats())
     try:  # not by Image.open, which refuses a pyramid for the size of its largest level
@@ -174,6 +175,15 @@ _COUNT: dict[str, Callable[[bytes, str], int]] = {
 
 class _OtherLayout(ImageProblem):
     """Pillow does not read it; tifffile may."""
+
+
+def _check_heif(content: bytes) -> None:
+    """Raises DamagedImage where the names of a file's items are no text, on which pi_heif ends the whole program."""
+    for found in re.finditer(rb"(....)infe([\x02\x03])", content, re.DOTALL):
+        end = found.start() + int.from_bytes(found[1], "big")
+        names = content[found.end() + (7 if found[2] == b"\x02" else 9) : end]
+        if len(names) < 5 or not re.fullmatch(rb"[ -~]{4}[\0 -~]*", names):
+            raise DamagedImage("the HEIC photograph is damaged or truncated: an item has no name")
 
 
 @cache

@@ -239,6 +239,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "saved web page": (b"<!doctype html><title>404</title>", "text such as HTML or SVG"),
     "DICOM of nothing": (bytes(128) + b"DICM" + bytes(40), "a DICOM file|the DICOM file"),
     "HEIC of nothing": (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photograph|damaged or truncated"),
+    "HEIC with names that are no text": (heic.TURNED.replace(b"Exif", b"E\xaaif", 1), "an item has no name"),
     "cut-off HEIC": (heic.PLAIN[:600], "damaged or truncated|a HEIC photograph"),
     "JPEG XL": (b"\xff\x0a" + bytes(40), "a JPEG XL image"),
     "cut-off GIF": (saved(PALETTE, "GIF")[:900], "damaged or truncated"),
