@@ -91,7 +91,8 @@ def test_facts_of_the_metrics():
     hubs = {n: m.hub for n, m in METRICS.items() if m.hub}
     assert hubs == {
         "accuracy": "accuracy", "mean_per_class_accuracy": "accuracy", "top5_accuracy": "accuracy", "ece": "ece",
-        "brier": "brier", "macro_f1": "f1",
+        "brier": "brier", "macro_f1": "f1", "labels_macro_auc": "roc_auc", "labels_macro_f1": "f1",
+        "subset_accuracy": "accuracy",
     }  # fmt: skip
     assert {n for n, m in METRICS.items() if m.meaning} == {
         "ppv", "npv", "net_benefit", "average_precision", "outcome_brier", "outcome_ece",
