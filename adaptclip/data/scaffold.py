@@ -336,7 +336,8 @@ def of_tables(folder: Path, tables: list[Path], base: Path, given: Given) -> _Fi
     else:
         labels = understood_labels(str(label), rows.values[str(label)], rows.class_names, rows.store.where)
     of_classes = [label] if label is not None else [*form.columns] if form else []
-    cells = {name: found for name, found in {**rows.values, **rows.unused}.items() if name not in of_classes}
+    aside = {*of_classes, *(form.none if form else ())}
+    cells = {name: found for name, found in {**rows.values, **rows.unused}.items() if name not in aside}
     roles, notes, splits = _division(roles, cells)
     of_rows = rows.splits if named else _part_names(splits, cells)
     line = f"labels: {_quoted(of_classes)}" if label is None else f"label: {_quoted(label)}"

@@ -35,11 +35,13 @@ class SeveralForm:
         columns: those of 0 and 1; () where one column names the classes.
         rule: the card's `several_labels`; None where each image shows exactly one.
         notes: sentences about it.
+        none: columns of 0 and 1 that say that an image shows none of the others.
     """
 
     columns: tuple[str, ...]
     rule: dict[str, Any] | None
     notes: list[str] = field(default_factory=list)
+    none: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -70,9 +72,10 @@ def of_flags(columns: Mapping[str, Sequence[Any]], flags: Sequence[str], given: 
         Unclear: some cells are -1 or empty, and nobody said what that stands for.
     """
     marks = np.asarray([[_mark(cell) for cell in columns[name]] for name in flags]).T
-    listed = ", ".join(map(shown, flags[:4])) + (", ..." if len(flags) > 4 else "")
     if bool(((marks == 1).sum(axis=1) == 1).all()) and set(np.unique(marks)) <= {0.0, 1.0}:
-        return SeveralForm(tuple(flags), None, [f"the columns {listed} are the classes, one of them for each image"])
+        return SeveralForm(
+            tuple(flags), None, [f"the columns {_listed(flags)} are the classes, one of them for each image"]
+        )
     kept, notes = list(flags), []
     for at, name in enumerate(flags):
         others = np.delete(marks, at, axis=1) == 1
@@ -80,6 +83,7 @@ def of_flags(columns: Mapping[str, Sequence[Any]], flags: Sequence[str], given: 
             kept.remove(name)
             notes.append(f"the column {name!r} says that an image shows none of the others, and is no class")
     marks = np.asarray([[_mark(cell) for cell in columns[name]] for name in kept]).T
+    listed = _listed(kept)
     rule: dict[str, Any] = {}
     asked = []
     for key, there, words, choices, guess in (
@@ -97,7 +101,11 @@ def of_flags(columns: Mapping[str, Sequence[Any]], flags: Sequence[str], given: 
     if asked:
         raise Unclear(asked)
     info = f"the columns {listed} say which classes an image shows, several or none"
-    return SeveralForm(tuple(kept), rule, [info, *notes])
+    return SeveralForm(tuple(kept), rule, [info, *notes], tuple(name for name in flags if name not in kept))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def _mark(cell: Any) -> float:
