@@ -21,6 +21,7 @@ def check_declared(
     groups: Collection[str] | None = None,
     levels: Collection[str] | Mapping[str, Sequence[str]] | None = None,
     class_names: Collection[str] | None = None,
+    several: bool = False,
 ) -> None:
     """Checks declared names against those that are known so far; None is not known yet, and not checked.
 
@@ -32,12 +33,17 @@ def check_declared(
         groups: names of the group attributes.
         levels: names of the taxonomy levels, or level -> its value for each class.
         class_names: names of the classes.
+        several: whether an image may show several classes, or none, so that metrics of one class per image say nothing.
 
     Raises:
-        ValueError: something is named that is not there; the message holds the place in the card and the nearest name.
+        ValueError: something is named that is not there, or a metric says nothing here; the message holds the place in the
+            card and the nearest name.
     """
     asked = [(f"outcomes.{i}", outcome) for i, outcome in enumerate(outcomes)]
     asked += [(f"gates.{i}", rule.outcome) for i, rule in enumerate(gates) if rule.outcome is not None]
+    for i, rule in enumerate(gates if several else ()):
+        if rule.positive is None and not rule.measure.of_labels:
+            raise ValueError(f"gates.{i}: {rule.measure.of_one_class}")
     if groups is not None:
         crossed = [(f"intersections.{i}", name) for i, names in enumerate(intersections) for name in names]
         for i, rule in enumerate(gates):

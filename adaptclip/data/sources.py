@@ -268,8 +268,9 @@ def open_data(
 def _check_card(card: Card, images: ImageDataset) -> None:
     """Refuses a card whose outcomes, intersections, gates or hard pairs name what the data do not have."""
     known = {"groups": images.groups.keys(), "levels": images.levels, "class_names": images.class_names}
+    several = images.several
     try:
-        check_declared(card.gates, card.outcomes, card.intersections, expect=card.expect, **known)
+        check_declared(card.gates, card.outcomes, card.intersections, expect=card.expect, several=several, **known)
     except ValueError as error:
         raise CardError(f"card {card.name}: {error}") from error
     for name in (name for pair in card.hard_pairs for name in pair):

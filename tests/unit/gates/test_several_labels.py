@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import adaptclip as ac
+from adaptclip.data.declared import check_declared
 from adaptclip.errors import DataError, GateError
 from adaptclip.gate_rules import Expected, GateRule
 from adaptclip.gates import check_gates, check_rules
@@ -91,6 +92,8 @@ def test_metrics_of_images_with_one_class_are_refused_before_anything_is_judged(
     limit = {"at_most": 0.5} if metric.lower_is_better else {"at_least": 0.5}
     with pytest.raises(GateError, match="images may have several classes here, or none"):
         check_rules([GateRule.model_validate({"metric": name, **limit})], world(60))
+    with pytest.raises(ValueError, match=r"gates\.0: images may have several classes here"):
+        check_declared([GateRule.model_validate({"metric": name, **limit})], (), (), several=True)
     nearest = metric.instead.partition(",")[0]
     assert nearest in METRICS
     assert METRICS[nearest].of_labels or METRICS[nearest].of_outcome
