@@ -89,6 +89,14 @@ def file_stamp(path: Path) -> str:
         return digest([str(path), "missing"])[:32]
 
 
+def file_stamps(paths: Sequence[Path]) -> list[str]:
+    """Returns the stamp of each file; those at addresses are asked for side by side."""
+    if all(isinstance(path, Path) for path in paths):
+        return [file_stamp(path) for path in paths]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return list(pool.map(file_stamp, paths))
+
+
 def content_digest(data: bytes) -> str:
     """Returns the SHA-256 of encoded bytes as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

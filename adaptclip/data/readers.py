@@ -31,7 +31,7 @@ from adaptclip.data.card_block import (
     normalise_text,
 )
 from adaptclip.data.dataset import ArrowStore, FileStore, ImageStore, MemoryStore
-from adaptclip.data.fingerprints import cache_root, content_digest, file_stamp
+from adaptclip.data.fingerprints import cache_root, content_digest, file_stamp, file_stamps
 from adaptclip.data.image_files import list_images, passed_over_in_words
 from adaptclip.data.image_places import ImagePlaces
 from adaptclip.data.joins import join_tables, joined_columns
@@ -213,7 +213,7 @@ def read_manifest(card: Card, data_root: Path | None) -> RawRows:
     values: dict[str, Any] = {name: columns.get(name, []) for name in wanted}
     return RawRows(
         store=FileStore(tuple(paths)),
-        stamps=[file_stamp(path) for path in paths],
+        stamps=file_stamps(paths),
         values=values,
         columns=card.columns,
         origin=str(base_folder(card, data_root).resolve()),
@@ -266,7 +266,7 @@ def read_image_folder(card: Card, data_root: Path | None) -> RawRows:
         )
     return RawRows(
         store=FileStore(tuple(paths)),
-        stamps=[file_stamp(path) for path in paths],
+        stamps=file_stamps(paths),
         values={"label": labels, **above},
         columns=card.columns.model_copy(update={"levels": {**{name: name for name in above}, **card.columns.levels}}),
         origin=str(folder.resolve()),

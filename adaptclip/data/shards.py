@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adaptclip.data.archives import Archive, open_archive
 from adaptclip.data.dataset import FileStore
 from adaptclip.data.file_rules import WebDatasetSource
-from adaptclip.data.fingerprints import file_stamp
+from adaptclip.data.fingerprints import file_stamps
 from adaptclip.data.image_files import IMAGE_SUFFIXES
 from adaptclip.data.readers import RawRows, base_folder, check_columns, find_files, wanted_columns
 from adaptclip.data.remote import is_address, local_copy, plain_address
@@ -63,7 +63,7 @@ def read_webdataset(card: Card, data_root: Path | None) -> RawRows:
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     return RawRows(
         store=FileStore(tuple(paths)),
-        stamps=[file_stamp(path) for path in paths],
+        stamps=file_stamps(paths),
         values={name: columns.get(name, []) for name in wanted},
         columns=card.columns,
         origin=str(base_folder(card, data_root).resolve()),
