@@ -279,7 +279,8 @@ def _cluster_line(
 def _group_info(name: str, counts: Mapping[str, int], edges: Sequence[float]) -> str:
     if edges:
         few = ", as there are too few patients or images for more" if len(edges) == 1 else ""
-        return f"numbers, in {len(edges)} {agree(len(edges), 'bin', 'bins')} that stand under `groups:` below{few}"
+        stand = agree(len(edges), "bin that stands", "bins that stand")
+        return f"numbers, in {len(edges)} {stand} under `groups:` below{few}"
     if len(counts) > _MOST_VALUES:
         example = shown(next(iter(counts)))
         raise CardError(
