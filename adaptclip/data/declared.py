@@ -36,8 +36,8 @@ def check_declared(
         several: whether an image may show several classes, or none, so that metrics of one class per image say nothing.
 
     Raises:
-        ValueError: something is named that is not there, or a metric says nothing; the message holds the place in the card
-            and the nearest name.
+        ValueError: something is named that is not there, or a metric says nothing; the message holds the place in the
+            card and the nearest name.
     """
     asked = [(f"outcomes.{i}", outcome) for i, outcome in enumerate(outcomes)]
     asked += [(f"gates.{i}", rule.outcome) for i, rule in enumerate(gates) if rule.outcome is not None]
