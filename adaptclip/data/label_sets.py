@@ -121,7 +121,7 @@ def one_class_each(marks: np.ndarray, names: Sequence[str], where: Callable[[int
     if len(wrong):
         several, none = int((counts > 1).sum()), int((counts == 0).sum())
         first = int(wrong[0])
-        shown = ", ".join(names[c] for c in np.flatnonzero(marks[first])) or "none"
+        shown = ", ".join(names[c] for c in np.flatnonzero(marks[first]).tolist()) or "none"
         raise DataError(
             f"{several} {agree(several, 'row shows', 'rows show')} several classes and {none} "
             f"{agree(none, 'shows', 'show')} none, first {where(first)} ({shown}). If an image may show several, or "

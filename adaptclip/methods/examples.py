@@ -93,7 +93,7 @@ def as_marks(y: Any, class_names: Sequence[str], count: int, *, what: str = "y")
     Raises:
         DataError: an unknown name (with the nearest), another shape, or other numbers.
     """
-    values = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
+    values: Any = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
     rows = list(values.to_numpy()) if hasattr(values, "to_numpy") else values if _is_matrix(values) else list(values)
     if not _is_matrix(rows) and not any(isinstance(row, list | tuple | set | frozenset | np.ndarray) for row in rows):
         return None

@@ -274,7 +274,7 @@ def fit_each_class(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # told by `converged`
             model.fit(features[rows], shown, sample_weight=None if weights is None else weights[rows])
-        weight[k], bias[k] = model.coef_[0], model.intercept_[0]
+        weight[k], bias[k] = model.coef_[0], np.asarray(model.intercept_)[0]
         iterations = max(iterations, int(model.n_iter_.max()))
     return LogisticFit(weight, bias, iterations, iterations < MAX_ITERATIONS)
 

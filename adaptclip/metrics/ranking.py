@@ -45,6 +45,10 @@ def macro_auc(probs: np.ndarray, labels: np.ndarray) -> Area | None:
         None where no class can be told from others.
     """
     counts = np.bincount(labels, minlength=probs.shape[1])
+    if probs.shape[1] == 2:
+        # Of two classes each column is one less the other, and near 1 it has lost the digits that the other still has.
+        odds = np.subtract(*np.log(np.maximum(probs.T.astype(np.float64), np.finfo(np.float64).tiny)))
+        probs = np.stack([odds, -odds], axis=1)
     return _mean_auc(probs, counts, lambda c: labels == c)
 
 

@@ -79,6 +79,7 @@ def test_a_method_learns_to_tell_each_class_by_itself(name, clip, tmp_path):
     model.save(tmp_path / "saved")
     loaded = ac.load(tmp_path / "saved", device="cpu")
     np.testing.assert_allclose(loaded.adapter.predict_proba(x_test), probs, atol=1e-6)
+    assert loaded.thresholds is not None
     np.testing.assert_allclose(loaded.thresholds.values, model.thresholds_.values)
     # The fixed head that exports carry gives the same logits.
     head = model.head()

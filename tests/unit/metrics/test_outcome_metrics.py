@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import precision_score
+from sklearn.metrics import precision_score, roc_auc_score
 
 from adaptclip.metrics import METRICS
 from adaptclip.metrics.estimates import MIN_CLUSTERS, measured, share
 from adaptclip.metrics.gaps import largest_difference
 from adaptclip.metrics.intervals import wilson
 from adaptclip.metrics.judged import Judged, Sampling
+from adaptclip.metrics.ranking import macro_auc
 
 
 def images(rng, n=400, prevalence=0.3, se=0.8, sp=0.9, threshold: float | None = 0.2, clusters=None, **fields):
@@ -160,3 +161,18 @@ def test_a_difference_needs_two_groups_with_intervals():
     alone = measured(share(np.ones(1, bool)), Sampling.of(1))
     assert largest_difference([[one]]).value is None
     assert largest_difference([[one, alone]]).interval(0.95) is None
+
+
+def test_an_area_of_two_classes_is_that_of_the_column_that_still_has_the_digits():
+    """float32 knows 1e-20 and not 1 - 1e-20: the order of such answers is in one of the two columns alone."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    logits = 18 * (labels - 0.5) + 14 * rng.normal(size=60)
+    sure = 1 / (1 + np.exp(-logits))
+    probs = np.stack([1 / (1 + np.exp(logits)), sure], axis=1).astype(np.float32)
+    expected = roc_auc_score(labels, logits)
+    assert len(np.unique(probs[:, 0])) < 60 > len(np.unique(probs[:, 1]))
+    for given, order in ((probs, labels), (probs[:, ::-1], 1 - labels)):
+        found = macro_auc(given, order)
+        assert found is not None
+        assert found.value == pytest.approx(expected, abs=1e-12)
