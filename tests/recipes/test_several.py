@@ -167,11 +167,7 @@ def test_the_bench_compares_methods_on_findings(plates, tmp_path):
     assert "AUC" in (cfg.out / "tables.md").read_text()
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ConfigError, match=r"ss_text: the images may show several classes.*--methods zero_shot"):
-        module.main(
-            module.Config(
-                **{**vars(cfg), "methods": ("zero_shot", "ss_text"), "settings": (), "out": tmp_path / "other"}
-            )
-        )
+        module.main(replace(cfg, methods=("zero_shot", "ss_text"), settings=(), out=tmp_path / "other"))
 
 
 def test_a_recipe_of_one_class_each_refuses_before_anything_is_written(plates, tmp_path):
