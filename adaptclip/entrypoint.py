@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import tyro
 
 from adaptclip.errors import AdaptclipError, ConfigError, Stopped, did_you_mean, nearest
-from adaptclip.settings import MUST_EXIST, check_numbers
+from adaptclip.settings import MUST_EXIST, check_number, check_numbers
 from adaptclip.terminal import guard_messages, say
 from adaptclip.training.interruption import Signals, hear_launcher
 
@@ -81,7 +81,8 @@ def parse_command(
         groups: name of a group of subcommands -> what it is about, as a sentence.
 
     Raises:
-        ConfigError: there is no such subcommand, flag, choice or path.
+        ConfigError: there is no such subcommand, flag, choice or path, or a number is out of range.
+        BackboneError: there is no such device here.
         SystemExit: with code 1 after a malformed value, 0 after `--help`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -99,7 +100,7 @@ def parse_command(
     else:
         arguments = ["--help"]
     flat = {
-        name: _listing(c, about.get(name, "")) if isinstance(c, Mapping) else _with_paths(c)
+        name: _listing(c, about.get(name, "")) if isinstance(c, Mapping) else _checked(c)
         for name, c in commands.items()
     }
     return _exit_with_1(
@@ -224,14 +225,22 @@ def check_choice(value: str, choices: Sequence[str], *, what: str) -> None:
     raise ConfigError(f"{what} has no choice {value!r}. {did_you_mean(meant if meant in choices else value, choices)}")
 
 
-def _with_paths(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, with a look at the paths that it reads before it is called."""
-    hints = typing.get_type_hints(command, include_extras=True)
+def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, behind a look at its numbers, its device and the paths that it reads."""
+    signature, hints = inspect.signature(command), typing.get_type_hints(command, include_extras=True)
 
     @functools.wraps(command)
-    def call(*args: Any, **flags: Any) -> Any:
-        _check_paths(hints, inspect.signature(command).bind(*args, **flags).arguments)
-        return command(*args, **flags)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, value in given.items():
+            default = signature.parameters[name].default
+            check_number(name, value, None if default is inspect.Parameter.empty else default)
+        if given.get("device", "cpu") != "cpu":  # the check needs torch, and most commands do not
+            from adaptclip.clip import check_device
+
+            check_device(given["device"])
+        _check_paths(hints, given)
+        return command(*args, **kwargs)
 
     return call
 

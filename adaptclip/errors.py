@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class AdaptclipError(Exception):
@@ -91,6 +91,12 @@ def did_you_mean(got: str, options: Iterable[str], *, limit: int = 20, lead: str
 def agree(number: int, one: str, many: str) -> str:
     """Returns the word that goes with a number: `agree(n, "class has", "classes have")`."""
     return one if number == 1 else many
+
+
+def listed(names: Sequence[str], what: str, most: int = 3) -> str:
+    """Returns how many there are and the first of them, such as "10 classes (zero, one, two, …)"."""
+    first = ", ".join(shown(name) for name in names[:most])
+    return f"{len(names):,} {what} ({first}{', …' if len(names) > most else ''})" if names else f"no {what}"
 
 
 def shown(text: object, *, keep: str = "") -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptclip.errors import BackboneError, DataError, did_you_mean
+from adaptclip.errors import BackboneError, DataError, agree, did_you_mean, listed
 from adaptclip.files import digest
 
 OPENAI_SCALE = 100.0
@@ -79,6 +79,10 @@ class FeatureClip(nn.Module):
             self.text_features.numpy().tobytes(),
         )
         self.image_digest = ""
+
+    def __repr__(self) -> str:
+        """One line: what is known of it."""
+        return f"<FeatureClip of {listed(self.class_names, 'classes')}, {self.embed_dim} wide, without towers>"
 
     @property
     def embed_dim(self) -> int:
@@ -150,8 +154,8 @@ class FeatureClip(nn.Module):
 
     def _lacks(self, what: str) -> NoReturn:
         raise BackboneError(
-            f"features computed elsewhere come without {what}. Methods that learn from features alone work here: "
-            "linear heads, Tip-Adapter, GDA, SS-Text; the others need a model (`load_clip`) and images"
+            f"features computed elsewhere come without {what}. Methods that learn from features alone work here, such "
+            "as linear heads, Tip-Adapter, GDA, SS-Text; the others need a model (`load_clip`) and images"
         )
 
 
@@ -189,8 +193,15 @@ def as_features(values: Any, what: str, shape: str) -> Tensor:
         raise DataError(f"{what} should be {shape}, got {tuple(tensor.shape)}")
     bad = ~torch.isfinite(tensor).all(dim=-1)
     if bad.any():
-        raise DataError(f"{what} have {int(bad.sum())} rows with values that are not finite")
+        raise DataError(f"{_rows(bad, what)} {agree(int(bad.sum()), 'has', 'have')} values that are not finite")
     zero = tensor.abs().amax(dim=-1) == 0
     if zero.any():
-        raise DataError(f"{what} have {int(zero.sum())} rows that are all zero, and so without a direction")
+        raise DataError(
+            f"{_rows(zero, what)} {agree(int(zero.sum()), 'is', 'are')} all zero, and so without a direction"
+        )
     return tensor
+
+
+def _rows(which: Tensor, what: str) -> str:
+    number = int(which.sum())
+    return f"{number:,} {agree(number, 'row', 'rows')} of {what}"

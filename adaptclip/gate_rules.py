@@ -238,8 +238,9 @@ class GateRule(BaseModel):
             `gap_at_most` how much lower than the reference's worst group the worst group may lie (default 0.02).
         confidence: level of the interval that must lie on the right side.
         min_n: fewest images (of the smallest group, where there are groups) that allow a verdict, counted where the
-            metric rests on them: positive images (sensitivity), negative ones (specificity), those of the smallest
-            class (means over the classes). By default 100; 30 for metrics of an outcome; 10 of the smallest class.
+            metric rests on them: positive images (sensitivity), negative ones (specificity). By default 100; 30 for
+            metrics of an outcome. Means over the classes ask for two numbers, of both of which it takes the place: 10
+            images of the smallest class, and 100 as far as the classes share them evenly.
         exclude: groups that the rule does not judge, named one by one.
         reason: why they are left out, or why a confidence below 0.8 will do; shown with every verdict.
     """

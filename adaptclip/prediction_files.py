@@ -4,6 +4,7 @@
 Columns, by name:
 
     id              text or number, all different; left out, rows are numbered from 0
+    file            name of the image's file, for people; left out, they are called by their ids
     label           true class: a class name, or a whole number that counts through the class names
     prob_NAME       probability of the class NAME (or of class number NAME), for every class; rows sum to 1; or
     top_1 … top_k   the most probable classes in order, with their probabilities in top_1_prob … top_k_prob if known; or
@@ -86,6 +87,8 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
         fields["labels"] = _class_ids(table["label"], names, "label", path, numbered=own)
         fields |= _answers(table, names, path, numbered=own)
     fields["ids"] = _filled(table, "id", path) or tuple(map(str, range(table.num_rows)))
+    if "file" in table.column_names:
+        fields["files"] = tuple(value or "" for value in table["file"].cast(pa.string()).to_pylist())
     fields["clusters"] = _filled(table, "cluster", path)
     if metadata.get("thresholds") is not None:
         fields["thresholds"] = np.array(metadata["thresholds"], np.float64)
@@ -96,6 +99,7 @@ def read_predictions(path: Path, classes: Sequence[str] | None = None) -> dict[s
     fields |= {name: metadata[name] for name in ("ranked", "confident", "fixed_classes") if name in metadata}
     fields["notes"] = (*metadata.get("notes", ()), *fields["notes"])
     fields |= {"expected": metadata.get("expected"), "made_by": metadata.get("made_by", {})}
+    fields["cluster_name"] = metadata.get("cluster_name", "")
     return {**fields, "outcomes": metadata.get("outcomes", ()), "intersections": metadata.get("intersections", ())}
 
 
@@ -458,7 +462,7 @@ def _groups(table: pa.Table, path: Path) -> tuple[dict[str, tuple[str, ...]], tu
     notes: list[str] = []
     own = ("prob_", SIGMOID, POSITIVE, "level:", *((THRESHOLD,) if _of(table, POSITIVE) else ()))
     for column in table.column_names:
-        used = column in ("id", "label", "pred", "cluster") or column.startswith(own)
+        used = column in ("id", "file", "label", "pred", "cluster") or column.startswith(own)
         if used or _RANKED.fullmatch(column):
             continue
         name = column.removeprefix("group:")

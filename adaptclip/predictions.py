@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptclip.errors import DataError, agree, did_you_mean
+from adaptclip.errors import DataError, agree, did_you_mean, listed
 from adaptclip.files import write_parquet
 from adaptclip.gate_rules import Expected, Outcome
 from adaptclip.prediction_files import read_predictions
@@ -48,6 +48,8 @@ class Predictions:
         made_by: "method" and "backbone" that made these predictions, as far as they are known.
         asked: the outcome that these two classes answer (`outcomes.two_sided`); None for classes of their own.
         features: (N, D) float32 features of the images, where they are at hand; they are not saved.
+        files: N names of the images' files, "" where an image has none; or None.
+        cluster_name: what the source calls the clusters, such as patient_id; "" where it says nothing.
     """
 
     ids: tuple[str, ...]
@@ -73,6 +75,8 @@ class Predictions:
     expected: Expected | None = None
     made_by: dict[str, str] = field(default_factory=dict)
     features: np.ndarray | None = None
+    files: tuple[str, ...] | None = None
+    cluster_name: str = ""
 
     def __post_init__(self) -> None:
         n, c = len(self.ids), len(self.class_names)
@@ -103,6 +107,8 @@ class Predictions:
         self._check_marks()
         if self.features is not None and (self.features.ndim != 2 or len(self.features) != n):
             raise DataError(f"features should have a row for each of {n} images, got shape {self.features.shape}")
+        if self.files is not None and len(self.files) != n:
+            raise DataError(f"files should be {n} names, one for each image, got {len(self.files)}")
         if len(set(self.class_names)) != c:
             raise DataError("predictions have repeated class names; each class needs its own")
         columns = self.groups if self.clusters is None else {**self.groups, "cluster": self.clusters}
@@ -156,6 +162,12 @@ class Predictions:
                     has = did_you_mean(name, self.groups, lead="There are")
                     raise DataError(f"intersection {list(crossed)}: no group attribute {name!r}. {has}")
 
+    def __repr__(self) -> str:
+        """One line; the numbers are attributes."""
+        units = "" if self.clusters is None else f", {len(set(self.clusters)):,} clusters"
+        more = f", groups {', '.join(self.groups)}" if self.groups else ""
+        return f"<Predictions: {len(self):,} images, {listed(self.class_names, 'classes')}{units}{more}>"
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -172,12 +184,17 @@ class Predictions:
         return np.bincount(self.labels, minlength=len(self.class_names))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """N names by which a person finds the images: those of their files, or the id of one that has none."""
+        return self.ids if self.files is None else tuple(f or row for f, row in zip(self.files, self.ids, strict=True))
+
+    @property
     def pred(self) -> np.ndarray:
         """(N,) int64 class decided for: the most probable one, of which the lowest id wins a tie."""
         return self.probs.argmax(axis=1) if self.decided is None else self.decided
 
     def save(self, path: Path | str) -> None:
-        """Writes one Parquet file: id, label, pred, prob_<class id>, group:<name>, cluster; names in the metadata.
+        """Writes one Parquet file: id, file, label, pred, prob_<class id>, group:<name>, cluster; metadata has names.
 
         Where there are probabilities of single classes they are columns sigmoid_<class id>. Images that may show
         several classes have columns positive_<class id>, empty where that is not known, in the place of label and pred.
@@ -188,6 +205,7 @@ class Predictions:
         import pyarrow as pa
 
         columns: dict[str, object] = {"id": list(self.ids)}
+        columns |= {} if self.files is None else {"file": list(self.files)}
         columns |= {} if self.several else {"label": self.labels, "pred": self.pred}
         columns |= {f"prob_{c}": self.probs[:, c] for c in range(len(self.class_names))}
         if self.sigmoid is not None:
@@ -212,6 +230,7 @@ class Predictions:
             "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
             "expected": self.expected and self.expected.model_dump(mode="json"),
             "made_by": self.made_by,
+            "cluster_name": self.cluster_name,
         }
         write_parquet(Path(path), pa.table(columns), metadata)
 

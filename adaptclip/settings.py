@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +15,13 @@ MUST_EXIST = "must exist"
 
 ExistingPath = Annotated[Path, MUST_EXIST]
 
-_COUNTS = ("batch_size", "accumulate", "epochs", "steps", "views", "save_every", "image_size")
-_RATES = ("lr", "head_lr", "memory_gib")
-_OR_NONE = ("save_every", "views")
-"""Counts of which 0 is one: no checkpoints by steps, the evaluation transform."""
+_COUNTS = (
+    "batch_size", "accumulate", "epochs", "steps", "views", "save_every", "image_size", "shots", "seed", "seeds",
+    "threads", "search_trials", "rank", "n_ctx", "top_k", "min_n", "classes", "num_classes", "patients_with",
+)  # fmt: skip
+_RATES = ("lr", "head_lr", "memory_gib", "search_seconds")
+_OR_NONE = ("save_every", "views", "shots", "seed", "seeds")
+"""Counts of which 0 is one: no checkpoints by steps, the evaluation transform, all images."""
 
 
 @dataclass(frozen=True)
@@ -106,23 +109,33 @@ def check_numbers(settings: Any) -> None:
         ConfigError: a number is out of range.
     """
     for field in fields(settings):
-        value = getattr(settings, field.name)
-        if value is not None and field.name == "min_scale" and not 0 < value <= 1:
-            raise ConfigError(f"min_scale must be a share of the area, above 0 and up to 1, got {value}")
-        if value is None or field.name not in (*_COUNTS, *_RATES):
+        default = None if field.default is MISSING else field.default
+        check_number(field.name, getattr(settings, field.name), default, "; leave it out for the paper's")
+
+
+def check_number(name: str, value: Any, default: Any = None, without: str = "") -> None:
+    """Refuses a number that cannot be meant, by its name; one for every flag, setting and argument of that name.
+
+    Args:
+        name: of the setting, such as batch_size; one of which nothing is known is taken as it is.
+        value: the number, or several; None is not given.
+        default: what it is where it is not given; 0 has a meaning of its own where it is the default.
+        without: what to say where the default is None.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    zero = default == 0 or name in _OR_NONE
+    known = f"; the default is {default}" if default is not None and not isinstance(default, tuple) else without
+    said = "; 0 has a meaning of its own, see --help" if zero and name not in ("seed", "seeds") else known
+    for number in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
             continue
-        zero = field.default == 0 or field.name in _OR_NONE
-        if field.name in _COUNTS:
-            if value < (0 if zero else 1):
-                wanted = "a whole number from 0 up" if zero else "1 or more"
-                raise ConfigError(f"{field.name} must be {wanted}, got {value}{_stands_for(field, zero)}")
-        elif not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
-            raise ConfigError(f"{field.name} must be a positive number, got {value}{_stands_for(field, zero)}")
-
-
-def _stands_for(field: Field[Any], zero: bool) -> str:
-    if zero:
-        return "; 0 has a meaning of its own, see --help"
-    if field.default is None:
-        return "; leave it out for the paper's"
-    return "" if field.default is MISSING else f"; the default is {field.default}"
+        if name == "min_scale" and not 0 < number <= 1:
+            raise ConfigError(f"min_scale must be a share of the area, above 0 and up to 1, got {number}")
+        if name in _COUNTS and number < (0 if zero else 1):
+            raise ConfigError(
+                f"{name} must be {'a whole number from 0 up' if zero else '1 or more'}, got {number}{said}"
+            )
+        if name in _RATES and not (math.isfinite(number) and (number > 0 or (zero and number == 0))):
+            raise ConfigError(f"{name} must be a positive number, got {number}{said}")

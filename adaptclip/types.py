@@ -94,3 +94,7 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        """One line; the numbers are attributes."""
+        return f"<Features {tuple(self.values.shape)}: views, images, width>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import itertools
 import re
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 from recipe_files import RECIPES, ROOT, load_recipe
 
+from adaptclip.cli import COMMANDS
 from adaptclip.entrypoint import parse, parse_command, save_config
-from adaptclip.errors import ConfigError
+from adaptclip.errors import BackboneError, ConfigError
+from adaptclip.settings import check_numbers
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "data_cards").glob("*.md"), *(ROOT / "recipes").glob("*.md")]
 
@@ -91,11 +94,46 @@ def test_numbers_no_training_can_have_are_refused_before_anything_is_read(config
                 ):
                     parse(config, [flag, "0"])
                 refused += 1
-    assert refused >= 60, f"only {refused} numbers were refused"
+            if field.name in ("shots", "seed", "seeds", "threads", "search_trials", "search_seconds", "rank", "n_ctx"):
+                below = (-1,) if isinstance(field.default, tuple) else -1
+                with pytest.raises(ConfigError, match=rf"^{field.name} must be .*, got -1"):
+                    check_numbers(dataclasses.replace(config(), **{field.name: below}))
+                refused += 1
+        check_numbers(config())
+    assert refused >= 90, f"only {refused} numbers were refused"
     assert allowed >= 8, f"only {allowed} zeros were allowed"
     save_config(dataclasses.replace(configs["lora.py"](), batch_size=0), tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match="batch_size must be 1 or more, got 0"):
         parse(configs["lora.py"], ["--config", str(tmp_path / "config.yaml")])
+
+
+def test_numbers_and_devices_of_every_command_are_refused_in_words():
+    """Before the command starts: none of the files that it would need is there."""
+    refused = []
+    flat = [(name, c) for name, c in COMMANDS.items() if not isinstance(c, Mapping)]
+    for name, command in flat:
+        parameters = inspect.signature(command).parameters.values()
+        needed = ["x" if p.name != "out" else "" for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        needed += [part for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY
+                   for part in (f"--{p.name}", {"to": "onnx", "group": "g"}.get(p.name, "x"))]  # fmt: skip
+        for p in parameters:
+            wrong = ("0", "-3") if p.annotation == "int" else ("gpu", "cuda:99", "meta") if p.name == "device" else ()
+            for value in wrong:
+                with pytest.raises((ConfigError, BackboneError)) as caught:
+                    parse_command(
+                        {name: command},
+                        [name, *needed, f"--{p.name.replace('_', '-')}", value],
+                        prog="a",
+                        description="",
+                    )
+                said = str(caught.value)
+                assert value in said, said
+                assert ("must be 1 or more" in said) if p.name != "device" else ("device" in said and "cpu" in said), (
+                    said
+                )
+                refused.append((name, p.name))
+    assert {"batch_size", "top_k", "device", "min_n", "classes", "patients_with"} <= {name for _, name in refused}
+    assert len(refused) >= 20, refused
 
 
 def test_defaults_then_file_then_flags(configs, tmp_path):

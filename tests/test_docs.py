@@ -223,6 +223,20 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not re.search(r"(@import|url\()\s*['\"]?(https?:|//)", style.read_text(encoding="utf-8")), style
 
 
+def test_the_page_on_python_lists_every_method_as_it_is_registered():
+    page = (DOCS / "python.md").read_text(encoding="utf-8")
+    listed = {
+        (name, tuple(re.findall(r"`(\w+)`", names)), on_features)
+        for name, names, on_features in re.findall(r"^\| `ac\.(\w+)` \| (.*?) \| .* \| (yes|no) \|$", page, re.M)
+    }
+    own = [method for method in registry.methods().values() if method.__module__.startswith("adaptclip.")]
+    assert listed == {
+        (method.__name__, tuple(method.variants), "yes" if method.sits_on_features() else "no") for method in own
+    }
+    assert {name for name, *_ in listed} < set(ac.__all__)
+    assert len(listed) >= 18
+
+
 @pytest.mark.slow
 def test_the_reference_has_every_public_name_once(site):
     named = [

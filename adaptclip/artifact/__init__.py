@@ -38,7 +38,7 @@ from adaptclip.artifact.checks import (
     read_manifest,
 )
 from adaptclip.artifact.model_card import NO_CARD, model_card, unjudged_card
-from adaptclip.clip import ClipBackbone, load_backbone
+from adaptclip.clip import ClipBackbone, check_device, load_backbone
 from adaptclip.clip.loading import local_folders
 from adaptclip.errors import ArtifactError, ConfigError, DataError, did_you_mean
 from adaptclip.feature_clip import FeatureClip
@@ -258,7 +258,9 @@ def load(
     Raises:
         ArtifactError: the folder is missing, damaged, of a newer format, or was trained on other backbone weights or
             with other prompts; or a gate failed and `allow_failed_gates` is false.
+        BackboneError: there is no such device here, or the backbone cannot be loaded.
     """
+    check_device(device)
     folder = artifact_folder(path)
     manifest = _read_manifest(folder)
     check_verdicts(folder, manifest, allow_failed_gates)

@@ -21,7 +21,7 @@ from adaptclip.gates import Verdict, check_gates, check_rules, exit_code, load_g
 from adaptclip.gates.loading import load_references
 from adaptclip.gates.verdicts import note_judgement
 from adaptclip.methods.predicting import predict
-from adaptclip.reports.fine_grained import example_ids
+from adaptclip.reports.fine_grained import example_names
 from adaptclip.reports.full import full_report
 from adaptclip.reports.learning import learning_curves
 from adaptclip.reports.measuring import with_thresholds
@@ -302,5 +302,5 @@ def _write_report(out: Path, report: dict[str, Any], verdicts: Sequence[Verdict]
     pictures = None
     if images is not None:
         position = {row: i for i, row in enumerate(images.ids)}
-        pictures = thumbnails(example_ids(report["fine_grained"]), lambda row: images.image(position[row]))
+        pictures = thumbnails(list(example_names(report["fine_grained"])), lambda row: images.image(position[row]))
     write_text(out / "report.html", to_html(report, verdicts, pictures=pictures))

@@ -268,9 +268,12 @@ def plan(
     num_classes: int | None = None,
     changed: float = 0.1,
     power: float = 0.8,
+    data_root: Path | None = None,
     format: Literal["text", "json"] = "text",
 ) -> int:
     """Say how many images or patients gates need to pass with a stated chance, before any are collected.
+
+    A card says itself how many classes and groups there are, as far as its images are there.
 
     Args:
         gates: YAML file with a list of gates under the key `gates`, or a data card.
@@ -283,19 +286,20 @@ def plan(
         num_classes: number of classes, for means over the classes; a card with class_names says it itself.
         changed: for gates against a reference, share of the images whose answer changes.
         power: chance with which each gate shall pass.
+        data_root: folder that holds a card's files.
         format: text, or JSON with one object per line.
     """
     from adaptclip.gates.loading import load_gates
-    from adaptclip.gates.sample_size import Assumed
+    from adaptclip.gates.sample_size import Assumed, completed
     from adaptclip.gates.sample_size import plan as planned
 
     if Path(gates).suffix in (".yaml", ".yml"):
-        rules, named = load_gates(gates), None
+        rules, card = load_gates(gates), None
     else:
         from adaptclip.data.card import load_card
 
         card = load_card(gates)
-        rules, named = list(card.gates), len(card.class_names or ()) or None
+        rules = list(card.gates)
     if not rules:
         raise GateError(f"{gates} declares no gates, so there is nothing to plan")
     overall, each = _prevalences(prevalence)
@@ -305,11 +309,15 @@ def plan(
         icc,
         overall,
         dict(map(_group, groups)),
-        named if num_classes is None else num_classes,
+        num_classes,
         changed,
         power,
         each,
     )
+    if card is not None:
+        assumed, said = completed(assumed, rules, card, data_root)
+        if said and format == "text":
+            say(f"from the card: {said}")
     for one in planned(rules, assumed):
         if format == "json":
             say(json_line(one.to_dict()))

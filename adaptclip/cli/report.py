@@ -42,7 +42,7 @@ def report(
             folder brings its own.
         source: predictions of the same model on the domain it was adapted to, to say what another domain changes.
         gates: YAML file of gates whose verdicts the report shows; a run folder brings its own. See `adaptclip gate`.
-        images: folder in which the row ids are paths of images, for thumbnails of the mistakes in HTML.
+        images: folder in which the files (or row ids) are paths of images, for thumbnails of the mistakes in HTML.
         out: where the report is written: NAME.html, NAME.md or NAME.json, or NAME for all three.
     """
     from adaptclip.outputs import check_file
@@ -126,7 +126,7 @@ def _outputs(out: Path) -> list[Path]:
 
 def _write(out: Path, result: Mapping[str, Any], verdicts: list[Verdict] | None, images: Path | None) -> None:
     from adaptclip.files import write_json, write_text
-    from adaptclip.reports.fine_grained import example_ids
+    from adaptclip.reports.fine_grained import example_names
     from adaptclip.reports.plots import thumbnails
     from adaptclip.reports.render import to_html, to_markdown
 
@@ -138,12 +138,13 @@ def _write(out: Path, result: Mapping[str, Any], verdicts: list[Verdict] | None,
         else:
             pictures = None
             if images is not None:
-                pictures = thumbnails(example_ids(result["fine_grained"]), lambda row: _picture(images, row))
+                called = example_names(result["fine_grained"])
+                pictures = thumbnails(list(called), lambda row, called=called: _picture(images, called[row]))
             write_text(path, to_html(result, verdicts, pictures=pictures))
 
 
 def _picture(folder: Path, row: str) -> Image.Image | None:
-    """The image that a row id names below `folder`; None where there is none or it cannot be read."""
+    """The image that a file name or row id names below `folder`; None where there is none or it cannot be read."""
     from adaptclip.data.dataset import inside
     from adaptclip.data.transforms import decode_image
 

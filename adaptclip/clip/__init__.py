@@ -107,6 +107,14 @@ class ClipBackbone(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    def __repr__(self) -> str:
+        """One line; `print(clip.model)` has the layers."""
+        weights = f" ({self.pretrained})" if self.pretrained else ""
+        return (
+            f"<{self.name}{weights}: images of {self.image_size} pixels, features {self.embed_dim} wide, "
+            f"{self.precision} on {self.device}>"
+        )
+
     def with_model(
         self, model: nn.Module, *, name: str, digest: str, image_digest: str, embed_dim: int = 0
     ) -> ClipBackbone:
@@ -316,14 +324,19 @@ def load_backbone(
 def check_device(device: str | torch.device) -> None:
     """Raises BackboneError unless there is such a device here."""
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise BackboneError(f"no device {device!r}; devices are called cpu, cuda, cuda:1, mps") from error
-    backend: Any = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(kind)
-    if backend is not None and not backend.is_available():
+    if asked.type == "cpu":
+        return
+    backend: Any = torch.backends.mps if asked.type == "mps" else getattr(torch, asked.type, None)
+    if not (hasattr(backend, "is_available") and backend.is_available()):
         raise BackboneError(
             f"there is no device {str(device)!r} on this machine (or torch was built without it); use cpu"
         )
+    count = backend.device_count() if hasattr(backend, "device_count") else 1
+    if (asked.index or 0) >= count:
+        raise BackboneError(f"there is no device {str(device)!r} on this machine: it has {count}, counted from 0")
 
 
 load_clip = load_backbone

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from adaptclip.data.card_block import (
 )
 from adaptclip.data.file_rules import DicomRule, VideoRule
 from adaptclip.data.layouts import read_layout, require_text
-from adaptclip.errors import CardError, StorageError, did_you_mean, shown
+from adaptclip.errors import CardError, StorageError, did_you_mean, listed, shown
 from adaptclip.files import digest, no_such_path, parse_yaml, read_text
 from adaptclip.gate_rules import Expected, GateRule, Outcome
 
@@ -47,6 +48,13 @@ class Card(CardBlock):
     front_matter: dict[str, Any] = Field(default_factory=dict)
     prose: str = ""
     digest: str
+
+    def __repr__(self) -> str:
+        """One line; the fields are attributes."""
+        classes = listed(self.class_names or (), "classes") if self.class_names else "classes from the data"
+        return f"<Card {self.name}: {classes}, {len(self.gates)} gates, from {self.path or 'a folder'}>"
+
+    __str__ = __repr__
 
     @property
     def is_made_up(self) -> bool:
@@ -190,6 +198,18 @@ _MODELS: dict[str, type[BaseModel]] = {
 """Key of the block -> model whose fields are allowed below it."""
 
 
+def _key(loc: Sequence[str]) -> str:
+    """A place of the block in words; entries of a list count from 1: "adaptclip.gates, gate 2, at_least"."""
+    key, kind = "adaptclip", ""
+    for part in loc:
+        if part.isdecimal():
+            key += f", {'gate' if kind == 'gates' else 'entry'} {int(part) + 1}"
+        else:
+            key += f"{', ' if key[-1:].isdecimal() else '.'}{part}"
+        kind = part
+    return key
+
+
 def _explain(detail: Any) -> str:
     """Words one of pydantic's errors: the key, what is wrong, what is allowed."""
     loc = [str(part) for part in detail["loc"]]
@@ -197,7 +217,7 @@ def _explain(detail: Any) -> str:
     if loc[:1] == ["source"] and len(loc) > 1:
         # pydantic puts the kind between `source` and the key; the card does not.
         model = SOURCE_KINDS[loc.pop(1)]
-    key, got = ".".join(["adaptclip", *loc]), detail.get("input")
+    key, got = _key(loc), detail.get("input")
     match detail["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key. {did_you_mean(loc[-1], model.model_fields)}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from adaptclip.data.links import store_of, why_absent
 from adaptclip.data.transforms import decode_image, read_file
-from adaptclip.errors import DataError, ResourceError, shown
+from adaptclip.errors import DataError, ResourceError, listed, shown
 from adaptclip.files import digest
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class ImageStore(Protocol):
 class MemoryStore:
     """Encoded images held in memory, for small embedded sets."""
 
-    images: Sequence[bytes]
-    names: Sequence[str]
+    images: Sequence[bytes] = field(repr=False)
+    names: Sequence[str] = field(repr=False)
 
     def read(self, row: int) -> bytes:
         """Returns the encoded image."""
@@ -88,7 +88,7 @@ class MemoryStore:
 class FileStore:
     """One file per image, read when asked for."""
 
-    paths: Sequence[Path]
+    paths: Sequence[Path] = field(repr=False)
 
     def read(self, row: int) -> bytes:
         """Returns the file's bytes; raises DataError when there is no such file."""
@@ -130,6 +130,30 @@ class ArrowStore:
         """Returns the row's number and the file name it came with."""
         name = (self.dataset[row][self.column] or {}).get("path")
         return f"row {row}" + (f" ({name})" if name else "")
+
+
+def file_names(store: ImageStore, root: str) -> tuple[str, ...] | None:
+    """Returns the name of each image's file as its source has it: below `root`, or as the table says.
+
+    Args:
+        store: the images.
+        root: folder that paths start from.
+
+    Returns:
+        N names, "" for an image that came without one; None where images have no files.
+    """
+    if isinstance(store, FileStore):
+        start = Path(root)
+        return tuple(
+            (p.relative_to(start) if p.is_relative_to(start) else p).as_posix() for p in map(Path, store.paths)
+        )
+    if not isinstance(store, ArrowStore):
+        return None
+    import pyarrow.compute as pc
+
+    cells = store.dataset.with_format("arrow")[:][store.column]
+    paths = pc.struct_field(cells, "path").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
+    return tuple(path or "" for path in paths) if any(paths) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +205,8 @@ class ImageDataset:
         fixed_classes: whether the study fixed how many images there are of each class (card: sampling).
         multi_hot: (N, C) int8 where an image may show several classes, or none of them: 1 shows it, 0 does not, -1
             nobody knows. None where each has the one of `labels`, which otherwise is the first that it shows, or 0.
+        files: N names of the images' files as the source has them, "" where an image has none; or None without files.
+        cluster_name: what the source calls the clusters, such as patient_id; "" where it says nothing.
     """
 
     store: ImageStore
@@ -197,9 +223,18 @@ class ImageDataset:
     captions: tuple[tuple[str, ...], ...] | None = None
     fixed_classes: bool = False
     multi_hot: np.ndarray | None = None
+    files: tuple[str, ...] | None = None
+    cluster_name: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        """One line; the images themselves are `image(i)`."""
+        more = f", groups {', '.join(self.groups)}" if self.groups else ""
+        units = "" if self.clusters is None else f", {len(set(self.clusters)):,} clusters"
+        what = "images" if self.has_pixels else "rows of features"
+        return f"<ImageDataset: {len(self):,} {what}, {listed(self.class_names, 'classes')}{units}{more}>"
 
     def read(self, index: int) -> bytes:
         """Returns the encoded bytes of image `index` (0 to N - 1)."""
@@ -238,7 +273,13 @@ class ImageDataset:
             groups={name: tuple(values[i] for i in chosen) for name, values in self.groups.items()},
             captions=None if self.captions is None else tuple(self.captions[i] for i in chosen),
             multi_hot=None if self.multi_hot is None else self.multi_hot[chosen],
+            files=None if self.files is None else tuple(self.files[i] for i in chosen),
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """N names by which a person finds the images: those of their files, or the id of one that has none."""
+        return self.ids if self.files is None else tuple(f or row for f, row in zip(self.files, self.ids, strict=True))
 
     @property
     def has_pixels(self) -> bool:
@@ -322,6 +363,12 @@ class DomainData:
     notes: tuple[str, ...] = ()
     worries: tuple[str, ...] = ()
     unused_columns: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: the parts and the classes."""
+        parts = ", ".join(f"{name} {len(part):,}" for name, part in self.parts.items())
+        classes = listed(self.class_names, "classes") if self.has_classes else "captions and no classes"
+        return f"<DomainData {shown(self.card.name)}: images {parts}; {classes}>"
 
     @property
     def has_classes(self) -> bool:

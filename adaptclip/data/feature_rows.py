@@ -18,7 +18,7 @@ from adaptclip.data.dataset import FeatureRows as FeatureRows
 from adaptclip.data.fingerprints import content_digest
 from adaptclip.data.readers import RawRows, check_columns, find_files, wanted_columns
 from adaptclip.data.tables import open_table
-from adaptclip.errors import CardError, DataError, did_you_mean, shown
+from adaptclip.errors import CardError, DataError, agree, did_you_mean, shown
 
 if TYPE_CHECKING:
     from adaptclip.data.card import Card
@@ -189,9 +189,9 @@ def _norms(rows: np.ndarray, what: str) -> np.ndarray:
     norms = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
-        raise DataError(
-            f"{what} have {int(bad.sum())} rows that are zero or not finite, so that they have no direction"
-        )
+        number = int(bad.sum())
+        which = f"{number:,} {agree(number, 'row', 'rows')} of {what} {agree(number, 'is', 'are')}"
+        raise DataError(f"{which} zero or not finite, so that there is no direction")
     return norms
 
 

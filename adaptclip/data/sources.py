@@ -29,7 +29,7 @@ from adaptclip.data.columns import (
     resolve_labels,
     row_ids,
 )
-from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset
+from adaptclip.data.dataset import ALONE, UNLABELLED, DomainData, ImageDataset, file_names
 from adaptclip.data.declared import check_declared
 from adaptclip.data.feature_rows import FeatureRows, read_features
 from adaptclip.data.fingerprints import Fingerprint, content_digests, fingerprints
@@ -321,6 +321,8 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         captions=caption_values(values[columns.captions], where=raw.store.where) if columns.captions else None,
         fixed_classes=card.sampling.classes == "fixed",
         multi_hot=marks,
+        files=file_names(raw.store, raw.origin),
+        cluster_name=columns.cluster or "",
     )
 
 

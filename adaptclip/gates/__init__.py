@@ -54,7 +54,7 @@ from adaptclip.gates.verdicts import (
     images_digest,
     overall_verdict,
 )
-from adaptclip.gates.wording import excluded_words, family_reason, reason_of
+from adaptclip.gates.wording import clusters_named, excluded_words, family_reason, reason_of
 from adaptclip.metrics.gaps import gap_test
 from adaptclip.progress import progress_bar
 from adaptclip.reports.any_of import rule_words
@@ -111,7 +111,8 @@ def check_gates(
         doubts += of_baseline if name == ZERO_SHOT else doubts_of_reference(rule, predictions, known)
         verdict = held(verdict, doubts)
         little = verdict.verdict == "pass" and asks_little(rule, predictions)
-        found.append(replace(verdict, images=images, gates=gates, asks_little=little))
+        verdict = replace(verdict, images=images, gates=gates, asks_little=little)
+        found.append(clusters_named(verdict, predictions.cluster_name))
     return found
 
 

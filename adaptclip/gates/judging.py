@@ -21,7 +21,9 @@ from adaptclip.gates.loading import parse_rule
 from adaptclip.gates.verdicts import exit_code, overall_verdict
 from adaptclip.metrics import Metric
 from adaptclip.predictions import Predictions
+from adaptclip.reports.blocks import one_line
 from adaptclip.reports.full import full_report
+from adaptclip.reports.headline import three_numbers, verdict_of, worries
 from adaptclip.reports.render import print_report, to_html, to_markdown
 
 
@@ -38,6 +40,17 @@ class Judgement:
     predictions: Predictions = field(repr=False)
     report: dict[str, Any] = field(repr=False)
     verdicts: tuple[Verdict, ...]
+
+    def __repr__(self) -> str:
+        """One line; `print` shows the headline, a notebook the page."""
+        return f"<Judgement: {self.verdict} by {len(self.verdicts)} gates, {repr(self.predictions)[1:-1]}>"
+
+    def __str__(self) -> str:
+        """The headline: the verdicts with their reasons, the three numbers to know, what to worry about."""
+        lines = [verdict_of(self.verdicts)[1], *(f"- {v.verdict}: {v.title}. {v.reason}" for v in self.verdicts)]
+        lines += [f"{name}: {value}, {about}" for name, value, about in three_numbers(self.report)]
+        lines += [f"! {worry}" for worry in worries(self.report, self.verdicts)]
+        return "\n".join(one_line(line) for line in lines)
 
     @property
     def verdict(self) -> str:
@@ -109,6 +122,7 @@ def judge(
         GateError: a gate is not valid or does not fit.
     """
     asked = None if class_names is None else in_order(class_names, "class_names")
+    _refuse_answers(y_true, probabilities)
     several = shows_several(y_true)
     probs, names = _probabilities(probabilities, "probabilities", asked, least=1 if several else 2)
     _check_rows(y_true=y_true, probabilities=probabilities, groups=groups, clusters=clusters, zero_shot=zero_shot)
@@ -123,6 +137,7 @@ def judge(
     info: dict[str, Any] = {
         "ids": rows, **truth, "class_names": names, "groups": _groups(groups, len(labels)),
         "clusters": None if clusters is None else _clusters(clusters),
+        "cluster_name": str(getattr(clusters, "name", None) or ""),
         "outcomes": tuple(map(_outcome, outcomes)), "fixed_classes": fixed_classes,
     }  # fmt: skip
     least = chosen_thresholds(thresholds, names, several=several)
@@ -144,6 +159,22 @@ def judge(
     ]  # fmt: skip
     report = full_report(predictions, baseline, metrics=[_metric(metric) for metric in metrics])
     return Judgement(predictions, report, tuple(check_gates(predictions, baseline, rules)))
+
+
+def _refuse_answers(y_true: Any, probabilities: Any) -> None:
+    """Says what to do where a model's answers come in the place of its probabilities, or the two are swapped."""
+    shape = np.shape(probabilities)
+    if len(shape) != 1 or not shape[0]:
+        return
+    if len(np.shape(y_true)) == 2:
+        raise DataError("y_true comes first and the probabilities second; they seem to be swapped")
+    first = _plain(probabilities)[:100]
+    if all(isinstance(value, str) or float(value).is_integer() for value in first if not _is_gap(value)):
+        raise DataError(
+            f"probabilities should be (N, C) numbers, and these are {shape[0]:,} labels: give what the model's "
+            "predict_proba returns. Where there are labels only, np.eye(C)[label_ids] judges accuracy and the "
+            "other rates; calibration and areas under curves then say nothing"
+        )
 
 
 def _clusters(clusters: Any) -> tuple[str, ...]:

@@ -27,13 +27,19 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom, chi2, norm
 
-from adaptclip.errors import GateError, did_you_mean
+from adaptclip.errors import AdaptclipError, DataError, GateError, did_you_mean
 from adaptclip.metrics.estimates import MIN_CLUSTERS
 from adaptclip.metrics.intervals import PairedSpread, RateSpread, ScaledSpread, Side, Spread
 from adaptclip.metrics.judged import Judged, Sampling
+from adaptclip.predictions import Predictions
+from adaptclip.reports.measuring import ask, group_rows, group_values
 
 if TYPE_CHECKING:
-    from adaptclip.gate_rules import GateRule
+    from pathlib import Path
+
+    from adaptclip.data.card import Card
+    from adaptclip.data.dataset import ImageDataset
+    from adaptclip.gate_rules import GateRule, Outcome
 
 _Any = TypeVar("_Any", bound=Spread)
 
@@ -278,9 +284,11 @@ class Planned:
 def plan(rules: Sequence[GateRule], assumed: Assumed) -> list[Planned]:
     """Plans every rule by itself; a release that asks for all of them needs the largest number, and somewhat more.
 
+    A rule that can never pass for certain with these assumptions has no number and says why; the others have theirs.
+
     Raises:
-        GateError: an assumption is out of range, lies beyond a limit (such a rule can never pass for certain), or is
-            missing; a group attribute has no number of groups.
+        GateError: an assumption is out of range or missing (all that are missing are named), or the only rule can never
+            pass.
     """
     assumed.check()
     used = {rule.attribute for rule in rules if rule.attribute is not None}
@@ -292,29 +300,58 @@ def plan(rules: Sequence[GateRule], assumed: Assumed) -> list[Planned]:
     for name in assumed.prevalences:
         if name not in outcomes:
             raise GateError(f"no gate is about {name!r}. {did_you_mean(name, outcomes)}")
-    return [_plan(rule, assumed) for rule in rules]
+    missing = missing_for(rules, assumed)
+    if missing:
+        raise GateError("; ".join(missing.values()))
+    return [_plan(rules[0], assumed)] if len(rules) == 1 else [_plan_or_say_why(rule, assumed) for rule in rules]
+
+
+def _plan_or_say_why(rule: GateRule, assumed: Assumed) -> Planned:
+    try:
+        return _plan(rule, assumed)
+    except GateError as error:
+        number = assumed.groups.get(rule.attribute or "", 1)
+        return Planned(rule.title, None, None, number, None, None, rule.measure.about, None, f"{error}.")
+
+
+def missing_for(rules: Sequence[GateRule], assumed: Assumed) -> dict[str, str]:
+    """Returns what nobody has said and the rules need to be planned: the flag -> the question, all of them at once."""
+    missing: dict[str, str] = {}
+    for rule in rules:
+        if _no_formula(rule):
+            continue
+        where, name = f'gate "{rule.title}"', rule.attribute
+        if name is not None and name not in assumed.groups:
+            missing.setdefault(
+                f"groups {name}", f'{where}: how many groups of {name} are there? Say --groups "{name}=2"'
+            )
+        if rule.measure.over_classes and assumed.classes is None:
+            missing.setdefault("classes", f"{where} is a mean over the classes: how many are there? Say --num-classes")
+        if len(rule.measure.sides) == 1 and _prevalence(rule, assumed) is None:
+            missing.setdefault("prevalence", f"{where} counts {rule.measure.about}images only: say --prevalence")
+        if not rule.no_worse_than and assumed.expect is None:
+            missing.setdefault("expect", f"{where}: which value do you expect? Say --expect")
+    return missing
+
+
+def _no_formula(rule: GateRule) -> str:
+    """Why a rule has no planned number; "" where it has one."""
+    metric = rule.measure
+    if rule.gap_at_most is not None:
+        return "The largest gap between groups depends on how they differ; no formula plans it. Simulate it."
+    if metric.of_labels:
+        return f"How {metric.words} varies depends on which classes come together; plan each class by itself."
+    if not metric.decides or not (metric.over_classes or metric.values is not None):
+        return f"How much {metric.words} varies from image to image is not known before there are predictions."
+    return ""
 
 
 def _plan(rule: GateRule, assumed: Assumed) -> Planned:
-    metric, number = rule.measure, 1
-    if rule.attribute is not None:
-        if rule.attribute not in assumed.groups:
-            raise GateError(
-                f'gate "{rule.title}": how many groups of {rule.attribute} are there? Say --groups "{rule.attribute}=2"'
-            )
-        number = assumed.groups[rule.attribute]
-    unknown = ""
-    if rule.gap_at_most is not None:
-        unknown = "The largest gap between groups depends on how they differ; no formula plans it. Simulate it."
-    elif metric.of_labels:
-        unknown = f"How {metric.words} varies depends on which classes come together; plan each class by itself."
-    elif not metric.decides or not (metric.over_classes or metric.values is not None):
-        unknown = f"How much {metric.words} varies from image to image is not known before there are predictions."
+    metric, number = rule.measure, assumed.groups.get(rule.attribute or "", 1)
+    unknown = _no_formula(rule)
     if unknown:
         return Planned(rule.title, None, None, number, None, None, metric.about, None, unknown)
-    if metric.over_classes and assumed.classes is None:
-        raise GateError(f'gate "{rule.title}" is a mean over the classes: how many are there? Say --num-classes')
-    _claim(rule, assumed, 2)  # names what is missing
+    _claim(rule, assumed, 2)  # says what can never pass
     share = _share(rule, assumed)
     units = _fewest(rule, assumed, share, number)
     if units is None:
@@ -333,8 +370,7 @@ def _share(rule: GateRule, assumed: Assumed) -> float:
     if len(rule.measure.sides) != 1:
         return 1.0
     prevalence = _prevalence(rule, assumed)
-    if prevalence is None:
-        raise GateError(f'gate "{rule.title}" counts {rule.measure.about}images only: say --prevalence')
+    assert prevalence is not None
     return prevalence if rule.measure.sides[0] == 1 else 1 - prevalence
 
 
@@ -361,8 +397,7 @@ def _claim(rule: GateRule, assumed: Assumed, units: int) -> Claim:
         return Claim(0.0, spread, -rule.margin if upwards else rule.margin, upwards, alpha)
     limit, upwards = (rule.at_least, True) if rule.at_least is not None else (rule.at_most, False)
     assert limit is not None
-    if assumed.expect is None:
-        raise GateError(f'gate "{rule.title}": which value do you expect? Say --expect')
+    assert assumed.expect is not None
     if (assumed.expect <= limit) if upwards else (assumed.expect >= limit):
         raise GateError(
             f'gate "{rule.title}" can never pass with a power of {assumed.power:g} if the truth is '
@@ -429,3 +464,70 @@ def _words(rule: GateRule, assumed: Assumed, number: int) -> str:
     if rule.measure.over_classes:
         said.append(f"{assumed.classes} equally frequent and equally well recognised classes")
     return f"Assumes {'; '.join(filter(None, said))}."
+
+
+def completed(assumed: Assumed, rules: Sequence[GateRule], card: Card, data_root: Path | None) -> tuple[Assumed, str]:
+    """Takes what is missing of classes and groups from a card, and from its images where they are there.
+
+    Returns:
+        The assumptions, and in words what was taken.
+    """
+    if assumed.classes is None and card.class_names:
+        assumed = replace(assumed, classes=len(card.class_names))
+    asked = [name.partition(" ")[2] for name in missing_for(rules, assumed) if name.startswith("groups ")]
+    if not asked and "classes" not in missing_for(rules, assumed):
+        return assumed, ""
+    from adaptclip.data.sources import open_data
+
+    try:
+        data = open_data(card, data_root=data_root, check=False)
+    except AdaptclipError:  # they are planned before there are any images
+        return assumed, ""
+    groups = dict(assumed.groups)
+    for name in asked:
+        left_out = {group for rule in rules if rule.attribute == name for group in rule.exclude}
+        try:
+            groups[name] = len(set(group_values(data.test, name)[0]) - left_out)
+        except DataError:  # the card has no such attribute: it is asked for
+            continue
+    classes = len(data.class_names) if assumed.classes is None else assumed.classes
+    taken = [f"{groups[name]} groups of {name}" for name in asked if name in groups]
+    taken += [f"{classes} classes"] if assumed.classes is None else []
+    return replace(assumed, groups={n: g for n, g in groups.items() if g}, classes=classes), ", ".join(taken)
+
+
+def too_few(rules: Sequence[GateRule], images: ImageDataset, outcomes: Sequence[Outcome] = ()) -> list[str]:
+    """Says of each gate that cannot be decided on these images, whatever the model, which images it lacks.
+
+    Args:
+        rules: the gates.
+        images: those that will be judged.
+        outcomes: two-sided questions of the card.
+    """
+    classes = len(images.class_names)
+    anything = Predictions(
+        ids=images.ids, labels=images.labels, class_names=images.class_names, groups=dict(images.groups),
+        probs=np.broadcast_to(np.float32(1 / classes), (len(images), classes)), clusters=images.clusters,
+        levels=dict(images.levels), outcomes=tuple(outcomes), fixed_classes=images.fixed_classes,
+    )  # fmt: skip
+    said = []
+    for rule in rules:
+        question = ask(rule.metric, anything, None, rule.level, rule.outcome_among(anything.outcomes))
+        everything = {} if rule.attribute is None else group_rows(anything, rule.attribute)
+        parts: dict[str, Any] = {f"{rule.attribute} = {g}": r for g, r in everything.items() if g not in rule.exclude}
+        found = []
+        for name, rows in (parts or {"": None}).items():
+            lacking, units = rule.lacking(question.supports(rows)), question.units(rows)
+            of = f" for {name}" if name else ""
+            if lacking is not None:
+                found.append(f"{lacking.count:,} of {lacking.least(rule.min_n):,} {lacking.what}{of}")
+            elif images.clusters is not None and units < MIN_CLUSTERS:
+                called = f"clusters ({images.cluster_name})" if images.cluster_name else "clusters"
+                found.append(f"{units:,} of {MIN_CLUSTERS} {called}{of}")
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            said.append(
+                f'gate "{rule.title}" cannot pass, as the test images are too few: {"; ".join(found[:3])}{more}. '
+                "Collect more, or set the gate's min_n if fewer will do"
+            )
+    return said

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -42,6 +43,9 @@ def subject_of(rule: GateRule, group: str | None = None) -> str:
     return words + (f" for {rule.attribute} = {group}" if group is not None else "")
 
 
+MORE_CLUSTERS = "more clusters"
+
+
 def more_words(rule: GateRule, more: More | None, of: str, lacking: Support | None = None, *, it: str = "it") -> str:
     """How many more images would settle an inconclusive verdict.
 
@@ -65,7 +69,7 @@ def more_words(rule: GateRule, more: More | None, of: str, lacking: Support | No
         if more.per_cluster is None:
             return counted(rule, images).replace(" ", " more ", 1)
         each = f"{more.per_cluster:.1f}".removesuffix(".0")
-        return f"{more.clusters_for(images):,} more clusters (patients) of {each} {rule.measure.about}images"
+        return f"{more.clusters_for(images):,} {MORE_CLUSTERS} of {each} {rule.measure.about}images"
 
     said = f"{needed} About {many(more.images)}{of} would settle {it}, either way, with an even chance"
     if more.likely is None:
@@ -146,10 +150,19 @@ def family_reason(rule: GateRule, ordered: Sequence[Verdict]) -> str:
 
 
 def _more_of(verdict: Verdict) -> str:
-    number, what = (
-        (verdict.more_images, "") if verdict.more_clusters is None else (verdict.more_clusters, " clusters (patients)")
+    number, more = (
+        (verdict.more_images, "more") if verdict.more_clusters is None else (verdict.more_clusters, MORE_CLUSTERS)
     )
-    return "" if number is None else f" (about {number:,} more{what})"
+    return "" if number is None else f" (about {number:,} {more})"
+
+
+def clusters_named(verdict: Verdict, name: str) -> Verdict:
+    """The verdict with its clusters called as the source calls them: "about 6 more clusters (patient_id)"."""
+    if name in ("", "cluster"):
+        return verdict
+    groups = tuple(clusters_named(of_group, name) for of_group in verdict.groups)
+    reason = verdict.reason.replace(MORE_CLUSTERS, f"{MORE_CLUSTERS} ({name})")
+    return replace(verdict, reason=reason, groups=groups)
 
 
 def excluded_words(rule: GateRule, excluded: Sequence[dict[str, object]]) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,33 +10,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from adaptclip.data.dataset import FeatureRows, FileStore, ImageDataset, MemoryStore
 from adaptclip.data.fingerprints import content_digest
 from adaptclip.data.label_sets import first_shown
+from adaptclip.data.given_images import Window, each_image
+from adaptclip.data.transforms import read_file
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.feature_clip import as_features, unit_rows
 from adaptclip.types import Features
 
-ACCEPTED = (
-    "a list of images (paths, PIL images, encoded bytes, or (H, W) or (H, W, 3) uint8 arrays), or features "
-    "(N, D) or (V, N, D) as an array or tensor of floats"
-)
-
 
 def as_dataset(
-    x: Any, y: Any, class_names: Sequence[str], *, width: int, what: str = "X", several: bool = True
-) -> ImageDataset:
+    x: Any, y: Any, class_names: Sequence[str], *, width: int, what: str = "X", window: Window | None = None,
+    frames: str | None = None, several: bool = True,
+) -> ImageDataset:  # fmt: skip
     """Returns images, or features in their place, with labels as a data set.
 
     Args:
-        x: see `ACCEPTED`; or `Features`, or an `ImageDataset`, which bring their own labels.
+        x: images, see `data.given_images`: one, or a collection of them; or (N, D) or (V, N, D) floats, which are
+            features; or `Features`, or an `ImageDataset`, which bring their own labels.
         y: N labels, see `as_labels` and `as_marks`; None where nothing is known (all are then of class 0), or x brings
             them.
         class_names: C names in the order of the class ids.
         width: D that features should have.
         what: what to call x in a message.
+        window: (black, white) values of images of more than 8 bits, see `decode_image`.
+        frames: which of several frames, see there.
         several: whether an image may have several labels.
 
     Raises:
@@ -55,27 +54,24 @@ def as_dataset(
         labels = as_labels(x.labels, class_names, len(x), what="their labels")
         found = _of_features(x.values, labels, x.ids, class_names, width, what)
         return found if x.multi_hot is None else replace(found, multi_hot=x.multi_hot.cpu().numpy())
-    x, marks = _as_array(x), None if y is None else as_marks(y, class_names, _length(y))
+    marks = None if y is None else as_marks(y, class_names, _length(y))
     if marks is not None and not several:
         raise DataError(
             f"y should be one label for each image, got shape {marks.shape}; take the argmax of each row if they are "
             'one-hot. Where an image may show several classes, make the method with objective="sigmoid", if it has it'
         )
     if marks is not None:
-        blank = as_dataset(x, None, class_names, width=width, what=what)
+        blank = as_dataset(x, None, class_names, width=width, what=what, window=window, frames=frames)
         if len(blank) != len(marks):
             raise DataError(f"there are {len(blank)} images and {len(marks)} rows of labels; give one for each")
         return replace(blank, labels=first_shown(marks), multi_hot=marks)
-    if isinstance(x, torch.Tensor | np.ndarray) and x.ndim != 4 and _is_floating(x):
-        values = as_features(x, what, "(N, D) or (V, N, D)")
+    values = _features_in(x, width)
+    if values is not None:
+        values = as_features(values, what, "(N, D) or (V, N, D)")
         count = values.shape[-2]
         ids = tuple(f"row {i}" for i in range(count))
         return _of_features(values, as_labels(y, class_names, count), ids, class_names, width, what)
-    store, stamps = _images(x, what)
-    labels = as_labels(y, class_names, len(stamps))
-    names = tuple(store.where(i) for i in range(len(stamps)))
-    ids = names if len(set(names)) == len(names) else tuple(f"{i}: {name}" for i, name in enumerate(names))
-    return ImageDataset(store, np.arange(len(ids)), tuple(class_names), ids, labels, tuple(stamps))
+    return replace(_of_images(x, y, class_names, what, window), frames=frames)
 
 
 def as_marks(y: Any, class_names: Sequence[str], count: int, *, what: str = "y") -> np.ndarray | None:
@@ -194,55 +190,39 @@ def _of_features(
     return ImageDataset(store, np.arange(len(ids)), tuple(class_names), tuple(ids), labels, stamps)
 
 
-def _images(x: Any, what: str) -> tuple[FileStore | MemoryStore, list[str]]:
-    """Returns a store of images, and the digest of each; images in memory take the same way as files."""
-    if isinstance(x, str | Path | bytes | Image.Image | dict | set) or not hasattr(x, "__iter__"):
-        raise DataError(f"{what} should be {ACCEPTED}; got {type(x).__name__}")
-    items = list(x)
-    if not items:
-        raise DataError(f"{what} is empty; give at least one image")
-    if all(isinstance(item, str | Path) for item in items):
-        store: FileStore | MemoryStore = FileStore([Path(item) for item in items])
+def _of_images(x: Any, y: Any, class_names: Sequence[str], what: str, window: Window | None) -> ImageDataset:
+    names, images = [], []
+    for given in each_image(x, what):
+        names.append(given.name)
+        images.append(given.encoded(window))
+    paths = [image for image in images if isinstance(image, Path)]
+    if len(paths) == len(images):
+        store: FileStore | MemoryStore = FileStore(paths)
     else:
-        store = MemoryStore(
-            [_encoded(item, f"{what}[{i}]") for i, item in enumerate(items)], list(map(str, range(len(items))))
-        )
-    return store, [content_digest(store.read(i)) for i in range(len(items))]
+        store = MemoryStore([read_file(image) if isinstance(image, Path) else image for image in images], names)
+    labels = as_labels(y, class_names, len(images))
+    names = [store.where(i) for i in range(len(images))]
+    ids = names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
+    stamps = tuple(content_digest(store.read(i)) for i in range(len(ids)))
+    return ImageDataset(store, np.arange(len(ids)), tuple(class_names), tuple(ids), labels, stamps, window=window)
 
 
-def _encoded(item: Any, what: str) -> bytes:
-    if isinstance(item, bytes):
-        return item
-    if isinstance(item, str | Path):
-        return FileStore([Path(item)]).read(0)
-    if isinstance(item, torch.Tensor):
-        item = item.numpy()
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or not (item.ndim == 2 or (item.ndim == 3 and item.shape[2] == 3)):
-            raise DataError(
-                f"{what} should be an image of (H, W) or (H, W, 3) uint8, got {item.dtype} {item.shape}; transformed "
-                "pixels are not taken, because training crops images anew"
-            )
-        item = Image.fromarray(item)
-    if not isinstance(item, Image.Image):
-        raise DataError(f"{what} should be a path, a PIL image, bytes or a uint8 array, got {type(item).__name__}")
-    return encoded_image(item)
+def _features_in(x: Any, width: int) -> Any:
+    """Floats that stand for features: an array or tensor, a table, or nested lists; None where x is something else.
 
-
-def encoded_image(image: Image.Image) -> bytes:
-    """Returns an image in memory as the bytes of a file without loss, so that it is decoded like any other."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="TIFF" if image.mode in ("F", "I", "CMYK") else "PNG", exif=image.getexif())
-    return buffer.getvalue()
-
-
-def _as_array(x: Any) -> Any:
-    """Columns of a table and nested lists of numbers as an array; anything else as it is."""
-    if hasattr(x, "to_numpy"):
-        return x.to_numpy()
-    row = x[0] if isinstance(x, list | tuple) and x else None
-    row = row[0] if isinstance(row, list | tuple) and row and isinstance(row[0], list | tuple) else row
-    return np.asarray(x) if isinstance(row, list | tuple) and row and isinstance(row[0], float) else x
+    A (H, W, 3) or (H, W, 4) array of floats is an image, unless features are so narrow.
+    """
+    if hasattr(x, "to_numpy") and not hasattr(x, "to_pylist"):
+        x = x.to_numpy()
+    if isinstance(x, list | tuple) and x:
+        row = x[0]
+        if isinstance(row, np.ndarray | torch.Tensor) and row.ndim == 1 and _is_floating(row):
+            return torch.stack([torch.as_tensor(each) for each in x]) if len({len(each) for each in x}) == 1 else None
+        row = row[0] if isinstance(row, list | tuple) and row and isinstance(row[0], list | tuple) else row
+        return np.asarray(x) if isinstance(row, list | tuple) and row and isinstance(row[0], float) else None
+    if not isinstance(x, torch.Tensor | np.ndarray) or not _is_floating(x) or x.ndim > 3:
+        return None
+    return None if x.ndim == 3 and x.shape[-1] in (3, 4) and width != x.shape[-1] else x
 
 
 def _is_floating(x: Any) -> bool:

@@ -85,6 +85,8 @@ def predict(
         clusters=dataset.clusters,
         levels=dict(dataset.levels),
         fixed_classes=dataset.fixed_classes,
+        files=dataset.files,
+        cluster_name=dataset.cluster_name,
         features=features.values[0].float().cpu().numpy(),
     )
 

@@ -53,6 +53,7 @@ def any_of(predictions: Predictions, outcome: Outcome, classes: np.ndarray) -> P
         class_names=(f"not {outcome.name}", outcome.name),
         groups={name: tuple(column[i] for i in rows) for name, column in predictions.groups.items()},
         clusters=None if predictions.clusters is None else tuple(predictions.clusters[i] for i in rows),
+        files=None if predictions.files is None else tuple(predictions.files[i] for i in rows),
         features=None if predictions.features is None else predictions.features[rows],
         decided=side.astype(np.int64), asked=outcome, levels={}, outcomes=(), sigmoid=None, positive=None, known=None,
         thresholds=None, fixed_classes=False, strata=None, ranked=None,

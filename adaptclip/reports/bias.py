@@ -195,8 +195,7 @@ def _add_against_rest(
 
 
 def _worst(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    known = [row for row in rows if row["accuracy"]["model"]["value"] is not None]
-    pool = [row for row in known if row["large_enough"]] or known
+    pool = [row for row in rows if row["large_enough"] and row["accuracy"]["model"]["value"] is not None]
     if not pool:
         return None
     worst = min(pool, key=lambda row: row["accuracy"]["model"]["value"])
@@ -256,7 +255,7 @@ def overall_blocks(report: Mapping[str, Any], title: str) -> list[Block]:
     notes = sorted(
         {
             f"{info(report, metric)['words']}: {number['note']}"
-            for metric, compared in report["overall"].items()
+            for metric, compared in _with_meaning(report).items()
             for number in compared.values()
             if number is not None and number["note"]
         }
@@ -266,9 +265,18 @@ def overall_blocks(report: Mapping[str, Any], title: str) -> list[Block]:
     return blocks
 
 
+def _with_meaning(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a report without those that say nothing about so few classes, such as the top 5 of three."""
+    classes = report.get("num_classes")
+    return {
+        name: compared for name, compared in report["overall"].items()
+        if classes is None or name not in METRICS or METRICS[name].least_classes <= classes
+    }  # fmt: skip
+
+
 def overall_rows(report: Mapping[str, Any], words: str, title: str, *, sign: str = " %") -> Rows:
     """One row per metric, named by its "words" or its "short" ones: value, or zero-shot, adapted and change."""
-    overall: Mapping[str, Any] = report["overall"]
+    overall = _with_meaning(report)
     paired = any(is_paired(c) for c in overall.values())
     header = ["metric", "zero-shot", "adapted", "change in points", "n"] if paired else ["metric", "value", "n"]
     rows = []

@@ -102,9 +102,10 @@ def fine_grained_report(
     }
 
 
-def example_ids(fine: Mapping[str, Any] | None) -> list[str]:
-    """Row ids of the images that a fine-grained report names as examples of confusions; none without one."""
-    return [example["id"] for pair in (fine or {"confusions": ()})["confusions"] for example in pair["examples"]]
+def example_names(fine: Mapping[str, Any] | None) -> dict[str, str]:
+    """Row id -> name of the images that a fine-grained report shows as examples of confusions; none without one."""
+    pairs = (fine or {"confusions": ()})["confusions"]
+    return {example["id"]: example["name"] for pair in pairs for example in pair["examples"]}
 
 
 def _worst_classes(predictions: Predictions) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, A
     true, other = np.divmod(pairs, size)
     sizes = np.bincount(predictions.labels, minlength=size)
     order = np.lexsort((pairs, -counts / sizes[true], -counts))[:MAX_CONFUSIONS]
-    rows, sampling = [], sampling_of(predictions)
+    rows, sampling, names = [], sampling_of(predictions), predictions.names
     for i in order:
         of_class = np.flatnonzero(predictions.labels == true[i])
         taken = predicted[of_class] == other[i]
@@ -139,6 +140,7 @@ def _confusions(predictions: Predictions, confidence: float) -> list[dict[str, A
                 "examples": [
                     {
                         "id": predictions.ids[j],
+                        "name": names[j],
                         "confidence": float(predictions.probs[j, other[i]]) if predictions.confident else None,
                     }
                     for j in sure_first
@@ -424,7 +426,8 @@ def _gallery(confusions: Sequence[Mapping[str, Any]], pictures: Mapping[str, str
     shown = [
         Thumbnail(
             pictures.get(example["id"]),
-            f"{one_line(c['true'])}, taken for {one_line(c['predicted'])}{_sure(example)} ({one_line(example['id'])})",
+            f"{one_line(c['true'])}, taken for {one_line(c['predicted'])}{_sure(example)} "
+            f"({one_line(example['name'])})",
         )
         for c in confusions
         for example in c["examples"]

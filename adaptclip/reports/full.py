@@ -59,7 +59,8 @@ def build_report(
     Returns:
         JSON-able dict. A number is {"value", "low", "high", "n", "method", "note"}; a comparison is {"model",
         "zero_shot", "change"} of numbers. Keys: "format_version", "confidence", "num_images", "num_classes",
-        "num_clusters", "sampling" ("unit", "num_units", "classes": "random" or "fixed"), "absent_classes",
+        "num_clusters", "sampling" ("unit", "num_units", "classes": "random" or "fixed", and the "name" of the clusters
+        where it is known), "absent_classes",
         "metrics" (name -> `Metric.info`), "overall" (name of a metric -> comparison),
         "per_class" (list), "findings" (`findings_report`; None where images have one class each),
         "outcomes" (list of `outcome_overall`), "groups" (attribute -> table of `group_table`; an intersection is called
@@ -112,8 +113,9 @@ def build_report(
 
 def _sampling(predictions: Predictions, clusters: int | None) -> dict[str, Any]:
     unit, num = ("image", len(predictions)) if clusters is None else ("cluster", clusters)
+    named = {"name": predictions.cluster_name} if predictions.cluster_name else {}
     fixed = predictions.fixed_classes and not predictions.several
-    return {"unit": unit, "num_units": num, "classes": "fixed" if fixed else "random"}
+    return {"unit": unit, "num_units": num, **named, "classes": "fixed" if fixed else "random"}
 
 
 def _class_rows(predictions: Predictions, confidence: float) -> list[dict[str, Any]]:

@@ -116,9 +116,11 @@ def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
     if worst:
         group, attribute = min(worst, key=lambda w: w[0]["value"])
         total = sum(row["large_enough"] for table in report["groups"].values() for row in table["rows"])
+        small = _small_groups(report)
         about = f"{one_line(attribute)} = {one_line(group['group'])}, {group['n']:,} images"
         # Of many groups one is the lowest by luck, and its interval does not know that it was picked.
         about += f"; the lowest of {total} groups, which may partly be chance" if total > 1 else ""
+        about += f"; {small}" if small else ""
         return "Lowest accuracy of a group", show_rate(group), about
     fine = report.get("fine_grained")
     decile = fine["overall"][WORST_DECILE.name] if fine else None
@@ -129,7 +131,16 @@ def _weakest(report: Mapping[str, Any]) -> tuple[str, str, str]:
         if decile["zero_shot"] is not None:
             about += f"; zero-shot, of its own worst tenth, {show_rate(decile['zero_shot'])}"
         return "Worst tenth of the classes", show_rate(decile["model"]), about
-    return "Lowest accuracy of a group", "–", "no groups of 2 or more were given"
+    return "Lowest accuracy of a group", "–", _small_groups(report) or "no groups of 2 or more were given"
+
+
+def _small_groups(report: Mapping[str, Any]) -> str:
+    """How many groups take no part, as they are smaller than the report asks for; "" where none is."""
+    tables = report["groups"].values()
+    small = sum(not row["large_enough"] for table in tables for row in table["rows"])
+    small += sum(len(table["too_small"]) for table in tables)
+    least = max((table["min_group"] for table in tables), default=0)
+    return f"{small} {agree(small, 'group', 'groups')} of fewer than {least} images left out" if small else ""
 
 
 def _third(report: Mapping[str, Any]) -> tuple[str, str, str]:

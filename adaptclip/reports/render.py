@@ -237,12 +237,13 @@ def _reading_section(report: Mapping[str, Any]) -> Section:
 
 
 def _sampling_words(sampling: Mapping[str, Any]) -> str:
-    unit, num = one_line(sampling["unit"]), sampling["num_units"]
+    unit, num, name = one_line(sampling["unit"]), sampling["num_units"], one_line(sampling.get("name") or "cluster")
+    called = "" if name == "cluster" else f" ({name})"
     drawn = {
         "image": f"other images like these {num:,} could have given, each taken as drawn by itself (no cluster such as "
         "a patient is known)",
-        "cluster": f"other clusters (patients, places) like these {num:,} could have given; the unit is the cluster, "
-        "not the image",
+        "cluster": f"other clusters{called} like these {num:,} could have given; the unit is the cluster, not the "
+        "image",
     }[unit]
     mix = {
         "random": "The mix of classes counts as met by chance, and would differ there",

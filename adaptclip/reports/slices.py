@@ -277,7 +277,8 @@ def slice_report(
         "validation_accuracy", "accuracy" and "rest" (numbers), "difference", "by_classes" (what of the difference the
         slice's mix of classes would bring about, each class at its own accuracy), "p_value" (one-sided, the largest of
         the tests of a slice: a pair is also compared with the rest of either half), "p_holm" (corrected for the slices
-        tested), "worse", and for clusters of features "classes" (the commonest, with their share) and "nearest" (ids));
+        tested), "worse", and for clusters of features "classes" (the commonest, with their share) and "nearest"
+        (names of images));
         None where there are no validation images or images may have several classes.
     """
     if validation is None or predictions.positive is not None or validation.class_names != predictions.class_names:
@@ -329,7 +330,7 @@ def _told(
         sizes = np.bincount(predictions.labels[inside], minlength=len(predictions.class_names))
         first = np.argsort(-sizes, kind="stable")[:2]
         found["classes"] = [[predictions.class_names[c], float(sizes[c] / len(inside))] for c in first if sizes[c]]
-        found["nearest"] = [predictions.ids[i] for i in slice_.nearest]
+        found["nearest"] = [predictions.names[i] for i in slice_.nearest]
     return found
 
 

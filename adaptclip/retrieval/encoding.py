@@ -16,6 +16,7 @@ from adaptclip.clip import ClipBackbone, load_backbone
 from adaptclip.data.card import Card, load_card
 from adaptclip.data.dataset import FileStore, ImageDataset
 from adaptclip.data.fingerprints import content_digest
+from adaptclip.data.given_images import one_image
 from adaptclip.data.sources import open_data
 from adaptclip.data.transforms import decode_image, read_file
 from adaptclip.errors import ConfigError, DataError, did_you_mean
@@ -160,12 +161,18 @@ def encode_texts(encoder: ClipBackbone, texts: Sequence[str], *, batch_size: int
 
 @torch.inference_mode()
 def encode_picture(
-    encoder: ClipBackbone, path: Path, *, window: tuple[float, float] | None = None, frames: str | None = None
+    encoder: ClipBackbone, image: Any, *, window: tuple[float, float] | None = None, frames: str | None = None
 ) -> Tensor:
-    """Encodes an image file as a (1, D) unit-norm float32 vector.
+    """Encodes an image as a (1, D) unit-norm float32 vector.
+
+    Args:
+        encoder: the towers.
+        image: a path, a PIL image, bytes, an open file or pixels, see `data.given_images`.
+        window: (black, white) values for images of more than 8 bits.
+        frames: which of several frames, see `decode_image`.
 
     Raises:
-        DataError: it cannot be read or decoded.
+        DataError: it cannot be read or decoded, or is not one image.
     """
-    pixels = encoder.transform(decode_image(path, row=str(path), window=window, frames=frames))
+    pixels = encoder.transform(one_image(image).decoded(window, frames))
     return encoder.encode_image(pixels[None]).float().cpu()

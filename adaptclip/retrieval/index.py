@@ -138,7 +138,7 @@ class Index:
     """Vectors that can be searched.
 
     Attributes:
-        names: N paths or ids.
+        names: N paths, names of files or ids.
         vectors: (N, D) float32, unit norm.
         manifest: what the index says of itself.
     """
@@ -219,7 +219,7 @@ def build_index(
     """
     with atomic_folder(folder, "index", overwrite=overwrite, inputs=inputs) as new:
         vectors = torch.cat([cache.get(encoder, part, batch_size=batch_size).values[0] for part in parts])
-        names = [name for part in parts for name in part.ids]
+        names = [name for part in parts for name in part.names]
         write_tensors(new / _VECTORS, {"vectors": vectors})
         write_json(new / _NAMES, names)
         write_sealed(

@@ -193,10 +193,10 @@ def test_numbers_of_one_spelling_are_what_they_say(tmp_path):
 
 
 def test_columns_of_many_values_are_not_groups(tmp_path):
-    text = "label,pred,file,group:camera\n" + "".join(f"a,a,{i}.png,{i}\n" for i in range(30))
+    text = "label,pred,scan,group:camera\n" + "".join(f"a,a,{i}.png,{i}\n" for i in range(30))
     found = Predictions.load(write(tmp_path / "p.csv", text), classes=["a", "b"])
     assert list(found.groups) == ["camera"]
-    assert "'file' has 30 values" in found.notes[0]
+    assert "'scan' has 30 values" in found.notes[0]
 
 
 @pytest.mark.parametrize("column", ["patient", "PatientID", "patient_id", "Subject", "case no", "lesion"])

@@ -25,7 +25,7 @@ from adaptclip.clip import load_backbone
 from adaptclip.data.card import load_card
 from adaptclip.data.shots import sample_few_shot
 from adaptclip.data.sources import open_data
-from adaptclip.errors import AdaptclipError, ArtifactError, DataError, StorageError
+from adaptclip.errors import AdaptclipError, ArtifactError, BackboneError, ConfigError, DataError, StorageError
 from adaptclip.files import write_json
 from adaptclip.gate_rules import GateRule
 from adaptclip.gates import check_gates
@@ -102,7 +102,36 @@ def test_paths_bytes_and_pictures_give_the_same(folder, tmp_path, digits):
     assert len({tuple(a.probabilities.items()) for a in answers}) == 1
     assert answers[2].source == "2"
     assert list(answers[0].probabilities.values()) == sorted(answers[0].probabilities.values(), reverse=True)
-    assert model.predict([]) == []
+    with pytest.raises(DataError, match="images is empty"):
+        model.predict([])
+
+
+def test_predict_proba_is_the_array_that_predict_gives_by_name(folder, tmp_path, digits):
+    model = load(folder)
+    pictures = [digits.test.image(i) for i in range(4)]
+    pictures[0].save(tmp_path / "p.png")
+    given = [str(tmp_path / "p.png"), *pictures[1:]]
+    found = model.predict_proba(given)
+    assert (found.shape, found.dtype, model.classes_.tolist()) == ((4, 10), np.float32, list(digits.class_names))
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-6)
+    answers = model.predict(given)
+    for row, answer in zip(found, answers, strict=True):
+        np.testing.assert_allclose(row, [answer.probabilities[name] for name in model.class_names], atol=1e-6)
+    assert [model.classes_[i] for i in found.argmax(axis=1)] == [answer.label for answer in answers]
+    np.testing.assert_allclose(model.predict_proba(tmp_path / "p.png"), found[:1], atol=1e-6)
+    np.testing.assert_allclose(model.predict_proba(np.asarray(pictures[0])), found[:1], atol=1e-6)
+    features = model.backbone.encode_image(torch.stack([model.backbone.transform(p) for p in pictures]))
+    np.testing.assert_allclose(model.predict_proba(features), found, atol=1e-5)
+    part = digits.test.select(range(4))
+    assert [answer.source for answer in model.predict(part)] == list(part.ids)
+    np.testing.assert_allclose(model.predict_proba(part), found, atol=1e-6)
+    assert repr(model).startswith("<AdaptedModel: coop on <")
+    assert len(repr(model)) < 400
+    assert "probabilities" not in repr(answers[0])
+    with pytest.raises(ConfigError, match="batch_size must be 1 or more, got 0"):
+        model.predict(pictures, batch_size=0)
+    with pytest.raises(BackboneError, match="no device 'gpu'; devices are called cpu, cuda"):
+        load(folder, device="gpu")
 
 
 def test_a_picture_with_alpha_or_rotation_is_decoded_as_a_file_would_be(folder, tmp_path, digits):

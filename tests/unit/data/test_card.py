@@ -70,10 +70,13 @@ def test_every_source_kind_parses():
             r'adaptclip.colums: unknown key. Did you mean "columns"\? Allowed: aliases, allow',
         ),
         (MINIMAL + "  columns: {lable: y}\n", r'columns.lable: unknown key. Did you mean "label"\?'),
-        (MINIMAL + "  gates: [{metrc: accuracy}]\n", r'gates.0.metrc: unknown key. Did you mean "metric"\?'),
-        (MINIMAL + "  gates: [{metric: acuracy, at_least: 1}]\n", r"gates.0: unknown metric 'acuracy'"),
+        (MINIMAL + "  gates: [{metrc: accuracy}]\n", r'gates, gate 1, metrc: unknown key. Did you mean "metric"\?'),
+        (MINIMAL + "  gates: [{metric: acuracy, at_least: 1}]\n", r"gates, gate 1: unknown metric 'acuracy'"),
         (MINIMAL + "  allow: [similar]\n", r'no check named \'similar\'. Did you mean "similar_images"'),
-        (MINIMAL + "  class_names: [yes, 7]\n", r"class_names.0: expected text, got True \(bool\); write it in quotes"),
+        (
+            MINIMAL + "  class_names: [yes, 7]\n",
+            r"class_names, entry 1: expected text, got True \(bool\); write it in quotes",
+        ),
         (MINIMAL + "  templates: [a photo]\n", r"templates need exactly one \{\}"),
         (MINIMAL + "  templates: []\n", r"adaptclip.templates: Tuple should have at least 1"),
         (

@@ -166,3 +166,31 @@ def test_what_does_not_fit_says_so(call, message):
 def test_errors_are_adaptclips_own():
     with pytest.raises(AdaptclipError):
         ac.judge([], np.zeros((0, 3)))
+
+
+@pytest.mark.parametrize("kind", [np.asarray, list, pd.Series, torch.as_tensor])
+def test_labels_in_the_place_of_probabilities_get_words(kind):
+    labels, probs = answers()
+    for said in (labels, [NAMES[c] for c in labels]) if kind is not torch.as_tensor else (labels,):
+        with pytest.raises(DataError, match=r"these are 240 labels: give what the model's predict_proba returns"):
+            ac.judge(labels, kind(said), class_names=NAMES)
+    with pytest.raises(DataError, match="y_true comes first"):
+        ac.judge(probs, kind(labels))
+    with pytest.raises(DataError, match="a column for each of the two classes, 1 - p and p"):
+        ac.judge(labels % 2, probs[:, 0])
+
+
+def test_a_judgement_prints_its_headline():
+    labels, probs = answers()
+    judged = ac.judge(
+        labels, probs, class_names=NAMES, groups={"sex": ["f", "m"] * 115 + ["x"] * 10},
+        gates=[{"metric": "accuracy", "at_least": 0.5}, {"metric": "accuracy", "at_least": 0.999}],
+    )  # fmt: skip
+    lines = str(judged).splitlines()
+    assert lines[0] == "1 of 2 gates failed: not for release."
+    assert [line.partition(".")[0] for line in lines[1:3]] == ["- pass: accuracy ≥ 0", "- fail: accuracy ≥ 0"]
+    assert lines[3].startswith("Accuracy: ")
+    assert "the lowest of 2 groups, which may partly be chance; 1 group of fewer than 30 images left out" in lines[4]
+    assert repr(judged) == (
+        "<Judgement: fail by 2 gates, Predictions: 240 images, 3 classes (cat, dog, fox), groups sex>"
+    )

@@ -158,7 +158,7 @@ def test_clusters_are_counted_beside_images():
     found = one(model, at_least=0.76)
     assert found.verdict == "inconclusive"
     assert found.more_clusters == -(-found.more_images // 5)
-    assert f"About {found.more_clusters:,} more clusters (patients) of 5 images would settle it" in found.reason
+    assert f"About {found.more_clusters:,} more clusters of 5 images would settle it" in found.reason
 
 
 def test_nothing_is_said_of_further_images_where_there_is_no_interval():
@@ -211,9 +211,9 @@ CLOSE = "; for a chance of 80 % no number is realistic, as close as it may be to
         (
             More(21, 40, 2.5),
             None,
-            f" About 9 more clusters (patients) of 2.5 images of x {SETTLE} {EVEN}, about 16 with one of 80 %.",
+            f" About 9 more clusters of 2.5 images of x {SETTLE} {EVEN}, about 16 with one of 80 %.",
         ),
-        (More(21, 21, 4.0), None, f" About 6 more clusters (patients) of 4 images of x {SETTLE} {EVEN}."),
+        (More(21, 21, 4.0), None, f" About 6 more clusters of 4 images of x {SETTLE} {EVEN}."),
         (More(70, 70), Support(30), " At least 70 more images of x are needed."),
         (None, Support(30), " At least 70 more images of x are needed."),
         (

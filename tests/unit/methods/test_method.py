@@ -20,7 +20,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from tiny_clip import make_tiny_backbone
 
 import adaptclip as ac
-from adaptclip.errors import ConfigError, DataError, StorageError
+from adaptclip.errors import BackboneError, ConfigError, DataError, StorageError
 from adaptclip.methods import registry
 from adaptclip.methods.registry import method_of, named
 from adaptclip.training.support import Training
@@ -159,8 +159,9 @@ def test_tables_and_lists_are_arrays_too(clip, tmp_path):
         (np.full((12, 16), np.nan, np.float32), rows()[1], r"not finite"),
         (np.zeros((0, 16), np.float32), [], r"\(N, D\)"),
         ([], [], "empty"),
-        ("folder", ["cat"], "should be a list of images"),
-        ({"a": 1}, ["cat"], "should be a list of images"),
+        ("folder", ["cat"], "there is no file folder"),
+        ({"a": 1}, ["cat"], "X is a dict with a; give one column"),
+        (None, ["cat"], "X should be one image or a list of them, got None"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(x, y, message, clip):
@@ -188,7 +189,7 @@ def test_what_cannot_be_is_refused_in_words(clip, tower):
     with pytest.raises(DataError, match="class_names should be a list"):
         ac.CoOp(tower, "cat")
     with pytest.raises(DataError, match="transformed pixels are not taken"):
-        ac.GDA(tower, NAMES).fit([np.zeros((3, 24, 24), np.float32)], [0])
+        ac.GDA(tower, NAMES).fit([np.full((3, 24, 24), -1.8, np.float32)], [0])
     assert not Path("nowhere").exists()
     # Features of the same tower serve a method that learns from features.
     with torch.no_grad():
@@ -368,3 +369,52 @@ def test_every_method_says_where_it_comes_from():
         assert own.schedule_type.__doc__
         assert own.variants
     assert looked_at >= 10
+
+
+def test_features_alone_are_taken_by_the_methods_that_the_others_name(clip):
+    """Every method, with and without class names: built, or refused with the list of those that can be built."""
+    able, refused = set(), []
+    for method in registry.methods().values():
+        for given in ((clip,), (clip, NAMES)):
+            if method.sits_on_features():
+                assert method(*given).class_names == NAMES
+                able.add(method.__name__)
+                continue
+            with pytest.raises(BackboneError) as caught:
+                method(*given)
+            refused.append((method.__name__, str(caught.value)))
+    assert len(able) >= 6, able
+    assert len(refused) >= 20, refused
+    for name, said in refused:
+        assert said.startswith(f"{name} needs a model with its towers (load_clip, wrap_clip) and images"), said
+        assert said.endswith(f"On features alone work {', '.join(sorted(able))}"), said
+
+
+def test_a_method_without_names_says_what_it_needs(tower):
+    for method in (ac.CoOp, ac.LoRA, ac.MaPLe):
+        with pytest.raises(ConfigError, match=rf"^{method.__name__} needs at least one class name, got none"):
+            method(tower)  # pyright: ignore[reportCallIssue]
+
+
+def test_what_a_notebook_shows_is_one_short_line(clip, tower):
+    x, y = rows()
+    head = ac.SSText(clip)
+    assert repr(head) == "<SSText on FeatureClip of 3 classes (cat, dog, owl), 16 wide, without towers; 3 classes " + (
+        "(cat, dog, owl); has not learnt yet>"
+    )
+    fitted = repr(ac.LinearProbe(clip, head="text_init").fit(x, y, epochs=2))
+    assert "head='text_init'" in fitted
+    assert "has not learnt" not in fitted
+    digits = ac.open_data(ac.load_card("digits"))
+    for shown in (
+        head, fitted, ac.CoOp(tower, NAMES, n_ctx=2), tower, clip, digits, digits.test, digits.card, digits.test.store,
+        ac.Features(torch.zeros(1, 900, 16), torch.zeros(900), tuple(map(str, range(900)))),
+        ac.ZeroShotClassifier(tower, tuple(f"class {i}" for i in range(500))),
+    ):  # fmt: skip
+        for text in (repr(shown), f"{shown}"):
+            assert len(text) < 420, text[:600]
+            assert "\n" not in text, text
+    assert (
+        repr(digits)
+        == "<DomainData digits: images train 898, validation 179, test 720; 10 classes (zero, one, two, …)>"
+    )

@@ -14,7 +14,7 @@ from adaptclip.errors import DataError
 from adaptclip.metrics.rates import ancestor_heights
 from adaptclip.predictions import Predictions
 from adaptclip.reports.calibration import calibration_report
-from adaptclip.reports.fine_grained import MAX_CONFUSIONS, example_ids, fine_grained_report
+from adaptclip.reports.fine_grained import MAX_CONFUSIONS, example_names, fine_grained_report
 from adaptclip.reports.full import full_report
 from adaptclip.reports.names import name_audit
 from adaptclip.reports.shift import base_new, class_changes, domain_shift
@@ -57,7 +57,7 @@ def test_top_k_macro_f1_and_confusions_are_scikit_learns():
         assert all((p.labels[r], p.pred[r]) == (i, j) for r in rows)
         sure = [example["confidence"] for example in c["examples"]]
         assert sure == sorted(sure, reverse=True)
-    assert len(example_ids(fine)) >= MAX_CONFUSIONS
+    assert len(example_names(fine)) >= MAX_CONFUSIONS
 
 
 def test_severity_levels_and_hard_pairs_by_loop():

@@ -180,6 +180,34 @@ def test_a_declared_outcome_is_one_of_the_three_numbers():
     assert "the lowest of 3 groups, which may partly be chance" in plain[1][2]
 
 
+def test_the_lowest_group_is_one_that_is_large_enough():
+    p = predictions(("a", "b", "c", "d"), "site")
+    wrong = p.pred != p.labels
+    few = np.flatnonzero(wrong)[:20]
+    groups = np.where(np.isin(np.arange(300), few), "tiny", np.where(np.arange(300) % 2, "left", "right"))
+    report = full_report(replace(p, groups={"site": tuple(groups)}))
+    name, value, about = three_numbers(report)[1]
+    lowest = min(100 * (~wrong)[groups == g].mean() for g in ("left", "right"))
+    assert (name, value.partition(" ")[0]) == ("Lowest accuracy of a group", f"{lowest:.1f}")
+    assert "the lowest of 2 groups, which may partly be chance; 1 group of fewer than 30 images left out" in about
+    many = replace(p, groups={"site": tuple(str(i % 12) for i in range(300))})
+    report = full_report(many)
+    assert report["groups"]["site"]["worst_group"] is None
+    report["fine_grained"] = None
+    assert three_numbers(report)[1][1:] == ("–", "12 groups of fewer than 30 images left out")
+
+
+@pytest.mark.parametrize(("names", "shown"), [(("a", "b"), False), (("a", "b", "c"), False), (tuple("abcdef"), True)])
+def test_the_top_five_of_a_few_classes_have_no_row(names, shown):
+    labels = np.arange(60) % len(names)
+    probs = np.full((60, len(names)), 0.1 / (len(names) - 1), np.float32)
+    probs[np.arange(60), np.roll(labels, 1)] = 0.9
+    report = full_report(Predictions(tuple(map(str, range(60))), labels, probs, names))
+    for page in (to_markdown(report, []), to_html(report, [])):
+        assert ("top-5" in page) == shown
+    assert "top-3" not in to_markdown(report, []) or len(names) > 3
+
+
 def test_plots_take_any_name():
     counts = np.arange(25).reshape(5, 5)
     drawn = confusion_matrix(counts, [*HOSTILE[:4], "漢字 🙂"])

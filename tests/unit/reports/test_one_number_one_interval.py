@@ -63,7 +63,8 @@ def walk(report: Mapping[str, Any]) -> Iterator[tuple[Named, Mapping[str, Any]]]
             yield from numbers(name, f"/{outcome['name']}", outcome[name])
     for attribute, table in report["groups"].items():
         where = {row["group"]: "" if attribute == "whole" else f"{attribute}={row['group']}" for row in table["rows"]}
-        yield from numbers("accuracy", where[table["worst_group"]["group"]], table["worst_group"])
+        if table["worst_group"] is not None:  # none of the groups of the small worlds is large enough
+            yield from numbers("accuracy", where[table["worst_group"]["group"]], table["worst_group"])
         for row in table["rows"]:
             for name in table["metrics"]:
                 yield from numbers(name, where[row["group"]], row[name])
