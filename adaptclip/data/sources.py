@@ -322,7 +322,7 @@ def _all_images(card: Card, raw: RawRows, contents: tuple[str, ...]) -> ImageDat
         fixed_classes=card.sampling.classes == "fixed",
         multi_hot=marks,
         files=file_names(raw.store, raw.origin),
-        cluster_name=columns.cluster or "",
+        cluster_name=card.columns.cluster or "",
     )
 
 
