@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adaptclip.errors import ArtifactError, DataError
+from adaptclip.errors import ArtifactError, BackboneError, ConfigError, DataError, listed
+from adaptclip.feature_clip import FeatureClip
 
 if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
@@ -231,3 +232,43 @@ def matching_bias(logits: Tensor, positive: Tensor, known: Tensor | None = None)
         above = (torch.sigmoid(logits + middle) * known).sum(dim=0) / count > share
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return (low + high) / 2
+
+
+def check_backbone(method: Any, given: Mapping[str, Any]) -> None:
+    """Refuses a model that is features alone where there have to be towers, and a model without class names.
+
+    Args:
+        method: a subclass of `Method`.
+        given: the arguments of its constructor, by name.
+
+    Raises:
+        BackboneError: it needs towers; the message names the methods that do without.
+        ConfigError: there are no class names.
+    """
+    if given.get("backbone") is None or method.sits_on_features():
+        return
+    if isinstance(given["backbone"], FeatureClip):
+        from adaptclip.methods.registry import methods
+
+        able = ", ".join(sorted(one.__name__ for one in methods().values() if one.sits_on_features()))
+        raise BackboneError(
+            f"{method.__name__} needs a model with its towers (load_clip, wrap_clip) and images: features computed "
+            f"elsewhere come without towers, which it could adapt. On features alone work {able}"
+        )
+    if "class_names" not in given:
+        raise ConfigError(f"{method.__name__} needs at least one class name, got none: {method.__name__}(clip, names)")
+
+
+def in_one_line(method: Any) -> str:
+    """Says of a method what it is, on which model, what was set, and whether it has learnt."""
+    given = {**method._given, **method._planned}
+    own = [
+        f"{name}={value!r}" for name, value in given.items()
+        if name not in ("backbone", "class_names") and isinstance(value, bool | int | float | str)
+    ]  # fmt: skip
+    if method.__sklearn_is_fitted__():
+        state = getattr(method, "info_", {}).get("schedule", "has learnt")
+    else:
+        state = "learns nothing" if method.learns_from == "nothing" else "has not learnt yet"
+    parts = (f"{method.backbone!r}"[1:-1], listed(method.class_names, "classes"), *own, state)
+    return f"<{type(method).__name__} on {'; '.join(parts)}>"

@@ -13,8 +13,8 @@ import torch
 
 from adaptclip.data.dataset import FeatureRows, FileStore, ImageDataset, MemoryStore
 from adaptclip.data.fingerprints import content_digest
-from adaptclip.data.label_sets import first_shown
 from adaptclip.data.given_images import Window, each_image
+from adaptclip.data.label_sets import first_shown
 from adaptclip.data.transforms import read_file
 from adaptclip.errors import DataError, did_you_mean
 from adaptclip.feature_clip import as_features, unit_rows

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import adaptclip
 from adaptclip.data.dataset import ImageDataset
-from adaptclip.errors import BackboneError, ConfigError, did_you_mean, listed
+from adaptclip.errors import ConfigError, did_you_mean
 from adaptclip.feature_clip import FeatureClip, in_order
 from adaptclip.features import FeatureCache
-from adaptclip.methods.base import Head, check_features, objective_of
+from adaptclip.methods.base import Head, check_backbone, check_features, in_one_line, objective_of
 from adaptclip.methods.examples import GivenFeatures, as_dataset, as_labels, as_marks, shots_of
 from adaptclip.settings import check_numbers
 from adaptclip.training.criterion import check_several
@@ -118,7 +118,7 @@ class Method(nn.Module):
         made = super().__new__(cls)
         signature = inspect.signature(cls.__init__)
         given = dict(signature.bind_partial(None, *args, **kwargs).arguments)
-        cls._check_backbone(given)
+        check_backbone(cls, given)
         given.pop("self", None)
         for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -132,20 +132,6 @@ class Method(nn.Module):
         """Whether it can be built on a `FeatureClip`, whose class names are then its own."""
         names = inspect.signature(cls.__init__).parameters.get("class_names")
         return names is not None and names.default is None
-
-    @classmethod
-    def _check_backbone(cls, given: Mapping[str, Any]) -> None:
-        """Refuses a model that is features alone where there have to be towers, and a model without class names."""
-        if isinstance(given.get("backbone"), FeatureClip) and not cls.sits_on_features():
-            from adaptclip.methods.registry import methods
-
-            able = ", ".join(sorted(one.__name__ for one in methods().values() if one.sits_on_features()))
-            raise BackboneError(
-                f"{cls.__name__} needs a model with its towers (load_clip, wrap_clip) and images: features computed "
-                f"elsewhere come without towers, which it could adapt. On features alone work {able}"
-            )
-        if given.get("backbone") is not None and "class_names" not in given and not cls.sits_on_features():
-            raise ConfigError(f"{cls.__name__} needs at least one class name, got none: {cls.__name__}(clip, names)")
 
     def _sit_on(self, backbone: Any, class_names: Sequence[str] | None) -> tuple[str, ...]:
         """Takes over the backbone and the names: those of a `FeatureClip` where none are given. Returns the names.
@@ -536,13 +522,7 @@ class Method(nn.Module):
 
     def __repr__(self) -> str:
         """One line: what it is, on which model, what was set, and whether it has learnt."""
-        own = {name: value for name, value in {**self._given, **self._planned}.items()
-               if name not in ("backbone", "class_names") and isinstance(value, bool | int | float | str)}  # fmt: skip
-        info = getattr(self, "info_", {}).get("schedule", "has learnt") if self.__sklearn_is_fitted__() else ""
-        state = info or ("learns nothing" if self.learns_from == "nothing" else "has not learnt yet")
-        parts = [f"{self.backbone!r}"[1:-1], listed(self.class_names, "classes")]
-        parts += [f"{name}={value!r}" for name, value in own.items()]
-        return f"<{self._called} on {'; '.join((*parts, state))}>"
+        return in_one_line(self)
 
     def __sklearn_clone__(self) -> Method:
         """Returns one that has not learnt, on the same backbone."""
