@@ -40,6 +40,7 @@ def check(
     from adaptclip.data.card import load_card
     from adaptclip.data.scaffold import understood
     from adaptclip.data.sources import open_data
+    from adaptclip.gates import check_rules
     from adaptclip.gates.sample_size import too_few
 
     data = open_data(load_card(card), data_root=data_root, on_bad_image=on_bad_image)
@@ -61,7 +62,9 @@ def check(
         say(f"  columns that the card does not use: {listed}")
     for note in data.notes:
         say(f"  {'to worry about' if note in data.worries else 'note'}: {note}")
-    for sentence in too_few(data.card.gates, data.test, data.card.outcomes) if data.has_classes else ():
+    rules = data.card.gates if data.has_classes else ()
+    check_rules(rules, data.test)
+    for sentence in too_few(rules, data.test, data.card.outcomes):
         say(f"  to worry about: {sentence}")
     for issue in data.card.known_issues:
         say(f"  known issue: {issue}")

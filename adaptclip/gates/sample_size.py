@@ -504,26 +504,17 @@ def too_few(rules: Sequence[GateRule], images: ImageDataset, outcomes: Sequence[
         images: those that will be judged.
         outcomes: two-sided questions of the card.
     """
-    classes = len(images.class_names)
+    shape, marks = (len(images), len(images.class_names)), images.multi_hot
     anything = Predictions(
         ids=images.ids, labels=images.labels, class_names=images.class_names, groups=dict(images.groups),
-        probs=np.broadcast_to(np.float32(1 / classes), (len(images), classes)), clusters=images.clusters,
-        levels=dict(images.levels), outcomes=tuple(outcomes), fixed_classes=images.fixed_classes,
+        probs=np.broadcast_to(np.float32(1 / shape[1]), shape), clusters=images.clusters, levels=dict(images.levels),
+        outcomes=tuple(outcomes), fixed_classes=images.fixed_classes, cluster_name=images.cluster_name,
+        sigmoid=None if marks is None else np.broadcast_to(np.float32(0.5), shape),
+        positive=None if marks is None else marks == 1, known=None if marks is None else marks >= 0,
     )  # fmt: skip
     said = []
     for rule in rules:
-        question = ask(rule.metric, anything, None, rule.level, rule.outcome_among(anything.outcomes))
-        everything = {} if rule.attribute is None else group_rows(anything, rule.attribute)
-        parts: dict[str, Any] = {f"{rule.attribute} = {g}": r for g, r in everything.items() if g not in rule.exclude}
-        found = []
-        for name, rows in (parts or {"": None}).items():
-            lacking, units = rule.lacking(question.supports(rows)), question.units(rows)
-            of = f" for {name}" if name else ""
-            if lacking is not None:
-                found.append(f"{lacking.count:,} of {lacking.least(rule.min_n):,} {lacking.what}{of}")
-            elif images.clusters is not None and units < MIN_CLUSTERS:
-                called = f"clusters ({images.cluster_name})" if images.cluster_name else "clusters"
-                found.append(f"{units:,} of {MIN_CLUSTERS} {called}{of}")
+        found = _too_few(rule, anything)
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             said.append(
@@ -531,3 +522,19 @@ def too_few(rules: Sequence[GateRule], images: ImageDataset, outcomes: Sequence[
                 "Collect more, or set the gate's min_n if fewer will do"
             )
     return said
+
+
+def _too_few(rule: GateRule, images: Predictions) -> list[str]:
+    """What a rule lacks, of all images or of each group."""
+    question = ask(rule.metric, images, None, rule.level, rule.outcome_among(images.outcomes))
+    everything = {} if rule.attribute is None else group_rows(images, rule.attribute)
+    parts: dict[str, Any] = {f" for {rule.attribute} = {g}": r for g, r in everything.items() if g not in rule.exclude}
+    found = []
+    for of, rows in (parts or {"": None}).items():
+        lacking, units = rule.lacking(question.supports(rows)), question.units(rows)
+        if lacking is not None:
+            found.append(f"{lacking.count:,} of {lacking.least(rule.min_n):,} {lacking.what}{of}")
+        elif images.clusters is not None and units < MIN_CLUSTERS:
+            called = f"clusters ({images.cluster_name})" if images.cluster_name else "clusters"
+            found.append(f"{units:,} of {MIN_CLUSTERS} {called}{of}")
+    return found

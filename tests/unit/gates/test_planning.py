@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -192,6 +193,16 @@ def test_gates_that_the_test_images_are_too_few_for_are_named_before_anything_is
     )
     (verdict,) = check_gates(judged, judged, [rule])
     assert verdict.verdict == ("inconclusive" if words else "pass"), verdict.reason
+
+
+def test_findings_are_counted_by_themselves():
+    marks = np.array([[1, 0]] * 20 + [[1, 1]] * 20 + [[0, -1]] * 80, np.int8)
+    images = replace(dataset([0] * 120), multi_hot=marks)
+    asked = [GateRule(metric="sensitivity", positive=(name,), at_least=0.8) for name in ("ill", "well")]
+    (said,) = too_few(asked, images)
+    assert said.startswith(
+        'gate "sensitivity (well) ≥ 0.8" cannot pass, as the test images are too few: 20 of 30 positive'
+    )
 
 
 def test_card_check_says_which_gates_the_test_images_are_too_few_for(tmp_path, capsys):

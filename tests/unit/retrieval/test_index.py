@@ -265,7 +265,7 @@ def test_recall_over_real_captions_is_that_of_a_plain_ranking(shared_data, tmp_p
     encoder, named = load_encoder()
     build_index(tmp_path / "index", encoder, named, [images], cache=FeatureCache(None))
     index = open_index(tmp_path / "index")
-    texts = [(text, name) for own, name in zip(images.captions, images.ids, strict=True) for text in own]
+    texts = [(text, name) for own, name in zip(images.captions, images.names, strict=True) for text in own]
     vectors, _ = encode_texts(encoder, [text for text, _ in texts])
     found = index.search(encoder, vectors, k=10)
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_recall_over_real_captions_is_that_of_a_plain_ranking(shared_data, tmp_p
     recalls = []
     for k in (1, 5, 10):
         own = sum(name in [hit.name for hit in row[:k]] for row, (_, name) in zip(found, texts, strict=True))
-        plainly = sum(name in [images.ids[i] for i in row[:k]] for row, (_, name) in zip(order, texts, strict=True))
+        plainly = sum(name in [images.names[i] for i in row[:k]] for row, (_, name) in zip(order, texts, strict=True))
         assert own == plainly
         recalls.append(own)
     assert 0 < recalls[0] < recalls[1] < recalls[2] < 400
