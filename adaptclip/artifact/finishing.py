@@ -73,7 +73,7 @@ def choose_gates(gates: str, data: DomainData) -> Sequence[GateRule]:
         _require_images(rule, data)
     try:
         for outcome in data.card.outcomes:  # classes may have been taken away since the card was checked (base and new)
-            outcome.check(data.class_names, data.test.levels, several=getattr(data.test, "several", False))
+            outcome.check(data.class_names, data.test.levels, several=data.test.several)
     except DataError as error:
         raise DataError(f"card {data.card.name}: {error}") from error
     return rules
@@ -110,7 +110,7 @@ def _require_images(rule: GateRule, data: DomainData) -> None:
     where = f'card {data.card.name}: the gate "{rule.title}"'
     if rule.positive is not None:
         # An image that shows none of its classes is on the other side where images may show several.
-        several = getattr(data.test, "several", False)
+        several = data.test.several
         for side in (side for side in rule.measure.sides if side or not several):
             asked = [name for name in dict.fromkeys(names) if (name in rule.positive) == bool(side)]
             if not seen & set(asked):

@@ -113,7 +113,7 @@ def _check_rule(rule: GateRule, images: Described) -> None:
                 else "There are no group columns at all; name them in the card (columns: groups) or the file (group:X)."
             )
             raise GateError(f"{where}: there is no group attribute {name!r}. {has}")
-    if getattr(images, "several", False) and rule.positive is None:
+    if images.several and rule.positive is None:
         if not rule.measure.of_labels:
             raise GateError(f"{where}: {rule.measure.of_one_class}")
         if rule.level is not None:
@@ -127,7 +127,7 @@ def _check_rule(rule: GateRule, images: Described) -> None:
         num_sides = len(set(images.levels[rule.level]))
     if rule.outcome is not None:
         try:
-            rule.outcome.check(images.class_names, images.levels, several=getattr(images, "several", False))
+            rule.outcome.check(images.class_names, images.levels, several=images.several)
         except DataError as error:
             raise GateError(f"{where}: {error}") from error
     if num_sides < rule.measure.least_classes:
