@@ -94,7 +94,7 @@ def test_it_is_the_installed_package_that_runs(site, empty):
 
 def test_cards_and_recipes_come_with_it(site, empty):
     adaptclip = str(site / "bin" / "adaptclip")
-    names = set(run(site, empty, adaptclip, "card", "list").split())
+    names = {line.split()[0] for line in run(site, empty, adaptclip, "card", "list").splitlines()}
     assert names == {p.stem for p in (ROOT / "data_cards").glob("*.md")} - {"README", "TEMPLATE"}
     listed = run(site, empty, adaptclip, "recipes", "list").splitlines()
     assert [line.split()[0] for line in listed] == sorted(p.stem for p in (ROOT / "recipes").glob("*.py"))

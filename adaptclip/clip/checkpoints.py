@@ -42,9 +42,9 @@ _NOT_WEIGHTS = frozenset({"n_averaged", "input_resolution", "context_length", "v
 _MOST_DEPTH, _MOST_INDEX_BYTES, _MOST_PROGRAM_BYTES, _MOST_PARTS = 3, 2**26, 2**24, 2**16
 
 
-def split_choice(file: str) -> tuple[Path, str]:
+def split_choice(file: Path | str) -> tuple[Path, str]:
     """Returns the path of a checkpoint and the model in it that is meant: `weights.pt#ema`; "" where none is named."""
-    path, mark, choice = file.rpartition("#")
+    path, mark, choice = str(file).rpartition("#")
     if not mark or Path(file).expanduser().is_file():
         return Path(file).expanduser(), ""
     return Path(path).expanduser(), choice

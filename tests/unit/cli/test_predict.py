@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
     for i in range(5):
         picture(i).save(made / f"{i}.png")
     (made / "2.png").write_bytes((made / "2.png").read_bytes()[:500])
-    for junk in ("._0.png", ".ipynb_checkpoints/0-checkpoint.png", "Thumbs.db", "scan.dcm"):
+    for junk in ("._0.png", ".ipynb_checkpoints/0-checkpoint.png", "Thumbs.db", "scan.nii"):
         (made / junk).write_bytes(b"junk")
     return made
 
@@ -75,7 +75,7 @@ def test_a_bad_image_costs_no_other_row(artifact, folder, capsys, batch_size):
     assert names(info.out) == ["0", "1", "3", "4"]
     assert "skipped: " in info.err
     assert "4 of 5 images were predicted, 1 skipped" in info.err
-    assert ".dcm x 1 (DICOM is not read" in info.err
+    assert ".nii x 1" in info.err
     assert "hidden x 2" in info.err
     # The others are what each is by itself.
     alone = load(artifact).predict([folder / "3.png"])[0]
