@@ -141,6 +141,10 @@ def _flags(hints: Mapping[str, Any]) -> dict[str, _Flag]:
     for name, hint in hints.items():
         parts = list(_parts_of(hint))
         choices = tuple(str(value) for part in parts if _is_literal(part) for value in typing.get_args(part))
+        if any(part in (int, float, str, Path) for part in parts):
+            choices = ()  # a number or a word, such as `--lora-scale 0.5` or `validation`
+        elif choices and type(None) in parts:
+            choices = (*choices, "None")
         several = any(typing.get_origin(part) in (tuple, list) for part in parts)
         flag = f"--{name.replace('_', '-')}"
         found[flag] = _Flag(choices, several)

@@ -16,6 +16,8 @@ from typing import Any
 
 import adaptclip as ac
 from adaptclip.bench.methods import choose_methods, read_settings
+from adaptclip.errors import ConfigError
+from adaptclip.methods.base import objective_of
 from adaptclip.methods.registry import named
 from adaptclip.training.support import chosen_preset, preset_line
 
@@ -52,6 +54,8 @@ def main(cfg: Config) -> int:
     own, planned = named()[name].split(settings)
     adapter = named()[name].build(backbone, data.prompt_names, card.templates, cfg.seed, objective.name, **own)
     adapter = adapter.to(accelerator.device)
+    if objective_of(adapter) != objective.name:
+        raise ConfigError(f"{name} names exactly one class and has no objective {objective.name}; take another method")
     adapter.check_mitigation(mitigation)
     cache = ac.FeatureCache(cfg.cache)
     support = ac.Support(
@@ -72,7 +76,8 @@ def main(cfg: Config) -> int:
     changed = adapter.encoder.image_digest != backbone.image_digest
     test = ac.FeatureCache(None).get(adapter.encoder, data.test, accelerator=accelerator) if changed else frozen
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name).begin(support)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name)
+    zero_shot.begin(support, objective.thresholds)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)
     code = ac.finish_run(

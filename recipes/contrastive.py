@@ -70,6 +70,8 @@ def main(cfg: Config) -> int:
     images, validation = split.select(data)
     mitigation = ac.build_mitigation(cfg.mitigate, images, data.train, accelerator=accelerator, pairs=True)
     other = ac.open_data(ac.load_card(cfg.zero_shot_card), data_root=cfg.data_root) if cfg.zero_shot_card else None
+    if other is not None:
+        other.test.require_one_class("zero-shot accuracy along the curve")
     backbone = ac.load_backbone(cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
     interpolate({}, {}, cfg.wise_ft)  # a share out of range, or a model that could not be saved, is refused now
     config = open_clip_config(backbone)

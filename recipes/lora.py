@@ -106,7 +106,8 @@ def main(cfg: Config) -> int:
     # The test split is read once, here: nothing above has seen it and nothing below chooses.
     test = ac.FeatureCache(None).get(adapter.encoder, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
-    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name).begin(support)
+    zero_shot = ac.ZeroShotClassifier(backbone, data.prompt_names, card.templates, objective.name)
+    zero_shot.begin(support, objective.thresholds)
     frozen = cache.get(backbone, data.test, accelerator=accelerator)
     baseline = ac.predict(zero_shot, frozen, data.test, accelerator=accelerator)
     on_validation = ac.predict_validation(adapter, validation, cache, accelerator=accelerator)

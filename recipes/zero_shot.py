@@ -39,6 +39,8 @@ def main(cfg: Config) -> int:
     card = ac.load_card(cfg.card)
     data = ac.open_data(card, data_root=cfg.data_root, on_bad_image=cfg.on_bad_image)
     objective = ac.parse_objective(cfg.objective, data)
+    if cfg.audit_names:
+        data.test.require_one_class("an audit of names")
     # What is compared with zero-shot would here be compared with itself.
     rules = [rule for rule in ac.choose_gates(cfg.gates, data) if rule.no_worse_than != "zero_shot"]
     backbone = ac.clip_of(data, cfg.backbone, cfg.pretrained, image_size=cfg.image_size, device=accelerator.device)
@@ -51,13 +53,13 @@ def main(cfg: Config) -> int:
 
     # Classes that are judged each by itself need a bias that most models lack; it changes no ranking of images.
     seen = data.validation if len(data.validation) else data.train
-    if adapter.learns_from != "nothing":
+    if adapter.learns_from != "nothing" and len(seen):
         adapter.begin(ac.Support(backbone, seen, data.validation, source=cache, accelerator=accelerator))
     test = cache.get(backbone, data.test, accelerator=accelerator)
     predictions = ac.predict(adapter, test, data.test, accelerator=accelerator)
     # Thresholds that an outcome of the card leaves open are chosen on validation images, never on those of the test.
     is_open = objective.name == "sigmoid" or any(outcome.undecided for outcome in card.outcomes)
-    on_validation = ac.predict_validation(adapter, data.validation, cache) if is_open else None
+    on_validation = ac.predict_validation(adapter, data.validation, cache, accelerator=accelerator) if is_open else None
     names = audit(backbone, data, test, predictions, adapter.templates, accelerator) if cfg.audit_names else None
     code = ac.finish_run(
         run.path, adapter, backbone, data, None, method="zero_shot", predictions=predictions, zero_shot=None,

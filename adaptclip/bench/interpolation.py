@@ -91,6 +91,7 @@ def scale_curve(
     """
     if not len(validation):
         raise ConfigError("the scale is chosen on validation images, and there are none; give it as a number instead")
+    validation.require_one_class("choosing LoRA's scale")
     before, rows = adapter.scale, []
     try:
         for scale in scales:

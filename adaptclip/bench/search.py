@@ -78,7 +78,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=derive_seed(support.seed, "search") % 2**32)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    best: tuple[float, Fitted, dict[str, Any]] | None = None
+    best: tuple[tuple[float, float], Fitted, dict[str, Any]] | None = None
     tried: list[dict[str, Any]] = []
     started = time.perf_counter()
     for number in range(budget.trials):
@@ -88,13 +88,13 @@ def search(
         values = dict(settings) if trial is None else {**settings, **_suggest(trial, one)}
         fitted = fit_named(one, support, class_names, templates, values, preset=preset)
         right, loss = _validate(fitted, support)
-        score = right - loss / (1 + loss)
+        score = right - (1 if isinstance(right, int) else 1e-3) * loss / (1 + loss)
         if trial is not None:
             study.tell(trial, score)
         changed = {name: fitted.info["settings"][name] for name in one.variant.search}
         tried.append({"settings": changed, "right": right, "loss": loss})
-        if best is None or score > best[0]:
-            best = (score, fitted, changed)
+        if best is None or (right, -loss) > best[0]:
+            best = ((right, -loss), fitted, changed)
     assert best is not None
     _, fitted, chosen = best
     info = dict(fitted.info)

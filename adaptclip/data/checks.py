@@ -46,6 +46,7 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
     parts = [part for part in data.parts.values() if len(part)]
     labels = np.concatenate([part.labels for part in parts])
     shown = [np.concatenate([part.shows(c) for part in parts]) for c in range(len(data.class_names))]
+    absent = [np.concatenate([part.lacks(c) for part in parts]) for c in range(len(data.class_names))]
     sentences = []
     for name in data.test.groups:
         values = np.asarray([value for part in parts for value in part.groups.get(name, (UNKNOWN,) * len(part))])
@@ -54,7 +55,8 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
             continue
         known = values != UNKNOWN
         there = [c for c, own in enumerate(shown) if own[known].any()]
-        found = [words for c in there if (words := _one_group(data.class_names[c], shown[c], values, known))]
+        groups = [_one_group(data.class_names[c], values, shown[c] & known, absent[c] & known) for c in there]
+        found = [words for words in groups if words]
         if found:
             more = f"; and so for {len(found) - _EXAMPLES} more classes" if len(found) > _EXAMPLES else ""
             sentences.append(
@@ -64,9 +66,9 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _one_group(name: str, shown: np.ndarray, values: np.ndarray, known: np.ndarray) -> str:
+def _one_group(name: str, values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> str:
     """Words how a class is of one group only, or "" where it is not."""
-    own, others = values[known & shown].tolist(), values[known & ~shown].tolist()
+    own, others = values[shown].tolist(), values[absent].tolist()
     group, count = Counter(own).most_common(1)[0]
     elsewhere = others.count(group)
     if not others or count < ALWAYS * len(own) or elsewhere == len(others):
@@ -453,7 +455,7 @@ def _remarks(data: DomainData) -> list[str]:
     conflicts = [data_part.ids[row] for data_part, row in _conflicts(list(data.parts.values()))]
     if conflicts:
         remarks.append(f"{len(conflicts)} images are found under several classes: {_listed(conflicts)}")
-    everywhere = [name for c, name in enumerate(data.class_names) if data.several and data.test.shows(c).all()]
+    everywhere = [name for c, name in enumerate(data.class_names) if data.several and not data.test.lacks(c).any()]
     if everywhere:
         remarks.append(f"every test image shows {_listed(everywhere)}: nothing says how often it is named wrongly")
     for name, values in data.test.groups.items():

@@ -301,6 +301,10 @@ class ImageDataset:
         """Returns (N,) bool, whether each image shows class c."""
         return self.labels == c if self.multi_hot is None else self.multi_hot[:, c] == 1
 
+    def lacks(self, c: int) -> np.ndarray:
+        """Returns (N,) bool, whether each image is known not to show class c."""
+        return self.labels != c if self.multi_hot is None else self.multi_hot[:, c] == 0
+
     def kinds(self) -> list[tuple[int, ...]]:
         """Returns for each image what it counts to in a draw: its classes, or C for one that shows none of them."""
         if self.multi_hot is None:
@@ -313,10 +317,16 @@ class ImageDataset:
         if self.several:
             raise DataError(f"{what} is about images of one class each, and these may show several, or none of them")
 
+    def nothing_known(self, index: int) -> bool:
+        """Whether nobody knows of any class whether image `index` shows it."""
+        return self.multi_hot is not None and bool((self.multi_hot[index] < 0).all())
+
     def label_text(self, index: int) -> str:
         """Returns the name of the class of image `index`; of several with commas between, of none "none"."""
         if self.multi_hot is None:
             return self.class_names[self.labels[index]]
+        if self.nothing_known(index):
+            return "not known"
         return ", ".join(self.class_names[c] for c in np.flatnonzero(self.multi_hot[index] == 1)) or "none"
 
     @cached_property

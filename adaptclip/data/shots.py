@@ -225,6 +225,8 @@ class _Draws:
         by_class: defaultdict[int, list[int]] = defaultdict(list)
         kinds, names = images.kinds(), (*images.class_names, NONE)
         for row in sorted(rows, key=lambda row: images.ids[row]):
+            if count is not None and images.nothing_known(row):
+                continue  # it would teach nothing, and is none of "none of these"
             for kind in kinds[row]:
                 by_class[kind].append(row)
         chosen: list[int] = []

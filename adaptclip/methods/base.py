@@ -178,6 +178,8 @@ class ClassBias(nn.Module):
         """
         if self.from_model:
             return
+        if not len(features):
+            raise DataError("the bias of each class is set by images, and there are none")
         values, step = features.values[0], max(1, _MOST_LOGITS // max(1, len(features)))
         for low in range(0, len(class_weights), step):
             weights = class_weights[low : low + step]
@@ -210,7 +212,8 @@ def matching_bias(logits: Tensor, positive: Tensor, known: Tensor | None = None)
     """The bias at which each class's mean probability is its share of positives, by bisection.
 
     At it the binary cross-entropy has no slope along the bias, so it is the most likely one. A class with no positive
-    image, or with nothing else, counts as half an image away from that: its most likely bias would be infinite.
+    image, or with nothing else, counts as half an image away from that: its most likely bias would be infinite. One of
+    which nothing is known gets the share 1/C.
 
     Args:
         logits: (N, C) float64 without bias.
@@ -222,9 +225,12 @@ def matching_bias(logits: Tensor, positive: Tensor, known: Tensor | None = None)
     """
     if known is None:
         known = torch.ones_like(positive)
-    count = known.sum(dim=0).clamp(min=1)
+    untold = ~known.any(dim=0)
+    known = known | untold
+    count = known.sum(dim=0)
     half = 0.5 / count
     share = ((positive & known).double().sum(dim=0) / count).clamp(half, 1 - half)
+    share = torch.where(untold, 1 / max(logits.shape[1], 2), share)
     # The mean of the probabilities lies between those of the lowest and of the highest logit.
     low, high = torch.logit(share) - logits.amax(dim=0), torch.logit(share) - logits.amin(dim=0)
     for _ in range(60):

@@ -49,6 +49,10 @@ BETAS = tuple(round(0.1 * 500 ** (i / 49), 4) for i in range(50))
 """Candidates for beta: 50 from 0.1 to 50, at equal ratios; in the published search, 200 up to 7 to 50 by data set."""
 
 
+_ROWS = 1024
+"""Rows compared with all keys at a time, to bound the memory."""
+
+
 @dataclass(frozen=True)
 class TipAdapterSchedule(Schedule):
     """How Tip-Adapter makes its keys and Tip-Adapter-F learns them (sec. 4.1 and the published code).
@@ -191,11 +195,15 @@ class TipAdapter(Method):
         """
         if self.bias is None:
             return
+        self.bias.offset.data.zero_()
         rows = support_rows(features, self.backbone, len(self.text))[0][0]
-        similarity = rows @ self.keys.detach().cpu().double().T
-        votes = torch.exp(-self.beta * (1 - similarity)).fill_diagonal_(0)
-        zero_shot = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
-        self.bias.match(zero_shot + self.alpha * (votes @ self.values.cpu().double()), features)
+        keys, values = self.keys.detach().cpu().double(), self.values.cpu().double()
+        logits = self.backbone.logit_scale.cpu().double() * (rows @ self.text.cpu().double().T)
+        for part in torch.arange(len(rows)).split(_ROWS):
+            votes = torch.exp(-self.beta * (1 - rows[part] @ keys.T))
+            votes[torch.arange(len(part)), part] = 0
+            logits[part] += self.alpha * (votes @ values)
+        self.bias.match(logits, features)
 
     @property
     def learns_by_steps(self) -> bool:  # type: ignore[override]

@@ -90,19 +90,28 @@ def as_marks(y: Any, class_names: Sequence[str], count: int, *, what: str = "y")
         DataError: an unknown name (with the nearest), another shape, or other numbers.
     """
     values: Any = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else y
+    if not hasattr(values, "__iter__") or isinstance(values, str):
+        return None
     rows = list(values.to_numpy()) if hasattr(values, "to_numpy") else values if _is_matrix(values) else list(values)
     if not _is_matrix(rows) and not any(isinstance(row, list | tuple | set | frozenset | np.ndarray) for row in rows):
         return None
-    if not _is_matrix(rows) and all(isinstance(item, str) for row in rows if not isinstance(row, str) for item in row):
+    texts = (not isinstance(row, str) and hasattr(row, "__iter__") for row in rows)
+    if not _is_matrix(rows) and all(texts) and all(isinstance(item, str) for row in rows for item in row):
         place = {name: c for c, name in enumerate(class_names)}
         marks = np.zeros((len(rows), len(class_names)), np.int8)
         for i, row in enumerate(rows):
-            for name in [row] if isinstance(row, str) else row:
+            for name in row:
                 if name not in place:
                     raise DataError(f"{what} has the label {name!r}, which is no class. {did_you_mean(name, place)}")
                 marks[i, place[name]] = 1
         return marks
-    matrix = np.asarray(rows, dtype=np.float64)
+    try:
+        matrix = np.asarray(rows, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{what} should be one label for each image, or for several an ({count}, {len(class_names)}) matrix of 0 "
+            "and 1 or lists of class names; got rows of another kind (lists of class ids are not taken: give names)"
+        ) from error
     matrix = np.where(np.isnan(matrix), -1, matrix)
     if matrix.shape != (count, len(class_names)) or not np.isin(matrix, (-1, 0, 1)).all():
         raise DataError(

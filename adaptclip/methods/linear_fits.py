@@ -261,13 +261,14 @@ def fit_each_class(
     """
     num_classes = positive.shape[1]
     weight, bias = np.zeros((num_classes, features.shape[1]), np.float32), np.zeros(num_classes, np.float32)
-    iterations = 0
+    iterations = one_sided = 0
     for k in range(num_classes):
         rows = np.arange(len(features)) if known is None else np.flatnonzero(known[:, k])
         shown = positive[rows, k]
         if not 0 < shown.sum() < len(rows):
-            half = 0.5 / max(len(rows), 1)
-            share = min(max(float(shown.mean()) if len(rows) else 0.5, half), 1 - half)
+            half = min(0.5 / max(len(rows), 1), 0.1)
+            share = min(max(float(shown.mean()) if len(rows) else 1 / max(num_classes, 2), half), 1 - half)
+            one_sided += 1
             bias[k] = math.log(share / (1 - share))
             continue
         model = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
@@ -276,6 +277,12 @@ def fit_each_class(
             model.fit(features[rows], shown, sample_weight=None if weights is None else weights[rows])
         weight[k], bias[k] = model.coef_[0], np.asarray(model.intercept_)[0]
         iterations = max(iterations, int(model.n_iter_.max()))
+    if one_sided:
+        warnings.warn(
+            f"{one_sided} of {num_classes} {agree(num_classes, 'class', 'classes')} have no training images both with "
+            "and without them: a logistic head answers the same for every image. text_init and clap know the words.",
+            stacklevel=4,
+        )
     return LogisticFit(weight, bias, iterations, iterations < MAX_ITERATIONS)
 
 

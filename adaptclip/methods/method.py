@@ -383,15 +383,15 @@ class Method(nn.Module):
         self.classes_ = np.array(self.class_names) if named else np.arange(len(self.class_names))
         self.thresholds_ = None
         if images.several:
-            from adaptclip.methods.predicting import predict  # imports the towers, which features alone do not need
-
-            judged = None
-            if len(validation_images):
-                features = support.validation(self.encoder)
-                assert features is not None
-                judged = predict(self, features, validation_images)
-            self.thresholds_ = choose_thresholds(judged, self.class_names, ThresholdRule())
+            self._choose_thresholds(support)
         return self
+
+    def _choose_thresholds(self, support: Support, rule: ThresholdRule | None = None) -> None:
+        from adaptclip.methods.predicting import predict  # imports the towers, which features alone do not need
+
+        features = support.validation(self.encoder)
+        judged = None if features is None else predict(self, features, support.validation_images)
+        self.thresholds_ = choose_thresholds(judged, self.class_names, rule or ThresholdRule())
 
     def _without_validation(self, given: dict[str, Any]) -> dict[str, Any]:
         """Returns the settings for `fit` where there are no validation images to choose by."""
@@ -476,6 +476,8 @@ class Method(nn.Module):
             if marks is None:
                 self._lacks("learnt from images that may show several classes; give their lists of names, or (N, C)")
             right = (((found >= self.thresholds_.values) == (marks == 1)) | (marks < 0)).all(axis=1)
+            told = (marks >= 0).any(axis=1)
+            right, sample_weight = right[told], None if sample_weight is None else np.asarray(sample_weight)[told]
         else:
             right = found.argmax(axis=1) == as_labels(labels, self.class_names, len(found))
         return float(np.average(right, weights=sample_weight))

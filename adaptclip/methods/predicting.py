@@ -72,7 +72,7 @@ def predict(
     if accelerator is not None:
         logits = accelerator.gather(logits)
     assert isinstance(logits, Tensor)
-    logits = logits[:num_images]
+    logits, least = logits[:num_images], getattr(adapter, "thresholds_", None)
     return Predictions(
         ids=features.ids,
         labels=np.asarray(dataset.labels, dtype=np.int64),
@@ -80,6 +80,7 @@ def predict(
         sigmoid=logits.sigmoid().cpu().numpy() if objective_of(adapter) == "sigmoid" else None,
         positive=None if dataset.multi_hot is None else dataset.multi_hot == 1,
         known=None if dataset.multi_hot is None else dataset.multi_hot >= 0,
+        thresholds=least.values if dataset.several and least is not None else None,
         class_names=tuple(dataset.class_names),
         groups=dict(dataset.groups),
         clusters=dataset.clusters,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adaptclip.clip import ClipBackbone
     from adaptclip.feature_clip import FeatureClip
     from adaptclip.training.support import Loop, Support
+    from adaptclip.training.thresholds import ThresholdRule
     from adaptclip.types import Batch
 
 
@@ -61,11 +62,21 @@ class ZeroShotClassifier(Method):
         """Nothing; under sigmoid features, for the bias that the model does not have."""
         return "nothing" if self.bias is None or self.bias.from_model else "features"
 
-    def begin(self, support: Support) -> ZeroShotClassifier:
-        """Sets the bias of the sigmoid objective by training images; under softmax there is nothing to set."""
+    def begin(self, support: Support, rule: ThresholdRule | None = None) -> ZeroShotClassifier:
+        """Sets the bias of the sigmoid objective by training images; under softmax there is nothing to set.
+
+        Where images may show several classes, the thresholds are chosen on the validation images as those of a method
+        that learns are, so that the two can be compared.
+
+        Args:
+            support: the images.
+            rule: of the thresholds; None is the best F1.
+        """
         if self.learns_from == "features" and self.bias is not None:
             self.bias.begin(support.features(), self.weights, self.backbone.logit_scale)
             self._is_fitted = True
+        if support.images.several:
+            self._choose_thresholds(support, rule)
         return self
 
     def learn(self, support: Support, schedule: Any | None = None, loop: Loop | None = None) -> dict[str, Any]:

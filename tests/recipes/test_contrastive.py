@@ -106,7 +106,7 @@ def test_captions(cfg, described, train, how, capsys):
     lr = 0.1 if how == "lora" else cfg.lr
     caps = replace(cfg, card=described, shots=0, train=train, how=how, epochs=8, batch_size=6, lr=lr, wise_ft=0.5)
     assert contrastive.main(caps) == 0
-    assert "12 images with 24 texts, 0 of them cut" in capsys.readouterr().out
+    assert "12 images, 24 texts (0 of them cut" in capsys.readouterr().out
     found = json.loads((cfg.out / "retrieval.json").read_text())
     assert found["alpha"] == 0.5
     for model in ("before", "after"):

@@ -308,3 +308,18 @@ def test_one_file_in_two_rows_of_other_findings_is_a_conflict(tmp_path):
 def test_a_card_that_contradicts_itself_is_refused(tmp_path, block, message):
     with pytest.raises(CardError, match=message):
         card_of(tmp_path, block)
+
+
+def test_an_image_of_which_nothing_is_known_is_not_drawn_as_one_of_none(tmp_path):
+    table(tmp_path, ["findings"], lambda i, found: ["" if i % 4 == 0 else "|".join(found) or "none"], count=96)
+    block = {
+        "columns": {"label": "findings"},
+        "several_labels": {"separator": "|", "none": ["none"], "blank": "ignore"},
+    }
+    data = ac.open_data(card_of(tmp_path, block))
+    few, validation = ac.sample_few_shot(data, shots=3, seed=1).select(data)
+    assert (data.train.multi_hot < 0).all(axis=1).any()
+    for part in (few, validation):
+        assert not (part.multi_hot < 0).all(axis=1).any()
+    unknown = int(np.flatnonzero((data.train.multi_hot < 0).all(axis=1))[0])
+    assert data.train.label_text(unknown) == "not known"

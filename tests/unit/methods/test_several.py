@@ -246,3 +246,52 @@ def test_tip_adapters_votes_are_those_of_all_classes_of_a_key(clip):
     np.fill_diagonal(votes, 0)  # the bias fits the training images without their own keys
     without = 20.0 * rows @ text.T + 2.0 * votes @ y + np.asarray(model.class_bias())
     np.testing.assert_allclose((1 / (1 + np.exp(-without))).mean(axis=0), y.mean(axis=0), atol=1e-4)
+
+
+# --- what is known of a class only in part, or not at all ---
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "logistic", "tip_adapter", "gda"])
+def test_a_class_of_which_nothing_is_known_is_not_named_everywhere(name, clip):
+    x, y = world(60)
+    y = y.astype(float)
+    y[:, 2] = np.nan
+    settings = {"c": 1.0} if name == "logistic" else {}
+    if name == "logistic":
+        with pytest.warns(UserWarning, match="1 of 3 classes have no training images both with and without them"):
+            model = MAKERS[name](clip).fit(x, y, **settings)
+    else:
+        model = MAKERS[name](clip).fit(x, y, **settings)
+    assert np.isfinite(model.predict_proba(x)).all()
+    assert model.predict(x)[:, 2].mean() < 0.5
+
+
+def test_an_image_of_which_nothing_is_known_is_neither_right_nor_wrong(clip):
+    x, y = world(60)
+    model = fitted("gda", clip, x, y)
+    hidden = y.copy()
+    hidden[::2] = -1
+    assert model.score(x, hidden) == pytest.approx(model.score(x[1::2], y[1::2]))
+
+
+def test_zero_shot_is_compared_at_thresholds_of_its_own(clip):
+    x, y = world(60)
+    model = fitted("zero_shot", clip, x, y)
+    assert model.thresholds_ is not None
+    assert model.thresholds_.num_images == 60
+    images = ac.GDA(clip, objective="sigmoid")
+    assert images.thresholds_ is None
+
+
+def test_one_image_of_each_class_gives_no_certain_gaussian(clip):
+    """Nothing is left within the classes, so the scatter around the mean of all stands in for it."""
+    x, _ = world(2)
+    model = ac.GDA(clip, objective="sigmoid").fit(x, [["crack"], ["rust", "dent"]])
+    assert np.abs(model.weights.numpy()).max() < 1e4
+    assert (np.abs(model.predict_proba(world(40)[0]) - 0.5) < 0.4999).any()
+
+
+@pytest.mark.parametrize("y", [[[0, 2], [1]] * 20, [["crack"], None] * 20, 3])
+def test_rows_of_another_kind_are_refused_in_words(clip, y):
+    with pytest.raises(DataError):
+        ac.GDA(clip, objective="sigmoid").fit(world(40)[0], y)
