@@ -296,7 +296,7 @@ def from_mapping(config_type: type[T], values: Mapping[str, Any], *, where: str)
     from pydantic import TypeAdapter, ValidationError
 
     hints = typing.get_type_hints(config_type, include_extras=True)
-    known = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown setting {key!r}. {did_you_mean(str(key), known, limit=40)}")
@@ -387,7 +387,7 @@ def _check_out(config: Any) -> None:
         check_start(Path(config.out), resume=bool(resume), overwrite=config.overwrite, can_resume=resume is not None)
 
 
-def _what_is_kept(config: object) -> str:
+def _what_is_kept(config: Any) -> str:
     if not hasattr(config, "resume") or not hasattr(config, "out"):
         return _NOTHING_HALF_WRITTEN
     from adaptclip.training.run_folder import what_is_kept

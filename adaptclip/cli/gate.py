@@ -268,7 +268,7 @@ def plan(
     num_classes: int | None = None,
     changed: float = 0.1,
     power: float = 0.8,
-    data_root: Path | None = None,
+    data_root: ExistingPath | None = None,
     format: Literal["text", "json"] = "text",
 ) -> int:
     """Say how many images or patients gates need to pass with a stated chance, before any are collected.

@@ -315,7 +315,7 @@ class Columns(_Grown):
         if self.label is not None and self.labels:
             raise ValueError("has both label, one column that names the class, and labels, a column for each class")
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels lists a column of 0 and 1 for each of two classes or more; got {self.labels}")
+            raise ValueError("labels lists two columns or more, each once; for one, take label and two class_names")
         if not self.has_classes and self.captions is None:
             raise ValueError("needs a label column, or a captions column for images without classes")
         if not self.has_classes and self.levels:

@@ -143,9 +143,9 @@ def file_names(store: ImageStore, root: str) -> tuple[str, ...] | None:
         N names, "" for an image that came without one; None where images have no files.
     """
     if isinstance(store, FileStore):
-        start = Path(root)
+        start = f"{Path(root).as_posix()}/"  # text, as paths in archives and at addresses are no `Path`
         return tuple(
-            (p.relative_to(start) if p.is_relative_to(start) else p).as_posix() for p in map(Path, store.paths)
+            (path.as_posix() if isinstance(path, Path) else str(path)).removeprefix(start) for path in store.paths
         )
     if not isinstance(store, ArrowStore):
         return None

@@ -72,7 +72,7 @@ def _header(opened: Callable[[int], BinaryIO], row: int, keywords: list[str]) ->
                 return {}
             file.seek(0)
             return worded("", lambda: header_texts(file, start, keywords))
-    except DataError:
+    except (DataError, OSError):
         return {}
 
 

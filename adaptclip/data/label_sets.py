@@ -75,6 +75,7 @@ def read_label_sets(
         rows = [[name if name in names else _of_id(int(name), names, where, r) for name in found]
                 for r, found in enumerate(rows)]  # fmt: skip
     place = {name: c for c, name in enumerate(names)}
+    _refuse_other_separator(rows, rule, where)
     _refuse_unknown(rows, place, where)
     marks = np.zeros((len(rows), len(names)), np.int8)
     for row, found in enumerate(rows):
@@ -121,7 +122,7 @@ def one_class_each(marks: np.ndarray, names: Sequence[str], where: Callable[[int
     if len(wrong):
         several, none = int((counts > 1).sum()), int((counts == 0).sum())
         first = int(wrong[0])
-        shown = ", ".join(names[c] for c in np.flatnonzero(marks[first]).tolist()) or "none"
+        shown = ", ".join(name for name, mark in zip(names, marks[first], strict=True) if mark) or "none"
         raise DataError(
             f"{several} {agree(several, 'row shows', 'rows show')} several classes and {none} "
             f"{agree(none, 'shows', 'show')} none, first {where(first)} ({shown}). If an image may show several, or "
@@ -138,13 +139,16 @@ def first_shown(marks: np.ndarray) -> np.ndarray:
 def in_words(marks: np.ndarray, names: Sequence[str]) -> str:
     """How many classes the images show, as a sentence."""
     counts, unknown = (marks == 1).sum(axis=1), (marks == NOT_KNOWN)
-    none = int(((counts == 0) & ~unknown.all(axis=1)).sum())
+    none = int(((counts == 0) & ~unknown.any(axis=1)).sum())
     most = int(counts.max(initial=0))
+    mean = counts.sum() / max((~unknown).sum(), 1) * len(names)
     words = (
-        f"images show {counts.mean():.2f} of {len(names)} classes on average, {most} at most; {none:,} of "
-        f"{len(marks):,} show none of them"
+        f"images show {mean:.2f} of {len(names)} classes on average, {most} at most; {none:,} of {len(marks):,} show "
+        "none of them"
     )
-    return words + (f"; {unknown.mean():.1%} of the answers are not known and left out" if unknown.any() else "")
+    if not unknown.any():
+        return words
+    return f"{words}, as far as all is known; {unknown.mean():.1%} of the answers are not known and left out"
 
 
 def _is_empty(cell: Any) -> bool:
@@ -189,6 +193,20 @@ def _of_id(name: Any, names: tuple[str, ...], where: Callable[[int], str], row: 
         hint = "; do the numbers count from 1?" if number == len(names) else ""
         raise DataError(f"{where(row)}: the class id {number} is out of range; allowed: 0 to {len(names) - 1}{hint}")
     return names[number]
+
+
+def _refuse_other_separator(rows: Sequence[list[Any]], rule: SeveralLabels, where: Callable[[int], str]) -> None:
+    """Raises DataError where names are made of others with something else between them than the card says."""
+    known = {name for found in rows for name in found}
+    for other in SEPARATORS:
+        for row, found in enumerate(rows if other != rule.separator else ()):
+            for name in found:
+                parts = [as_text(part) for part in name.split(other)] if isinstance(name, str) else []
+                if len(parts) > 1 and known.issuperset(parts):
+                    raise DataError(
+                        f"{where(row)}: {name!r} seems to be {len(parts)} classes with {other!r} between them, and the "
+                        f"card says `several_labels: {{separator: {rule.separator!r}}}`; write the one that is there"
+                    )
 
 
 def _refuse_unknown(rows: Sequence[list[Any]], place: Mapping[str, int], where: Callable[[int], str]) -> None:

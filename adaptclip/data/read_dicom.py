@@ -51,7 +51,7 @@ def dicom_image(content: bytes, window: tuple[float, float] | None, frames: str 
     stored = _decoded(dataset, number)
     kind = str(dataset.PhotometricInterpretation)
     if kind == "PALETTE COLOR":
-        from pydicom.pixels import apply_color_lut
+        from pydicom.pixels.processing import apply_color_lut
 
         colours = apply_color_lut(stored, dataset)
         return Image.fromarray((colours >> 8).astype(np.uint8) if colours.dtype.itemsize > 1 else colours)
@@ -193,11 +193,11 @@ def _unpacked_rle(frame: bytes) -> int:
 
 def _decoded(dataset: Any, number: int) -> np.ndarray:
     """The stored values of a frame, (H, W), or (H, W, 3) RGB."""
-    from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import pixel_array
 
-    syntax = dataset.file_meta.TransferSyntaxUID
+    syntax: Any = dataset.file_meta.TransferSyntaxUID
     try:
-        values = pixel_array(dataset, index=number, decoding_plugin="pylibjpeg" if syntax in _JPEG_2000 else "")
+        values = pixel_array(dataset, index=number, decoding_plugin="pylibjpeg" if str(syntax) in _JPEG_2000 else "")
     except (MemoryError, ImportError):
         raise
     except Exception as error:

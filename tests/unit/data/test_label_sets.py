@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import adaptclip as ac
 from adaptclip.data.card import parse_card
 from adaptclip.data.card_block import SeveralLabels
-from adaptclip.data.label_sets import read_flags, read_label_sets
+from adaptclip.data.label_sets import in_words, read_flags, read_label_sets
 from adaptclip.data.shots import base_and_new
 from adaptclip.errors import CardError, ConfigError, DataError
 from adaptclip.training.mitigation import build_mitigation
@@ -318,8 +318,23 @@ def test_an_image_of_which_nothing_is_known_is_not_drawn_as_one_of_none(tmp_path
     }
     data = ac.open_data(card_of(tmp_path, block))
     few, validation = ac.sample_few_shot(data, shots=3, seed=1).select(data)
-    assert (data.train.multi_hot < 0).all(axis=1).any()
+    unknown = next(row for row in range(len(data.train)) if data.train.nothing_known(row))
     for part in (few, validation):
-        assert not (part.multi_hot < 0).all(axis=1).any()
-    unknown = int(np.flatnonzero((data.train.multi_hot < 0).all(axis=1))[0])
+        assert not any(map(part.nothing_known, range(len(part))))
     assert data.train.label_text(unknown) == "not known"
+
+
+def test_another_separator_than_the_card_says_is_seen():
+    cells = ["Mass;Effusion", "Mass", "Effusion", ""]
+    with pytest.raises(
+        DataError, match=r"row 0: 'Mass;Effusion' seems to be 2 classes with ';' between.*separator: '\|'"
+    ):
+        sets_of(cells, separator="|")
+    assert sets_of(["a, b;c", "c"], separator=";")[0] == [{"a, b", "c"}, {"c"}]
+
+
+def test_what_is_said_of_a_set_counts_what_is_known():
+    marks = np.array([[1, 0], [0, 0], [-1, 0], [-1, -1], [1, 1]], np.int8)
+    words = in_words(marks, ("a", "b"))
+    assert "images show 0.86 of 2 classes on average, 2 at most; 1 of 5 show none of them, as far as" in words
+    assert "30.0% of the answers are not known" in words

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from adaptclip.cli.gate import gate
-from adaptclip.data.card_block import check_declared
+from adaptclip.data.declared import check_declared
 from adaptclip.errors import GateError
 from adaptclip.gate_rules import Expected, GateRule, Outcome
 from adaptclip.gates import check_gates
@@ -228,7 +229,7 @@ def test_expected_groups_and_classes_that_are_absent_hold_the_gates_that_depend_
 
 
 def test_what_is_expected_is_checked_when_the_card_is_read():
-    known = {"groups": ["sex"], "class_names": ["a", "b"]}
+    known: dict[str, Any] = {"groups": ["sex"], "class_names": ["a", "b"]}
     check_declared((), (), (), expect=Expected(groups={"sex": ("female",)}, classes="all"), **known)
     with pytest.raises(ValueError, match=r"expect\.groups names a group that columns\.groups lacks: 'sx'"):
         check_declared((), (), (), expect=Expected(groups={"sx": ("female",)}), **known)

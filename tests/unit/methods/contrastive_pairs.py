@@ -36,7 +36,7 @@ def pairs(backbone):
 
 
 def rows(batch, part):
-    return Batch(**{name: value[part] for name, value in vars(batch).items()})
+    return Batch(**{name: value[part] for name, value in vars(batch).items() if value is not None})
 
 
 def compare(accelerator, backbone, **settings):
