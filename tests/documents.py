@@ -127,6 +127,7 @@ def _parsed_only(commands: Mapping[str, Any]) -> dict[str, Any]:
 def run_page(text: str, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the blocks of a page from top to bottom in `folder`, and compares what they print with what is shown."""
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "120")  # as wide as in a file; runners of tests set it too
     monkeypatch.syspath_prepend(str(folder))
     names: dict[str, Any] = {}
     for block in blocks_of(text):
