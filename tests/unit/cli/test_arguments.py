@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from recipe_files import load_recipe
 
 import adaptclip
 from adaptclip.cli import COMMANDS, main
@@ -272,3 +273,8 @@ def test_what_is_there_is_not_called_allowed():
     assert did_you_mean("x", []) == "Allowed: none."
     assert nearest("labl", ["label", "id"]) == "label"
     assert nearest("zzz", ["label", "id"]) is None
+
+
+@pytest.mark.parametrize(("given", "read"), [("0.5", 0.5), ("1", 1.0), ("validation", "validation")])
+def test_a_number_may_stand_where_a_word_may(given, read):
+    assert parse(load_recipe("lora").Config, ["--lora-scale", given]).lora_scale == read

@@ -156,7 +156,9 @@ def test_the_shipped_words_know_handwritten_digits_without_having_seen_any():
 
 
 def test_missing_text_weights_are_named(tmp_path):
-    with pytest.raises(BackboneError, match=r"the starter's text tower: there is no file or folder .*none.safetensors.*Reinstall"):
+    with pytest.raises(
+        BackboneError, match=r"the starter's text tower: there is no file or folder .*none.safetensors.*Reinstall"
+    ):
         load_backbone(text_weights=tmp_path / "none.safetensors")
 
 
