@@ -347,7 +347,7 @@ def test_a_card_without_joins_keeps_its_digest():
     block = "  source: {kind: manifest, files: t.csv}\n"
     card = parse_card(f"---\nadaptclip:\n{block}---\n", name="t")
     assert card.source.model_dump_json() == '{"kind":"manifest","files":"t.csv"}'
-    with pytest.raises(CardError, match=r"adaptclip.source.join.0.by: is missing"):
+    with pytest.raises(CardError, match=r"adaptclip.source.join, entry 1, by: is missing"):
         parse_card(f"---\nadaptclip:\n{block.replace('}', ', join: [{file: x}]}')}---\n", name="t")
 
 

@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 class Dataset:
     """The part of ImageDataset that a feature cache uses; an "image" is a vector."""
 
-    window = None
+    window = frames = multi_hot = None
     has_pixels = True
 
     def __init__(self, num_images):
