@@ -291,8 +291,8 @@ def test_one_file_in_two_rows_of_other_findings_is_a_conflict(tmp_path):
     ("block", "message"),
     [
         ({"columns": {"labels": ["a", "b"], "label": "c"}}, "has both label"),
-        ({"columns": {"labels": ["a"]}}, "of two classes or more"),
-        ({"columns": {"labels": ["a", "a"]}}, "of two classes or more"),
+        ({"columns": {"labels": ["a"]}}, "labels lists two columns or more"),
+        ({"columns": {"labels": ["a", "a"]}}, "labels lists two columns or more"),
         ({"columns": {"captions": "text"}, "several_labels": {}}, "several_labels is about classes"),
         ({"columns": {"labels": ["a", "b"]}, "several_labels": {"separator": ";"}}, "separator has nothing to say"),
         ({"columns": {"label": "a"}, "several_labels": {"uncertain": "ignore"}}, "uncertain has nothing to say"),
