@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,6 @@ from adaptclip.metrics import GENERAL_METRICS, METRICS
 from adaptclip.reports.measuring import judged
 from adaptclip.seals import read_sealed, write_sealed
 from adaptclip.training.support import Preset, Support
-from adaptclip.training.thresholds import ThresholdRule, choose_thresholds
 from adaptclip.types import Features
 
 if TYPE_CHECKING:
@@ -394,8 +393,9 @@ class Worker:
             else:
                 fitted = fit_named(one, support, *words, job.settings, **how)
             fit_s = time.perf_counter() - fit_started - support.reading_s
-            thresholds = self.thresholds(fitted, support)
-            judged = {part.name: self.judge(fitted, one, part, thresholds) for part in case.judged}
+            if support.images.several:
+                fitted.adapter.choose_thresholds(support)
+            judged = {part.name: self.judge(fitted, one, part) for part in case.judged}
         if case.joined is not None:
             judged[HARMONIC_MEAN] = _harmonic(*(judged[name] for name in case.joined))
         return {
@@ -444,16 +444,7 @@ class Worker:
             self._pools[card] = (parts[0], parts[1])
         return self._pools[card]
 
-    def thresholds(self, fitted: Fitted, support: Support) -> np.ndarray | None:
-        """From which probability each class is named, by the validation images; None where images show one class."""
-        if not support.images.several or not len(support.validation_images):
-            return None
-        features = support.validation(fitted.adapter.encoder)
-        assert features is not None
-        validation = predict(fitted.adapter.to(self.accelerator.device), features, support.validation_images)
-        return choose_thresholds(validation, validation.class_names, ThresholdRule()).values
-
-    def judge(self, fitted: Fitted, one: Named, part: Judged, thresholds: np.ndarray | None = None) -> dict[str, Any]:
+    def judge(self, fitted: Fitted, one: Named, part: Judged) -> dict[str, Any]:
         """Judges an adapter on test images, read here for the first time."""
         adapter: Any = fitted.adapter
         names, test = part.data.prompt_names, part.data.test
@@ -461,7 +452,7 @@ class Worker:
             adapter = adapter.for_classes(names, one.templates(part.data.card.templates))
         features = self.test_features(adapter.encoder, test)
         predictions = predict(adapter.to(self.accelerator.device), features, test)
-        return measure(replace(predictions, thresholds=thresholds), part.classes)
+        return measure(predictions, part.classes)
 
     def test_features(self, encoder: ClipBackbone, test: ImageDataset) -> Features:
         """Returns test features: those all methods share, or of adapted towers, which no other job could use."""

@@ -45,8 +45,6 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
     """
     parts = [part for part in data.parts.values() if len(part)]
     labels = np.concatenate([part.labels for part in parts])
-    shown = [np.concatenate([part.shows(c) for part in parts]) for c in range(len(data.class_names))]
-    absent = [np.concatenate([part.lacks(c) for part in parts]) for c in range(len(data.class_names))]
     sentences = []
     for name in data.test.groups:
         values = np.asarray([value for part in parts for value in part.groups.get(name, (UNKNOWN,) * len(part))])
@@ -54,9 +52,7 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
         if any(pairs <= set(enumerate(level)) for level in data.test.levels.values()):
             continue
         known = values != UNKNOWN
-        there = [c for c, own in enumerate(shown) if own[known].any()]
-        groups = [_one_group(data.class_names[c], values, shown[c] & known, absent[c] & known) for c in there]
-        found = [words for words in groups if words]
+        found = [words for c in range(len(data.class_names)) if (words := _one_group(data, parts, values, known, c))]
         if found:
             more = f"; and so for {len(found) - _EXAMPLES} more classes" if len(found) > _EXAMPLES else ""
             sentences.append(
@@ -66,9 +62,14 @@ def inseparable(data: DomainData) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _one_group(name: str, values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> str:
+def _one_group(data: DomainData, parts: Sequence[ImageDataset], values: np.ndarray, known: np.ndarray, c: int) -> str:
     """Words how a class is of one group only, or "" where it is not."""
-    own, others = values[shown].tolist(), values[absent].tolist()
+    shown, absent = (
+        np.concatenate([ask(part, c) for part in parts]) for ask in (ImageDataset.shows, ImageDataset.lacks)
+    )
+    own, others = values[known & shown].tolist(), values[known & absent].tolist()
+    if not own:
+        return ""
     group, count = Counter(own).most_common(1)[0]
     elsewhere = others.count(group)
     if not others or count < ALWAYS * len(own) or elsewhere == len(others):
@@ -77,7 +78,8 @@ def _one_group(name: str, values: np.ndarray, shown: np.ndarray, absent: np.ndar
     if chance >= SELDOM:
         return ""
     all_of = f"all {count}" if count == len(own) else f"{count} of {len(own)}"
-    return f"{all_of} images of {name!r} are of {group!r}, but {elsewhere} of {len(others)} of the other classes"
+    name, rest = data.class_names[c], f"{elsewhere} of {len(others)} of the other classes"
+    return f"{all_of} images of {name!r} are of {group!r}, but {rest}"
 
 
 _FOLDS = frozenset(("fold", "folds", "kfold", "cvfold", "cv", "faltung"))

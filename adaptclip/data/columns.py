@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,15 +150,10 @@ def refuse_unclear_labels(values: Sequence[Any], names: Sequence[str], where: Ca
     for row, value in enumerate(values):
         if isinstance(value, str):
             first.setdefault(as_text(value), row)
-    for separator in SEPARATORS:
-        known = {*names, *(text for text in first if text and separator not in text)}
-        for text, row in first.items():
-            parts = [part.strip() for part in text.split(separator)]
-            if len(parts) > 1 and known.issuperset(parts):
-                empty = " The empty cells seem to mean none of them." if "" in first else ""
-                raise DataError(
-                    f"{where(row)}: the label {text!r} is {len(parts)} labels in one cell.{empty} {ONE_LABEL}"
-                )
+    if found := several_in_one(first, names, SEPARATORS):
+        text, number, _ = found
+        empty = " The empty cells seem to mean none of them." if "" in first else ""
+        raise DataError(f"{where(first[text])}: the label {text!r} is {number} labels in one cell.{empty} {ONE_LABEL}")
     twice = numbers_twice(first)
     if twice:
         raise DataError(
@@ -168,6 +163,19 @@ def refuse_unclear_labels(values: Sequence[Any], names: Sequence[str], where: Ca
     lists = [text for text in first if text == "[]" or text.startswith(("['", '["'))]
     if lists:
         raise DataError(f"{where(first[lists[0]])}: the label {lists[0]!r} is a list in one cell. {ONE_LABEL}")
+
+
+def several_in_one(
+    texts: Collection[str], names: Collection[str], separators: Iterable[str]
+) -> tuple[str, int, str] | None:
+    """Returns the first text that is others, or `names`, with a separator between; how many, and it. None without."""
+    for separator in separators:
+        known = {*names, *(text for text in texts if text and separator not in text)}
+        for text in texts:
+            parts = [part.strip() for part in text.split(separator)]
+            if len(parts) > 1 and known.issuperset(parts):
+                return text, len(parts), separator
+    return None
 
 
 def merged_labels(values: Sequence[Any], where: Callable[[int], str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptclip.data.columns import SEPARATORS, as_text, is_missing
+from adaptclip.data.columns import SEPARATORS, as_text, is_missing, several_in_one
 from adaptclip.errors import DataError, agree, did_you_mean
 
 if TYPE_CHECKING:
@@ -197,16 +197,16 @@ def _of_id(name: Any, names: tuple[str, ...], where: Callable[[int], str], row: 
 
 def _refuse_other_separator(rows: Sequence[list[Any]], rule: SeveralLabels, where: Callable[[int], str]) -> None:
     """Raises DataError where names are made of others with something else between them than the card says."""
-    known = {name for found in rows for name in found}
-    for other in SEPARATORS:
-        for row, found in enumerate(rows if other != rule.separator else ()):
-            for name in found:
-                parts = [as_text(part) for part in name.split(other)] if isinstance(name, str) else []
-                if len(parts) > 1 and known.issuperset(parts):
-                    raise DataError(
-                        f"{where(row)}: {name!r} seems to be {len(parts)} classes with {other!r} between them, and the "
-                        f"card says `several_labels: {{separator: {rule.separator!r}}}`; write the one that is there"
-                    )
+    first: dict[str, int] = {}
+    for row, found in enumerate(rows):
+        for name in found:
+            first.setdefault(name, row)
+    if found := several_in_one(first, (), [other for other in SEPARATORS if other != rule.separator]):
+        name, number, other = found
+        raise DataError(
+            f"{where(first[name])}: {name!r} seems to be {number} classes with {other!r} between them, and the card "
+            f"says `several_labels: {{separator: {rule.separator!r}}}`; write the one that is there"
+        )
 
 
 def _refuse_unknown(rows: Sequence[list[Any]], place: Mapping[str, int], where: Callable[[int], str]) -> None:

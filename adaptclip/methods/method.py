@@ -383,10 +383,11 @@ class Method(nn.Module):
         self.classes_ = np.array(self.class_names) if named else np.arange(len(self.class_names))
         self.thresholds_ = None
         if images.several:
-            self._choose_thresholds(support)
+            self.choose_thresholds(support)
         return self
 
-    def _choose_thresholds(self, support: Support, rule: ThresholdRule | None = None) -> None:
+    def choose_thresholds(self, support: Support, rule: ThresholdRule | None = None) -> None:
+        """Sets `thresholds_` on the validation images, by the best F1 unless a rule is given; 0.5 without any."""
         from adaptclip.methods.predicting import predict  # imports the towers, which features alone do not need
 
         features = support.validation(self.encoder)

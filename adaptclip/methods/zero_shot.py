@@ -76,7 +76,7 @@ class ZeroShotClassifier(Method):
             self.bias.begin(support.features(), self.weights, self.backbone.logit_scale)
             self._is_fitted = True
         if support.images.several:
-            self._choose_thresholds(support, rule)
+            self.choose_thresholds(support, rule)
         return self
 
     def learn(self, support: Support, schedule: Any | None = None, loop: Loop | None = None) -> dict[str, Any]:
